@@ -1,0 +1,45 @@
+# linattn: `make demo` and `make test` are all a newcomer needs; both set up .venv by themselves.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help demo test test-quick lint format type clean
+
+help:  ## show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "linattn needs Python 3.11 or newer, this is " + sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e '.[compile,bench,test,dev]'
+	@touch $@
+
+demo: $(STAMP)  ## build the sample model, compile it for the CPU and generate with it
+	@mkdir -p build
+	$(BIN)/python samples/tiny_hybrid.py build/tiny_hybrid.onnx
+	$(BIN)/linattn-compile build/tiny_hybrid.onnx --target cpu --max-context 256 --prefill-blocks 64,8 -o build/tiny_hybrid.vmfb
+	$(BIN)/linattn-run build/tiny_hybrid.vmfb --ids 72,101,108,108,111 --generate 24
+
+test: $(STAMP)  ## every test; the Vulkan ones need a driver (Debian: apt-get install mesa-vulkan-drivers libvulkan1)
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+test-quick: $(STAMP)  ## the tests that need neither a GPU driver nor much time
+	$(BIN)/python -m pytest -q -n 2 -m 'not vulkan and not slow'
+
+lint: $(STAMP)  ## ruff: style, imports, docstrings, formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP)  ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+type: $(STAMP)  ## pyright, strict on the three packages
+	@mkdir -p $(VENV)/types/linattn
+	@for p in frontend dialect_patterns runtime; do ln -sfn ../../../$$p $(VENV)/types/linattn/$$p; done
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+clean:  ## remove what the commands above made
+	rm -rf $(VENV) build

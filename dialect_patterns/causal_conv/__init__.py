@@ -1,0 +1,1 @@
+"""The CausalConvWithState operator of ai.onnx 27 and com.microsoft 1."""

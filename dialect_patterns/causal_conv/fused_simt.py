@@ -1,0 +1,178 @@
+"""Strategy ``fused_simt``: convolution and state update as one GPU kernel, a thread for each element written.
+
+    padded  = concat(past_state, input)                     never stored: a tap reads the one or the other
+    y_t     = act(bias + sum_j w_j * padded_{t + j * dilation})
+    present = the last (k - 1) * dilation tokens of padded
+
+    hal.executable.source @causal_conv_silu_fused_simt_... { scf.if %first { y } else { scf.if %second { present } } }
+    %output, %present = flow.dispatch @...[%workgroups](%B, %T, %input, %weight, %bias, %past)
+
+The first B * C * T threads write the output in the order it has in memory, the others the state, as stored. Either
+layout is a pair of strides. Open B and T are numbers of the dispatch.
+
+Legal: on GPUs, for up to 32 taps. Cost per element: k loads, of which all but one hit the cache, and k multiply-adds.
+Source: ONNX schema CausalConvWithState-27.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from iree.compiler import ir
+
+from ..builder import Builder, Size, tensor_type
+from ..op import LoweringContext
+from ..scalar import Scalar
+from ..select import Legality, No, Yes
+from ..simt_kernel import Buffer, Group, Kernel, dispatch
+from ..target import Target
+from .contract import CausalConv, output_specs
+from .direct import Operands
+
+_THREADS = 128
+_MAX_TAPS = 32
+
+
+def is_legal(contract: CausalConv, target: Target) -> Legality:
+    """On a GPU, while the taps can be unrolled."""
+    if not target.is_gpu:
+        return No(f"{target.name} is not a GPU")
+    if contract.kernel > _MAX_TAPS:
+        return No(f"{contract.kernel} taps, more than {_MAX_TAPS}")
+    return Yes("one kernel, state update included")
+
+
+def emit_causal_conv_fused_simt(
+    context: LoweringContext, contract: CausalConv, x: Operands, past: ir.Value | None
+) -> list[ir.Value]:
+    """Emit output and present state; ``past`` is None where the node has none."""
+    b, c = context.builder, contract
+    batch = b.dim(x.input, 0)
+    inputs = [x.input, x.weight, *(value for value in (x.bias, past) if value is not None)]
+    if past is not None and not c.state_length:
+        inputs.pop()
+    specs = output_specs(c)[: 2 if c.state_length else 1]  # a state without elements is no buffer to write
+    outputs: list[tuple[ir.RankedTensorType, list[ir.Value]]] = []
+    for spec, like in zip(specs, (x.input, x.past), strict=False):
+        sizes = b.shape(like)
+        shape = [size if isinstance(size, int) else None for size in sizes]
+        outputs.append((tensor_type(shape, spec.dtype), [size for size in sizes if not isinstance(size, int)]))
+    numbers = [size for size in (batch, x.tokens) if not isinstance(size, int)]
+
+    def body(k: Kernel) -> None:
+        given = iter(range(len(numbers)))
+        known = [
+            Scalar.constant(size, "index") if isinstance(size, int) else k.number(next(given))
+            for size in (batch, x.tokens)
+        ]
+        _Convolution(k, c, known[0], known[1], past is not None).emit()
+
+    results = dispatch(_name(c, batch, x.tokens, past), Group(_THREADS, 0), 1, _groups(b, c, batch, x.tokens), numbers,
+                       inputs, outputs, body)  # fmt: skip
+    return results if c.state_length else [*results, x.past]
+
+
+def _groups(b: Builder, c: CausalConv, batch: Size, tokens: Size) -> ir.Value:
+    """Workgroups for one thread an element of the outputs."""
+    elements = b.mul(batch, b.mul(b.add(tokens, c.state_length), c.channels))
+    return b.index(b.floordiv(b.add(elements, _THREADS - 1), _THREADS))
+
+
+def _name(c: CausalConv, batch: Size, tokens: Size, past: ir.Value | None) -> str:
+    """Spells everything that the kernel depends on."""
+    lead = "x".join("n" if not isinstance(size, int) else str(size) for size in (batch, tokens))
+    name = f"causal_conv_{c.activation}_fused_simt_{c.input.dtype}_{lead}_c{c.channels}_k{c.kernel}"
+    name += f"_dilation{c.dilation}" if c.dilation > 1 else ""
+    name += "_channels_last" if c.channels_last else ""
+    return name + ("" if c.has_bias else "_no_bias") + ("" if past is not None else "_no_past")
+
+
+@dataclass
+class _Convolution:
+    """Emits the kernel."""
+
+    k: Kernel
+    c: CausalConv
+    batch: Scalar
+    tokens: Scalar
+    has_past: bool
+
+    def emit(self) -> None:
+        """Emit everything."""
+        k, c = self.k, self.c
+        dtype = c.input.dtype
+        count = self.batch * self.tokens * c.channels
+        states = self.batch * (c.channels * c.state_length)
+        sizes = [count, Scalar.constant(c.channels * c.kernel, "index")]
+        sizes += [Scalar.constant(c.channels, "index")] if c.has_bias else []
+        sizes += [states] if self.has_past and c.state_length else []
+        sizes += [count, states] if c.state_length else [count]
+        buffers = [k.buffer(i, dtype, size) for i, size in enumerate(sizes)]
+        self.input, self.weight, *rest = buffers
+        self.bias = rest.pop(0) if c.has_bias else None
+        self.past = rest.pop(0) if self.has_past and c.state_length else None
+        element = k.item() * _THREADS + k.thread()
+        k.when(element < count, lambda: self._emit_output(element, rest[0]))
+        if c.state_length:
+            state = element - count
+            inside = (element >= count) & (state < states)
+            k.when(inside, lambda: self._emit_state(state, rest[1]))
+
+    def _place(self, element: Scalar, length: Scalar | int) -> tuple[Scalar, Scalar, Scalar]:
+        """Row, channel and position along the sequence of an element of a tensor that is ``length`` long."""
+        inner, outer = (self.c.channels, length) if self.c.channels_last else (length, self.c.channels)
+        rest, first = element.divide_unsigned(inner)
+        batch, second = rest.divide_unsigned(outer)
+        return (batch, first, second) if self.c.channels_last else (batch, second, first)
+
+    def _index(self, batch: Scalar, channel: Scalar, position: Scalar, length: Scalar | int) -> Scalar:
+        """The inverse of :meth:`_place`."""
+        if self.c.channels_last:
+            return (batch * length + position) * self.c.channels + channel
+        return (batch * self.c.channels + channel) * length + position
+
+    def _padded(self, batch: Scalar, channel: Scalar, position: Scalar) -> ir.Value:
+        """The element of past state and input joined, as stored.
+
+        Loads from both and selects: Mesa's lavapipe (22.3) gets a sum over values of branches wrong.
+        """
+        k, length = self.k, self.c.state_length
+        if not length:
+            return k.load(self.input, self._index(batch, channel, position, self.tokens))
+        new = k.load(self.input, self._index(batch, channel, (position - length).maximum(0), self.tokens))
+        if self.past is None:
+            old = k.stored_zero(self.input)
+        else:
+            old = k.load(self.past, self._index(batch, channel, position.minimum(length - 1), length))
+        return (position < length).select(Scalar(old), Scalar(new)).value
+
+    def _emit_output(self, element: Scalar, output: Buffer) -> None:
+        k, c = self.k, self.c
+        batch, channel, position = self._place(element, self.tokens)
+        total: ir.Value | None = None
+        if self.bias is not None:
+            total = k.widen(self.bias, k.load(self.bias, channel))
+        for j in range(c.kernel):
+            tap = k.widen(self.input, self._padded(batch, channel, position + j * c.dilation))
+            weight = k.widen(self.weight, k.load(self.weight, channel * c.kernel + j))
+            total = k.mul(tap, weight) if total is None else k.fma(tap, weight, total)
+        assert total is not None
+        if c.activation == "silu":
+            total = k.div(total, k.add(k.exp(k.neg(total)), k.constant(1.0)))
+        k.store(total, output, element)
+
+    def _emit_state(self, element: Scalar, present: Buffer) -> None:
+        k, length = self.k, self.c.state_length
+        batch, channel, place = self._place(element, length)
+        position = self.tokens + place
+
+        def old() -> list[ir.Value]:
+            if self.past is None:
+                return [k.stored_zero(present)]
+            return [k.load(self.past, self._index(batch, channel, position, length))]
+
+        def new() -> list[ir.Value]:  # a branch of its own: without tokens there is nothing to load
+            return [k.load(self.input, self._index(batch, channel, position - length, self.tokens))]
+
+        (value,) = k.choose(position < length, old, new, [k.stored_zero(present).type])
+        k.store_as_is(value, present, element)

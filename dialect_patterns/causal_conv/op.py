@@ -1,0 +1,68 @@
+"""The operator entries of CausalConvWithState."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from iree.compiler import ir
+
+from ..op import MICROSOFT, Choice, LoweringContext, LoweringOptions, Op
+from ..select import Legality, Strategy, Yes, select
+from ..target import Target
+from . import direct, fused_simd, fused_simt
+from .contract import CausalConv, output_types, parse
+from .direct import emit_causal_conv_direct, prepare
+
+
+def _preferred(contract: CausalConv, target: Target, options: LoweringOptions) -> Legality:
+    """Wherever it is legal."""
+    del contract, target, options
+    return Yes("one kernel, state update included")
+
+
+def _direct_is_preferred(contract: CausalConv, target: Target, options: LoweringOptions) -> Legality:
+    """What is left."""
+    del contract, target, options
+    return Yes("always possible")
+
+
+STRATEGIES = (
+    Strategy("fused_simd", fused_simd.is_legal, _preferred),
+    Strategy("fused_simt", fused_simt.is_legal, _preferred),
+    Strategy("direct", direct.is_legal, _direct_is_preferred),
+)
+
+
+def choose(contract: CausalConv, target: Target, options: LoweringOptions) -> Choice:
+    """The strategy for a node; a forced one that only LinearAttention has says nothing here.
+
+    Raises:
+        LoweringError: if a strategy is forced that is not legal.
+    """
+    if options.strategy not in {strategy.name for strategy in STRATEGIES}:
+        options = replace(options, strategy=None)
+    choice = select(STRATEGIES, contract, target, options, contract.where)
+    return replace(choice, rule=contract.activation, heads=f"{contract.channels} x {contract.kernel}")
+
+
+def lower(context: LoweringContext, contract: CausalConv, operands: Sequence[ir.Value | None]) -> list[ir.Value | None]:
+    """Emit the node with the chosen strategy; one value an output of the node."""
+    b, c = context.builder, contract
+    x = prepare(b, c, operands)
+
+    if isinstance(x.tokens, int) and x.tokens == 0:
+        results = [x.input, x.past]
+    elif (strategy := choose(c, context.target, context.options).strategy) == "fused_simd":
+        results = fused_simd.emit_causal_conv_fused_simd(context, c, x)
+    elif strategy == "fused_simt":
+        results = fused_simt.emit_causal_conv_fused_simt(context, c, x, x.past if c.has_past else None)
+    else:
+        results = emit_causal_conv_direct(context, c, x)
+    return [results[i] if i < 2 and used else None for i, used in enumerate(c.used_outputs)]
+
+
+OPS = tuple(
+    Op(domain, "CausalConvWithState", since, parse, output_types, lower, choose)
+    for domain, since in (("", 27), (MICROSOFT, 1))
+)

@@ -1,0 +1,86 @@
+"""Strategy ``fused_simd``: the whole operator as one hand-made CPU kernel.
+
+    u  = beta * (v - k a S),  S <- a S + k^T u,  o = scale * q S         a = exp(g)
+
+    hal.executable.source private @linear_attention_gated_delta_fused_simd_...      one for all equal nodes
+    %out, %state = flow.dispatch @...[B](B?, T?, %query, %key, %value, %past, %decay, %beta)
+
+A workgroup does one key/value head and a tile of its columns, with the state on the stack (in the first-level cache)
+and four tokens to a pass over it. See ``simd_kernel`` for the maths, ``simd_tiling`` for the sizes.
+
+Legal: on CPUs, for head sizes that are multiples of 4 and a tile of the state that fits on the stack. Cost per token
+and head: 3.25 dk dv multiply-adds (gated_delta), state read and written once a call. Source: NUMERICS sections 1, 6.
+"""
+
+from __future__ import annotations
+
+import re
+
+from iree.compiler import ir
+
+from ..builder import Size
+from ..dispatch import Kernel, dispatch
+from ..kernel_text import Index, KernelText
+from ..node import Dim
+from ..op import LoweringContext
+from ..select import Legality, No, Yes
+from ..target import Target
+from .contract import LinearAttention, output_specs
+from .simd_kernel import Body
+from .simd_tiling import Tiling, tiling
+
+
+def is_legal(contract: LinearAttention, target: Target) -> Legality:
+    """On CPUs, for head sizes that vectors divide."""
+    if target.is_gpu or not target.vector_bits:
+        return No("the target is not a CPU with vectors")
+    found = tiling(contract, target.vector_bits)
+    return No(found) if isinstance(found, str) else Yes()
+
+
+def describe(contract: LinearAttention, target: Target) -> str:
+    """What the report says about it."""
+    x = tiling(contract, target.vector_bits)
+    assert isinstance(x, Tiling)
+    return f"one kernel: {x.tokens} tokens a pass over {x.columns} columns, vectors of {x.lanes}"
+
+
+def emit_linear_attention_fused_simd(
+    context: LoweringContext, contract: LinearAttention, inputs: list[ir.Value | None], batch: Size, tokens: Size
+) -> list[ir.Value]:
+    """Emit output and present state; ``inputs`` have the contract's types."""
+    kernel = linear_attention_kernel(contract, context.target)
+    return dispatch(context.builder, kernel, [value for value in inputs if value is not None], batch, tokens)
+
+
+def linear_attention_kernel(contract: LinearAttention, target: Target) -> Kernel:
+    """The kernel of a contract."""
+    x = tiling(contract, target.vector_bits)
+    assert isinstance(x, Tiling)
+
+    def write(k: KernelText, batch: Index, tokens: Index, memrefs: object) -> None:
+        del batch
+        Body(k, contract, x, tokens, list(memrefs)).write()  # type: ignore[call-overload]
+
+    axes = ("BT_", "BT_", "BT_", "B___", "BT_", "BT_")
+    given = [(s, a) for s, a in zip(contract.input_specs, axes, strict=True) if s is not None]
+    return Kernel(
+        name=_symbol(contract, target),
+        inputs=tuple(spec for spec, _ in given),
+        outputs=output_specs(contract),
+        axes=(*(term for _, term in given), "BT_", "B___"),
+        workgroups=(contract.dv // x.columns, contract.kv_heads),
+        write=write,
+    )
+
+
+def _symbol(c: LinearAttention, target: Target) -> str:
+    def dim(size: Dim) -> str:
+        return "x" if size is None else str(size)
+
+    state = f"{c.state_dtype}_state" if c.has_past else f"no_{c.state_dtype}_state"
+    gates = "".join(f"_{kind}_{name}" for kind, name in ((c.decay, "decay"), (c.beta, "beta")) if kind != "none")
+    heads = f"q{c.q_heads}k{c.k_heads}v{c.kv_heads}_{c.dk}x{c.dv}"
+    lead = f"b{dim(c.batch)}t{dim(c.tokens)}"
+    ends = f"{heads}_{lead}_s{c.scale:.9g}_v{target.vector_bits}"
+    return re.sub(r"\W", "_", f"linear_attention_{c.rule}_fused_simd_{c.dtype}_{state}{gates}_{ends}")

@@ -1,0 +1,89 @@
+"""Strategy ``fused_simt``: the whole recurrence as one GPU kernel, the state in registers over all tokens.
+
+    S <- exp(g) * S;   u = beta * (v - k S);   S <- S + k^T u;   o = scale * q S       (linear, gated: u = v)
+
+    hal.executable.source @linear_attention_gated_delta_fused_simt_... {
+      count(states): (column tiles, states up to 32768, the rest of them)
+      load S; scf.for %t { gpu.shuffle sums of k S over the lanes of a column; update S; sums of q S; store o }; store S
+    }
+    %output, %present = flow.dispatch @...[%states](%states, %T, %query, %key, %value, %past, %decay, %beta)
+
+A column of S lies over several threads (``fused_simt_plan.py``), which sum their parts by shuffles, or through the
+workgroup's memory on targets without subgroup operations. The loads of the next tokens are under way during a token.
+Open B and T are numbers of the dispatch, so one kernel serves any.
+
+Legal: on GPUs, for up to 8 query heads a state, if a thread can hold its part of S. Cost: every input is read once a
+column tile and S once; 4 dk dv multiply-adds a token and head. Source: ONNX schema LinearAttention-27.
+"""
+
+from __future__ import annotations
+
+import math
+
+from iree.compiler import ir
+
+from ..builder import Size, tensor_type
+from ..op import LoweringContext
+from ..scalar import Scalar
+from ..select import Legality, No, Yes
+from ..simt_kernel import Kernel, dispatch
+from ..target import Target
+from .contract import LinearAttention, output_specs
+from .fused_simt_kernel import Recurrence
+from .fused_simt_plan import MAX_ROWS, Plan, plan_for
+from .operands import Operands
+
+
+def is_legal(contract: LinearAttention, target: Target) -> Legality:
+    """On a GPU, if a thread can hold its part of the state."""
+    if not target.is_gpu:
+        return No(f"{target.name} is not a GPU")
+    if contract.rows > MAX_ROWS:
+        return No(f"{contract.rows} query heads read one state, more than {MAX_ROWS}")
+    if plan_for(contract, target) is None:
+        return No(f"a thread cannot hold its part of a {contract.dk}x{contract.dv} state")
+    return Yes()
+
+
+def emit_linear_attention_fused_simt(
+    context: LoweringContext, contract: LinearAttention, x: Operands
+) -> list[ir.Value]:
+    """Emit output and present state."""
+    b, c = context.builder, contract
+    plan = plan_for(c, context.target)
+    assert plan is not None
+    states = b.mul(x.batch, c.kv_heads)
+    numbers = [size for size in (states, x.tokens) if not isinstance(size, int)]
+    inputs = [value for value in (x.query, x.key, x.value, x.past, x.decay, x.beta) if value is not None]
+    outputs: list[tuple[ir.RankedTensorType, list[ir.Value]]] = []
+    for spec in output_specs(c):
+        sizes: list[Size] = [x.batch, x.tokens] if spec.rank == 3 else [x.batch]
+        shape = [size if isinstance(size, int) else None for size in sizes] + list(spec.shape[len(sizes) :])
+        outputs.append((tensor_type(shape, spec.dtype), [size for size in sizes if not isinstance(size, int)]))
+
+    def body(k: Kernel) -> None:
+        given = iter(range(len(numbers)))
+        count = Scalar.constant(states, "index") if isinstance(states, int) else k.number(next(given))
+        tokens = x.tokens if isinstance(x.tokens, int) else k.number(next(given))
+        Recurrence(k, c, plan, count, tokens).emit()
+
+    name = _name(c, plan, x)
+    tiles = -(-c.dv // plan.tile)
+    return dispatch(name, plan.group, tiles, b.index(states), numbers, inputs, outputs, body)
+
+
+def _name(c: LinearAttention, plan: Plan, x: Operands) -> str:
+    """Spells everything that the kernel depends on; short, since IREE names files after it, twice."""
+    lead = "x".join("n" if not isinstance(size, int) else str(size) for size in (x.batch, x.tokens))
+    heads = str(c.kv_heads) if c.q_heads == c.k_heads == c.kv_heads else f"{c.q_heads}_{c.k_heads}_{c.kv_heads}"
+    types = c.dtype if c.dtype == c.state_dtype else f"{c.dtype}_{c.state_dtype}"
+    name = f"linear_attention_{c.rule}_fused_simt_{types}_{lead}_h{heads}_d{c.dk}x{c.dv}_{plan}"
+    if c.decay == "key":
+        name += "_key_decay"
+    if c.beta == "shared":
+        name += "_shared_beta"
+    if not c.has_past:
+        name += "_no_past"
+    if c.scale != 1.0 / math.sqrt(c.dk):
+        name += f"_scale{c.scale.hex()}".replace(".", "p").replace("-", "m").replace("+", "")
+    return name

@@ -1,0 +1,302 @@
+"""The body of the fused GPU kernel of LinearAttention: one workgroup, some columns of one state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from iree.compiler import ir
+
+from ..scalar import Scalar
+from ..simt_kernel import Buffer, Kernel
+from .contract import LinearAttention
+from .fused_simt_lanes import Lanes
+from .fused_simt_plan import Plan
+
+
+@dataclass(frozen=True)
+class Token:
+    """What a thread needs of one token, as stored.
+
+    Attributes:
+        key: One value a load.
+        query: Likewise, for each query head of the state.
+        value: The thread's columns.
+        decay: Log decay: one scalar, or one value a load of the key; empty if there is none.
+        beta: The update rate, or empty.
+    """
+
+    key: list[ir.Value]
+    query: list[list[ir.Value]]
+    value: ir.Value
+    decay: list[ir.Value]
+    beta: list[ir.Value]
+
+    def flat(self) -> list[ir.Value]:
+        """All of it, to carry through a loop."""
+        return [*self.key, *(v for row in self.query for v in row), self.value, *self.decay, *self.beta]
+
+    def like(self, values: Sequence[ir.Value]) -> Token:
+        """The inverse of :meth:`flat` for a token of the same shape."""
+        rest = iter(values)
+        key = [next(rest) for _ in self.key]
+        query = [[next(rest) for _ in row] for row in self.query]
+        return Token(key, query, next(rest), [next(rest) for _ in self.decay], [next(rest) for _ in self.beta])
+
+
+class Recurrence:
+    """Emits the kernel.
+
+    Args:
+        k: Emits instructions.
+        contract: What to compute.
+        plan: The work of a thread.
+        states: B * Hkv.
+        tokens: T, a Python int where static.
+    """
+
+    def __init__(self, k: Kernel, contract: LinearAttention, plan: Plan, states: Scalar, tokens: Scalar | int) -> None:
+        self.k, self.c, self.p = k, contract, plan
+        self.static_tokens = tokens if isinstance(tokens, int) else None
+        self.tokens = Scalar.constant(tokens, "index") if isinstance(tokens, int) else tokens
+        self.states = states
+
+    def emit(self) -> None:
+        """Emit everything."""
+        self._make_buffers()
+        item = self.k.item()
+        self.scratch: Buffer | None = None
+        if self.p.subgroup == 0:  # two halves
+            self.scratch = self.k.shared(2 * self.p.slots(self.c.rows) * self.p.threads)
+        self.k.when(item < self.states, lambda: self._emit_state(item))
+
+    def _make_buffers(self) -> None:
+        k, c, p = self.k, self.c, self.p
+        rows = self.states.divide_unsigned(c.kv_heads)[0] * self.tokens
+        sizes: list[tuple[Scalar, int, str, int]] = [
+            (rows, c.q_heads * c.dk, c.dtype, p.width),
+            (rows, c.k_heads * c.dk, c.dtype, p.width),
+            (rows, c.kv_heads * c.dv, c.dtype, p.columns),
+        ]
+        if c.has_past:
+            sizes.append((self.states, c.dk * c.dv, c.state_dtype, p.columns))
+        if c.decay != "none":
+            size, width = (c.dk, p.width) if c.decay == "key" else (1, 1)
+            sizes.append((rows, c.kv_heads * size, c.dtype, width))
+        if c.beta != "none":
+            sizes.append((rows, c.kv_heads if c.beta == "head" else 1, c.dtype, 1))
+        sizes.append((rows, c.out_heads * c.dv, c.dtype, p.columns))
+        sizes.append((self.states, c.dk * c.dv, c.state_dtype, p.columns))
+        buffers = [
+            k.buffer(i, dtype, count * (elements // width), width)
+            for i, (count, elements, dtype, width) in enumerate(sizes)
+        ]
+        self.query, self.key, self.value, *rest, self.output, self.present = buffers
+        self.past = rest.pop(0) if c.has_past else None
+        self.decay = rest.pop(0) if c.decay != "none" else None
+        self.beta = rest.pop(0) if c.beta != "none" else None
+
+    # ---- one state -------------------------------------------------------------------------------------------------
+    def _emit_state(self, item: Scalar) -> None:
+        k, c, p = self.k, self.c, self.p
+        self.batch, self.head = item.divide_unsigned(c.kv_heads)
+        thread = k.thread()
+        across = p.threads // p.lanes
+        if p.subgroup:  # neighbouring threads have neighbouring columns; the lanes of a column share a subgroup
+            inside = p.subgroup // p.lanes
+            subgroup, place = thread.divide_unsigned(p.subgroup)
+            lane, column = place.divide_unsigned(inside)
+            column = subgroup * inside + column
+        else:
+            lane, column = thread.divide_unsigned(across)
+        self.lane, self.lanes = lane, Lanes(k, p, lane, column, self.scratch, c.rows, c.has_delta)
+        column = k.tile() * across + column
+        limit = c.dv // p.columns
+        self.valid = self.lane.equals(0)
+        self.inside: Scalar | None = None
+        if limit % across:  # threads beyond the last column compute it again and write nothing
+            self.inside = column < limit
+            self.valid = self.valid & self.inside
+            column = column.minimum(limit - 1)
+        self.column = column
+        state = self._load_state(item)
+        state = self._emit_tokens(state)
+        if self.inside is not None:
+            k.when(self.inside, lambda: self._store_state(item, state))
+        else:
+            self._store_state(item, state)
+
+    def _state_index(self, item: Scalar, element: int) -> Scalar:
+        load, part = divmod(element, self.p.width)
+        row = (self.lane + load * self.p.lanes) * self.p.width + part
+        return (item * self.c.dk + row) * (self.c.dv // self.p.columns) + self.column
+
+    def _load_state(self, item: Scalar) -> list[ir.Value]:
+        k, count = self.k, self.p.width * self.p.loads
+        if self.past is None:
+            return [k.constant(0.0, self.p.columns)] * count
+        stored = [k.load(self.past, self._state_index(item, e)) for e in range(count)]
+        return [k.widen(self.past, value) for value in stored]
+
+    def _store_state(self, item: Scalar, state: Sequence[ir.Value]) -> None:
+        for e, value in enumerate(state):
+            self.k.store(value, self.present, self._state_index(item, e))
+
+    # ---- tokens ----------------------------------------------------------------------------------------------------
+    def _emit_tokens(self, state: list[ir.Value]) -> list[ir.Value]:
+        """All tokens, ``prefetch`` of them a pass, and what is left one by one; the last state."""
+        k, ahead = self.k, self.p.prefetch
+        zero = Scalar.constant(0, "index")
+        if self.static_tokens == 1:
+            return self._emit_block(state, [self._load_token(zero)], zero)
+        if self.static_tokens is not None:
+            whole = Scalar.constant(self.static_tokens // ahead * ahead, "index")
+            state = self._emit_passes(state, whole)
+            if self.static_tokens % ahead == 0:
+                return state
+        else:
+            whole = self.tokens.divide_unsigned(ahead)[0] * ahead
+            before, types = state, [value.type for value in state]
+            state = k.choose(whole > 0, lambda: self._emit_passes(before, whole), lambda: before, types)
+            if ahead == 1:
+                return state
+
+        def single(t: Scalar, carried: list[ir.Value]) -> list[ir.Value]:
+            return self._emit_block(carried, [self._load_token(t)], t)
+
+        return k.loop(whole, self.tokens, 1, state, single)
+
+    def _emit_passes(self, state: list[ir.Value], stop: Scalar) -> list[ir.Value]:
+        ahead, last = self.p.prefetch, self.tokens - 1
+        first = [self._load_token(Scalar.constant(i, "index")) for i in range(ahead)]
+        count, size = len(state), len(first[0].flat())
+
+        def step(t: Scalar, carried: list[ir.Value]) -> list[ir.Value]:
+            state, loaded = carried[:count], carried[count:]
+            following: list[ir.Value] = []
+            for start in range(0, ahead, self.p.block):
+                group = range(start, start + self.p.block)
+                tokens = [first[i].like(loaded[i * size : (i + 1) * size]) for i in group]
+                for i in group:
+                    following += self._load_token((t + (ahead + i)).minimum(last)).flat()
+                state = self._emit_block(state, tokens, t + start)
+            return [*state, *following]
+
+        initial = [*state, *(v for token in first for v in token.flat())]
+        return self.k.loop(Scalar.constant(0, "index"), stop, ahead, initial, step)[:count]
+
+    def _load_token(self, t: Scalar) -> Token:
+        k, c, p = self.k, self.c, self.p
+        row = self.batch * self.tokens + t
+
+        def part(buffer: Buffer, heads: int, head: Scalar) -> list[ir.Value]:
+            start = (row * heads + head) * (c.dk // p.width) + self.lane
+            return [k.load(buffer, start + i * p.lanes) for i in range(p.loads)]
+
+        key = part(self.key, c.k_heads, self.head.divide_unsigned(c.kv_heads // c.k_heads)[0])
+        share = c.out_heads // c.q_heads
+        query = [part(self.query, c.q_heads, (self.head * c.rows + m).divide_unsigned(share)[0]) for m in range(c.rows)]
+        value = k.load(self.value, (row * c.kv_heads + self.head) * (c.dv // p.columns) + self.column)
+        decay: list[ir.Value] = []
+        if self.decay is not None:
+            by_key = c.decay == "key"
+            own = row * c.kv_heads + self.head
+            decay = part(self.decay, c.kv_heads, self.head) if by_key else [k.load(self.decay, own)]
+        beta: list[ir.Value] = []
+        if self.beta is not None:
+            beta = [k.load(self.beta, row * c.kv_heads + self.head if c.beta == "head" else row)]
+        return Token(key, query, value, decay, beta)
+
+    def _emit_block(self, state: Sequence[ir.Value], tokens: Sequence[Token], t: Scalar) -> list[ir.Value]:
+        """Decay, read, update and write the outputs of neighbouring tokens; the next state.
+
+        All of them read the state of before the first one, so that one sum over the lanes serves them all, and
+        correct that by what the tokens between have added:
+
+            k_i S_i-1 = a_i .. a_0 k_i S + sum over j < i of ((a_i .. a_j+1 k_i) . k_j) u_j
+        """
+        k = self.k
+        keys = [self._elements(self.key, token.key) for token in tokens]
+        decays = [self._decays(token) for token in tokens]
+        wide = [[k.splat(e, self.p.columns) for e in key] for key in keys]
+        state = self._decayed(state, decays[0])
+        updates = [k.widen(self.value, token.value) for token in tokens]
+        if self.beta is not None:
+            held, overlaps = self._held(state, keys, decays, t)
+            for i, token in enumerate(tokens):
+                rate = k.splat(k.widen(self.beta, token.beta[0]), self.p.columns)
+                for j in range(i):
+                    added = k.mul(k.splat(overlaps[i, j], self.p.columns), updates[j])
+                    if self.c.decay == "head":  # one after the other, as the state would be: a zero stays one
+                        for factor in decays[j + 1 : i + 1]:
+                            (added,) = self._decayed([added], factor)
+                    updates[i] = k.sub(updates[i], added)
+                updates[i] = k.mul(rate, k.sub(updates[i], held[i]))
+        reads: list[ir.Value] = []
+        for i, token in enumerate(tokens):
+            state = self._decayed(state, decays[i]) if i else state
+            state = [k.fma(e, updates[i], s) for e, s in zip(wide[i], state, strict=True)]
+            for row in token.query:
+                query = [k.splat(e, self.p.columns) for e in self._elements(self.query, row)]
+                reads.append(self.lanes.dot(query, state))
+        self._write(reads, t)
+        return state
+
+    def _held(
+        self, state: Sequence[ir.Value], keys: list[list[ir.Value]], decays: list[list[ir.Value]], t: Scalar
+    ) -> tuple[list[ir.Value], dict[tuple[int, int], ir.Value]]:
+        """What ``state``, already decayed for the first token, holds for each key, and how far the keys overlap."""
+        k, columns, by_key = self.k, self.p.columns, self.c.decay == "key"
+        pairs: dict[tuple[int, int], ir.Value] = {}
+        parts: list[ir.Value] = []
+        for i, own in enumerate(keys):
+            key = own
+            for j in reversed(range(i)):  # the key, decayed since after token j
+                if by_key:
+                    key = [k.mul(e, a) for e, a in zip(key, decays[j + 1], strict=True)]
+                pairs[i, j] = self.lanes.dot(key, keys[j])
+            parts.append(self.lanes.dot([k.splat(e, columns) for e in key], state))
+        sums = self.lanes.sum([*parts, *pairs.values()], 0, t)
+        held, overlaps = sums[: len(keys)], dict(zip(pairs, sums[len(keys) :], strict=True))
+        if self.c.decay == "head":
+            for i in range(len(keys)):
+                for factor in decays[1 : i + 1]:
+                    (held[i],) = self._decayed([held[i]], factor)
+        return held, overlaps
+
+    def _decays(self, token: Token) -> list[ir.Value]:
+        """The factors of the state's rows: one for all of them, one a row, or none."""
+        if self.decay is None:
+            return []
+        k, wide = self.k, [self.k.widen(self.decay, value) for value in token.decay]
+        return [element for value in wide for element in k.elements(k.exp(value))]
+
+    def _decayed(self, state: Sequence[ir.Value], factors: list[ir.Value]) -> list[ir.Value]:
+        if not factors:
+            return list(state)
+        each = factors if self.c.decay == "key" else factors * len(state)
+        return [self.k.mul(s, self.k.splat(a, self.p.columns)) for s, a in zip(state, each, strict=True)]
+
+    def _elements(self, buffer: Buffer, stored: Sequence[ir.Value]) -> list[ir.Value]:
+        """Loaded elements one by one."""
+        return [element for value in stored for element in self.k.elements(self.k.widen(buffer, value))]
+
+    def _write(self, reads: list[ir.Value], t: Scalar) -> None:
+        """Sum the reads of neighbouring tokens and their query heads over the lanes and write the outputs."""
+        k, c = self.k, self.c
+        index = Scalar.constant(0, "index")
+        writes, lanes = self.valid, self.p.lanes
+        if self.p.subgroup and len(reads) > 1:
+            reads, index, lanes = self.lanes.scatter(reads)
+            writes = (self.lane & (lanes - 1)).equals(0)
+            writes = writes & self.inside if self.inside is not None else writes
+        outputs = self.lanes.sum(reads, 1, t, lanes)
+        scale = k.constant(c.scale, self.p.columns)
+
+        def write() -> None:
+            for m, output in enumerate(outputs):
+                token, row = (index + m).divide_unsigned(c.rows)
+                head = (self.batch * self.tokens + t + token) * c.out_heads + self.head * c.rows + row
+                k.store(k.mul(output, scale), self.output, head * (c.dv // self.p.columns) + self.column)
+
+        k.when(writes, write)

@@ -1,0 +1,130 @@
+"""The operator entries of LinearAttention: which strategy, and lowering with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from iree.compiler import ir
+from linattn.runtime.errors import LoweringError
+
+from ..builder import spec_of
+from ..op import MICROSOFT, Choice, LoweringContext, LoweringOptions, Op
+from ..select import Legality, No, Strategy, Yes, select
+from ..target import Target
+from . import chunked, fused_simd, fused_simt, recurrent
+from .contract import LinearAttention, output_types, parse
+from .operands import prepare, present_state, refine_inputs
+
+_CHUNK_SIZES = (8, 16, 32, 64, 128)
+_MIN_TOKENS = 2
+
+
+def _chunked_is_preferred(contract: LinearAttention, target: Target, options: LoweringOptions) -> Legality:
+    """Chunks pay off from two tokens on (measured on the CPU); a call with an open number of tokens has many."""
+    chunk = chunk_size(contract, target, options)
+    if target.is_gpu and None in (contract.tokens, contract.batch):
+        return No("with open sizes IREE fuses what comes before it into its reductions, wrongly on Vulkan")
+    if contract.tokens is not None and contract.tokens < _MIN_TOKENS:
+        return No(f"T={contract.tokens} is less than {_MIN_TOKENS} tokens, where chunks do not pay off")
+    return Yes(f"T={'?' if contract.tokens is None else contract.tokens}, chunks of {chunk} tokens")
+
+
+def _fused_simd_is_preferred(contract: LinearAttention, target: Target, options: LoweringOptions) -> Legality:
+    """Wherever it is legal, unless chunks of another size are asked for."""
+    if options.chunk_size is not None:
+        return No(f"chunks of {options.chunk_size} tokens are asked for")
+    return Yes(fused_simd.describe(contract, target))
+
+
+def _recurrent_is_preferred(contract: LinearAttention, target: Target, options: LoweringOptions) -> Legality:
+    """What is left."""
+    del contract, target, options
+    return Yes("one token needs no chunks")
+
+
+def _fused_simt_is_preferred(contract: LinearAttention, target: Target, options: LoweringOptions) -> Legality:
+    """One kernel beats many wherever it is possible."""
+    del target, options
+    tokens = "?" if contract.tokens is None else contract.tokens
+    return Yes(f"T={tokens} in one kernel, the state in registers")
+
+
+STRATEGIES = (
+    Strategy("fused_simd", fused_simd.is_legal, _fused_simd_is_preferred),
+    Strategy("fused_simt", fused_simt.is_legal, _fused_simt_is_preferred),
+    Strategy("chunked", chunked.is_legal, _chunked_is_preferred),
+    Strategy("recurrent", recurrent.is_legal, _recurrent_is_preferred),
+)
+
+
+def chunk_size(contract: LinearAttention, target: Target, options: LoweringOptions) -> int:
+    """Tokens of a chunk: what was asked for, or the default of target and head size (NUMERICS section 0).
+
+    Raises:
+        LoweringError: if what was asked for is not a power of two from 8 to 128.
+    """
+    asked = options.chunk_size
+    if asked is not None and asked not in _CHUNK_SIZES:
+        raise LoweringError(
+            "option 'chunk size'", where=contract.where, got=asked, expected=" or ".join(map(str, _CHUNK_SIZES))
+        )
+    large = max(contract.dk, contract.dv) >= 128
+    if asked is not None:
+        chunk = asked
+    elif target.matrix_units:
+        chunk = 64 if large else 32
+    else:
+        chunk = 32 if large else 16
+    if contract.tokens is not None:  # one chunk of the next power of two is enough for a short call
+        chunk = min(chunk, max(_CHUNK_SIZES[0], 1 << max(contract.tokens - 1, 0).bit_length()))
+    return chunk
+
+
+def choose(contract: LinearAttention, target: Target, options: LoweringOptions) -> Choice:
+    """The strategy for a node.
+
+    Raises:
+        LoweringError: if a strategy is forced that is not legal.
+    """
+    choice = select(STRATEGIES, contract, target, options, contract.where)
+    return replace(choice, rule=contract.rule, heads=contract.heads_text)
+
+
+def _is_static(operands: Sequence[ir.Value | None]) -> bool:
+    return all(operand is None or None not in spec_of(operand).shape for operand in operands)
+
+
+def lower(
+    context: LoweringContext, contract: LinearAttention, operands: Sequence[ir.Value | None]
+) -> list[ir.Value | None]:
+    """Emit the node with the chosen strategy; one value an output of the node."""
+    b, c = context.builder, contract
+    choice = choose(c, context.target, context.options)
+    if choice.strategy == "fused_simd" and c.tokens != 0:
+        inputs = refine_inputs(b, c, operands)
+        query = inputs[0]
+        assert query is not None
+        results = fused_simd.emit_linear_attention_fused_simd(context, c, inputs, b.dim(query, 0), b.dim(query, 1))
+        return [value if used else None for value, used in zip(results, c.used_outputs, strict=False)]
+    if context.target.is_gpu and choice.strategy == "chunked" and _is_static(operands):
+        # IREE 3.13 clones elementwise producers into the chunked form's reductions and then gives NaN on Vulkan.
+        operands = [None if operand is None else b.barrier(operand) for operand in operands]
+    x = prepare(b, c, operands)
+
+    if isinstance(x.tokens, int) and x.tokens == 0:
+        output = b.full(0.0, [x.batch, 0, c.out_heads * c.dv], c.dtype)
+        results = [output, present_state(b, c, x.batch, x.state)]
+    elif choice.strategy == "fused_simt":
+        results = fused_simt.emit_linear_attention_fused_simt(context, c, x)
+    elif choice.strategy == "recurrent":
+        results = recurrent.emit_linear_attention_recurrent(context, c, x)
+    else:
+        results = chunked.emit_linear_attention_chunked(context, c, x, chunk_size(c, context.target, context.options))
+    return [value if used else None for value, used in zip(results, c.used_outputs, strict=False)]
+
+
+OPS = tuple(
+    Op(domain, "LinearAttention", since, parse, output_types, lower, choose)
+    for domain, since in (("", 27), (MICROSOFT, 1))
+)

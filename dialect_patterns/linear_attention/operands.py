@@ -1,0 +1,65 @@
+"""What every strategy does with the operands first: static sizes in the types, and a state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from iree.compiler import ir
+
+from ..builder import Builder, Size
+from .contract import LinearAttention
+
+
+@dataclass(frozen=True)
+class Operands:
+    """The operands in their own types, with everything static that the contract knows.
+
+    Attributes:
+        query: [B, T, Hq * dk].
+        key: [B, T, Hk * dk].
+        value: [B, T, Hkv * dv].
+        decay: [B, T, Hkv] or [B, T, Hkv * dk], None if the rule has none.
+        beta: [B, T, Hkv] or [B, T, 1], None if the rule has none.
+        batch: B.
+        tokens: T.
+        past: [B, Hkv, dk, dv], None where the node has no past state.
+        state: [B * Hkv, dk, dv], zeros where the node has no past state.
+    """
+
+    query: ir.Value
+    key: ir.Value
+    value: ir.Value
+    decay: ir.Value | None
+    beta: ir.Value | None
+    batch: Size
+    tokens: Size
+    past: ir.Value | None
+    state: ir.Value
+
+
+def refine_inputs(b: Builder, contract: LinearAttention, values: Sequence[ir.Value | None]) -> list[ir.Value | None]:
+    """All six operands with the static sizes in their types, None where left out."""
+    return [
+        b.refine(value, spec) if value is not None and spec is not None else None
+        for value, spec in zip([*values, *[None] * (6 - len(values))], contract.input_specs, strict=True)
+    ]
+
+
+def prepare(b: Builder, contract: LinearAttention, values: Sequence[ir.Value | None]) -> Operands:
+    """Put the static sizes into the operands' types and fill in the past state."""
+    query, key, value, past, decay, beta = refine_inputs(b, contract, values)
+    assert query is not None
+    assert key is not None
+    assert value is not None
+    batch = b.dim(query, 0)
+    if past is None:
+        state = b.full(0.0, [b.mul(batch, contract.kv_heads), contract.dk, contract.dv], contract.state_dtype)
+    else:
+        state = b.collapse(past, 0, 1)
+    return Operands(query, key, value, decay, beta, batch, b.dim(query, 1), past, state)
+
+
+def present_state(b: Builder, contract: LinearAttention, batch: Size, state: ir.Value) -> ir.Value:
+    """The carried state [B * Hkv, dk, dv] in f32 as the operator's second output; the one rounding of a call."""
+    return b.expand(b.cast(state, contract.state_dtype), 0, [batch, contract.kv_heads])

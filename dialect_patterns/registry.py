@@ -1,0 +1,42 @@
+"""All operators that our patterns lower, by domain and name."""
+
+from __future__ import annotations
+
+from .causal_conv import op as causal_conv
+from .hybrid import (
+    attention,
+    gated_rms_norm,
+    group_query_attention,
+    linear_attention_gate,
+    lp_normalization,
+    m_rotary_embedding,
+    mat_mul_n_bits,
+    rms_normalization,
+    rotary_embedding,
+    simplified_layer_normalization,
+    skip_simplified_layer_normalization,
+)
+from .linear_attention import op as linear_attention
+from .op import Op
+
+OPS: tuple[Op, ...] = (
+    *linear_attention.OPS,
+    *causal_conv.OPS,
+    *attention.OPS,
+    *group_query_attention.OPS,
+    *gated_rms_norm.OPS,
+    *linear_attention_gate.OPS,
+    *lp_normalization.OPS,
+    *m_rotary_embedding.OPS,
+    *mat_mul_n_bits.OPS,
+    *rotary_embedding.OPS,
+    *simplified_layer_normalization.OPS,
+    *skip_simplified_layer_normalization.OPS,
+    *rms_normalization.OPS,
+)
+
+
+def find_op(domain: str, op_type: str, version: int) -> Op | None:
+    """The module for an operator: the newest entry not newer than ``version``, or None."""
+    entries = [op for op in OPS if op.domain == domain and op.op_type == op_type and op.since <= version]
+    return max(entries, key=lambda op: op.since, default=None)

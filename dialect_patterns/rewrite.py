@@ -1,0 +1,143 @@
+"""The one adapter over ``iree.compiler.rewrite``: applies the operator modules to imported functions.
+
+The importer leaves ``torch.operator "onnx.X"`` ops with the attributes ``linattn.domain``, ``linattn.version`` and
+``linattn.node`` (see ``linattn.frontend.importer``). For each one that an operator module claims, the pattern parses
+the node into the module's contract, casts operands to builtin tensors, lets the module emit, and casts back.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from iree.compiler import ir, rewrite
+
+from .builder import Builder, spec_of, tensor_type
+from .node import Node, TensorSpec
+from .op import LoweringContext
+from .registry import find_op
+
+DOMAIN, VERSION, NODE = "linattn.domain", "linattn.version", "linattn.node"
+_ONNX_ATTRIBUTE = "torch.onnx."
+_VTENSOR = re.compile(r"!torch\.vtensor<\[([^\]]*)\],([a-z0-9]+)>")
+
+
+def spec_from_torch(torch_type: ir.Type) -> TensorSpec | None:
+    """Shape and dtype of a ``!torch.vtensor`` type, None for ``!torch.none``."""
+    text = str(torch_type)
+    if text == "!torch.none":
+        return None
+    match = _VTENSOR.fullmatch(text)
+    if match is None:
+        raise AssertionError(f"not a tensor with known rank: {text}")
+    dims = tuple(None if d == "?" else int(d) for d in match[1].split(",") if d)
+    return TensorSpec(dims, re.sub(r"^[su]i", "i", match[2]))
+
+
+def _attribute_value(attribute: ir.Attribute) -> object:
+    if isinstance(attribute, ir.IntegerAttr | ir.FloatAttr | ir.StringAttr):
+        return attribute.value
+    if isinstance(attribute, ir.ArrayAttr):
+        return [_attribute_value(element) for element in attribute]
+    return attribute
+
+
+def node_of(op: ir.Operation) -> Node:
+    """The node view of an imported ``torch.operator``."""
+    attributes = op.attributes
+    onnx_attributes = {
+        named.name.removeprefix(_ONNX_ATTRIBUTE): _attribute_value(named.attr)
+        for named in (attributes[i] for i in range(len(attributes)))
+        if named.name.startswith(_ONNX_ATTRIBUTE)
+    }
+    return Node(
+        name=ir.StringAttr(attributes[NODE]).value,
+        domain=ir.StringAttr(attributes[DOMAIN]).value,
+        op_type=ir.StringAttr(attributes["name"]).value.removeprefix("onnx."),
+        version=ir.IntegerAttr(attributes[VERSION]).value,
+        inputs=tuple(spec_from_torch(operand.type) for operand in op.operands),
+        num_outputs=len(op.results),
+        attributes=onnx_attributes,
+        used_outputs=tuple(str(result.type) != "!torch.none" for result in op.results),
+    )
+
+
+def to_builtin(value: ir.Value) -> ir.Value | None:
+    """A torch tensor as a builtin tensor with signless elements; None for ``!torch.none``."""
+    spec = spec_from_torch(value.type)
+    if spec is None:
+        return None
+    result = tensor_type(spec.shape, spec.dtype)
+    return ir.Operation.create("torch_c.to_builtin_tensor", results=[result], operands=[value]).result
+
+
+def from_builtin(value: ir.Value, torch_type: ir.Type) -> ir.Value:
+    """A builtin tensor as the given torch type, with the static dimensions that type has."""
+    spec = spec_from_torch(torch_type)
+    assert spec is not None
+    if spec_of(value).dtype != spec.dtype:
+        raise AssertionError(f"{spec_of(value)} returned for {spec}")
+    refined = Builder().refine(value, spec)
+    return ir.Operation.create("torch_c.from_builtin_tensor", results=[torch_type], operands=[refined]).result
+
+
+def lower_operators(module: ir.Module, context: LoweringContext) -> int:
+    """Lower every operator of the registry in ``module``.
+
+    Args:
+        module: The imported module, changed in place.
+        context: Target and options; its ``position`` is replaced for functions that have one.
+
+    Returns:
+        How many operators were lowered.
+    """
+    count = 0
+
+    def pattern(operation: Any, rewriter: Any) -> bool:
+        nonlocal count
+        op: ir.Operation = operation.operation
+        if DOMAIN not in op.attributes:
+            return True  # no match
+        node = node_of(op)
+        entry = find_op(node.domain, node.op_type, node.version)
+        if entry is None:
+            return True
+        contract = entry.parse(node)
+        with rewriter.ip, op.location:
+            operands = [to_builtin(operand) for operand in op.operands]
+            results = entry.lower(replace(context, position=_position(op)), contract, operands)
+            rewriter.replace_op(op, _replacements(op, results))
+        count += 1
+        return False
+
+    patterns = rewrite.RewritePatternSet(module.context)
+    patterns.add("torch.operator", pattern)
+    rewrite.walk_and_apply_patterns(module.operation, patterns.freeze())
+    return count
+
+
+def _replacements(op: ir.Operation, results: Sequence[ir.Value | None]) -> list[ir.Value]:
+    values: list[ir.Value] = []
+    for old, new in zip(op.results, results, strict=True):
+        if str(old.type) == "!torch.none":
+            values.append(ir.Operation.create("torch.constant.none", results=[old.type]).result)
+        else:
+            assert new is not None, f"no value for a wanted output of {op}"
+            values.append(from_builtin(new, old.type))
+    return values
+
+
+def _position(op: ir.Operation) -> ir.Value | None:
+    """The committed position of the entry point around ``op``, an index, where it takes one."""
+    function = op.parent
+    while function is not None and function.name != "func.func":
+        function = function.parent
+    assert function is not None
+    arguments = function.regions[0].blocks[0].arguments
+    if not len(arguments) or str(arguments[len(arguments) - 1].type) != "!torch.int":
+        return None
+    i64 = ir.IntegerType.get_signless(64)
+    value = ir.Operation.create("torch_c.to_i64", results=[i64], operands=[arguments[len(arguments) - 1]]).result
+    return ir.Operation.create("arith.index_cast", results=[ir.IndexType.get()], operands=[value]).result

@@ -1,0 +1,97 @@
+"""Chooses the strategy of an operator and says why, also for each strategy that was not taken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from linattn.runtime.errors import LoweringError
+
+from .op import Choice, LoweringOptions
+from .target import Target
+
+
+@dataclass(frozen=True)
+class Yes:
+    """A strategy can lower a node.
+
+    Attributes:
+        reason: Why it would be a good choice, for the report.
+    """
+
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class No:
+    """A strategy cannot lower a node.
+
+    Attributes:
+        reason: Why not.
+    """
+
+    reason: str
+
+
+Legality = Yes | No
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """One way to lower an operator.
+
+    Attributes:
+        name: The strategy's word.
+        is_legal: Whether it can lower a contract for a target.
+        preference: Whether to take it (Yes) or why another one is better (No), asked only if it is legal.
+    """
+
+    name: str
+    is_legal: Callable[[Any, Target], Legality]
+    preference: Callable[[Any, Target, LoweringOptions], Legality]
+
+
+def select(
+    strategies: Sequence[Strategy], contract: Any, target: Target, options: LoweringOptions, where: str
+) -> Choice:
+    """The forced strategy, or the first one that is legal and preferred.
+
+    Args:
+        strategies: Best first; the last one must always be legal and preferred.
+        contract: The operator's contract.
+        target: The machine to compile for.
+        options: What the user asked for.
+        where: The node, as errors name it.
+
+    Returns:
+        The choice, with the reason of each better strategy that was not taken.
+
+    Raises:
+        LoweringError: if the forced strategy does not exist or is not legal.
+    """
+    names = [strategy.name for strategy in strategies]
+    if options.strategy is not None:
+        if options.strategy not in names:
+            raise LoweringError(
+                "unknown strategy", where=where, got=repr(options.strategy), expected=" or ".join(names)
+            )
+        forced = strategies[names.index(options.strategy)]
+        legality = forced.is_legal(contract, target)
+        if isinstance(legality, No):
+            raise LoweringError(
+                f"strategy '{forced.name}' is not possible here: {legality.reason}",
+                where=where,
+                hint="leave the strategy out to have one chosen",
+            )
+        return Choice(forced.name, "asked for")
+    rejected: dict[str, str] = {}
+    for strategy in strategies:
+        for asked in (strategy.is_legal(contract, target), strategy.preference(contract, target, options)):
+            if isinstance(asked, No):
+                rejected[strategy.name] = asked.reason
+                break
+        else:
+            reason = strategy.preference(contract, target, options)
+            return Choice(strategy.name, reason.reason, rejected)
+    raise AssertionError(f"{where}: no strategy is legal")

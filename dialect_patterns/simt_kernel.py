@@ -1,0 +1,389 @@
+"""Emits a whole operator as one GPU kernel: the executable around it, and the instructions that its body is made of.
+
+A kernel is a ``hal.executable.source`` at module level, whose body IREE leaves as written (``no_pipeline``), and a
+``flow.dispatch`` in the function. CUDA, Vulkan, ROCm and Metal compile the same text. Buffers are flat and their
+elements are vectors, so that every load has the width it is written with; 16-bit floats are loaded as 16 bits, bf16
+as integers, since not every target computes with it. All arithmetic is f32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from iree.compiler import ir
+from iree.compiler.dialects import arith, math, memref, scf, vector
+
+from .builder import spec_of
+from .scalar import Scalar
+
+MAX_GROUPS = 32_768
+"""Workgroups along y; what is beyond goes to z. Devices offer at least 65,535 of either."""
+
+_STORED = {"f32": "f32", "f16": "f16", "bf16": "i16"}
+
+
+@dataclass(frozen=True)
+class Group:
+    """The threads of a workgroup.
+
+    Attributes:
+        threads: How many.
+        subgroup: Threads of a subgroup, 0 where the target has no operations among them.
+    """
+
+    threads: int
+    subgroup: int
+
+
+def dispatch(
+    name: str,
+    group: Group,
+    tiles: int,
+    items: ir.Value,
+    numbers: Sequence[ir.Value],
+    inputs: Sequence[ir.Value],
+    outputs: Sequence[tuple[ir.RankedTensorType, list[ir.Value]]],
+    body: Callable[[Kernel], None],
+) -> list[ir.Value]:
+    """Run a kernel with ``tiles`` workgroups for each of ``items``; define it unless the module has it already.
+
+    Args:
+        name: The kernel's symbol; it must spell everything that ``body`` depends on.
+        group: The threads of a workgroup.
+        tiles: Workgroups an item.
+        items: Index value, how often the tiles are needed.
+        numbers: Index values that the kernel reads with :meth:`Kernel.number`, each below 2^31.
+        inputs: Tensors that the kernel reads, its buffers 0, 1, ...
+        outputs: Type and open sizes of each tensor that it writes, its further buffers.
+        body: Emits the kernel for one tile of one item.
+
+    Returns:
+        The outputs.
+    """
+    module = ir.InsertionPoint.current.block.owner.operation
+    while module.name != "builtin.module":
+        assert module.parent is not None
+        module = module.parent.operation
+    block = module.regions[0].blocks[0]
+    symbols = [op.attributes["sym_name"] for op in block.operations if "sym_name" in op.operation.attributes]
+    if name not in [ir.StringAttr(symbol).value for symbol in symbols]:
+        source = _source(name, group, tiles, len(numbers), len(inputs), len(outputs))
+        ir.InsertionPoint.at_block_begin(block).insert(source)
+        functions = [op for op in _blocks(source)[0].operations if op.operation.name == "builtin.module"]
+        function = _blocks(functions[0].operation)[0].operations[0]
+        with ir.InsertionPoint(_blocks(function.operation)[0].operations[0]):
+            body(Kernel(group, len(numbers), len(inputs), len(outputs)))
+    i32 = ir.IntegerType.get_signless(32)
+    constants = [arith.IndexCastOp(i32, number).result for number in numbers]
+    input_dims = [
+        _tensor_dim(tensor, axis)
+        for tensor in inputs
+        for axis, size in enumerate(spec_of(tensor).shape)
+        if size is None
+    ]
+    output_dims = [size for _, sizes in outputs for size in sizes]
+    return list(
+        ir.Operation.create(
+            "flow.dispatch",
+            results=[result for result, _ in outputs],
+            operands=[items, *constants, *inputs, *input_dims, *output_dims],
+            attributes={
+                "entry_points": ir.Attribute.parse(f"[@{name}::@{name}]"),
+                "operandSegmentSizes": ir.DenseI32ArrayAttr.get(
+                    [1, len(constants) + len(inputs), len(input_dims), len(output_dims)]
+                ),
+            },
+        ).results
+    )
+
+
+def _tensor_dim(tensor: ir.Value, axis: int) -> ir.Value:
+    index = arith.ConstantOp(ir.IndexType.get(), ir.IntegerAttr.get(ir.IndexType.get(), axis)).result
+    return ir.Operation.create("tensor.dim", results=[ir.IndexType.get()], operands=[tensor, index]).result
+
+
+def _blocks(op: ir.Operation) -> list[ir.Block]:
+    return list(op.regions[0].blocks)
+
+
+def _layout(numbers: int, inputs: int, outputs: int) -> str:
+    bindings = ["#hal.pipeline.binding<storage_buffer, ReadOnly>"] * inputs
+    bindings += ["#hal.pipeline.binding<storage_buffer>"] * outputs
+    return f"#hal.pipeline.layout<constants = {numbers}, bindings = [{', '.join(bindings)}]>"
+
+
+def _source(name: str, group: Group, tiles: int, numbers: int, inputs: int, outputs: int) -> ir.Operation:
+    """The executable with an empty kernel."""
+    subgroup = f" subgroup_size = {group.subgroup}" if group.subgroup else ""
+    op = ir.Operation.parse(f"""
+hal.executable.source private @{name} {{
+  hal.executable.export public @{name} ordinal(0) layout({_layout(numbers, inputs, outputs)})
+      count(%device: !hal.device, %items: index) -> (index, index, index) {{
+    %x = arith.constant {tiles} : index
+    %most = arith.constant {MAX_GROUPS} : index
+    %y = arith.minui %items, %most : index
+    %z = arith.ceildivui %items, %most : index
+    hal.return %x, %y, %z : index, index, index
+  }}
+  builtin.module {{
+    func.func @{name}() attributes {{translation_info = #iree_codegen.translation_info<
+        pipeline = #iree_codegen.no_pipeline workgroup_size = [{group.threads}, 1, 1]{subgroup}>}} {{
+      return
+    }}
+  }}
+}}""")
+    return op.operation
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """A flat buffer of a kernel.
+
+    Attributes:
+        value: The memref.
+        dtype: Element type of the tensor: ``f32``, ``f16`` or ``bf16``.
+        width: Elements of one load.
+    """
+
+    value: ir.Value
+    dtype: str
+    width: int
+
+
+class Kernel:
+    """Emits the instructions of one kernel.
+
+    A value of ``width`` elements is a vector, or a scalar where the width is 1; all of them are f32.
+
+    Args:
+        group: The threads of a workgroup.
+        numbers: Count of the numbers that the dispatch gives.
+        inputs: Count of the input buffers.
+        outputs: Count of the output buffers.
+    """
+
+    def __init__(self, group: Group, numbers: int, inputs: int, outputs: int) -> None:
+        self.group = group
+        self._layout = ir.Attribute.parse(_layout(numbers, inputs, outputs))
+        self._inputs = inputs
+
+    # ---- where and on what -----------------------------------------------------------------------------------------
+    def number(self, ordinal: int) -> Scalar:
+        """A number that the dispatch gives."""
+        ordinal_attr = ir.IntegerAttr.get(ir.IndexType.get(), ordinal)
+        value = ir.Operation.create(
+            "hal.interface.constant.load",
+            results=[ir.IntegerType.get_signless(32)],
+            attributes={"layout": self._layout, "ordinal": ordinal_attr},
+        ).result
+        return Scalar(value).to("index", unsigned=True)
+
+    def buffer(self, binding: int, dtype: str, size: Scalar, width: int = 1) -> Buffer:
+        """Buffer ``binding`` with ``size`` loads of ``width`` elements.
+
+        Of an input, two bf16 elements are loaded as one i32: NVIDIA's Vulkan driver makes code of vectors of i16 that
+        is four times slower.
+        """
+        element = str(self.type(width, _STORED[dtype]))
+        if dtype == "bf16" and width > 1 and binding < self._inputs:
+            element = str(self.type(width // 2, "i32"))
+        index = ir.IndexType.get()
+        attributes: dict[str, ir.Attribute] = {
+            "layout": self._layout,
+            "binding": ir.IntegerAttr.get(index, binding),
+            "alignment": ir.IntegerAttr.get(index, 64),
+            "operandSegmentSizes": ir.DenseI32ArrayAttr.get([1, 1]),
+        }
+        if binding < self._inputs:
+            attributes["descriptor_flags"] = ir.Attribute.parse("1 : i32")
+        result = ir.Type.parse(f"memref<?x{element}, #hal.descriptor_type<storage_buffer>>")
+        zero = Scalar.constant(0, "index").value
+        op = ir.Operation.create(
+            "hal.interface.binding.subspan", results=[result], operands=[zero, size.value], attributes=attributes
+        )
+        return Buffer(op.result, dtype, width)
+
+    def shared(self, elements: int) -> Buffer:
+        """Memory of the workgroup, f32."""
+        kind = ir.Type.parse(f"memref<{elements}xf32, #gpu.address_space<workgroup>>")
+        attributes = {"operandSegmentSizes": ir.DenseI32ArrayAttr.get([0, 0])}
+        return Buffer(ir.Operation.create("memref.alloc", results=[kind], attributes=attributes).result, "f32", 1)
+
+    def thread(self) -> Scalar:
+        """This thread's number in the workgroup."""
+        attribute = {"dimension": ir.Attribute.parse("#gpu.dim<x>")}
+        op = ir.Operation.create("gpu.thread_id", results=[ir.IndexType.get()], attributes=attribute)
+        return Scalar(op.result)
+
+    def tile(self) -> Scalar:
+        """The tile that this workgroup computes."""
+        return self._group_id(0)
+
+    def item(self) -> Scalar:
+        """The item that this workgroup computes; may be beyond the last one."""
+        return self._group_id(1) + self._group_id(2) * MAX_GROUPS
+
+    def _group_id(self, dimension: int) -> Scalar:
+        attribute = {"dimension": ir.IntegerAttr.get(ir.IndexType.get(), dimension)}
+        op = ir.Operation.create("hal.interface.workgroup.id", results=[ir.IndexType.get()], attributes=attribute)
+        return Scalar(op.result)
+
+    def barrier(self) -> None:
+        """Wait for the workgroup's threads and what they wrote to its memory."""
+        ir.Operation.create("gpu.barrier")
+
+    # ---- memory ----------------------------------------------------------------------------------------------------
+    def load(self, buffer: Buffer, index: Scalar) -> ir.Value:
+        """Load ``index`` of a buffer as stored; :meth:`widen` it where it is used, so that nothing waits before."""
+        return memref.LoadOp(buffer.value, [index.value]).result
+
+    def widen(self, buffer: Buffer, stored: ir.Value) -> ir.Value:
+        """What was loaded from a buffer, in f32."""
+        if buffer.dtype == "f32":
+            return stored
+        if buffer.dtype == "f16":
+            return arith.ExtFOp(self.type(buffer.width), stored).result
+        if buffer.width > 1:
+            halves = [half for pair in self.elements(stored) for half in self._halves(pair)]
+            return self.join([arith.BitcastOp(self.type(1), half).result for half in halves])
+        bits = arith.ExtUIOp(self.type(1, "i32"), stored).result
+        return arith.BitcastOp(self.type(1), arith.ShLIOp(bits, self._integers(16, 1)).result).result
+
+    def _halves(self, pair: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """The f32 bits of two bf16 numbers in one i32, the first in memory first."""
+        low = arith.ShLIOp(pair, self._integers(16, 1)).result
+        return low, arith.AndIOp(pair, self._integers(-(1 << 16), 1)).result
+
+    def stored_zero(self, buffer: Buffer) -> ir.Value:
+        """Zero as a buffer of width 1 stores it."""
+        return Scalar.constant(0, _STORED[buffer.dtype]).value
+
+    def store_as_is(self, stored: ir.Value, buffer: Buffer, index: Scalar) -> None:
+        """Write what was loaded from a buffer of the same type."""
+        memref.StoreOp(stored, buffer.value, [index.value])
+
+    def store(self, value: ir.Value, buffer: Buffer, index: Scalar) -> None:
+        """Write ``value``, rounded to the buffer's type."""
+        if buffer.dtype == "f16":
+            value = arith.TruncFOp(self.type(buffer.width, "f16"), value).result
+        elif buffer.dtype == "bf16":
+            value = self._bf16_bits(value, buffer.width)
+        memref.StoreOp(value, buffer.value, [index.value])
+
+    def _bf16_bits(self, value: ir.Value, width: int) -> ir.Value:
+        """To nearest even; NaN stays NaN."""
+        bits = arith.BitcastOp(self.type(width, "i32"), value).result
+        high = arith.ShRUIOp(bits, self._integers(16, width)).result
+        odd = arith.AndIOp(high, self._integers(1, width)).result
+        rounded = arith.AddIOp(arith.AddIOp(bits, self._integers(0x7FFF, width)).result, odd).result
+        rounded = arith.ShRUIOp(rounded, self._integers(16, width)).result
+        nan = arith.CmpFOp(arith.CmpFPredicate.UNO, value, value).result
+        quiet = arith.OrIOp(high, self._integers(0x40, width)).result
+        chosen = arith.SelectOp(nan, quiet, rounded).result
+        return arith.TruncIOp(self.type(width, "i16"), chosen).result
+
+    # ---- arithmetic ------------------------------------------------------------------------------------------------
+    def type(self, width: int, element: str = "f32") -> ir.Type:
+        """The type of a value of ``width`` elements."""
+        return ir.Type.parse(element if width == 1 else f"vector<{width}x{element}>")
+
+    def _integers(self, value: int, width: int) -> ir.Value:
+        return self.splat(Scalar.constant(value, "i32").value, width)
+
+    def constant(self, value: float, width: int = 1) -> ir.Value:
+        """``value`` in all elements."""
+        return self.splat(Scalar.constant(value, "f32").value, width)
+
+    def splat(self, value: ir.Value, width: int) -> ir.Value:
+        """A scalar in all elements."""
+        return value if width == 1 else vector.BroadcastOp(self.type(width, str(value.type)), value).result
+
+    def elements(self, value: ir.Value) -> list[ir.Value]:
+        """The elements as scalars."""
+        if not str(value.type).startswith("vector"):
+            return [value]
+        count = ir.ShapedType(value.type).get_dim_size(0)
+        return [vector.ExtractOp(value, [], [i]).result for i in range(count)]
+
+    def join(self, values: Sequence[ir.Value]) -> ir.Value:
+        """Scalars as one value."""
+        if len(values) == 1:
+            return values[0]
+        return vector.FromElementsOp(self.type(len(values)), list(values)).result
+
+    def add(self, a: ir.Value, b: ir.Value) -> ir.Value:
+        """The sum."""
+        return arith.AddFOp(a, b).result
+
+    def sub(self, a: ir.Value, b: ir.Value) -> ir.Value:
+        """The difference."""
+        return arith.SubFOp(a, b).result
+
+    def mul(self, a: ir.Value, b: ir.Value) -> ir.Value:
+        """The product."""
+        return arith.MulFOp(a, b).result
+
+    def fma(self, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+        """The product of two plus a third with one rounding."""
+        return math.FmaOp(a, b, c).result
+
+    def div(self, a: ir.Value, b: ir.Value) -> ir.Value:
+        """The quotient."""
+        return arith.DivFOp(a, b).result
+
+    def neg(self, a: ir.Value) -> ir.Value:
+        """The negative."""
+        return arith.NegFOp(a).result
+
+    def exp(self, a: ir.Value) -> ir.Value:
+        """Euler's number to the power of each element."""
+        return math.ExpOp(a).result
+
+    def select(self, condition: Scalar, true: ir.Value, false: ir.Value) -> ir.Value:
+        """``true`` where the i1 is set, else ``false``; SPIR-V before 1.4 has no select of vectors by one bit."""
+        pairs = zip(self.elements(true), self.elements(false), strict=True)
+        return self.join([arith.SelectOp(condition.value, a, b).result for a, b in pairs])
+
+    def shuffle_xor(self, value: ir.Value, offset: int) -> ir.Value:
+        """The scalar ``value`` of the thread whose number in the subgroup differs by the bits ``offset``."""
+        operands = [value, *(Scalar.constant(n, "i32").value for n in (offset, self.group.subgroup))]
+        types = [value.type, ir.IntegerType.get_signless(1)]
+        mode = {"mode": ir.Attribute.parse("#gpu<shuffle_mode<xor>>")}
+        return ir.Operation.create("gpu.shuffle", results=types, operands=operands, attributes=mode).results[0]
+
+    # ---- control flow ----------------------------------------------------------------------------------------------
+    def when(self, condition: Scalar, body: Callable[[], None]) -> None:
+        """``body`` where the i1 ``condition`` is set."""
+        op = scf.IfOp(condition.value)
+        with ir.InsertionPoint(op.then_block):
+            body()
+            scf.YieldOp([])
+
+    def choose(
+        self, condition: Scalar, then: Callable[[], Sequence[ir.Value]], otherwise: Callable[[], Sequence[ir.Value]],
+        types: Sequence[ir.Type],
+    ) -> list[ir.Value]:  # fmt: skip
+        """The values of ``then`` where ``condition`` is set, else those of ``otherwise``; only one of them runs."""
+        op = scf.IfOp(condition.value, list(types), has_else=True)
+        with ir.InsertionPoint(op.then_block):
+            scf.YieldOp(list(then()))
+        with ir.InsertionPoint(op.else_block):
+            scf.YieldOp(list(otherwise()))
+        return list(op.results)
+
+    def loop(
+        self,
+        start: Scalar,
+        stop: Scalar,
+        step: int,
+        initial: Sequence[ir.Value],
+        body: Callable[[Scalar, list[ir.Value]], Sequence[ir.Value]],
+    ) -> list[ir.Value]:
+        """``scf.for``: ``body(index, carried)`` returns the next carried values; returns the last ones."""
+        op = scf.ForOp(start.value, stop.value, Scalar.constant(step, "index").value, list(initial))
+        with ir.InsertionPoint(op.body):
+            carried = list(op.inner_iter_args)
+            scf.YieldOp(list(body(Scalar(cast(Any, op.induction_variable)), carried)))
+        return list(op.results)

@@ -1,0 +1,132 @@
+"""``linattn-compile``: an ONNX model in, a self-describing IREE module out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from linattn.runtime.errors import InputError, LinattnError
+
+from .report import stderr_progress
+from .targets import TARGETS
+
+OPEN = "open"
+
+
+def _positive(text: str, option: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) < 1 << 31:
+        raise InputError("not a positive number", where=option, got=repr(text))
+    return int(text)
+
+
+def _batch(text: str) -> int | None:
+    return None if text == OPEN else _positive(text, "--batch")
+
+
+def _max_context(text: str | None) -> int | str | None:
+    if text is None:
+        return "default"
+    return None if text == OPEN else _positive(text, "--max-context")
+
+
+def _blocks(text: str | None) -> tuple[int, ...] | str | None:
+    if text is None:
+        return "default"
+    if text == OPEN:
+        return None
+    return tuple(_positive(part, "--prefill-blocks") for part in text.split(","))
+
+
+def _dims(pairs: Sequence[str]) -> dict[str, int]:
+    dims: dict[str, int] = {}
+    for pair in pairs:
+        name, equals, size = pair.partition("=")
+        if not equals:
+            raise InputError("not understood", where="--dim", got=repr(pair), expected="NAME=N")
+        dims[name] = _positive(size, f"--dim {name}")
+    return dims
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="linattn-compile",
+        description="Compile an ONNX model with LinearAttention or CausalConvWithState with IREE.",
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="path of the .onnx file; its external data must lie beside it")
+    add("--target", default="cpu", metavar="|".join(TARGETS), help="machine to compile for (default: cpu)")
+    add("-o", "--output", metavar="OUT", help="module to write (default: MODEL's name, the target and .vmfb)")
+    add("--dim", action="append", default=[], metavar="NAME=N", help="bind a symbolic dim of the model; repeatable")
+    add(
+        "--cpu-features", metavar="host|generic|...", help="a CPU's name or features such as +avx2,+fma (default: host)"
+    )
+    add("--gpu-target", metavar="NAME", help="a GPU architecture, such as sm_89 or ada")
+    add("--batch", default="1", metavar="N|open", help="rows of a call (default: 1)")
+    add("--max-context", metavar="N|open", help="tokens that the KV caches hold (default: the model's, at most 4096)")
+    add("--prefill-blocks", metavar="N,N,...|open", help="sizes of the prefill entry points (default: by target)")
+    add("--chunk-size", metavar="N", help="tokens a chunk in chunk-parallel lowerings, a power of two")
+    add("--strategy", metavar="NAME", help="force one lowering of the two operators; fails where it is not legal")
+    add("--params", metavar="FILE.irpa", help="write the weights to this file instead of into the module")
+    add("--dump-ir", metavar="DIR", help="keep the IR after each stage")
+    add("--report", metavar="FILE.json", help="write what was found and chosen as JSON")
+    add("--quiet", action="store_true", help="show neither progress nor the report")
+    add("--debug", action="store_true", help="show a traceback with an error")
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    try:
+        from .compile import CompileOptions, compile_model
+    except ModuleNotFoundError as error:
+        hint = "pip install 'linattn[compile]'"
+        raise LinattnError(f"the compiler needs the package {error.name}", hint=hint) from error
+    chunk = arguments.chunk_size
+    options = CompileOptions(
+        target=arguments.target,
+        cpu_features=arguments.cpu_features,
+        gpu_target=arguments.gpu_target,
+        dims=_dims(arguments.dim),
+        batch=_batch(arguments.batch),
+        max_context=_max_context(arguments.max_context),
+        prefill_blocks=_blocks(arguments.prefill_blocks),
+        chunk_size=_positive(chunk, "--chunk-size") if chunk else None,
+        strategy=arguments.strategy,
+        params=Path(arguments.params) if arguments.params else None,
+        dump_ir=Path(arguments.dump_ir) if arguments.dump_ir else None,
+    )
+    model = Path(arguments.model)
+    stem = model.resolve().parent.name if model.stem == "model" else model.stem
+    output = Path(arguments.output) if arguments.output else Path(f"{stem}-{options.target}.vmfb")
+    for path in (output, options.params, arguments.report):
+        if path is not None and not Path(path).resolve().parent.is_dir():
+            raise InputError("no such folder", where=str(path), hint="create it first")
+    progress = None if arguments.quiet else stderr_progress(6)
+    compiled = compile_model(model, options, output=output, progress=progress)
+    if arguments.report:
+        Path(arguments.report).write_text(json.dumps(compiled.report.to_dict(), indent=2) + "\n")
+    if not arguments.quiet:
+        print(compiled.report.to_text())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, or 2 for an error that the user can mend."""
+    arguments = _parser().parse_args(argv)
+    try:
+        _run(arguments)
+    except (LinattnError, OSError) as error:
+        if arguments.debug:
+            traceback.print_exc()
+        print(f"linattn-compile: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("linattn-compile: stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

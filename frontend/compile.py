@@ -1,0 +1,307 @@
+"""The way of a model, as one readable list of stages: load, check, pair states, plan, import, rewrite, compile."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx.inliner
+from iree.compiler import ir
+from linattn.dialect_patterns.builder import Builder
+from linattn.dialect_patterns.op import LoweringContext, LoweringOptions
+from linattn.dialect_patterns.registry import find_op
+from linattn.dialect_patterns.rewrite import lower_operators
+from linattn.runtime.errors import LoweringError, UnsupportedModelError
+from linattn.runtime.manifest import REFLECTION_KEY, Manifest, Parameters
+from linattn.runtime.manifest import Target as ManifestTarget
+
+from .dims import find_roles
+from .entry_points import ModuleOptions, ModulePlan, plan_module
+from .importer import Weights, import_entry_point
+from .iree import Compiler
+from .model import LoadedModel, load_model
+from .parameters import PARAMETER_SCOPE, write_parameters
+from .report import CompileReport, NodeRow, Progress
+from .schema import check_contracts, check_supported, domain_of, infer_types
+from .specialize import SpecializedGraph, specialize
+from .states import find_states
+from .targets import CompileTarget, TargetOptions, resolve_target
+
+REPORTED_OPS = ("LinearAttention", "CausalConvWithState")
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """Everything ``linattn-compile`` can be asked for.
+
+    Attributes:
+        target: ``cpu``, ``cuda`` or ``vulkan``.
+        cpu_features: See :class:`~linattn.frontend.targets.TargetOptions`.
+        gpu_target: Likewise.
+        dims: Symbol -> size, for symbols that are not batch, tokens or lengths.
+        batch: Rows of a call; None for open.
+        max_context: Capacity of the KV caches in tokens; None for open; ``default`` for min(the model's, 4096).
+        prefill_blocks: Sizes in tokens; None for one entry point with any number; ``default`` for the target's.
+        chunk_size: Tokens a chunk of the chunk-parallel forms; None for the default.
+        strategy: Forces one strategy on the two state operators.
+        params: Write the weights to this ``.irpa`` file instead of into the module.
+        dump_ir: Folder for the IR after each stage.
+    """
+
+    target: str = "cpu"
+    cpu_features: str | None = None
+    gpu_target: str | None = None
+    dims: Mapping[str, int] = field(default_factory=dict[str, int])
+    batch: int | None = 1
+    max_context: int | str | None = "default"
+    prefill_blocks: tuple[int, ...] | str | None = "default"
+    chunk_size: int | None = None
+    strategy: str | None = None
+    params: Path | None = None
+    dump_ir: Path | None = None
+
+
+@dataclass(frozen=True)
+class CompiledModel:
+    """The result of :func:`compile_model`.
+
+    Attributes:
+        module: The bytes of the ``.vmfb``, empty if it was written to a file.
+        manifest: What the module says about itself.
+        report: What was found and chosen.
+    """
+
+    module: bytes
+    manifest: Manifest
+    report: CompileReport
+
+
+def compile_model(
+    source: str | Path | onnx.ModelProto,
+    options: CompileOptions | None = None,
+    *,
+    output: str | Path | None = None,
+    progress: Progress | None = None,
+) -> CompiledModel:
+    """Compile an ONNX model for a target.
+
+    Args:
+        source: Path of the model, or the model itself.
+        options: What to compile for.
+        output: File for the module; it appears whole or not at all. Without it the bytes are returned.
+        progress: Told of each stage.
+
+    Raises:
+        UnsupportedModelError: if the model is damaged or cannot be compiled; nothing has been compiled then.
+        TargetError: if the target or one of its options is not known.
+        LoweringError: if a forced strategy is not legal or IREE fails.
+    """
+    options = options or CompileOptions()
+    progress = progress or Progress(6)
+    target = resolve_target(options.target, TargetOptions(options.cpu_features, options.gpu_target))
+    with progress.stage("load and check the model"):
+        model = load_model(source)
+        _bind_named_dims(model.proto, options.dims)
+        _inline_functions(model.proto)
+        _leave_out_unused_outputs(model.proto)
+        versions = _versions(model.proto)
+        check_supported(model.proto.graph.node, versions)
+    with progress.stage("pair states, plan entry points"):
+        plan, graphs = _plan(model, versions, options, target)
+    report = _report(model, plan, graphs, versions, options, target)
+    manifest = _manifest(model, plan, report, target, options)
+    compiler = Compiler(target.flags, options.dump_ir)
+    with progress.stage(f"import {len(graphs)} entry points"), compiler.building():
+        module = ir.Module.create()
+        if target.device_attribute is not None:
+            module.operation.attributes["hal.device.targets"] = ir.Attribute.parse(target.device_attribute)
+        weights = Weights(module, model.weights, PARAMETER_SCOPE if options.params else None)
+        for entry, graph in zip(plan.entry_points, graphs, strict=True):
+            reflection = {REFLECTION_KEY: manifest.to_json()} if entry is plan.entry_points[0] else {}
+            import_entry_point(entry.symbol, graph, plan.signature(), weights, reflection)
+        compiler.dump(module, "import")
+    with progress.stage("lower operators"):
+        with compiler.building():
+            lower_operators(module, LoweringContext(Builder(), target.capabilities, _lowering_options(options)))
+            compiler.dump(module, "lower-operators")
+        compiler.convert_torch(module)
+        compiler.dump(module, "linalg")
+    with progress.stage(f"generate code for {target.name} ({target.description})"):
+        partial = Path(f"{output}.partial") if output else None
+        try:
+            data = compiler.compile(module, partial)
+        except BaseException:
+            if partial is not None:
+                partial.unlink(missing_ok=True)
+            raise
+    with progress.stage("write"):
+        if options.params is not None:
+            write_parameters(options.params, weights.stored)
+        if partial is not None and output is not None:
+            os.replace(partial, output)
+        report.output = str(output or "in memory")
+        report.output_bytes = Path(output).stat().st_size if output else len(data)
+    report.stages = dict(progress.seconds)
+    return CompiledModel(data, manifest, report)
+
+
+def _versions(proto: onnx.ModelProto) -> dict[str, int]:
+    return {("" if o.domain == "ai.onnx" else o.domain): o.version for o in proto.opset_import}
+
+
+def _lowering_options(options: CompileOptions) -> LoweringOptions:
+    return LoweringOptions(options.strategy, options.chunk_size)
+
+
+def _bind_named_dims(proto: onnx.ModelProto, dims: Mapping[str, int]) -> None:
+    graph = proto.graph
+    found: set[str] = set()
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param:
+                found.add(dim.dim_param)
+                if dim.dim_param in dims:
+                    dim.dim_value = dims[dim.dim_param]
+    for name in dims:
+        if name not in found:
+            known = ", ".join(sorted(found)) or "none"
+            raise UnsupportedModelError("the model has no such dim", where=f"--dim {name}", expected=known)
+
+
+def _inline_functions(proto: onnx.ModelProto) -> None:
+    """Drop function bodies of operators that we lower ourselves, inline the others."""
+    if not proto.functions:
+        return
+    versions = _versions(proto)
+    kept = [f for f in proto.functions if find_op(f.domain, f.name, versions.get(f.domain, 1)) is None]
+    del proto.functions[:]
+    if kept:
+        proto.functions.extend(kept)
+        proto.CopyFrom(onnx.inliner.inline_local_functions(proto))
+        for index, node in enumerate(proto.graph.node):
+            node.name = node.name or f"{node.op_type}_{index}"
+
+
+def _leave_out_unused_outputs(proto: onnx.ModelProto) -> None:
+    """Exporters name optional outputs that nobody reads (a norm's mean); leave them out as ONNX does."""
+    graph, versions = proto.graph, _versions(proto)
+    used = {v.name for v in graph.output} | {name for node in graph.node for name in node.input}
+    for node in graph.node:
+        if find_op(domain_of(node), node.op_type, versions.get(domain_of(node), 1)) is not None:
+            for i, name in enumerate(node.output):
+                if i and name not in used:
+                    node.output[i] = ""
+
+
+def _plan(
+    model: LoadedModel, versions: Mapping[str, int], options: CompileOptions, target: CompileTarget
+) -> tuple[ModulePlan, list[SpecializedGraph]]:
+    graph = model.proto.graph
+    pairs = find_states(graph)
+    types = infer_types(model.proto)
+    check_contracts(graph, types, versions, partial=True)  # before a broken node leaves later ones without types
+    roles = find_roles(graph, types, pairs)
+    blocks = target.prefill_blocks if options.prefill_blocks == "default" else options.prefill_blocks
+    assert not isinstance(blocks, str)
+    module_options = ModuleOptions(options.batch, options.max_context, blocks)
+    plan = plan_module(graph, types, versions, pairs, roles, module_options)
+    graphs: list[SpecializedGraph] = []
+    for entry in plan.entry_points:
+        sizes = plan.sizes(entry)
+        specialized = specialize(model.proto, sizes, plan.state_types, plan.capacity_pairs)
+        check_contracts(specialized.proto.graph, specialized.types, versions)
+        graphs.append(specialized)
+    return plan, graphs
+
+
+def _report(
+    model: LoadedModel,
+    plan: ModulePlan,
+    graphs: list[SpecializedGraph],
+    versions: Mapping[str, int],
+    options: CompileOptions,
+    target: CompileTarget,
+) -> CompileReport:
+    report = CompileReport(model.name, f"{target.name}, {target.description}", weight_bytes=model.weight_bytes())
+    report.notes = [*target.notes, *plan.notes]
+    report.entry_points = [e.symbol for e in plan.entry_points]
+    rows: dict[str, list[NodeRow]] = {}
+    for graph in graphs:
+        contracts = check_contracts(graph.proto.graph, graph.types, versions)
+        for node in graph.proto.graph.node:
+            op = find_op(domain_of(node), node.op_type, versions.get(domain_of(node), 1))
+            if op is None or op.choose is None or node.op_type not in REPORTED_OPS:
+                continue
+            choice = op.choose(contracts[node.name], target.capabilities, _lowering_options(options))
+            label = f"{domain_of(node) or 'ai.onnx'}.{node.op_type}"
+            row = NodeRow(
+                node.name, label, choice.rule, choice.heads, _types(node, graph), choice.strategy, choice.reason,
+                dict(choice.rejected),
+            )  # fmt: skip
+            rows.setdefault(node.name, []).append(row)
+    report.nodes = [_merge(entry_rows, plan) for entry_rows in rows.values()]
+    for state, pair in zip(plan.states, plan.pairs, strict=True):
+        sizes = {"batch": plan.batch or 1, "past": plan.max_context or 0}
+        dims = [d if isinstance(d, int) else sizes.get(plan.roles.roles.get(d, ""), 1) for d in state.shape]
+        total = report.states.setdefault(pair.kind, {"count": 0, "bytes": 0})
+        item = onnx.helper.tensor_dtype_to_np_dtype(plan.state_types[pair.past].tensor_type.elem_type).itemsize
+        total["count"] += 1
+        total["bytes"] += math.prod(dims) * item
+    return report
+
+
+def _types(node: onnx.NodeProto, graph: SpecializedGraph) -> str:
+    names = [node.input[0]] + ([node.input[3]] if len(node.input) > 3 and node.input[3] else [])
+    short = [onnx.TensorProto.DataType.Name(graph.types[n].tensor_type.elem_type).lower() for n in names]
+    return short[0] if len(set(short)) == 1 else f"{short[0]}, state {short[1]}"
+
+
+def _merge(rows: list[NodeRow], plan: ModulePlan) -> NodeRow:
+    """One row a node: the strategies of all entry points where they differ."""
+    if len({r.strategy for r in rows}) == 1:
+        return dataclasses.replace(rows[-1], rejected=rows[0].rejected | rows[-1].rejected)
+    groups: dict[str, list[str]] = {}
+    reasons: dict[str, str] = {}
+    for row, entry in zip(rows, plan.entry_points, strict=True):
+        groups.setdefault(row.strategy, []).append(entry.symbol)
+        reasons.setdefault(row.strategy, row.reason)
+    strategy = ", ".join(f"{s} ({', '.join(names)})" for s, names in groups.items())
+    reason = "; ".join(f"{s}: {r}" for s, r in reasons.items())
+    rejected: dict[str, str] = {}
+    for row, entry in zip(rows, plan.entry_points, strict=True):
+        rejected |= {f"{entry.symbol}: {s}": why for s, why in row.rejected.items()}
+    return dataclasses.replace(rows[0], strategy=strategy, reason=reason, rejected=rejected)
+
+
+def _manifest(
+    model: LoadedModel, plan: ModulePlan, report: CompileReport, target: CompileTarget, options: CompileOptions
+) -> Manifest:
+    versions = {name: metadata.version(name) for name in ("linattn", "onnx")}
+    versions["iree"] = metadata.version("iree-base-compiler")
+    nodes: tuple[Any, ...] = tuple(dataclasses.asdict(row) for row in report.nodes)
+    return Manifest(
+        model_name=model.name,
+        model_sha256=model.sha256,
+        target=ManifestTarget(target.name, target.device, target.description, target.subgroup_size),
+        batch=plan.batch,
+        max_context=plan.max_context,
+        context_limit=plan.context_limit,
+        inputs=plan.inputs,
+        outputs=plan.outputs,
+        states=plan.states,
+        entry_points=plan.entry_points,
+        dims=plan.roles.roles,
+        nodes=nodes,
+        parameters=Parameters(PARAMETER_SCOPE, options.params.name) if options.params else None,
+        producer=versions,
+    )
+
+
+__all__ = ["CompileOptions", "CompiledModel", "LoweringError", "compile_model"]

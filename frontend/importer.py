@@ -1,0 +1,191 @@
+"""ONNX graphs into MLIR: one function an entry point, one copy of the weights for all of them.
+
+This is the only file that touches IREE's ONNX importer. It adds to it: weights become module-level globals that every
+entry point reads; nodes carry their domain, opset and name; KV caches of fixed capacity are
+returned in the buffers that they came in.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+import onnx
+from iree.compiler import ir
+from iree.compiler.dialects import func
+from iree.compiler.extras import onnx_importer
+from linattn.dialect_patterns.rewrite import DOMAIN, NODE, VERSION
+from onnx import numpy_helper
+
+from .schema import DTYPES, domain_of
+from .specialize import SpecializedGraph
+
+MIN_GLOBAL_ELEMENTS = 256
+"""Smaller initializers are written into the function: shapes and axes must be seen by the importer."""
+
+
+@dataclass
+class Weights:
+    """The weights of the module, each a global of its own.
+
+    Attributes:
+        module: The module they are added to.
+        arrays: Initializer name -> values, for weights outside the graph.
+        parameter_scope: Scope of IREE parameters if the weights lie in a file of their own, else None.
+        names: Initializer name -> symbol, of the globals made so far.
+        stored: Parameter name -> values, of the weights that the file must hold.
+    """
+
+    module: ir.Module
+    arrays: Mapping[str, np.ndarray[Any, Any]]
+    parameter_scope: str | None = None
+    names: dict[str, str] = field(default_factory=dict[str, str])
+    stored: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict[str, "np.ndarray[Any, Any]"])
+
+    def load(self, tensor: onnx.TensorProto) -> ir.Value:
+        """Read a weight at the current insertion point, as a builtin tensor."""
+        value_type = self._type(tensor)
+        if tensor.name not in self.names:
+            self._define(tensor, value_type)
+        symbol = ir.FlatSymbolRefAttr.get(self.names[tensor.name])
+        return ir.Operation.create("util.global.load", results=[value_type], attributes={"global": symbol}).result
+
+    def _type(self, tensor: onnx.TensorProto) -> ir.Type:
+        return ir.RankedTensorType.get(list(tensor.dims), ir.Type.parse(DTYPES[tensor.data_type]))
+
+    def _define(self, tensor: onnx.TensorProto, value_type: ir.Type) -> None:
+        symbol = f"{len(self.names)}." + re.sub(r"[^\w.]", "_", tensor.name)
+        self.names[tensor.name] = symbol
+        array = self.arrays.get(tensor.name)
+        if array is None:
+            array = numpy_helper.to_array(tensor)
+        array = np.ascontiguousarray(array)
+        if self.parameter_scope is not None:
+            self.stored[symbol] = array
+            text = f'#flow.parameter.named<"{self.parameter_scope}"::"{symbol}"> : {value_type}'
+            value = ir.Attribute.parse(text)
+        else:
+            value = ir.DenseResourceElementsAttr.get_from_buffer(
+                array.view(np.uint8).reshape(-1) if array.size else b"", symbol, value_type, alignment=64
+            )
+        with ir.InsertionPoint.at_block_begin(self.module.body):
+            ir.Operation.create(
+                "util.global",
+                attributes={
+                    "sym_name": ir.StringAttr.get(symbol),
+                    "sym_visibility": ir.StringAttr.get("private"),
+                    "type": ir.TypeAttr.get(value_type),
+                    "initial_value": value,
+                },
+            )
+
+
+class _EntryPointImporter(onnx_importer.NodeImporter):
+    """IREE's importer with our weights and node attributes."""
+
+    weights: Weights
+    versions: Mapping[str, int]
+
+    def import_initializer(self, initializer: onnx.TensorProto, extern_name: str | None = None) -> ir.Value:
+        outside = initializer.name in self.weights.arrays
+        if not outside and np.prod(initializer.dims) < MIN_GLOBAL_ELEMENTS:
+            return super().import_initializer(initializer, cast(str, extern_name))
+        with ir.InsertionPoint(self._b), ir.Location.name(initializer.name):
+            torch_type = self._cc.tensor_proto_to_type(initializer)
+            loaded = self.weights.load(initializer)
+            value = ir.Operation.create("torch_c.from_builtin_tensor", results=[torch_type], operands=[loaded]).result
+        self._nv_map[initializer.name] = value
+        return value
+
+    def import_node(self, node: onnx.NodeProto) -> None:
+        super().import_node(node)
+        operation = self._b.operations[len(self._b.operations) - 1].operation
+        domain = domain_of(node)
+        operation.attributes[DOMAIN] = ir.StringAttr.get(domain)
+        operation.attributes[NODE] = ir.StringAttr.get(node.name)
+        operation.attributes[VERSION] = ir.IntegerAttr.get(
+            ir.IntegerType.get_signless(64), self.versions.get(domain, 1)
+        )
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Arguments and results of an entry point, by graph value.
+
+    Attributes:
+        arguments: Graph inputs in the order of the ABI.
+        results: Graph outputs, in the order of the ABI.
+        tied: Result -> the argument whose buffer it is written into.
+        takes_position: Whether a last i64 argument says how many tokens are committed.
+    """
+
+    arguments: Sequence[str]
+    results: Sequence[str]
+    tied: Mapping[str, str]
+    takes_position: bool
+
+
+def import_entry_point(
+    symbol: str, graph: SpecializedGraph, signature: Signature, weights: Weights, reflection: Mapping[str, str]
+) -> None:
+    """Add one entry point to the module of ``weights``.
+
+    Args:
+        symbol: Name of the function.
+        graph: Its graph.
+        signature: Its arguments and results.
+        weights: Shared by all entry points.
+        reflection: Text attributes that a runtime can read from the compiled function.
+    """
+    model = onnx.ModelProto()
+    model.CopyFrom(graph.proto)
+    del model.graph.value_info[:]
+    declared = {v.name for v in (*model.graph.input, *model.graph.output)}
+    for name, value_type in graph.types.items():
+        if name not in declared:
+            model.graph.value_info.append(onnx.ValueInfoProto(name=name, type=value_type))
+    for value in model.graph.output:
+        value.type.CopyFrom(graph.types[value.name])
+    module_op = weights.module.operation
+    cache = onnx_importer.ContextCache(module_op.context)
+    info = onnx_importer.GraphInfo(onnx_importer.ModelInfo(model), model.graph)
+    inputs = [cache.type_proto_to_type(graph.types[name]) for name in signature.arguments]
+    if signature.takes_position:
+        inputs.append(ir.Type.parse("!torch.int"))
+    results = [cache.type_proto_to_type(graph.types[name]) for name in signature.results]
+    function = func.FuncOp(symbol, ir.FunctionType.get(inputs, results), ip=ir.InsertionPoint(weights.module.body))
+    text = {key: ir.StringAttr.get(value) for key, value in reflection.items()}
+    function.operation.attributes["iree.reflection"] = ir.DictAttr.get(text)
+    index = ir.IndexType.get()
+    tied = {r: ir.IntegerAttr.get(index, list(signature.arguments).index(a)) for r, a in signature.tied.items()}
+    function.operation.attributes["res_attrs"] = ir.ArrayAttr.get(
+        [ir.DictAttr.get({"iree.abi.tied": tied[name]} if name in tied else {}) for name in signature.results]
+    )
+    block = function.add_entry_block()
+    importer = _EntryPointImporter(
+        info,
+        parent_op=function,
+        block=block,
+        context_cache=cache,
+        module_op=module_op,
+        module_cache=onnx_importer.ModuleCache(module_op, cache),
+    )
+    importer.weights = weights
+    importer.versions = {("" if o.domain == "ai.onnx" else o.domain): o.version for o in model.opset_import}
+    importer._populate_graph_attrs(function)  # pyright: ignore[reportPrivateUsage]
+    values = importer._nv_map  # pyright: ignore[reportPrivateUsage]
+    for name, argument in zip(signature.arguments, block.arguments, strict=False):
+        values[name] = argument
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # optional outputs that a node leaves out have no type
+        for tensor in model.graph.initializer:
+            importer.import_initializer(tensor)
+        importer.get_none()
+        for node in model.graph.node:
+            importer.import_node(node)
+    with ir.InsertionPoint(block):
+        func.ReturnOp([values[name] for name in signature.results])

@@ -1,0 +1,104 @@
+"""Runs IREE's compiler in this process: passes, code generation, and its diagnostics as one line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from iree.compiler import ir
+from iree.compiler.api import Invocation, Output, Session
+from iree.compiler.passmanager import PassManager
+from linattn.runtime.errors import LoweringError
+
+_TORCH_PIPELINE = "builtin.module(func.func(convert-torch-onnx-to-torch),torch-to-iree)"
+_NAMED = re.compile(r'loc\("([^"]*)"')
+
+
+class Compiler:
+    """One compilation: a context, a module in it, and IREE's flags.
+
+    Args:
+        flags: IREE compiler flags, as for ``iree-compile``.
+        dump: Folder for the IR after each stage, or None.
+    """
+
+    def __init__(self, flags: Sequence[str], dump: Path | None = None) -> None:
+        self._session = Session()
+        self._session.set_flags("--iree-input-type=none", *flags)
+        self.context: ir.Context = self._session.context
+        # A session loads no dialects by itself, and building ops of a dialect that is not loaded corrupts memory.
+        self.context.load_all_available_dialects()
+        self._dump = dump
+        self._dumped = 0
+        self._errors: list[tuple[str, str]] = []
+        self._handler = self.context.attach_diagnostic_handler(self._on_diagnostic)
+
+    def _on_diagnostic(self, diagnostic: Any) -> bool:
+        if diagnostic.severity == ir.DiagnosticSeverity.ERROR:
+            self._errors.append((diagnostic.message, str(diagnostic.location)))
+        return True
+
+    @contextmanager
+    def building(self) -> Generator[None]:
+        """Inside: ops can be built in this compiler's context."""
+        with self.context, ir.Location.unknown():
+            yield
+
+    def dump(self, module: ir.Module, stage: str) -> None:
+        """Write the module to the dump folder, weights elided."""
+        if self._dump is None:
+            return
+        self._dump.mkdir(parents=True, exist_ok=True)
+        self._dumped += 1
+        text = module.operation.get_asm(
+            large_elements_limit=16, large_resource_limit=16, enable_debug_info=False, assume_verified=True
+        )
+        (self._dump / f"{self._dumped:02d}-{stage}.mlir").write_text(text)
+
+    def convert_torch(self, module: ir.Module) -> None:
+        """From IREE's ONNX dialect to linalg: IREE's own conversions for what our patterns left.
+
+        Raises:
+            LoweringError: if an operator cannot be converted.
+        """
+        with self.building():
+            try:
+                PassManager.parse(_TORCH_PIPELINE).run(module.operation)
+            except ir.MLIRError as error:
+                text = str(error).splitlines()
+                first = next((line for line in text if "error:" in line), text[0])
+                self._errors.append((first.partition("error:")[2] or first, str(error)))
+                raise self._failure("the importer could not convert the model") from error
+
+    def compile(self, module: ir.Module, output: Path | None) -> bytes:
+        """Generate code; returns the module's bytes, or writes them to ``output`` and returns nothing.
+
+        Raises:
+            LoweringError: if IREE fails.
+        """
+        invocation = Invocation(self._session)
+        invocation.import_module(module.operation)
+        if not invocation.execute():
+            raise self._failure("IREE could not compile the model")
+        if output is None:
+            memory = Output.open_membuffer()
+            invocation.output_vm_bytecode(memory)
+            return bytes(memory.map_memory())
+        file = Output.open_file(str(output))
+        invocation.output_vm_bytecode(file)
+        file.keep()
+        file.close()
+        return b""
+
+    def _failure(self, what: str) -> LoweringError:
+        message, location = self._errors[0] if self._errors else ("no diagnostic", "")
+        named = _NAMED.search(location)
+        message = " ".join(message.split())[:300]
+        return LoweringError(
+            f"{what}: {message}",
+            where=f"node '{named[1]}'" if named and named[1] else None,
+            hint="--dump-ir DIR keeps the IR for a report",
+        )

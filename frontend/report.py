@@ -1,0 +1,132 @@
+"""What the user sees while and after compiling: stages with times, then what was found and chosen."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import TextIO
+
+
+@dataclass(frozen=True)
+class NodeRow:
+    """One line of the report: a LinearAttention or CausalConvWithState node.
+
+    Attributes:
+        name: The node's name.
+        op: Domain and operator.
+        rule: The update rule, or the activation.
+        heads: Heads and head sizes.
+        dtypes: Activation and state types.
+        strategy: Which lowering was chosen, for decode and prefill if they differ.
+        reason: Why.
+        rejected: Better strategies that were not taken -> reason.
+    """
+
+    name: str
+    op: str
+    rule: str
+    heads: str
+    dtypes: str
+    strategy: str
+    reason: str
+    rejected: dict[str, str] = field(default_factory=dict[str, str])
+
+
+@dataclass
+class CompileReport:
+    """What was compiled.
+
+    Attributes:
+        model: Name of the model.
+        target: Target and description.
+        nodes: The two operators' nodes.
+        states: Kind -> number of states and bytes in all.
+        entry_points: Names of the compiled functions.
+        output: File written.
+        output_bytes: Its size.
+        weight_bytes: Size of the weights.
+        stages: Stage -> seconds.
+        notes: Things the user should know.
+    """
+
+    model: str = ""
+    target: str = ""
+    nodes: list[NodeRow] = field(default_factory=list[NodeRow])
+    states: dict[str, dict[str, int]] = field(default_factory=dict[str, dict[str, int]])
+    entry_points: list[str] = field(default_factory=list[str])
+    output: str = ""
+    output_bytes: int = 0
+    weight_bytes: int = 0
+    stages: dict[str, float] = field(default_factory=dict[str, float])
+    notes: list[str] = field(default_factory=list[str])
+
+    def to_dict(self) -> dict[str, object]:
+        """For ``--report FILE.json``."""
+        return asdict(self)
+
+    def to_text(self) -> str:
+        """For the terminal."""
+        lines = [f"model     {self.model}  ({_mib(self.weight_bytes)} of weights)", f"target    {self.target}"]
+        if self.nodes:
+            lines.append("")
+            lines += _table(
+                ("node", "rule", "heads", "types", "strategy", "why"),
+                [(_short(r.name), r.rule, r.heads, r.dtypes, r.strategy, r.reason) for r in self.nodes],
+            )
+            lines.append("")
+        for kind, total in self.states.items():
+            lines.append(f"states    {total['count']} x {kind}, {_mib(total['bytes'])}")
+        lines.append(f"entries   {', '.join(self.entry_points)}")
+        lines.append(f"output    {self.output}  ({_mib(self.output_bytes)})")
+        lines += [f"note      {note}" for note in self.notes]
+        return "\n".join(lines)
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB"
+
+
+def _short(name: str, width: int = 44) -> str:
+    return name if len(name) <= width else "..." + name[3 - width :]
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in (header, *rows)]
+
+
+class Progress:
+    """Prints stages with their times while they run; silent without a stream."""
+
+    def __init__(self, total: int, stream: TextIO | None = None) -> None:
+        self._total = total
+        self._done = 0
+        self._stream = stream
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, title: str) -> Generator[None]:
+        """Run a stage: its title is shown at once, its time when it is done."""
+        self._done += 1
+        self._write(f"[{self._done}/{self._total}] {title} ... ")
+        start = time.perf_counter()
+        try:
+            yield
+        except BaseException:
+            self._write("failed\n")
+            raise
+        self.seconds[title] = round(time.perf_counter() - start, 3)
+        self._write(f"{self.seconds[title]:.1f} s\n")
+
+    def _write(self, text: str) -> None:
+        if self._stream is not None:
+            self._stream.write(text)
+            self._stream.flush()
+
+
+def stderr_progress(total: int) -> Progress:
+    """Progress on standard error."""
+    return Progress(total, sys.stderr)

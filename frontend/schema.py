@@ -1,0 +1,274 @@
+"""The operators we accept, and what ONNX's shape inference must know of those it lacks.
+
+An operator is accepted if one of our patterns lowers it (``linattn.dialect_patterns.registry``) or IREE's importer
+does. Shape inference of operators outside ONNX comes from the same contracts that the patterns use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache, partial
+from typing import Any, cast
+
+import onnx
+from linattn.dialect_patterns.node import Node, TensorSpec
+from linattn.dialect_patterns.registry import OPS, find_op
+from linattn.runtime.errors import LinattnError, UnsupportedModelError
+
+DTYPES: dict[int, str] = {
+    onnx.TensorProto.FLOAT: "f32",
+    onnx.TensorProto.FLOAT16: "f16",
+    onnx.TensorProto.BFLOAT16: "bf16",
+    onnx.TensorProto.DOUBLE: "f64",
+    onnx.TensorProto.INT64: "i64",
+    onnx.TensorProto.INT32: "i32",
+    onnx.TensorProto.INT16: "i16",
+    onnx.TensorProto.INT8: "i8",
+    onnx.TensorProto.UINT64: "i64",
+    onnx.TensorProto.UINT32: "i32",
+    onnx.TensorProto.UINT16: "i16",
+    onnx.TensorProto.UINT8: "i8",
+    onnx.TensorProto.BOOL: "i1",
+}
+"""ONNX element types and the MLIR names that our contracts use."""
+
+_ONNX_TYPES = {
+    "f32": onnx.TensorProto.FLOAT,
+    "f16": onnx.TensorProto.FLOAT16,
+    "bf16": onnx.TensorProto.BFLOAT16,
+    "f64": onnx.TensorProto.DOUBLE,
+    "i64": onnx.TensorProto.INT64,
+    "i32": onnx.TensorProto.INT32,
+    "i8": onnx.TensorProto.UINT8,
+    "i1": onnx.TensorProto.BOOL,
+}
+
+# What IREE 3.13's importer (torch-mlir's TorchOnnxToTorch) converts in the default domain. Sequence, optional,
+# loop, random and training operators are left out: we cannot run them in a compiled step.
+_IMPORTER_NAMES = """
+    Abs Acos Acosh Add And ArgMax ArgMin Asin Asinh Atan Atanh AveragePool BatchNormalization BitShift
+    BitwiseAnd BitwiseNot BitwiseOr BitwiseXor Cast CastLike Ceil Celu Clip Concat Constant ConstantOfShape Conv
+    ConvInteger ConvTranspose Cos Cosh CumSum DepthToSpace DequantizeLinear Div Dropout DynamicQuantizeLinear
+    Einsum Elu Equal Erf Exp Expand EyeLike Flatten Floor Gather GatherElements GatherND Gelu Gemm
+    GlobalAveragePool GlobalMaxPool Greater GreaterOrEqual GroupNormalization HardSigmoid HardSwish Hardmax
+    Identity InstanceNormalization IsInf IsNaN LRN LayerNormalization LeakyRelu Less LessOrEqual Log LogSoftmax
+    LpNormalization LpPool MatMul MatMulInteger Max MaxPool Mean MeanVarianceNormalization Min Mish Mod Mul Neg
+    NonZero Not OneHot Or PRelu Pad Pow QLinearConv QLinearMatMul QuantizeLinear Range Reciprocal ReduceL1
+    ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare
+    Relu Reshape Resize Round ScatterElements ScatterND Selu Shape Shrink Sigmoid Sign Sin Sinh Size Slice
+    Softmax Softplus Softsign SpaceToDepth Split Sqrt Squeeze Sub Sum Tan Tanh ThresholdedRelu Tile TopK
+    Transpose Trilu Unsqueeze Where Xor
+"""
+IMPORTER_OPS = frozenset(_IMPORTER_NAMES.split())
+
+CAPACITY = "linattn.capacity"
+"""Attribute that marks an attention node whose KV cache is a buffer of fixed capacity, updated in place."""
+
+
+def domain_of(node: onnx.NodeProto) -> str:
+    """The canonical domain: ``""`` for ai.onnx."""
+    return "" if node.domain == "ai.onnx" else node.domain
+
+
+def spec_of_type(proto: onnx.TypeProto | None) -> TensorSpec | None:
+    """The contract's view of an ONNX tensor type, None if it is not known."""
+    if proto is None or not proto.HasField("tensor_type") or proto.tensor_type.elem_type not in DTYPES:
+        return None
+    if not proto.tensor_type.HasField("shape"):
+        return None
+    dims = tuple(d.dim_value if d.HasField("dim_value") else None for d in proto.tensor_type.shape.dim)
+    return TensorSpec(dims, DTYPES[proto.tensor_type.elem_type])
+
+
+def type_of_spec(spec: TensorSpec, like: onnx.TypeProto | None = None) -> onnx.TypeProto:
+    """An ONNX tensor type; dims that are open in ``spec`` take the symbol of ``like``'s."""
+    proto = onnx.helper.make_tensor_type_proto(_ONNX_TYPES[spec.dtype], list(spec.shape))
+    if like is not None and len(like.tensor_type.shape.dim) == spec.rank:
+        for dim, old in zip(proto.tensor_type.shape.dim, like.tensor_type.shape.dim, strict=True):
+            if not dim.HasField("dim_value") and old.HasField("dim_param"):
+                dim.dim_param = old.dim_param
+    return proto
+
+
+def attributes_of(node: onnx.NodeProto) -> dict[str, object]:
+    """Attribute values as Python numbers, strings and lists."""
+
+    def plain(value: Any) -> object:
+        if isinstance(value, bytes):
+            return value.decode(errors="replace")
+        return [plain(v) for v in cast("list[object]", value)] if isinstance(value, list | tuple) else value
+
+    return {a.name: plain(onnx.helper.get_attribute_value(a)) for a in node.attribute}
+
+
+def node_view(node: onnx.NodeProto, types: Mapping[str, onnx.TypeProto], versions: Mapping[str, int]) -> Node:
+    """The contract's view of an ONNX node.
+
+    Raises:
+        UnsupportedModelError: if the type of an input is not known.
+    """
+    domain = domain_of(node)
+    inputs: list[TensorSpec | None] = []
+    for name in node.input:
+        spec = spec_of_type(types.get(name)) if name else None
+        if name and spec is None:
+            raise UnsupportedModelError(
+                f"the shape of its input '{name}' is not known",
+                where=f"node '{node.name}' ({node.op_type})",
+                hint="run the exporter's shape inference, or bind open dims with --dim NAME=N",
+            )
+        inputs.append(spec)
+    used = tuple(bool(name) for name in node.output)
+    version = versions.get(domain, 1)
+    return Node(node.name, domain, node.op_type, version, tuple(inputs), len(used), attributes_of(node), used)
+
+
+def is_supported(domain: str, op_type: str, version: int) -> bool:
+    """Whether a pattern of ours or IREE's importer lowers the operator."""
+    return find_op(domain, op_type, version) is not None or (domain == "" and op_type in IMPORTER_OPS)
+
+
+def check_supported(nodes: Sequence[onnx.NodeProto], versions: Mapping[str, int]) -> None:
+    """Name the first node that cannot be compiled.
+
+    Raises:
+        UnsupportedModelError: if there is one.
+    """
+    for node in nodes:
+        domain = domain_of(node)
+        if not is_supported(domain, node.op_type, versions.get(domain, 1)):
+            label = f"{domain or 'ai.onnx'}.{node.op_type}"
+            raise UnsupportedModelError(
+                f"the operator {label} is not supported",
+                where=f"node '{node.name}'",
+                hint="export the model without it, or see the support table in the README",
+            )
+        if any(a.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS) for a in node.attribute):
+            raise UnsupportedModelError(
+                f"the operator {node.op_type} with a subgraph is not supported",
+                where=f"node '{node.name}'",
+                hint="export the model with its control flow unrolled",
+            )
+
+
+class _ContextAttributes(Mapping[str, object]):
+    """The attributes of the node that ONNX's inference is at; they can be asked for but not listed."""
+
+    def __init__(self, context: Any) -> None:
+        self._context = context
+
+    def __getitem__(self, name: str) -> object:
+        attribute = self._context.get_attribute(name)
+        if attribute is None or not attribute.name:
+            raise KeyError(name)
+        return attributes_of(onnx.NodeProto(attribute=[attribute]))[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(())
+
+    def __len__(self) -> int:
+        return 0
+
+
+def _infer(domain: str, op_type: str, context: Any) -> None:
+    """ONNX's inference callback: types from the contract; silent where the contract refuses (that is checked apart)."""
+    op = find_op(domain, op_type, 1 << 30)
+    assert op is not None
+    count, outputs = context.get_num_inputs(), context.get_num_outputs()
+    types = [context.get_input_type(i) if context.has_input(i) else None for i in range(count)]
+    specs = tuple(spec_of_type(t) for t in types)
+    if any(t is not None and spec is None for t, spec in zip(types, specs, strict=True)):
+        return
+    used = tuple(context.has_output(i) for i in range(outputs))
+    node = Node("", domain, op_type, 1 << 30, specs, outputs, _ContextAttributes(context), used)
+    try:
+        results = op.output_types(op.parse(node))
+    except LinattnError:
+        return
+    for i, spec in enumerate(results[:outputs]):
+        if spec is not None:
+            # An open dim keeps the symbol it has in an input of the same shape, so that later nodes can match it.
+            like = next((t for t, other in zip(types, specs, strict=True) if other == spec), types[0])
+            context.set_output_type(i, type_of_spec(spec, like))
+
+
+@cache
+def register_schemas() -> None:
+    """Teach ONNX's shape inference the operators of ours that ONNX does not define."""
+    schema = onnx.defs.OpSchema
+    for domain, op_type in sorted({(op.domain, op.op_type) for op in OPS}):
+        if onnx.defs.has(op_type, domain=domain):
+            continue
+        variadic = schema.FormalParameterOption.Variadic
+        parameters: dict[str, Any] = {
+            kind: [
+                schema.FormalParameter(kind, "tensor(float)", param_option=variadic, is_homogeneous=False, min_arity=0)
+            ]
+            for kind in ("inputs", "outputs")
+        }
+        entry = schema(op_type, domain, 1, **parameters)
+        entry.set_type_and_shape_inference_function(partial(_infer, domain, op_type))
+        onnx.defs.register_schema(entry)
+
+
+def infer_types(model: onnx.ModelProto) -> dict[str, onnx.TypeProto]:
+    """Types of all values of the main graph.
+
+    What exporters write about inner values is not always true (a rank of 0 for a list of one): they are asked only
+    where inference finds nothing.
+
+    Raises:
+        UnsupportedModelError: if the declared types of inputs and outputs contradict the graph.
+    """
+    register_schemas()
+    declared = {v.name: v for v in model.graph.value_info}
+    probe = onnx.ModelProto()
+    probe.CopyFrom(model)
+    del probe.graph.value_info[:]
+    try:
+        types = value_types(onnx.shape_inference.infer_shapes(probe, data_prop=True).graph)
+        missing = [
+            n for node in probe.graph.node for n in node.output if n in declared and not spec_of_type(types.get(n))
+        ]
+        if missing:
+            probe.graph.value_info.extend(declared[n] for n in missing)
+            types = value_types(onnx.shape_inference.infer_shapes(probe, data_prop=True).graph)
+    except onnx.shape_inference.InferenceError as error:
+        line = next((line for line in str(error).splitlines() if "Error" in line), str(error))
+        raise UnsupportedModelError(f"the model's shapes contradict each other: {line}", where="model") from error
+    return types
+
+
+def check_contracts(
+    graph: onnx.GraphProto, types: Mapping[str, onnx.TypeProto], versions: Mapping[str, int], *, partial: bool = False
+) -> dict[str, Any]:
+    """Check every node that a pattern of ours lowers, in the order of the graph.
+
+    Args:
+        graph: The graph.
+        types: Types of its values.
+        versions: Domain -> opset version.
+        partial: Pass over nodes whose input types are not known (yet).
+
+    Returns:
+        Node name -> its contract.
+
+    Raises:
+        UnsupportedModelError: for the first node that breaks its contract.
+    """
+    contracts: dict[str, Any] = {}
+    for node in graph.node:
+        domain = domain_of(node)
+        op = find_op(domain, node.op_type, versions.get(domain, 1))
+        unknown = partial and any(name and spec_of_type(types.get(name)) is None for name in node.input)
+        if op is not None and not unknown:
+            contracts[node.name] = op.parse(node_view(node, types, versions))
+    return contracts
+
+
+def value_types(graph: onnx.GraphProto) -> dict[str, onnx.TypeProto]:
+    """Name -> type of everything in a graph that has one."""
+    types = {v.name: v.type for v in (*graph.output, *graph.value_info, *graph.input)}
+    for tensor in graph.initializer:
+        types[tensor.name] = onnx.helper.make_tensor_type_proto(tensor.data_type, list(tensor.dims))
+    return types

@@ -1,0 +1,48 @@
+"""What a target is to the compiler."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from linattn.dialect_patterns.target import Target
+
+
+@dataclass(frozen=True)
+class TargetOptions:
+    """What the user may say about the machine.
+
+    Attributes:
+        cpu_features: ``host``, ``generic``, a CPU name such as ``znver4``, or features such as ``+avx2,+fma``.
+        gpu_target: A GPU architecture: ``sm_89`` for CUDA, ``ada`` or ``rdna3`` for Vulkan.
+    """
+
+    cpu_features: str | None = None
+    gpu_target: str | None = None
+
+
+@dataclass(frozen=True)
+class CompileTarget:
+    """A resolved target.
+
+    Attributes:
+        name: ``cpu``, ``cuda`` or ``vulkan``.
+        device: IREE device URI that runs the module.
+        description: For people: the features or architecture compiled for.
+        flags: IREE compiler flags.
+        device_attribute: MLIR text of the module's ``hal.device.targets``, for devices that IREE's own tables describe
+            wrongly or not at all; None to let the flags decide.
+        capabilities: What the lowerings may ask about.
+        subgroup_size: Threads of a subgroup that the compiled kernels need, None if any will do.
+        prefill_blocks: Default sizes of the prefill entry points, in tokens.
+        notes: What the user should be told, such as a target that was mapped to another.
+    """
+
+    name: str
+    device: str
+    description: str
+    flags: tuple[str, ...]
+    capabilities: Target
+    device_attribute: str | None = None
+    subgroup_size: int | None = None
+    prefill_blocks: tuple[int, ...] = (512, 64, 8)
+    notes: tuple[str, ...] = ()

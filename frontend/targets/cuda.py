@@ -1,0 +1,49 @@
+"""NVIDIA GPUs through PTX. IREE 3.13 knows architectures up to sm_89; newer GPUs run that PTX."""
+
+from __future__ import annotations
+
+import re
+
+from linattn.dialect_patterns.target import Target
+from linattn.runtime.errors import TargetError
+
+from .base import CompileTarget, TargetOptions
+
+NEWEST = 89
+KNOWN = (60, 61, 62, 70, 72, 75, 80, 86, 87, 89)
+DEFAULT = "sm_80"
+_NAMES = {
+    "volta": 70, "turing": 75, "ampere": 80, "a100": 80, "ada": 89, "l4": 89, "hopper": 90, "h100": 90, "h200": 90,
+    "blackwell": 100, "b200": 100,
+}  # fmt: skip
+
+
+def resolve(options: TargetOptions) -> CompileTarget:
+    """Flags for an NVIDIA GPU; ``--gpu-target`` defaults to sm_80, whose PTX runs on everything since the A100.
+
+    Raises:
+        TargetError: if a CPU option is given or the architecture is not known.
+    """
+    if options.cpu_features is not None:
+        raise TargetError("a CPU option for a GPU target", where="--cpu-features", hint="use --gpu-target")
+    asked = (options.gpu_target or DEFAULT).lower()
+    match = re.fullmatch(r"sm_(\d{2,3})[af]?", asked)
+    number = _NAMES.get(asked, int(match[1]) if match else 0)
+    notes: tuple[str, ...] = ()
+    if number > NEWEST:
+        notes = (
+            f"IREE 3.13 has no target {asked}: compiled for sm_{NEWEST}, whose PTX the driver of a newer GPU runs",
+        )
+        number = NEWEST
+    if number not in KNOWN:
+        expected = ", ".join(f"sm_{n}" for n in KNOWN) + " or newer"
+        raise TargetError("unknown GPU", where="--gpu-target", got=repr(asked), expected=expected)
+    return CompileTarget(
+        name="cuda",
+        device="cuda",
+        description=f"sm_{number}",
+        flags=("--iree-hal-target-device=cuda", f"--iree-cuda-target=sm_{number}"),
+        capabilities=Target("cuda", is_gpu=True, subgroup_size=32, matrix_units=number >= 70),
+        subgroup_size=32,
+        notes=notes,
+    )

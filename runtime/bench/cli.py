@@ -1,0 +1,251 @@
+"""`linattn-bench`: operators and whole models, measured beside their peers."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from linattn.runtime.errors import InputError, LinattnError
+
+from .cases import RULES, AttentionCase, Case, ConvCase, dtype_name
+from .model_bench import run_model
+from .op_bench import run_op
+from .op_models import DOMAINS, MICROSOFT, strategy_names
+from .options import DEFAULT, OP_PEERS, ModelOptions, OpOptions
+from .subjects import Note, parse_targets, split
+from .table import to_text
+
+OPS = {"linear_attention": "LinearAttention", "causal_conv": "CausalConvWithState"}
+_EPILOG = """Examples:
+  linattn-bench op --op linear_attention --heads 16 --dim 128 --tokens 1,64,1024 --peers onnxruntime --plot out.png
+  linattn-bench op --op causal_conv --channels 6144 --taps 4 --tokens 1,512 --json out.json
+  linattn-bench model model.onnx --prefill 512 --decode 128 --targets cpu --peers onnxruntime"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        argv: Arguments without the program's name; None: those of the process.
+
+    Returns:
+        Exit status: 0; 1 if a subject of linattn gave a wrong result; 2 after an error (one line on stderr).
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        _check_files(arguments)
+        result = _run_op(arguments) if arguments.command == "op" else _run_model(arguments)
+        _write(arguments, result)
+    except (LinattnError, OSError) as error:
+        if arguments.debug:
+            traceback.print_exc()
+        print(f"linattn-bench: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("linattn-bench: stopped", file=sys.stderr)
+        return 130
+    return int(any(row["status"] != "ok" and row["kind"] == "linattn" for row in result["rows"]))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="linattn-bench",
+        description="Measures operators and models compiled by linattn beside their peers, the error beside each time.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="op|model")
+    _op_options(commands.add_parser("op", help="one operator over token counts"))
+    _model_options(commands.add_parser("model", help="prefill and decode of whole models"))
+    return parser
+
+
+def _common_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--targets", default="cpu", metavar="cpu,cuda,vulkan", help="where to run; cuda:sm_89 names what to compile for"
+    )
+    add("--threads", type=int, metavar="N", help="CPU threads of every subject (default: each one's own default)")
+    add("--seed", type=int, default=0, metavar="N", help="of the inputs (default: 0)")
+    add("--json", metavar="FILE", help="write the result for machines")
+    add("--plot", metavar="FILE.png", help="draw the result; needs matplotlib")
+    add("--no-ceilings", action="store_true", help="do not measure the machine's copy bandwidth and FMA rate")
+    add("--quiet", action="store_true", help="show the table only, no progress")
+    add("--debug", action="store_true", help="show a traceback with an error")
+
+
+def _op_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--op", default="linear_attention", metavar="|".join(OPS), help="the operator")
+    add("--rule", default="gated_delta", metavar="|".join(RULES), help="update rule (default: gated_delta)")
+    add("--batch", type=int, default=1, metavar="B", help="sequences (default: 1)")
+    add("--heads", type=int, default=16, metavar="N", help="query heads (default: 16)")
+    add("--kv-heads", type=int, metavar="N", help="heads of key, value and state (default: as --heads)")
+    add("--dim", type=int, default=128, metavar="N", help="size of a key head (default: 128)")
+    add("--value-dim", type=int, metavar="N", help="size of a value head (default: as --dim)")
+    add("--key-decay", action="store_true", help="a decay per key dimension instead of per head")
+    add("--channels", type=int, default=6144, metavar="N", help="causal_conv: channels (default: 6144)")
+    add("--taps", type=int, default=4, metavar="N", help="causal_conv: taps of the kernel (default: 4)")
+    add("--tokens", default="1,64,1024", metavar="T,T,...", help="tokens of a call (default: 1,64,1024)")
+    add("--dtype", default="f32", metavar="f32,f16,bf16", help="of the activations (default: f32)")
+    add("--state-dtype", metavar="f32|f16|bf16", help="of the state (default: as --dtype)")
+    add("--domain", default=MICROSOFT, metavar="|".join(DOMAINS), help=f"of linattn's operator (default: {MICROSOFT})")
+    add(
+        "--strategies",
+        default=DEFAULT,
+        metavar="NAME,...",
+        help="lowerings to force; default: linattn's choice; or all",
+    )
+    add("--peers", default="onnxruntime", metavar=",".join(OP_PEERS), help="peers, or none (default: onnxruntime)")
+    add("--rounds", type=int, default=5, metavar="N", help="turns of each subject in a case (default: 5)")
+    add("--seconds", type=float, default=1.0, metavar="S", help="timed seconds of a subject in a case (default: 1)")
+    add("--warmup", type=int, default=3, metavar="N", help="untimed calls before the first turn (default: 3)")
+    add("--chain", type=int, default=8, metavar="N", help="nodes in the chain that tells a GPU's kernel time, 0: none")
+    _common_options(parser)
+
+
+def _model_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "models",
+        nargs="+",
+        metavar="MODEL.onnx|MODEL.vmfb",
+        help="models to compile, and compiled ones (a .vmfb is code)",
+    )
+    add("--prefill", type=int, default=512, metavar="N", help="tokens of the prompt (default: 512)")
+    add("--decode", type=int, default=128, metavar="N", help="tokens to generate (default: 128)")
+    add("--repeats", type=int, default=3, metavar="N", help="turns of each subject (default: 3)")
+    add("--strategies", default=DEFAULT, metavar="NAME,...", help="lowerings to force; default: linattn's choice")
+    add("--peers", default="onnxruntime", metavar="onnxruntime", help="peers, or none (default: onnxruntime)")
+    _common_options(parser)
+
+
+def _run_op(arguments: argparse.Namespace) -> dict[str, Any]:
+    if arguments.op not in OPS:
+        raise InputError("unknown operator", where="--op", got=repr(arguments.op), expected=" | ".join(OPS))
+    if arguments.domain not in DOMAINS:
+        raise InputError("unknown domain", where="--domain", got=repr(arguments.domain), expected=" | ".join(DOMAINS))
+    for option in ("batch", "heads", "kv_heads", "dim", "value_dim", "channels", "taps", "rounds", "warmup", "threads"):
+        _positive(getattr(arguments, option), option)
+    _positive(arguments.seconds, "seconds")
+    every = [DEFAULT, *strategy_names(OPS[arguments.op])] if arguments.strategies == "all" else None
+    options = OpOptions(
+        cases=_cases(arguments),
+        domain=arguments.domain,
+        targets=parse_targets(arguments.targets),
+        strategies=every or split(arguments.strategies, "--strategies"),
+        peers=_peers(arguments.peers),
+        rounds=arguments.rounds,
+        seconds=arguments.seconds,
+        warmup=arguments.warmup,
+        chain=arguments.chain,
+        threads=arguments.threads,
+        ceilings=not arguments.no_ceilings,
+    )
+    return run_op(options, _progress(arguments.quiet))
+
+
+def _cases(arguments: argparse.Namespace) -> list[Case]:
+    if arguments.rule not in RULES:
+        raise InputError("unknown rule", where="--rule", got=repr(arguments.rule), expected=" | ".join(RULES))
+    dtypes = [dtype_name(short) for short in split(arguments.dtype, "--dtype")]
+    tokens = [_whole(part, "--tokens") for part in split(arguments.tokens, "--tokens")]
+    if arguments.op == "causal_conv":
+        shape = (arguments.batch, arguments.channels, arguments.taps, arguments.seed)
+        return [ConvCase(count, dtype, *shape) for dtype in dtypes for count in tokens]
+    state = arguments.state_dtype
+    return [
+        AttentionCase(
+            tokens=count,
+            dtype=dtype,
+            rule=arguments.rule,
+            batch=arguments.batch,
+            heads=arguments.heads,
+            kv_heads=arguments.kv_heads or arguments.heads,
+            dk=arguments.dim,
+            dv=arguments.value_dim or arguments.dim,
+            state_dtype=dtype_name(state) if state else dtype,
+            key_decay=arguments.key_decay,
+            seed=arguments.seed,
+        )
+        for dtype in dtypes
+        for count in tokens
+    ]
+
+
+def _run_model(arguments: argparse.Namespace) -> dict[str, Any]:
+    for option in ("prefill", "decode", "repeats", "threads"):
+        _positive(getattr(arguments, option), option)
+    options = ModelOptions(
+        models=[Path(model) for model in arguments.models],
+        prefill=arguments.prefill,
+        decode=arguments.decode,
+        repeats=arguments.repeats,
+        targets=parse_targets(arguments.targets),
+        strategies=split(arguments.strategies, "--strategies"),
+        peers=_peers(arguments.peers),
+        threads=arguments.threads,
+        seed=arguments.seed,
+        ceilings=not arguments.no_ceilings,
+    )
+    return run_model(options, _progress(arguments.quiet))
+
+
+def _write(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
+    print(to_text(result))
+    result["command"] = ["linattn-bench", *sys.argv[1:]]
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(_finite(result), indent=2, allow_nan=False) + "\n")
+    if arguments.plot:
+        from .plot import draw
+
+        draw(result, Path(arguments.plot))
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity: an infinite error becomes null."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in cast(Mapping[str, Any], value).items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in cast(list[Any], value)]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _check_files(arguments: argparse.Namespace) -> None:
+    """Finds out before the measuring what would fail after it."""
+    for path in (arguments.json, arguments.plot):
+        if path is not None and not Path(path).resolve().parent.is_dir():
+            raise InputError("no such folder", where=str(path), hint="create it first")
+    if arguments.plot:
+        from .plot import check
+
+        check(Path(arguments.plot))
+
+
+def _peers(text: str) -> list[str]:
+    return [] if text == "none" else split(text, "--peers")
+
+
+def _whole(text: str, option: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) < 1 << 31:
+        raise InputError("not a positive number", where=option, got=repr(text))
+    return int(text)
+
+
+def _positive(value: float | None, option: str) -> None:
+    if value is not None and not value > 0:
+        raise InputError("not a positive number", where=f"--{option.replace('_', '-')}", got=value)
+
+
+def _progress(quiet: bool) -> Note:
+    return lambda text: None if quiet else print(f"linattn-bench: {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

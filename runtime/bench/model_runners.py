@@ -1,0 +1,163 @@
+"""What runs in a subject's process for whole models: one prompt, then greedy steps, the states kept where they are."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import iree.runtime.flags as _untyped_flags  # pyright: ignore[reportMissingTypeStubs]
+import numpy as np
+from linattn.runtime.binding import Sizes
+from linattn.runtime.device import HostArray, numpy_dtype
+from linattn.runtime.errors import InputError
+from linattn.runtime.generate import token_input
+from linattn.runtime.manifest import Manifest, OutputSpec
+from linattn.runtime.program import Program, complete_inputs
+from linattn.runtime.state import state_shape
+
+from .lazy import need
+from .machine import core_count, resident_bytes
+from .op_runners import open_ort, view_ort
+
+
+class ModelRunner:
+    """A subject: `reset`, then `step` for the prompt and each token."""
+
+    load_s = 0.0
+
+    def reset(self) -> None:
+        """Starts a fresh sequence."""
+        raise NotImplementedError
+
+    def step(self, ids: HostArray) -> HostArray:
+        """Appends ids [1, T]; returns the last position's logits, [V]."""
+        raise NotImplementedError
+
+    def describe(self) -> dict[str, Any]:
+        """Load time in seconds, and the memory of the process after loading."""
+        return {"load_s": self.load_s, "memory_bytes": resident_bytes()}
+
+    def check(self, prompt: Sequence[int], forced: Sequence[int]) -> HostArray:
+        """Logits after the prompt and after each of some given tokens, [1 + n, V] in f32; a warm-up besides."""
+        self.reset()
+        rows = [self.step(np.array([prompt]))] + [self.step(np.array([[token]])) for token in forced]
+        return np.stack(rows).astype(np.float32)
+
+    def repeat(self, prompt: Sequence[int], count: int) -> dict[str, Any]:
+        """One timed prompt and greedy generation.
+
+        Args:
+            prompt: Token ids.
+            count: Steps after the prompt, of one token each.
+
+        Returns:
+            `prefill_s` (until the first token is known), `steps_s` (each until the next is known), the `tokens`
+            (1 + count of them), and the memory of the process.
+        """
+        self.reset()
+        start = time.perf_counter()
+        tokens = [int(self.step(np.array([prompt])).argmax())]
+        prefill = time.perf_counter() - start
+        steps: list[float] = []
+        for _ in range(count):
+            start = time.perf_counter()
+            tokens.append(int(self.step(np.array([[tokens[-1]]])).argmax()))
+            steps.append(time.perf_counter() - start)
+        return {"prefill_s": prefill, "steps_s": steps, "tokens": tokens, "memory_bytes": resident_bytes()}
+
+
+class IreeModel(ModelRunner):
+    """A module compiled by linattn.
+
+    Args:
+        module: Path of the `.vmfb`.
+        device: Where to run it; None: where it was compiled for.
+        threads: CPU worker threads; None: as IREE decides.
+    """
+
+    def __init__(self, module: str, device: str | None = None, threads: int | None = None) -> None:
+        if threads is not None:
+            parse: Any = _untyped_flags.parse_flags  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+            parse(f"--task_topology_group_count={threads}")
+        start = time.perf_counter()
+        self._program = Program.load(module, device)
+        self.load_s = time.perf_counter() - start
+        self._session = self._program.session(batch=1)
+        self._name = token_input(self._session)
+        self._logits = logits_output(self._program.manifest).name
+        self._dtype = next(spec.dtype for spec in self._program.inputs if spec.name == self._name)
+
+    def reset(self) -> None:
+        """See `ModelRunner.reset`."""
+        self._session.reset()
+
+    def step(self, ids: HostArray) -> HostArray:
+        """See `ModelRunner.step`."""
+        return self._session.run({self._name: ids.astype(self._dtype)}, logits="last")[self._logits][0, -1]
+
+
+class OrtModel(ModelRunner):
+    """The ONNX model in ONNX Runtime on the CPU; states go back in as they came out, without a copy.
+
+    Args:
+        model: Path of the ONNX model.
+        manifest: What linattn found out about it (inputs, roles, states), as JSON.
+        threads: Of one operator; None: as many as there are cores.
+    """
+
+    def __init__(self, model: str, manifest: str, threads: int | None = None) -> None:
+        self._ort = need("onnxruntime", "linattn[bench]")
+        self._manifest = Manifest.from_json(manifest)
+        others = [spec.name for spec in self._manifest.inputs if spec.role == "other"]
+        if others:
+            raise InputError("does not know what to feed", where="onnxruntime", got=", ".join(others))
+        if any(spec.dtype == "bfloat16" for spec in (*self._manifest.states, *self._manifest.outputs)):
+            raise InputError("is not fed with bfloat16 states", where="onnxruntime")
+        start = time.perf_counter()
+        self._session = open_ort(self._ort, model, threads or core_count())
+        self.load_s = time.perf_counter() - start
+        self._tokens = next(spec for spec in self._manifest.inputs if spec.role == "tokens")
+        self._logits = logits_output(self._manifest).name
+        self._position = 0
+        self._states: dict[str, Any] = {}
+        self.reset()
+
+    def reset(self) -> None:
+        """See `ModelRunner.reset`."""
+        m = self._manifest
+        self._position = 0
+        for spec in m.states:
+            zeros = np.zeros(state_shape(m, spec, 1, 0), numpy_dtype(spec.dtype))
+            self._states[spec.name] = self._ort.OrtValue.ortvalue_from_numpy(zeros)
+
+    def step(self, ids: HostArray) -> HostArray:
+        """See `ModelRunner.step`."""
+        m, count = self._manifest, ids.shape[1]
+        arrays: Mapping[str, HostArray] = {self._tokens.name: ids.astype(self._tokens.dtype)}
+        sizes = Sizes(m, past=self._position, batch=1, tokens=count, total=self._position + count)
+        binding = self._session.io_binding()
+        for name, array in complete_inputs(m, arrays, sizes, 1, self._position, count).items():
+            binding.bind_ortvalue_input(name, self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array)))
+        for spec in m.states:
+            binding.bind_ortvalue_input(spec.name, self._states[spec.name])
+        names = [self._logits, *(spec.output for spec in m.states)]
+        for name in names:
+            binding.bind_output(name, "cpu")
+        self._session.run_with_iobinding(binding)
+        outputs = binding.get_outputs()
+        self._states = dict(zip((spec.name for spec in m.states), outputs[1:], strict=True))
+        self._position += count
+        return view_ort(outputs[0])[0, -1].copy()
+
+
+def logits_output(manifest: Manifest) -> OutputSpec:
+    """The output with the logits.
+
+    Raises:
+        InputError: There is none, or several.
+    """
+    found = [spec for spec in manifest.outputs if spec.role == "logits"]
+    if len(found) != 1:
+        raise InputError("no single output of logits", got=", ".join(spec.name for spec in found) or "none")
+    return found[0]

@@ -1,0 +1,157 @@
+"""Results as text for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_SHORT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+
+
+def to_text(result: Mapping[str, Any]) -> str:
+    """The whole result: where, the rows, what is absent."""
+    lines = [_machine_line(result["machine"]), *_device_lines(result["devices"])]
+    lines.append("versions  " + ", ".join(f"{name} {version}" for name, version in result["versions"].items()))
+    lines.append("")
+    lines += _op_lines(result) if result["kind"] == "op" else _model_lines(result)
+    if result["absent"]:
+        lines.append("")
+        lines += [f"absent    {_absent(row)}: {row['reason']}" for row in result["absent"]]
+    return "\n".join(lines)
+
+
+def time_text(seconds: float | None) -> str:
+    """A time with three digits and its unit."""
+    if seconds is None:
+        return "-"
+    for unit, factor in (("us", 1e6), ("ms", 1e3)):
+        if seconds * factor < 999.5:
+            return f"{_digits(seconds * factor)} {unit}"
+    return f"{_digits(seconds)} s"
+
+
+def rate_text(value: float | None, unit: str) -> str:
+    """A rate with three digits and its prefix."""
+    if value is None:
+        return "-"
+    for prefix, factor in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
+        if value >= factor:
+            return f"{_digits(value / factor)} {prefix}{unit}"
+    return f"{_digits(value)} {unit}"
+
+
+def grid(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 2) -> list[str]:
+    """Lines of a table; the first columns to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    return [
+        "  ".join(
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in (header, *rows)
+    ]
+
+
+def _digits(value: float) -> str:
+    return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
+
+
+def _machine_line(machine: Mapping[str, Any]) -> str:
+    load = machine["load_average"]
+    text = f"machine   {machine['cpu']}, {machine['cores']} cores"
+    if not load:
+        return text
+    busy = ": busy, so the least times tell more than the medians" if load[0] > machine["cores"] / 2 else ""
+    return f"{text}, load {load[0]:.2f} before{busy}"
+
+
+def _device_lines(devices: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    lines: list[str] = []
+    width = max((len(target) for target in devices), default=0)
+    for target, device in devices.items():
+        line = f"{target:<{max(width, 9)}} {device['name']} ({device['driver']} driver, {device['driver_version']})"
+        ceilings = device.get("ceilings")
+        if ceilings:
+            copy, fma = ceilings["copy_bytes_per_s"], ceilings["fma_flop_per_s"]
+            line += f"; ceilings {rate_text(copy, 'B/s')}, {rate_text(fma, 'FLOP/s')}"
+        lines.append(line)
+    return lines
+
+
+def _op_lines(result: Mapping[str, Any]) -> list[str]:
+    header = (
+        "subject", "strategy", "T", "dtype", "n", "min", "median", "p90", "p99", "overhead", "kernel", "bytes/s",
+        "FLOP/s", "error", "state err", "speed",
+    )  # fmt: skip
+    rows: list[tuple[str, ...]] = []
+    peers = sorted({row["peer"] for row in result["rows"] if row["peer"]})
+    for row in result["rows"]:
+        call, error = row["call"], row["error"]
+        wrong = row["status"] != "ok"
+        speed = "WRONG" if wrong else f"{row['speedup']:.2f}x" if row["speedup"] else "-"
+        speed += f" {row['peer']}" if len(peers) > 1 and row["peer"] else ""
+        rows.append(
+            (
+                row["subject"],
+                row["strategy"] or "-",
+                str(row["tokens"]),
+                _SHORT[row["dtype"]],
+                str(call["n"]),
+                *(time_text(call[key]) for key in ("min", "median", "p90", "p99")),
+                time_text(row["overhead"]["median"] if row["overhead"] else None),
+                time_text(row["kernel"]["seconds"]),
+                _share(row, "bytes_per_s", "B/s"),
+                _share(row, "flop_per_s", "FLOP/s"),
+                f"{error['output']:.1e}",
+                f"{error['state']:.1e}",
+                speed,
+            )
+        )
+    lines = grid(header, rows)
+    if peers:
+        lines.append(f"speed: times faster than {', '.join(peers)} by the median call; error: norm against float64")
+    else:
+        lines.append("error: norm against float64")
+    if any(row["status"] != "ok" for row in result["rows"]):
+        lines.append("WRONG: the error is above the limit for the dtype; its time means nothing")
+    return lines
+
+
+def _share(row: Mapping[str, Any], key: str, unit: str) -> str:
+    share = row[f"{key}_of_ceiling"]
+    return rate_text(row[key], unit) + (f" {share:.0%}" if share is not None else "")
+
+
+def _model_lines(result: Mapping[str, Any]) -> list[str]:
+    method = result["method"]
+    header = (
+        "subject", "strategy", "load", "first token", f"prefill {method['prefill']}", f"decode {method['decode']}",
+        "median", "p90", "p99", "memory", "logits err", "tokens",
+    )  # fmt: skip
+    rows: list[tuple[str, ...]] = []
+    for row in result["rows"]:
+        steps, error, greedy = row["decode"]["step"], row["error"], row["greedy"]
+        rows.append(
+            (
+                row["subject"],
+                row["strategy"] or "-",
+                time_text(row["load_s"]),
+                time_text(row["first_token_s"]["median"]),
+                f"{_digits(row['prefill']['tokens_per_s'])} tok/s",
+                f"{_digits(row['decode']['tokens_per_s'])} tok/s",
+                *(time_text(steps[key]) for key in ("median", "p90", "p99")),
+                f"{row['memory_bytes']['peak'] / 2**20:.0f} MiB" if row["memory_bytes"]["peak"] else "-",
+                ("WRONG " if row["status"] != "ok" else "") + f"{error['logits']:.1e}" if error else "-",
+                f"{greedy['equal']}/{greedy['of']}" if greedy else "-",
+            )
+        )
+    lines = grid(header, rows)
+    if any(row["reference"] for row in result["rows"]):
+        lines.append("logits err and equal greedy tokens: against onnxruntime on the same ONNX model")
+    lines.append("median, p90, p99: of one decode step; memory: peak of the subject's process on the host")
+    return lines
+
+
+def _absent(row: Mapping[str, Any]) -> str:
+    where = [f"{key}={row[key]}" for key in ("tokens", "dtype") if key in row]
+    return row["name"] + (f" ({', '.join(where)})" if where else "")

@@ -1,0 +1,167 @@
+"""linattn-run: run a compiled model from the shell."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+
+from .device import HostArray, numpy_dtype
+from .errors import InputError, LinattnError
+from .generate import greedy, token_input
+from .program import Program
+
+_EPILOG = """A .vmfb is code: run only what you trust.
+Examples:
+  linattn-run model.vmfb --ids 1,2,3 --generate 32
+  linattn-run model.vmfb --input ids.npy --output-dir out
+  linattn-run model.vmfb --input q=q.npy k=k.npy v=v.npy past_state=state.npy"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        argv: Arguments without the program's name; None: those of the process.
+
+    Returns:
+        Exit status: 0, or 2 after an error (one line on stderr).
+    """
+    options = _parser().parse_args(argv)
+    try:
+        _run(options)
+    except (LinattnError, OSError) as error:
+        if options.debug:
+            raise
+        print(f"linattn-run: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def read_inputs(program: Program, texts: Sequence[str], ids: str | None) -> dict[str, HostArray]:
+    """Reads `NAME=FILE.npy` and `FILE.npy` (token ids) arguments and a comma list of ids.
+
+    Token ids may be [T] or [B, T] and of any integer dtype; everything else must fit as it is.
+
+    Raises:
+        InputError: A file that is not a plain .npy array, or ids twice.
+    """
+    tokens = [spec.name for spec in program.inputs if spec.role == "tokens"]
+    inputs: dict[str, HostArray] = {}
+    for text in texts:
+        name, equals, file = text.partition("=")
+        if not equals:
+            if len(tokens) != 1:
+                raise InputError("which input is this", where=text, expected="NAME=FILE.npy")
+            name, file = tokens[0], text
+        if name in inputs:
+            raise InputError("given twice", where=name)
+        inputs[name] = _load(Path(file))
+    if ids is not None:
+        if len(tokens) != 1 or tokens[0] in inputs:
+            raise InputError("no place for these ids", where="--ids", expected="one input of token ids, given once")
+        try:
+            inputs[tokens[0]] = np.array([[int(part) for part in ids.split(",")]], np.int64)
+        except (ValueError, OverflowError) as error:
+            raise InputError("not token ids", where="--ids", got=repr(ids[:40]), expected="1,2,3") from error
+    for spec in program.inputs:
+        if spec.role == "tokens" and spec.name in inputs and inputs[spec.name].dtype.kind in "iu":
+            inputs[spec.name] = np.atleast_2d(inputs[spec.name]).astype(numpy_dtype(spec.dtype))
+    return inputs
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="linattn-run",
+        description="Runs a model compiled by linattn-compile.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", metavar="MODEL.vmfb", help="the compiled model")
+    parser.add_argument(
+        "--device", metavar="URI", help="cpu, cuda, vulkan or an IREE device URI (default: as compiled)"
+    )
+    parser.add_argument(
+        "--input", metavar="NAME=FILE.npy", nargs="+", action="extend", default=[], help="inputs; FILE.npy: token ids"
+    )
+    parser.add_argument("--ids", metavar="1,2,3", help="token ids of one row")
+    parser.add_argument("--generate", metavar="N", type=int, help="generate N tokens greedily and print their ids")
+    parser.add_argument("--output-dir", metavar="DIR", help="save each output as DIR/NAME.npy")
+    parser.add_argument("--parameters", metavar="FILE.irpa", help="weights, if not beside the model")
+    parser.add_argument("--debug", action="store_true", help="show where an error comes from")
+    return parser
+
+
+def _run(options: argparse.Namespace) -> None:
+    if options.generate is not None and options.generate < 1:
+        raise InputError("nothing to generate", where="--generate", got=options.generate, expected="at least 1")
+    start = time.perf_counter()
+    program = Program.load(options.model, options.device, options.parameters)
+    _note(f"loaded {options.model} on {program.device.uri} in {time.perf_counter() - start:.2f} s")
+    inputs = read_inputs(program, options.input, options.ids)
+    if options.generate is not None:
+        _generate(program, inputs, options.generate)
+        return
+    start = time.perf_counter()
+    stateless = not program.states or any(state.name in inputs for state in program.states)
+    outputs = program.run(inputs) if stateless else program.session().run(inputs)
+    seconds = time.perf_counter() - start
+    tokens = sum(inputs[spec.name].size for spec in program.inputs if spec.role == "tokens" and spec.name in inputs)
+    rate = f", {tokens / seconds:.1f} tokens/s" if tokens else ""
+    _note(f"ran in {seconds * 1e3:.1f} ms{rate}")
+    _report(outputs, options.output_dir)
+
+
+def _generate(program: Program, inputs: Mapping[str, HostArray], count: int) -> None:
+    session = program.session()
+    name = token_input(session)
+    if list(inputs) != [name]:
+        raise InputError("--generate takes the token ids alone", got=", ".join(inputs) or "nothing", expected=name)
+    start = last = time.perf_counter()
+    first = 0.0
+    for token in greedy(session, inputs[name], count):
+        print(token if isinstance(token, int) else ",".join(map(str, token)), end=" ", flush=True)
+        last = time.perf_counter()
+        first = first or last - start
+    print()
+    rows, prompt = inputs[name].shape
+    rate = f", then {(count - 1) * rows / (last - start - first):.1f} tokens/s" if count > 1 else ""
+    _note(f"prompt of {prompt} tokens in {first * 1e3:.1f} ms ({prompt * rows / first:.1f} tokens/s){rate}")
+
+
+def _report(outputs: Mapping[str, HostArray], folder: str | None) -> None:
+    for name, array in outputs.items():
+        line = f"{name}: {list(array.shape)} {array.dtype}"
+        if array.size and array.dtype.kind != "b":
+            values = array.astype(np.float64)
+            line += f" min {values.min():.6g} max {values.max():.6g} mean {values.mean():.6g}"
+        if folder is not None:
+            safe = "".join(char if char.isalnum() or char in "._-" else "_" for char in name).lstrip(".") or "output"
+            file = Path(folder) / f"{safe}.npy"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            np.save(file, array, allow_pickle=False)
+            line += f" -> {file}"
+        print(line)
+
+
+def _load(file: Path) -> HostArray:
+    try:
+        array = cast(object, np.load(file, allow_pickle=False))
+    except (ValueError, EOFError) as error:
+        raise InputError("not a .npy array", where=str(file), hint=str(error).splitlines()[0]) from error
+    if not isinstance(array, np.ndarray):
+        raise InputError("not a single .npy array", where=str(file))
+    return cast(HostArray, array)
+
+
+def _note(text: str) -> None:
+    print(f"linattn-run: {text}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,417 @@
+"""Devices, device arrays and loaded modules: the only file of the package that touches `iree.runtime`.
+
+Facts about IREE 3.13.0 that shape this file (each has a test):
+
+* `iree.runtime.DeviceArray` can cache its first host copy (iree#18870); `Device.to_host` reads the device every time.
+* A `VmContext` must not be entered by two threads at once, so every call of a module holds the module's lock.
+* Vulkan devices are named by UUID, not by number; `vulkan://1` is the second device listed, resolved here.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import iree.runtime as _untyped_rt  # pyright: ignore[reportMissingTypeStubs]
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import InputError, TargetError
+
+try:  # iree.runtime brings ml_dtypes along; without it bfloat16 arrays are seen as their uint16 bits
+    import ml_dtypes  # pyright: ignore[reportMissingTypeStubs, reportMissingImports, reportUnusedImport]  # noqa: F401
+
+    _bfloat16: np.dtype[Any] = np.dtype("bfloat16")
+except ImportError:  # pragma: no cover
+    _bfloat16 = np.dtype(np.uint16)
+
+_rt: Any = cast(Any, _untyped_rt)
+
+HostArray = NDArray[Any]
+
+_DEVICE_URIS = {"cpu": "local-task", "cuda": "cuda", "vulkan": "vulkan"}
+_DRIVERS = ("local-task", "local-sync", "cuda", "vulkan", "hip")
+_CPU_DRIVERS = ("local-task", "local-sync")
+_INSTALL_HINTS = {
+    "vulkan": "install a Vulkan driver (Debian and Ubuntu: apt-get install mesa-vulkan-drivers libvulkan1)",
+    "cuda": "install the NVIDIA driver (libcuda.so)",
+}
+_HAL_TYPES = {
+    "bool": "BOOL_8",
+    "int8": "SINT_8",
+    "uint8": "UINT_8",
+    "int16": "SINT_16",
+    "uint16": "UINT_16",
+    "int32": "SINT_32",
+    "uint32": "UINT_32",
+    "int64": "SINT_64",
+    "uint64": "UINT_64",
+    "float16": "FLOAT_16",
+    "bfloat16": "BFLOAT_16",
+    "float32": "FLOAT_32",
+    "float64": "FLOAT_64",
+}
+DTYPE_NAMES = tuple(_HAL_TYPES)
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """The numpy dtype that stands for an element type of a manifest.
+
+    Args:
+        name: A numpy dtype name, or `bfloat16` (ml_dtypes' type; plain uint16 bits where ml_dtypes is missing).
+
+    Raises:
+        InputError: The name is not one of `DTYPE_NAMES`.
+    """
+    if name not in _HAL_TYPES:
+        raise InputError("unknown dtype", got=repr(name), expected=" | ".join(DTYPE_NAMES))
+    return _bfloat16 if name == "bfloat16" else np.dtype(name)
+
+
+@dataclass(frozen=True)
+class DeviceArray:
+    """An array in device memory; never copied to the host unless `Device.to_host` is asked to.
+
+    Attributes:
+        shape: Sizes of the axes, dense and row-major.
+        dtype: Name of the element type (`DTYPE_NAMES`).
+        view: The IREE buffer view that owns the memory; for `device.py` only.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    view: Any
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the elements, in bytes."""
+        return int(np.prod(self.shape, dtype=np.int64)) * numpy_dtype(self.dtype).itemsize
+
+
+class Device:
+    """One opened device; get it from `open_device`, which opens each device once per process."""
+
+    def __init__(self, uri: str, hal_device: Any, description: str) -> None:
+        self.uri = uri
+        self.description = description
+        self.hal_device = hal_device
+        self._allocator: Any = hal_device.allocator
+
+    @property
+    def driver(self) -> str:
+        """Name of the IREE driver: `local-task`, `local-sync`, `cuda`, `vulkan` or `hip`."""
+        return self.uri.partition("://")[0]
+
+    def __repr__(self) -> str:
+        return f"Device({self.uri!r}, {self.description!r})"
+
+    def upload(self, array: HostArray, dtype: str) -> DeviceArray:
+        """Copies a host array to the device; the host array may be changed right after.
+
+        Args:
+            array: Any strides; its dtype must be `numpy_dtype(dtype)`.
+            dtype: Name of the element type.
+        """
+        if array.dtype != numpy_dtype(dtype):
+            raise InputError("wrong dtype", got=array.dtype, expected=dtype)
+        dense = np.asarray(array, order="C")
+        raw = dense if dtype not in ("bool", "bfloat16") else dense.view(np.uint8 if dtype == "bool" else np.uint16)
+        view = self._allocator.allocate_buffer_copy(
+            memory_type=_rt.MemoryType.DEVICE_LOCAL,
+            allowed_usage=_rt.BufferUsage.DEFAULT,
+            device=self.hal_device,
+            buffer=raw,
+            element_type=_hal_type(dtype),
+        )
+        return DeviceArray(tuple(array.shape), dtype, view)
+
+    def zeros(self, shape: Sequence[int], dtype: str) -> DeviceArray:
+        """Allocates an array of zeros, filled by the device (nothing is uploaded)."""
+        array = self._empty(shape, dtype)
+        self.fill_zero([array])
+        return array
+
+    def fill_zero(self, arrays: Sequence[DeviceArray]) -> None:
+        """Overwrites arrays with zeros, in place and in one submission."""
+        filled = [array for array in arrays if array.nbytes]
+        if not filled:
+            return
+        commands = _rt.HalCommandBuffer(self.hal_device, begin=True)
+        for array in filled:
+            commands.fill(array.view.get_buffer(), np.zeros(1, np.uint8), 0, array.nbytes)
+        self._execute(commands)
+
+    def copy(self, arrays: Sequence[DeviceArray]) -> list[DeviceArray]:
+        """Copies arrays on the device, each into memory of its own, in one submission."""
+        copies = [self._empty(array.shape, array.dtype) for array in arrays]
+        pairs = [(old, new) for old, new in zip(arrays, copies, strict=True) if old.nbytes]
+        if pairs:
+            commands = _rt.HalCommandBuffer(self.hal_device, begin=True)
+            for old, new in pairs:
+                commands.copy(old.view.get_buffer(), new.view.get_buffer(), 0, 0, old.nbytes)
+            self._execute(commands)
+        return copies
+
+    def to_host(self, array: DeviceArray) -> HostArray:
+        """Copies an array to the host: every call reads the device anew and returns memory of its own."""
+        return self._read(array, [(0, array.nbytes)], array.shape)
+
+    def to_host_last(self, array: DeviceArray, axis: int) -> HostArray:
+        """Copies only the last position of one axis to the host.
+
+        Args:
+            array: At least one element along `axis`.
+            axis: Which axis; it stays in the result with size 1.
+        """
+        shape, itemsize = array.shape, numpy_dtype(array.dtype).itemsize
+        row = int(np.prod(shape[axis + 1 :], dtype=np.int64)) * itemsize
+        block = row * shape[axis]
+        outer = int(np.prod(shape[:axis], dtype=np.int64))
+        regions = [(i * block + block - row, row) for i in range(outer)]
+        return self._read(array, regions, (*shape[:axis], 1, *shape[axis + 1 :]))
+
+    def wrap(self, view: Any, dtype: str) -> DeviceArray:
+        """Takes a buffer view that a call returned, with the element type that the manifest names.
+
+        Raises:
+            TargetError: The element sizes differ: the module and its manifest disagree.
+        """
+        shape = tuple(int(dim) for dim in view.shape)
+        needed = int(np.prod(shape, dtype=np.int64)) * numpy_dtype(dtype).itemsize
+        if int(view.byte_length) != needed:
+            got = f"{view.byte_length} bytes for shape {list(shape)}"
+            raise TargetError("a result does not fit the manifest", got=got, expected=f"{needed} bytes of {dtype}")
+        return DeviceArray(shape, dtype, view)
+
+    def _empty(self, shape: Sequence[int], dtype: str) -> DeviceArray:
+        sizes = tuple(int(size) for size in shape)
+        nbytes = int(np.prod(sizes, dtype=np.int64)) * numpy_dtype(dtype).itemsize
+        try:
+            buffer = self._allocator.allocate_buffer(
+                memory_type=int(_rt.MemoryType.DEVICE_LOCAL),
+                allowed_usage=int(_rt.BufferUsage.DEFAULT),
+                allocation_size=max(nbytes, 16),
+            )
+        except (RuntimeError, MemoryError) as error:
+            raise TargetError("cannot allocate", where=self.uri, got=f"{nbytes} bytes", hint=one_line(error)) from error
+        return DeviceArray(sizes, dtype, _rt.HalBufferView(buffer, list(sizes), _hal_type(dtype)))
+
+    def _execute(self, commands: Any) -> None:
+        commands.end()
+        semaphore = self.hal_device.create_semaphore(0)
+        done = _rt.HalFence.create_at(semaphore, 1)
+        self.hal_device.queue_execute(commands, [(semaphore, 0)], done)
+        done.wait()
+
+    def _read(self, array: DeviceArray, regions: list[tuple[int, int]], shape: tuple[int, ...]) -> HostArray:
+        dtype = numpy_dtype(array.dtype)
+        nbytes = sum(length for _, length in regions)
+        if not nbytes:
+            return np.empty(shape, dtype)
+        source = array.view.get_buffer()
+        if _mappable(source):
+            mapped = source.map().asarray([array.nbytes], np.dtype(np.uint8))
+            raw = np.concatenate([mapped[start : start + length] for start, length in regions])
+            return raw.view(dtype).reshape(shape)
+        staging = self._allocator.allocate_buffer(
+            memory_type=int(_rt.MemoryType.HOST_LOCAL | _rt.MemoryType.DEVICE_VISIBLE),
+            allowed_usage=int(_rt.BufferUsage.TRANSFER_TARGET | _rt.BufferUsage.MAPPING_SCOPED),
+            allocation_size=max(nbytes, 16),
+        )
+        commands = _rt.HalCommandBuffer(self.hal_device, begin=True)
+        filled = 0
+        for start, length in regions:
+            commands.copy(source, staging, start, filled, length)
+            filled += length
+        self._execute(commands)
+        raw = staging.map().asarray([nbytes], np.dtype(np.uint8)).copy()
+        return raw.view(dtype).reshape(shape)
+
+
+class Module:
+    """A module loaded on a device; calls from several threads are let in one at a time.
+
+    Args:
+        source: Path of a `.vmfb` file (memory-mapped; do not overwrite it while it is loaded) or its bytes.
+
+    Raises:
+        TargetError: The file is damaged.
+    """
+
+    def __init__(self, source: Path | bytes) -> None:
+        self._device: Device | None = None
+        self.where = str(source) if isinstance(source, Path) else "module bytes"
+        self._lock = threading.Lock()
+        self._instance: Any = _rt.VmInstance()
+        self._context: Any = None
+        try:
+            if isinstance(source, Path):
+                self._module: Any = _rt.VmModule.mmap(self._instance, str(source))
+            else:  # always copies: a module at an unaligned address computes zeros (iree#13887)
+                self._module = _rt.VmModule.copy_buffer(self._instance, source)
+        except (RuntimeError, ValueError, OSError) as error:
+            hint = f"is it complete? ({one_line(error)})"
+            raise TargetError("not an IREE module", where=self.where, hint=hint) from error
+        self.functions: dict[str, Any] = {
+            str(name): self._module.lookup_function(name) for name in self._module.function_names
+        }
+
+    def reflection(self, function: str) -> Mapping[str, str]:
+        """The reflection attributes of an exported function."""
+        return cast(Mapping[str, str], self.functions[function].reflection)
+
+    @property
+    def device(self) -> Device:
+        """Where it has been linked."""
+        assert self._device is not None, "link comes first"
+        return self._device
+
+    def link(self, device: Device, parameters: tuple[str, Path] | None) -> None:
+        """Loads the code (and the weights) onto a device; called once, before the first call.
+
+        Args:
+            device: Where it shall run.
+            parameters: `(scope, path)` of the parameter file, if the module keeps its weights in one.
+
+        Raises:
+            TargetError: The module was compiled for another device, or the parameter file does not fit.
+        """
+        self._device = device
+        try:
+            modules: list[Any] = [_rt.create_hal_module(self._instance, self.device.hal_device)]
+            if parameters is not None:
+                index = _rt.ParameterIndex()
+                index.load(str(parameters[1]))
+                provider = index.create_provider(scope=parameters[0])
+                modules.append(_rt.create_io_parameters_module(self._instance, provider))
+            self._context = _rt.VmContext(self._instance, [*modules, self._module])
+        except (RuntimeError, ValueError, LookupError, NotImplementedError, OSError) as error:
+            hint = f"recompile it for this device or name another one ({one_line(error)})"
+            message = f"does not load on {self.device.uri} ({self.device.description})"
+            raise TargetError(message, where=self.where, hint=hint) from error
+
+    def call(self, function: str, arguments: Sequence[DeviceArray | int], dtypes: Sequence[str]) -> list[DeviceArray]:
+        """Calls a function and waits until it is done.
+
+        Args:
+            function: Name of an exported function (the synchronous one).
+            arguments: Device arrays, and Python ints for i64 scalars.
+            dtypes: Element type of each result.
+
+        Raises:
+            TargetError: The call failed on the device, or the number of results is another one.
+        """
+        packed = _rt.VmVariantList(len(arguments))
+        for argument in arguments:
+            if isinstance(argument, int):
+                packed.push_int(argument)
+            else:
+                packed.push_ref(argument.view.ref)
+        results = _rt.VmVariantList(len(dtypes))
+        try:
+            with self._lock:
+                self._context.invoke(self.functions[function], packed, results)
+        except (RuntimeError, ValueError, LookupError, NotImplementedError) as error:
+            hint = one_line(error)
+            if "empty buffer range" in hint:
+                hint = "IREE's Vulkan driver takes no tensors of size zero; compile with a fixed --max-context"
+            raise TargetError(f"the call failed on {self.device.uri}", where=function, hint=hint) from error
+        if len(results) != len(dtypes):
+            raise TargetError("wrong number of results", where=function, got=len(results), expected=len(dtypes))
+        views = [results.get_as_object(i, _rt.HalBufferView) for i in range(len(dtypes))]
+        return [self.device.wrap(view, dtype) for view, dtype in zip(views, dtypes, strict=True)]
+
+
+_open_devices: dict[str, Device] = {}
+_open_lock = threading.Lock()
+
+
+def open_device(name: str) -> Device:
+    """Opens a device, or returns it where this process has opened it already.
+
+    Args:
+        name: `cpu`, `cuda`, `vulkan`, or an IREE device URI such as `local-sync`, `cuda://0`, `vulkan://GPU-6d65...`;
+            a number after `://` counts the devices in `list_devices` order.
+
+    Raises:
+        TargetError: There is no such device; the message lists those there are, or what to install.
+    """
+    uri = _DEVICE_URIS.get(name, name)
+    driver, _, path = uri.partition("://")
+    if driver not in _DRIVERS:
+        expected = f"cpu | cuda | vulkan | an IREE URI ({', '.join(_DRIVERS)})"
+        raise TargetError("unknown device", got=repr(name), expected=expected)
+    with _open_lock:
+        if uri not in _open_devices:
+            _open_devices[uri] = _open(uri, driver, path)
+        return _open_devices[uri]
+
+
+def list_devices(driver: str) -> list[tuple[str, str]]:
+    """`(URI, description)` of each device that a driver finds; empty where the driver cannot start."""
+    try:
+        found = cast(list[dict[str, Any]], _rt.get_driver(driver).query_available_devices())
+    except (RuntimeError, ValueError, NotImplementedError):
+        return []
+    return [(f"{driver}://{info['path']}" if info["path"] else driver, str(info["name"])) for info in found]
+
+
+def subgroup_sizes(device: Device) -> tuple[int, int] | None:
+    """Least and most lanes of a subgroup on a Vulkan device (lavapipe: 8, 8); None if unknown or another driver."""
+    if device.driver != "vulkan":
+        return None
+    try:
+        driver = _rt.get_driver("vulkan")
+        path = device.uri.partition("://")[2]
+        infos = cast(list[dict[str, Any]], driver.query_available_devices())
+        ids = [info["device_id"] for info in infos if not path or info["path"] == path]
+        text = str(driver.dump_device_info(ids[0]))
+    except (RuntimeError, ValueError, LookupError):
+        return None
+    match = re.search(r"minSubgroupSize=(\d+) maxSubgroupSize=(\d+)", text)
+    return (int(match.group(1)), int(match.group(2))) if match else None
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an IREE error, without source positions and cut to 200 characters."""
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    text = re.sub(r"\S*\.(?:c|cc|h):\d+: ", "", text)
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+def _open(uri: str, driver: str, path: str) -> Device:
+    found = list_devices(driver)
+    if path.isdecimal():
+        if int(path) >= len(found):
+            raise _missing(uri, driver, found, None)
+        uri, path = found[int(path)][0], ""
+    try:
+        hal_device = _rt.get_driver(driver).create_device_by_uri(uri)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        raise _missing(uri, driver, found, error) from error
+    if driver in _CPU_DRIVERS:
+        return Device(uri, hal_device, f"{os.cpu_count()} CPU threads")
+    return Device(uri, hal_device, dict(found).get(uri) or (found[0][1] if found else uri))
+
+
+def _missing(uri: str, driver: str, found: list[tuple[str, str]], error: BaseException | None) -> TargetError:
+    if found:
+        listed = ", ".join(f"{found_uri} ({name})" for found_uri, name in found)
+        return TargetError("no such device", got=uri, expected=listed)
+    reason = f" ({one_line(error)})" if error else ""
+    hint = _INSTALL_HINTS.get(driver, "name another device") + reason
+    return TargetError("no such device", got=uri, hint=hint)
+
+
+def _hal_type(dtype: str) -> Any:
+    return getattr(_rt.HalElementType, _HAL_TYPES[dtype])
+
+
+def _mappable(buffer: Any) -> bool:
+    visible, scoped = int(_rt.MemoryType.HOST_VISIBLE), int(_rt.BufferUsage.MAPPING_SCOPED)
+    return bool(int(buffer.memory_type()) & visible == visible and int(buffer.allowed_usage()) & scoped == scoped)

@@ -1,0 +1,61 @@
+"""The errors a user can cause, in one small tree shared by the compiler side and the runtime.
+
+Every error is one line: where, what, got, expected, what to do next.
+"""
+
+from __future__ import annotations
+
+
+class LinattnError(Exception):
+    """Base of all errors that linattn raises on purpose.
+
+    Args:
+        message: What is wrong, without a full stop.
+        where: The node, argument, file or option it is about.
+        got: What was found.
+        expected: What would have been right.
+        hint: What the user can do next.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        where: str | None = None,
+        got: object = None,
+        expected: object = None,
+        hint: str | None = None,
+    ) -> None:
+        self.message = message
+        self.where = where
+        self.got = got
+        self.expected = expected
+        self.hint = hint
+        text = f"{where}: {message}" if where else message
+        if got is not None:
+            text += f", got {got}"
+        if expected is not None:
+            text += f", expected {expected}"
+        if hint:
+            text += f"; {hint}"
+        super().__init__(" ".join(text.split()))
+
+
+class UnsupportedModelError(LinattnError):
+    """The model is damaged, breaks an operator's contract or uses something we do not compile."""
+
+
+class LoweringError(LinattnError):
+    """The compiler failed on a model that had passed the checks."""
+
+
+class TargetError(LinattnError):
+    """An unknown target, an impossible target option, or a device that is not there."""
+
+
+class StateError(LinattnError):
+    """A state that does not fit: wrong model, shape or dtype, or a full context."""
+
+
+class InputError(LinattnError, ValueError):
+    """A wrong argument of a runtime call: name, dtype, shape."""

@@ -1,0 +1,68 @@
+"""Greedy generation, the simplest loop over a session."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from .device import HostArray
+from .errors import InputError, StateError
+from .session import Session
+
+
+def token_input(session: Session) -> str:
+    """Name of the input that takes the token ids.
+
+    Raises:
+        InputError: The model has no such input, or several.
+    """
+    names = [spec.name for spec in session.program.inputs if spec.role == "tokens"]
+    if len(names) != 1:
+        raise InputError("no single input for token ids", got=", ".join(names) or "none")
+    return names[0]
+
+
+def greedy(session: Session, ids: ArrayLike, count: int) -> Iterator[int | tuple[int, ...]]:
+    """Generates tokens, each the one with the largest logit (the first of equals).
+
+    The session keeps what was generated, but for the last token, which has not been fed back.
+
+    Args:
+        session: Where to go on from; reset it for a fresh sequence.
+        ids: Prompt, [T] or [B, T], at least one token.
+        count: Number of tokens to generate.
+
+    Yields:
+        The next token id; a tuple of B ids where the session has more than one row.
+
+    Raises:
+        InputError: An empty prompt, or a model without token ids and logits.
+        StateError: The context is full, or the logits are NaN.
+    """
+    name = token_input(session)
+    dtype = next(spec.dtype for spec in session.program.inputs if spec.name == name)
+    outputs = [spec.name for spec in session.program.outputs if spec.role == "logits"]
+    if len(outputs) != 1:
+        raise InputError("no single output of logits", got=", ".join(outputs) or "none")
+    prompt: HostArray = np.atleast_2d(np.asarray(ids))
+    if prompt.size == 0 or prompt.ndim != 2:
+        raise InputError("the prompt must have tokens", where=name, got=list(prompt.shape), expected="[T] or [B, T]")
+    feed: HostArray = prompt.astype(dtype)
+    for _ in range(count):
+        logits = session.run({name: feed}, logits="last")[outputs[0]]
+        feed = _largest(logits).astype(dtype)
+        tokens = [int(token) for token in feed[:, 0]]
+        yield tokens[0] if len(tokens) == 1 else tuple(tokens)
+
+
+def _largest(logits: HostArray) -> HostArray:
+    """Index of the largest logit of each row, [B, 1, V] -> [B, 1]."""
+    rows = logits[:, -1, :]
+    best = np.argmax(rows, axis=-1)
+    chosen: Sequence[Any] = [row[index] for row, index in zip(rows, best, strict=True)]
+    if any(value != value for value in chosen):
+        raise StateError("the logits are NaN", hint="reset the session and check the inputs")
+    return best[:, None]

@@ -1,0 +1,347 @@
+"""The manifest: what a compiled module says about itself (README.md has the format).
+
+The frontend builds a `Manifest` and embeds `to_json()`; the runtime reads it back with `Manifest.from_json`, which
+trusts nothing: sizes, names, roles and references are checked before anything is allocated.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .device import DTYPE_NAMES, numpy_dtype
+from .errors import TargetError
+from .manifest_reader import Reader, bad
+
+FORMAT = 1
+REFLECTION_KEY = "linattn.manifest"
+MAX_ARRAY_BYTES = 1 << 40
+
+Dim = int | str
+Shape = tuple[Dim, ...]
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """A graph input that is not a state.
+
+    Attributes:
+        name: ONNX name.
+        dtype: numpy name, or `bfloat16`.
+        shape: Sizes; symbolic names stay in even where the compiled size is fixed.
+        role: `tokens` | `attention_mask` | `position_ids` | `other`.
+    """
+
+    name: str
+    dtype: str
+    shape: Shape
+    role: str = "other"
+
+
+@dataclass(frozen=True)
+class OutputSpec:
+    """A graph output that is not a state.
+
+    Attributes:
+        name: ONNX name.
+        dtype: numpy name, or `bfloat16`.
+        shape: Sizes, as in `InputSpec`.
+        role: `logits` | `other`.
+        token_axis: The axis along which the blocks of a prompt are joined; None: the last block's value counts.
+    """
+
+    name: str
+    dtype: str
+    shape: Shape
+    role: str = "other"
+    token_axis: int | None = None
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """A state: a graph input (past) and the graph output (present) that becomes the next past.
+
+    Attributes:
+        name: ONNX name of the past input.
+        output: ONNX name of the present output.
+        kind: `recurrent` | `conv` | `kv_cache`.
+        dtype: numpy name, or `bfloat16`.
+        shape: Sizes, as in `InputSpec`.
+        length_axis: The axis of a KV cache that counts tokens; None for the other kinds.
+        in_place: The call writes into the caller's buffer and returns that same buffer (KV caches only).
+    """
+
+    name: str
+    output: str
+    kind: str
+    dtype: str
+    shape: Shape
+    length_axis: int | None = None
+    in_place: bool = False
+
+
+@dataclass(frozen=True)
+class EntryPoint:
+    """An exported function.
+
+    Attributes:
+        symbol: Its name in the module.
+        kind: `decode` | `prefill` | `main`.
+        tokens: Number of tokens it takes; None: any number.
+    """
+
+    symbol: str
+    kind: str
+    tokens: int | None
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the module was compiled for.
+
+    Attributes:
+        name: `cpu` | `cuda` | `vulkan`.
+        device: The device URI that runs it by default.
+        description: For people: CPU features, GPU architecture.
+        subgroup_size: Lanes of a subgroup that the kernels count on; None: any. Optional in the JSON. Checked at load,
+            since IREE 3.13.0 runs a kernel for 32 lanes on a device of 8 and returns wrong numbers.
+    """
+
+    name: str
+    device: str
+    description: str = ""
+    subgroup_size: int | None = None
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Weights in a file of their own.
+
+    Attributes:
+        scope: IREE parameter scope.
+        file: File name, without a folder: it lies beside the module.
+    """
+
+    scope: str
+    file: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything the runtime needs to know about a module.
+
+    Attributes:
+        model_name: Name of the model.
+        model_sha256: Hash of the ONNX file, hex.
+        target: What it was compiled for.
+        batch: Compiled batch size; None: open.
+        max_context: Capacity of the KV caches, in tokens; None: open, or no KV cache.
+        context_limit: Positions that the model itself supports (tokens), None if unknown.
+        inputs: Graph inputs that are not states, in ABI order.
+        outputs: Graph outputs that are not states, in ABI order.
+        states: States, in ABI order.
+        entry_points: Exported functions.
+        dims: Role of each symbolic name in the shapes: `batch` | `tokens` | `past` | `total` | `open`.
+        nodes: Rows of the compile report, opaque to the runtime.
+        parameters: Weights beside the module, or None.
+        producer: Versions that made it.
+        format: Version of this format.
+    """
+
+    model_name: str
+    model_sha256: str
+    target: Target
+    batch: int | None
+    max_context: int | None
+    context_limit: int | None
+    inputs: tuple[InputSpec, ...]
+    outputs: tuple[OutputSpec, ...]
+    states: tuple[StateSpec, ...]
+    entry_points: tuple[EntryPoint, ...]
+    dims: Mapping[str, str]
+    nodes: tuple[Any, ...] = ()
+    parameters: Parameters | None = None
+    producer: Mapping[str, str] | None = None
+    format: int = FORMAT
+
+    @property
+    def takes_position(self) -> bool:
+        """Whether every entry point takes the number of committed tokens as its last argument."""
+        return self.max_context is not None and any(state.kind == "kv_cache" for state in self.states)
+
+    @property
+    def token_limit(self) -> int | None:
+        """Most tokens that a session can hold; None: no limit."""
+        limits = [limit for limit in (self.max_context, self.context_limit) if limit is not None]
+        return min(limits) if limits else None
+
+    def role(self, dim: Dim) -> str | None:
+        """The role of a symbolic dim, None for a number."""
+        return self.dims[dim] if isinstance(dim, str) else None
+
+    def to_json(self) -> str:
+        """The JSON text that goes into the module; checked by reading it back.
+
+        Raises:
+            TargetError: This manifest breaks a rule of the format.
+        """
+        text = json.dumps(
+            {
+                "format": self.format,
+                "producer": dict(self.producer or {}),
+                "model": {"name": self.model_name, "sha256": self.model_sha256},
+                "target": asdict(self.target),
+                "batch": self.batch,
+                "max_context": self.max_context,
+                "context_limit": self.context_limit,
+                "inputs": [asdict(spec) for spec in self.inputs],
+                "outputs": [asdict(spec) for spec in self.outputs],
+                "states": [asdict(spec) for spec in self.states],
+                "entry_points": [asdict(entry) for entry in self.entry_points],
+                "dims": dict(self.dims),
+                "nodes": list(self.nodes),
+                "parameters": asdict(self.parameters) if self.parameters else None,
+            },
+            separators=(",", ":"),
+            allow_nan=False,
+        )
+        Manifest.from_json(text)
+        return text
+
+    @staticmethod
+    def from_json(text: str, where: str = "manifest") -> Manifest:
+        """Reads and checks a manifest.
+
+        Args:
+            text: The JSON text.
+            where: What the errors name, for example the module's file.
+
+        Raises:
+            TargetError: Not JSON, an unknown format version, or a broken rule (one line says which).
+        """
+        try:
+            raw: Any = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            message = str(error).splitlines()[0] if isinstance(error, ValueError) else "nested too deep"
+            raise TargetError("the manifest is not JSON", where=where, hint=message) from error
+        top = Reader(raw, where, "manifest")
+        version = top.whole("format", 0)
+        if version != FORMAT:
+            hint = "use the linattn.runtime version that fits the compiler"
+            raise TargetError("unknown manifest format", where=where, got=version, expected=FORMAT, hint=hint)
+        manifest = _build(top)
+        _check(manifest, where)
+        return manifest
+
+
+def _build(top: Reader) -> Manifest:
+    model, target, producer = top.child("model"), top.child("target"), top.raw_object("producer")
+    parameters = None if top.get("parameters") is None else top.child("parameters")
+    return Manifest(
+        model_name=model.text("name"),
+        model_sha256=model.text("sha256"),
+        target=Target(
+            target.choice("name", ("cpu", "cuda", "vulkan")),
+            target.text("device"),
+            target.text("description"),
+            target.optional_whole("subgroup_size", 1, missing_ok=True),
+        ),
+        batch=top.optional_whole("batch", 1),
+        max_context=top.optional_whole("max_context", 1),
+        context_limit=top.optional_whole("context_limit", 1),
+        inputs=tuple(
+            InputSpec(
+                row.text("name"),
+                row.choice("dtype", DTYPE_NAMES),
+                row.shape("shape"),
+                row.choice("role", ("tokens", "attention_mask", "position_ids", "other")),
+            )
+            for row in top.rows("inputs")
+        ),
+        outputs=tuple(
+            OutputSpec(
+                row.text("name"),
+                row.choice("dtype", DTYPE_NAMES),
+                row.shape("shape"),
+                row.choice("role", ("logits", "other")),
+                row.optional_whole("token_axis", 0),
+            )
+            for row in top.rows("outputs")
+        ),
+        states=tuple(
+            StateSpec(
+                row.text("name"),
+                row.text("output"),
+                row.choice("kind", ("recurrent", "conv", "kv_cache")),
+                row.choice("dtype", DTYPE_NAMES),
+                row.shape("shape"),
+                row.optional_whole("length_axis", 0),
+                row.flag("in_place"),
+            )
+            for row in top.rows("states")
+        ),
+        entry_points=tuple(
+            EntryPoint(
+                row.text("symbol"),
+                row.choice("kind", ("decode", "prefill", "main")),
+                row.optional_whole("tokens", 0),
+            )
+            for row in top.rows("entry_points")
+        ),
+        dims={name: str(role) for name, role in top.raw_object("dims").items()},
+        nodes=tuple(top.array("nodes")),
+        parameters=Parameters(parameters.text("scope"), parameters.text("file")) if parameters else None,
+        producer={name: str(version) for name, version in producer.items()},
+    )
+
+
+def _check(manifest: Manifest, where: str) -> None:
+    m = manifest
+    for name, role in m.dims.items():
+        if role not in ("batch", "tokens", "past", "total", "open"):
+            raise bad(where, f"dims.{name}", "unknown role", role, "batch | tokens | past | total | open")
+    for group, names in (
+        ("input and state", [spec.name for spec in (*m.inputs, *m.states)]),
+        ("output", [*(spec.name for spec in m.outputs), *(state.output for state in m.states)]),
+        ("entry point", [entry.symbol for entry in m.entry_points]),
+    ):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise bad(where, f"{group} names", "not unique", ", ".join(twice))
+    if not m.entry_points:
+        raise bad(where, "entry_points", "empty")
+    for entry in m.entry_points:
+        if entry.symbol == "__init" or "$" in entry.symbol:
+            raise bad(where, "entry_points", "not a function to call", entry.symbol)
+        if entry.kind == "decode" and entry.tokens != 1:
+            raise bad(where, entry.symbol, "wrong token count of a decode entry", entry.tokens, 1)
+    for role in ("attention_mask", "position_ids"):
+        if sum(spec.role == role for spec in m.inputs) > 1:
+            raise bad(where, "inputs", f"more than one {role}")
+    for spec in (*m.inputs, *m.outputs, *m.states):
+        unknown = [dim for dim in spec.shape if isinstance(dim, str) and dim not in m.dims]
+        if unknown:
+            raise bad(where, spec.name, "dims without a role", ", ".join(map(str, unknown)), "an entry in dims")
+        known = {"batch": m.batch or 1, "past": m.max_context or 1, "total": m.max_context or 1}
+        sizes = [known.get(m.dims[dim], 1) if isinstance(dim, str) else dim for dim in spec.shape]
+        nbytes = math.prod(sizes) * numpy_dtype(spec.dtype).itemsize
+        if nbytes > MAX_ARRAY_BYTES:
+            raise bad(where, spec.name, "too large", f"{nbytes} bytes", f"at most {MAX_ARRAY_BYTES}")
+    for output in m.outputs:
+        if output.token_axis is not None and output.token_axis >= len(output.shape):
+            raise bad(where, output.name, "token_axis out of range", output.token_axis, f"< {len(output.shape)}")
+    for state in m.states:
+        axis = state.length_axis
+        if axis is not None and axis >= len(state.shape):
+            raise bad(where, state.name, "length_axis out of range", axis, f"< {len(state.shape)}")
+        if (state.kind == "kv_cache") != (axis is not None):
+            raise bad(where, state.name, f"wrong length_axis of a {state.kind} state", axis)
+        if axis is not None and m.role(state.shape[axis]) != "past":
+            raise bad(where, state.name, "the length axis is not a past dim", state.shape[axis])
+        if state.in_place and not (state.kind == "kv_cache" and m.max_context):
+            raise bad(where, state.name, "in_place without a capacity", state.kind, "a kv_cache and max_context")
+    if m.parameters and (not m.parameters.file or set(m.parameters.file) & set("/\\:\0") or m.parameters.file in ".."):
+        raise bad(where, "parameters.file", "not a plain file name", repr(m.parameters.file))

@@ -1,0 +1,261 @@
+"""Program: a compiled module with its weights on a device, shared by any number of sessions."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import binding
+from .binding import Sizes
+from .device import Device, DeviceArray, HostArray, Module, open_device, subgroup_sizes
+from .errors import StateError, TargetError
+from .manifest import REFLECTION_KEY, EntryPoint, InputSpec, Manifest, OutputSpec, StateSpec
+from .state import next_states, read_state, state_shape, upload_state
+
+if TYPE_CHECKING:
+    from .session import Session
+
+_CPU_DRIVERS = ("local-task", "local-sync")
+
+
+class Program:
+    """A loaded model; immutable, so threads may share it (calls are let in one at a time).
+
+    Get it from `Program.load`.
+    """
+
+    def __init__(self, module: Module, manifest: Manifest) -> None:
+        self._module = module
+        self._manifest = manifest
+        returned = [state.dtype for state in manifest.states]
+        self._result_dtypes = [*(output.dtype for output in manifest.outputs), *returned]
+
+    @staticmethod
+    def load(
+        source: str | os.PathLike[str] | bytes,
+        device: str | None = None,
+        parameters: str | os.PathLike[str] | None = None,
+    ) -> Program:
+        """Loads a compiled model onto a device.
+
+        A `.vmfb` is code that runs with the rights of this process: load only what you trust.
+
+        Args:
+            source: Path of the `.vmfb` (memory-mapped: leave the file alone while it is loaded), or its bytes.
+            device: `cpu`, `cuda`, `vulkan` or an IREE device URI; None: what the model was compiled for.
+            parameters: The `.irpa` file with the weights; None: the file that the manifest names, beside the `.vmfb`.
+
+        Raises:
+            TargetError: No such file or device, not a linattn module, compiled for something else, weights missing.
+        """
+        path = None if isinstance(source, (bytes, bytearray, memoryview)) else Path(source)
+        if path is not None and not path.is_file():
+            raise TargetError("no such file", where=str(path))
+        blob = path if path is not None else bytes(source)  # pyright: ignore[reportArgumentType]
+        module = Module(blob)
+        manifest = read_manifest(module)
+        opened = open_device(device or manifest.target.device)
+        _check_target(module.where, manifest, opened)
+        module.link(opened, _find_parameters(module.where, manifest, path, parameters))
+        return Program(module, manifest)
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the module says about itself."""
+        return self._manifest
+
+    @property
+    def device(self) -> Device:
+        """Where it runs."""
+        return self._module.device
+
+    @property
+    def inputs(self) -> tuple[InputSpec, ...]:
+        """The graph inputs that are not states."""
+        return self._manifest.inputs
+
+    @property
+    def outputs(self) -> tuple[OutputSpec, ...]:
+        """The graph outputs that are not states."""
+        return self._manifest.outputs
+
+    @property
+    def states(self) -> tuple[StateSpec, ...]:
+        """The states, each a graph input and the graph output that replaces it."""
+        return self._manifest.states
+
+    def session(self, batch: int | None = None) -> Session:
+        """Starts an empty sequence (or a batch of them) with states of its own.
+
+        Args:
+            batch: B for a model with an open batch; None: the first call decides.
+        """
+        from .session import Session
+
+        return Session(self, batch)
+
+    def run(self, inputs: Mapping[str, Any]) -> dict[str, HostArray]:
+        """Runs the graph once, without a session: everything in and out by ONNX name and in ONNX shape.
+
+        States that are left out are zeros (a KV cache: no rows); so is the past that an `attention_mask` and
+        `position_ids` are filled for when they are left out. The arrays given are never changed.
+
+        Args:
+            inputs: Graph inputs by name, states included (KV caches with P rows, P at most the capacity).
+
+        Returns:
+            Every graph output by name, present states included (KV caches with P+T rows).
+
+        Raises:
+            InputError: A wrong name, dtype or shape, or no entry point for this number of tokens.
+            StateError: P+T is more than the capacity.
+            TargetError: The call failed on the device.
+        """
+        m = self._manifest
+        optional = {spec.name for spec in m.inputs if spec.role in ("attention_mask", "position_ids")}
+        required = [spec.name for spec in m.inputs if spec.name not in optional]
+        binding.check_names(inputs, [spec.name for spec in (*m.inputs, *m.states)], required)
+        specs = (*m.inputs, *m.states)
+        arrays = {spec.name: binding.as_array(spec, inputs[spec.name]) for spec in specs if spec.name in inputs}
+
+        sizes = Sizes(m)
+        for spec in sorted(specs, key=lambda spec: isinstance(spec, InputSpec) and spec.role == "attention_mask"):
+            has_cache = any(state.kind == "kv_cache" for state in m.states)
+            if isinstance(spec, InputSpec) and spec.role == "attention_mask" and has_cache:
+                past = sizes.set_default("past", 0)
+                sizes.set_default("total", past + binding.count_tokens(m, sizes, arrays))
+            if spec.name in arrays:
+                sizes.bind(spec.name, spec.shape, arrays[spec.name])
+        past = sizes.set_default("past", 0)
+        batch = sizes.set_default("batch", 1)
+        tokens = sizes.set_default("tokens", binding.count_tokens(m, sizes, arrays))
+        entry = binding.pick_entry(m, tokens)
+        check_room(m, past, tokens)
+
+        feeds = complete_inputs(m, arrays, sizes, batch, past, tokens)
+        states = [
+            upload_state(m, self.device, spec, arrays[spec.name])
+            if spec.name in arrays
+            else self.device.zeros(state_shape(m, spec, batch, m.max_context or 0), spec.dtype)
+            for spec in m.states
+        ]
+        outputs, states = self.call(entry, block_inputs(m, feeds, past, 0, tokens), states, past)
+        results = {spec.name: self.device.to_host(out) for spec, out in zip(m.outputs, outputs, strict=True)}
+        for spec, state in zip(m.states, states, strict=True):
+            results[spec.output] = read_state(m, self.device, spec, state, past + tokens)
+        return results
+
+    def call(
+        self, entry: EntryPoint, inputs: Sequence[HostArray], states: Sequence[DeviceArray], position: int
+    ) -> tuple[list[DeviceArray], list[DeviceArray]]:
+        """Calls one entry point with arrays of exactly its shapes, and waits.
+
+        Args:
+            entry: Which one.
+            inputs: One array per graph input, in manifest order, in the shapes that the module takes.
+            states: One device array per state; those with `in_place` are written to.
+            position: P.
+
+        Returns:
+            The outputs, and the states after the call.
+
+        Raises:
+            TargetError: The call failed.
+        """
+        m = self._manifest
+        arguments: list[DeviceArray | int] = [
+            self.device.upload(array, spec.dtype) for spec, array in zip(m.inputs, inputs, strict=True)
+        ]
+        arguments += states
+        if m.takes_position:
+            arguments.append(position)
+        results = self._module.call(entry.symbol, arguments, self._result_dtypes)
+        count = len(m.outputs)
+        return results[:count], next_states(m, states, results[count:])
+
+
+def read_manifest(module: Module) -> Manifest:
+    """Finds and checks the manifest of a module.
+
+    Raises:
+        TargetError: There is none, it is broken, or it names a function that the module does not have.
+    """
+    texts = [module.reflection(name).get(REFLECTION_KEY) for name in module.functions]
+    text = next((text for text in texts if text), None)
+    if text is None:
+        hint = "compile the model with linattn-compile"
+        raise TargetError("an IREE module without a linattn manifest", where=module.where, hint=hint)
+    manifest = Manifest.from_json(text, module.where)
+    for entry in manifest.entry_points:
+        if entry.symbol not in module.functions:
+            expected = ", ".join(name for name in module.functions if "$" not in name and name != "__init")
+            raise TargetError("missing entry point", where=module.where, got=entry.symbol, expected=expected)
+    return manifest
+
+
+def check_room(manifest: Manifest, past: int, tokens: int) -> None:
+    """Refuses a call that the context has no room for, before anything runs.
+
+    Raises:
+        StateError: P+T is more than the capacity or the model's own limit.
+    """
+    limit = manifest.token_limit
+    if limit is not None and past + tokens > limit:
+        hint = "reset the session" if limit == manifest.context_limit else "reset it or compile with more --max-context"
+        raise StateError("context full", got=f"{past} + {tokens} tokens", expected=f"at most {limit}", hint=hint)
+
+
+def complete_inputs(
+    manifest: Manifest, arrays: Mapping[str, HostArray], sizes: Sizes, batch: int, past: int, tokens: int
+) -> dict[str, HostArray]:
+    """Adds the `attention_mask` and `position_ids` that the caller left out, in ONNX form."""
+    feeds = dict(arrays)
+    mask = next((spec for spec in manifest.inputs if spec.role == "attention_mask"), None)
+    if mask is not None and mask.name not in feeds:
+        feeds[mask.name] = binding.full_mask(manifest, mask, batch, past, tokens)
+    for spec in manifest.inputs:
+        if spec.role == "position_ids" and spec.name not in feeds:
+            feeds[spec.name] = binding.positions(manifest, spec, sizes, past, feeds[mask.name] if mask else None)
+    return feeds
+
+
+def block_inputs(
+    manifest: Manifest, feeds: Mapping[str, HostArray], past: int, start: int, size: int
+) -> list[HostArray]:
+    """The inputs of one block, in manifest order, cut from those of the whole call."""
+    return [
+        binding.block_mask(manifest, spec, feeds[spec.name], past, start, size)
+        if spec.role == "attention_mask"
+        else binding.cut(manifest, spec, feeds[spec.name], start, size)
+        for spec in manifest.inputs
+    ]
+
+
+def _check_target(where: str, manifest: Manifest, device: Device) -> None:
+    wanted = manifest.target.device.partition("://")[0]
+    if wanted != device.driver and not (wanted in _CPU_DRIVERS and device.driver in _CPU_DRIVERS):
+        hint = "leave the device out, or compile with --target for this one"
+        got = f"device {device.uri}"
+        raise TargetError(f"compiled for {manifest.target.name}", where=where, got=got, expected=wanted, hint=hint)
+    lanes, range_ = manifest.target.subgroup_size, subgroup_sizes(device)
+    if lanes is not None and range_ is not None and not range_[0] <= lanes <= range_[1]:
+        got = f"{range_[0]} to {range_[1]} on {device.description}"
+        hint = "compile with a --gpu-target for this device"
+        raise TargetError("compiled for another subgroup size", where=where, got=got, expected=lanes, hint=hint)
+
+
+def _find_parameters(
+    where: str, manifest: Manifest, path: Path | None, given: str | os.PathLike[str] | None
+) -> tuple[str, Path] | None:
+    if manifest.parameters is None:
+        if given is not None:
+            raise TargetError("the module has its weights inside", where=where, got=f"parameters {os.fspath(given)}")
+        return None
+    if given is None and path is None:
+        raise TargetError("weights are in a file of their own", where=where, hint="pass parameters=FILE.irpa")
+    file = Path(given) if given is not None else path.parent / manifest.parameters.file  # pyright: ignore[reportOptionalMemberAccess]
+    if not file.is_file():
+        raise TargetError("no such parameter file", where=str(file), hint="put it beside the module or pass parameters")
+    return manifest.parameters.scope, file

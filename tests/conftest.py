@@ -1,0 +1,46 @@
+"""Where tests run: the devices that are there, and the shared models."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+MODELS = ROOT.parent / "shared" / "models"
+
+
+def _vulkan_error() -> str | None:
+    import iree.runtime as rt
+
+    try:
+        rt.get_driver("vulkan").create_default_device()
+    except (RuntimeError, ValueError) as error:
+        return str(error).splitlines()[0]
+    return None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what this machine cannot run, saying why; with LINATTN_REQUIRE=vulkan a missing driver is an error."""
+    del config
+    vulkan = [item for item in items if item.get_closest_marker("vulkan")]
+    error = _vulkan_error() if vulkan else None
+    if error is None:
+        return
+    if "vulkan" in os.environ.get("LINATTN_REQUIRE", "").split(","):
+        pytest.exit(f"LINATTN_REQUIRE names vulkan but there is no Vulkan device: {error}", returncode=3)
+    reason = "no Vulkan device (Debian: apt-get install mesa-vulkan-drivers libvulkan1)"
+    for item in vulkan:
+        item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def shared_models() -> Path:
+    """The real exported models, kept beside the repository."""
+    if not MODELS.is_dir():
+        pytest.skip(f"no exported models in {MODELS}")
+    return MODELS

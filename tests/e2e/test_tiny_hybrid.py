@@ -1,0 +1,88 @@
+"""A small hybrid that the tests build themselves: the same as ONNX Runtime, however a prompt is cut."""
+
+from __future__ import annotations
+
+import itertools
+from functools import cache
+
+import numpy as np
+import onnxruntime
+import pytest
+from linattn.frontend import CompileOptions, compile_model
+from linattn.runtime import Program, Session
+
+from samples.tiny_hybrid import build
+from tests.tolerances import BENIGN, error
+
+IDS = np.random.default_rng(0).integers(0, 256, (2, 40))
+
+
+@cache
+def program(target: str, batch: int | None = 2, blocks: tuple[int, ...] | None = (16, 4)) -> Program:
+    context = None if blocks is None else 48
+    options = CompileOptions(target=target, batch=batch, max_context=context, prefill_blocks=blocks)
+    return Program.load(compile_model(build(), options).module)
+
+
+@cache
+def reference() -> dict[str, np.ndarray]:
+    """Logits and present states of all of IDS from empty states, by ONNX Runtime."""
+    session = onnxruntime.InferenceSession(build().SerializeToString(), providers=["CPUExecutionProvider"])
+    batch, tokens = IDS.shape
+    sizes = {"batch": batch, "past": 0}
+    positions = np.tile(np.arange(tokens), (batch, 1))
+    feeds = {"input_ids": IDS, "attention_mask": np.ones_like(IDS), "position_ids": positions}
+    for value in session.get_inputs():
+        if value.name not in feeds:
+            feeds[value.name] = np.zeros([sizes.get(d, d) for d in value.shape], np.float32)
+    names = [value.name for value in session.get_outputs()]
+    return dict(zip(names, session.run(names, feeds), strict=True))
+
+
+def check_states(session: Session) -> None:
+    for name, state in session.states().items():
+        assert error(state, reference()[name.replace("past", "present")]) < BENIGN["float32"], name
+
+
+def run(session: Session, cuts: list[int]) -> np.ndarray:
+    """Logits of IDS, handed over in pieces."""
+    edges = np.cumsum([0, *cuts])
+    assert edges[-1] == IDS.shape[1]
+    pieces = [session.run({"input_ids": IDS[:, a:b]})["logits"] for a, b in itertools.pairwise(edges)]
+    return np.concatenate(pieces, 1)
+
+
+@pytest.mark.parametrize("target", ["cpu", pytest.param("vulkan", marks=pytest.mark.vulkan)])
+@pytest.mark.parametrize("cuts", [[40], [1] * 40, [17, 1, 22], [3, 37]], ids=["whole", "decode", "pieces", "odd"])
+def test_any_cut_is_the_whole(target: str, cuts: list[int]) -> None:
+    session = program(target).session()
+    assert error(run(session, cuts), reference()["logits"]) < BENIGN["float32"]
+    check_states(session)
+
+
+def test_open_dims() -> None:
+    session = program("cpu", None, None).session()
+    assert error(run(session, [23, 1, 16]), reference()["logits"]) < BENIGN["float32"]
+    check_states(session)
+
+
+def test_a_used_session_starts_over_as_a_fresh_one() -> None:
+    session = program("cpu").session()
+    first = run(session, [40])
+    session.reset()
+    assert np.array_equal(run(session, [40]), first)
+
+
+def test_stateless_run_continues_from_given_states() -> None:
+    """ONNX in, ONNX out: the states of the first call are the inputs of the second."""
+    first = program("cpu").run({"input_ids": IDS[:, :16]})
+    past = {name.replace("present", "past"): value for name, value in first.items() if name != "logits"}
+    second = program("cpu").run({"input_ids": IDS[:, 16:20], **past})
+    assert error(second["logits"], reference()["logits"][:, 16:20]) < BENIGN["float32"]
+    assert second["present.1.key"].shape == (2, 2, 20, 32)
+
+
+def test_half_precision_is_near() -> None:
+    options = CompileOptions(batch=2, max_context=48, prefill_blocks=(16, 4))
+    half = Program.load(compile_model(build("f16"), options).module).session()
+    assert error(run(half, [40]), reference()["logits"]) < 1e-2

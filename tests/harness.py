@@ -1,0 +1,241 @@
+"""Runs one operator through its pattern and IREE, without the frontend: numpy arrays in, numpy arrays out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import iree.runtime as rt
+import numpy as np
+from iree.compiler import ir
+from iree.compiler.api import Invocation, Output, Session
+from linattn.dialect_patterns.builder import Builder
+from linattn.dialect_patterns.node import Node, TensorSpec
+from linattn.dialect_patterns.op import LoweringContext, LoweringOptions
+from linattn.dialect_patterns.registry import find_op
+from linattn.dialect_patterns.rewrite import lower_operators
+from linattn.dialect_patterns.target import Target
+
+FLAGS = {
+    "cpu": [
+        "--iree-hal-target-device=local",
+        "--iree-hal-local-target-device-backends=llvm-cpu",
+        "--iree-llvmcpu-target-cpu=host",
+    ],
+    "vulkan": ["--iree-hal-target-device=vulkan"],
+}
+TARGETS = {"cpu": Target("cpu", vector_bits=256), "vulkan": Target("vulkan", is_gpu=True)}
+DEFAULTS = LoweringOptions()
+DRIVERS = {"cpu": "local-task", "vulkan": "vulkan"}
+DTYPES = {
+    "float32": "f32",
+    "float16": "f16",
+    "bfloat16": "bf16",
+    "int64": "i64",
+    "int32": "i32",
+    "bool": "i1",
+    "uint8": "i8",
+    "int8": "i8",
+}
+TORCH = {"i64": "si64", "i32": "si32", "i8": "ui8"}
+
+
+def spec(array: np.ndarray | None, open_dims: bool = False) -> TensorSpec | None:
+    if array is None:
+        return None
+    return TensorSpec(tuple(None if open_dims else d for d in array.shape), DTYPES[array.dtype.name])
+
+
+def opened(tensor: TensorSpec | None, axes: Sequence[int]) -> TensorSpec | None:
+    if tensor is None:
+        return None
+    return TensorSpec(tuple(None if i in axes else d for i, d in enumerate(tensor.shape)), tensor.dtype)
+
+
+def torch_type(spec: TensorSpec | None) -> str:
+    if spec is None:
+        return "!torch.none"
+    dims = ",".join("?" if d is None else str(d) for d in spec.shape)
+    return f"!torch.vtensor<[{dims}],{TORCH.get(spec.dtype, spec.dtype)}>"
+
+
+def _attribute(value: Any) -> str:
+    if isinstance(value, bool | int):
+        return f"{int(value)} : si64"
+    if isinstance(value, float):
+        return f"{value!r} : f32" if "e" not in repr(value) or "." in repr(value) else f"{float(value):.17e} : f32"
+    if isinstance(value, str):
+        return f'"{value}"'
+    return "[" + ", ".join(_attribute(v) for v in value) + "]"
+
+
+def node_for(
+    domain: str,
+    op_type: str,
+    version: int,
+    inputs: Sequence[TensorSpec | None],
+    attributes: Mapping[str, Any],
+    num_outputs: int,
+    used: Sequence[bool] | None = None,
+) -> Node:
+    used = (True,) * num_outputs if used is None else tuple(bool(u) for u in used)
+    return Node("test", domain, op_type, version, tuple(inputs), num_outputs, dict(attributes), used)
+
+
+def module_text(
+    domain: str,
+    op_type: str,
+    version: int,
+    inputs: Sequence[TensorSpec | None],
+    outputs: Sequence[TensorSpec | None],
+    attributes: Mapping[str, Any],
+) -> str:
+    """The function ``main`` around one imported operator, as the importer would leave it."""
+    given = [(i, s) for i, s in enumerate(inputs) if s is not None]
+    wanted = [(i, s) for i, s in enumerate(outputs) if s is not None]
+    operands = ", ".join("%none" if s is None else f"%a{i}" for i, s in enumerate(inputs))
+    attrs = "".join(f", torch.onnx.{k} = {_attribute(v)}" for k, v in attributes.items())
+    results = f"%r:{len(outputs)}" if len(outputs) > 1 else "%r"
+    returned = ", ".join(f"%r#{i}" if len(outputs) > 1 else "%r" for i, _ in wanted)
+    arguments = ", ".join(f"%a{i}: {torch_type(s)}" for i, s in given)
+    types = ", ".join(torch_type(s) for _, s in wanted)
+    return f"""
+func.func @main({arguments}) -> ({types})
+    attributes {{torch.onnx_meta.opset_version = {max(version, 17)} : si64}} {{
+  %none = torch.constant.none
+  {results} = torch.operator "onnx.{op_type}"({operands}) {{linattn.domain = "{domain}",
+      linattn.version = {version} : i64, linattn.node = "test"{attrs}}}
+    : ({", ".join(torch_type(s) for s in inputs)}) -> ({", ".join(torch_type(s) for s in outputs)})
+  return {returned} : {types}
+}}"""
+
+
+def lowered(
+    domain: str,
+    op_type: str,
+    version: int,
+    inputs: Sequence[TensorSpec | None],
+    attributes: Mapping[str, Any],
+    num_outputs: int,
+    target: str = "cpu",
+    options: LoweringOptions = DEFAULTS,
+    context: ir.Context | None = None,
+    used: Sequence[bool] | None = None,
+) -> ir.Module:
+    """The module after the patterns, still with torch types at its edges."""
+    entry = find_op(domain, op_type, version)
+    assert entry is not None, f"no pattern for {domain}.{op_type} {version}"
+    node = node_for(domain, op_type, version, inputs, attributes, num_outputs, used)
+    outputs = list(entry.output_types(entry.parse(node)))
+    if used is not None:
+        outputs = [o if u else None for o, u in zip(outputs, used, strict=True)]
+    context = context or ir.Context()
+    context.load_all_available_dialects()  # a compiler session loads none by itself; building ops then corrupts memory
+    with context, ir.Location.unknown():
+        module = ir.Module.parse(module_text(domain, op_type, version, inputs, outputs, attributes))
+        assert lower_operators(module, LoweringContext(Builder(), TARGETS[target], options)) == 1
+        module.operation.verify()
+        return module
+
+
+@cache
+def device_config(target: str) -> rt.Config:
+    return rt.Config(DRIVERS[target])
+
+
+def _host(device: Any, array: Any) -> np.ndarray:
+    """Through a staging buffer: lavapipe cannot import host memory."""
+    view = array._buffer_view
+    dtype = np.dtype(np.uint16) if "bfloat" in str(array.dtype) else np.dtype(array.dtype)
+    if 0 in view.shape:
+        return np.zeros(view.shape, dtype)
+    source = view.get_buffer()
+    staging = device.allocator.allocate_buffer(
+        memory_type=int(rt.MemoryType.HOST_LOCAL | rt.MemoryType.DEVICE_VISIBLE),
+        allowed_usage=int(rt.BufferUsage.TRANSFER_TARGET | rt.BufferUsage.MAPPING_SCOPED),
+        allocation_size=source.byte_length(),
+    )
+    semaphore = device.create_semaphore(0)
+    done = rt.HalFence.create_at(semaphore, 1)
+    device.queue_copy(source, staging, wait_semaphores=rt.HalFence.create_at(semaphore, 0), signal_semaphores=done)
+    done.wait()
+    return staging.map().asarray(view.shape, dtype).copy()
+
+
+def compile_module(module: ir.Module, session: Session, target: str) -> bytes:
+    from iree.compiler.passmanager import PassManager
+
+    with session.context, ir.Location.unknown():
+        PassManager.parse("builtin.module(func.func(convert-torch-onnx-to-torch),torch-to-iree)").run(module.operation)
+    invocation = Invocation(session)
+    invocation.enable_console_diagnostics()
+    invocation.import_module(module.operation)
+    assert invocation.execute(), "IREE failed"
+    output = Output.open_membuffer()
+    invocation.output_vm_bytecode(output)
+    return bytes(output.map_memory())
+
+
+def run_op(
+    op_type: str,
+    inputs: Sequence[np.ndarray | None],
+    attributes: Mapping[str, Any] | None = None,
+    *,
+    domain: str = "",
+    version: int = 24,
+    num_outputs: int = 1,
+    target: str = "cpu",
+    open_dims: bool = False,
+    open_axes: Mapping[int, Sequence[int]] | None = None,
+    options: LoweringOptions = DEFAULTS,
+    used: Sequence[bool] | None = None,
+) -> list[np.ndarray]:
+    """Lower, compile and run one operator; the outputs that ``used`` marks (default all) as numpy arrays.
+
+    ``open_dims`` opens every dimension of every input, ``open_axes`` the given ones (input index -> axes).
+
+    bfloat16 inputs are ml_dtypes arrays; bfloat16 outputs come back as ml_dtypes too.
+    """
+    session = Session()
+    session.set_flags(*FLAGS[target], "--iree-input-type=none")
+    specs = [opened(spec(a, open_dims), (open_axes or {}).get(i, ())) for i, a in enumerate(inputs)]
+    module = lowered(
+        domain, op_type, version, specs, attributes or {}, num_outputs, target, options, session.context, used
+    )
+    vmfb = compile_module(module, session, target)
+    config = device_config(target)
+    context = rt.SystemContext(config=config)
+    context.add_vm_module(rt.VmModule.copy_buffer(context.instance, vmfb))
+    function = context.modules.module.main
+    arrays = []
+    for array in inputs:
+        if array is None:
+            continue
+        if array.dtype.name == "bfloat16":
+            # asdevicearray drops its element_type (IREE 3.13)
+            view = config.device.allocator.allocate_buffer_copy(
+                memory_type=rt.MemoryType.DEVICE_LOCAL,
+                allowed_usage=rt.BufferUsage.DEFAULT,
+                device=config.device,
+                buffer=np.ascontiguousarray(array).view(np.uint16),
+                element_type=rt.HalElementType.BFLOAT_16,
+            )
+            arrays.append(rt.DeviceArray(config.device, view, override_dtype=np.dtype(np.uint16)))
+        else:
+            arrays.append(rt.asdevicearray(config.device, np.ascontiguousarray(array)))
+    results = function(*arrays)
+    results = results if isinstance(results, tuple | list) else [results]
+    host = [_host(config.device, r) for r in results]
+    bf16 = [
+        "bf16" in str(r._buffer_view.element_type)
+        or "BFLOAT" in str(rt.HalElementType(r._buffer_view.element_type)).upper()
+        for r in results
+    ]
+    if any(bf16):
+        import ml_dtypes
+
+        host = [
+            h.view(np.uint16).view(ml_dtypes.bfloat16) if is_bf16 else h for h, is_bf16 in zip(host, bf16, strict=True)
+        ]
+    return host

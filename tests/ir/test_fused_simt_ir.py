@@ -1,0 +1,155 @@
+"""The fused GPU kernels: one dispatch an operator, what is refused, and that every GPU target compiles them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from data import Shape, causal_conv, linear_attention
+from harness import TARGETS, compile_module, lowered
+from iree.compiler import ir
+from iree.compiler.api import Session
+from linattn.dialect_patterns.causal_conv.op import choose as choose_conv
+from linattn.dialect_patterns.linear_attention.contract import parse
+from linattn.dialect_patterns.linear_attention.fused_simt import is_legal
+from linattn.dialect_patterns.op import LoweringOptions
+from linattn.dialect_patterns.select import No
+from linattn.dialect_patterns.target import Target
+from linattn.frontend.targets import TargetOptions, resolve_target
+from state_ops import specs_of
+
+GPU = Target("vulkan", is_gpu=True, subgroup_size=32)
+PLAIN = Target("vulkan", is_gpu=True)
+OPTIONS = LoweringOptions()
+
+
+@pytest.fixture(autouse=True)
+def _targets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TARGETS, "gpu", GPU)
+    monkeypatch.setitem(TARGETS, "plain", PLAIN)
+
+
+def emit(
+    op_type: str,
+    inputs: list[Any],
+    attributes: dict[str, Any],
+    target: str,
+    open_dims: bool = True,
+    session: Session | None = None,
+) -> ir.Module:
+    context = session.context if session else None
+    specs = specs_of(op_type, inputs, open_dims)
+    return lowered("", op_type, 27, specs, attributes, 2, target, OPTIONS, context)
+
+
+def count(module: ir.Module) -> Counter[str]:
+    found: Counter[str] = Counter()
+
+    def visit(op: ir.Operation) -> ir.WalkResult:
+        found[op.name] += 1
+        return ir.WalkResult.ADVANCE
+
+    module.operation.walk(visit)
+    return found
+
+
+@pytest.mark.parametrize("target", ["gpu", "plain"])
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_one_dispatch(target: str, tokens: int) -> None:
+    shape = Shape(dk=64, dv=64)
+    ops = count(emit("LinearAttention", linear_attention(shape, 1, tokens), shape.attributes, target, False))
+    assert ops["flow.dispatch"] == ops["hal.executable.source"] == 1
+    assert ops["linalg.generic"] == 0
+    assert (ops["gpu.shuffle"] > 0) == (target == "gpu")
+    assert (ops["gpu.barrier"] > 0) == (target == "plain")
+    assert ops["scf.for"] == (0 if tokens == 1 else 1)
+
+
+def test_one_dispatch_for_the_convolution() -> None:
+    ops = count(emit("CausalConvWithState", causal_conv(1, 6, 5, 4), {"activation": "silu"}, "gpu"))
+    assert ops["flow.dispatch"] == ops["hal.executable.source"] == 1
+    assert ops["linalg.generic"] == 0
+
+
+TARGET_OPTIONS = [
+    ("cuda", "sm_89"), ("vulkan", "ada"), ("vulkan", "baseline"), ("vulkan", "rdna3"), ("vulkan", "valhall")
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("target", TARGET_OPTIONS, ids=lambda t: "-".join(t))
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16], ids=lambda t: t.__name__)
+def test_compiles(target: tuple[str, str], dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    resolved = resolve_target(target[0], TargetOptions(gpu_target=target[1]))
+    compile_both(resolved.flags, resolved.device_attribute, resolved.capabilities, dtype, monkeypatch)
+
+
+OTHER_FLAGS = {
+    "rocm": (("--iree-hal-target-device=hip", "--iree-rocm-target=gfx942"), 64),
+    "metal": (("--iree-hal-target-device=metal",), 32),
+}
+
+
+@pytest.mark.parametrize("target", OTHER_FLAGS)
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16], ids=lambda t: t.__name__)
+def test_compiles_beyond_our_targets(target: str, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags, subgroup = OTHER_FLAGS[target]
+    compile_both(flags, None, Target(target, is_gpu=True, subgroup_size=subgroup), dtype, monkeypatch)
+
+
+def compile_both(
+    flags: tuple[str, ...], device: str | None, target: Target, dtype: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TARGETS, "tested", target)
+    shape = Shape("gated_delta", "key", dk=64, dv=64)
+    cases = [
+        ("LinearAttention", linear_attention(shape, 1, 8, dtype=dtype), shape.attributes),
+        ("CausalConvWithState", causal_conv(1, 6, 5, 4, dtype=dtype), {"activation": "silu"}),
+    ]
+    for op_type, inputs, attributes in cases:
+        session = Session()
+        session.set_flags("--iree-input-type=none", *flags)
+        module = emit(op_type, inputs, attributes, "tested", session=session)
+        if device is not None:
+            module.operation.attributes["hal.device.targets"] = ir.Attribute.parse(device, session.context)
+        assert len(compile_module(module, session, "tested")) > 0
+
+
+def contract_of(shape: Shape) -> Any:
+    from harness import node_for
+
+    specs = specs_of("LinearAttention", linear_attention(shape, 1, 4), False)
+    return parse(node_for("com.microsoft", "LinearAttention", 1, specs, shape.attributes, 2))
+
+
+@pytest.mark.parametrize(
+    ("shape", "target", "reason"),
+    [
+        (Shape(), Target("cpu", vector_bits=256), "cpu is not a GPU"),
+        (Shape(q_heads=16, k_heads=1, kv_heads=1), GPU, "16 query heads read one state, more than 8"),
+        (Shape(dk=1021, dv=8), GPU, "a thread cannot hold its part of a 1021x8 state"),
+    ],
+)
+def test_refused_with_the_reason(shape: Shape, target: Target, reason: str) -> None:
+    assert is_legal(contract_of(shape), target) == No(reason)
+
+
+@pytest.mark.parametrize("size", [32, 64, 80, 96, 128, 192, 256])
+@pytest.mark.parametrize("target", [GPU, PLAIN], ids=["subgroups", "none"])
+def test_head_sizes_are_legal(size: int, target: Target) -> None:
+    for dv in (size, 64):
+        assert not isinstance(is_legal(contract_of(Shape(dk=size, dv=dv)), target), No)
+
+
+def test_the_convolution_is_fused_unless_asked_otherwise() -> None:
+    from harness import node_for
+    from linattn.dialect_patterns.causal_conv.contract import parse as parse_conv
+
+    specs = specs_of("CausalConvWithState", causal_conv(1, 6, 5, 4), False)
+    contract = parse_conv(node_for("", "CausalConvWithState", 27, specs, {}, 2))
+    assert choose_conv(contract, GPU, OPTIONS).strategy == "fused_simt"
+    assert choose_conv(contract, GPU, LoweringOptions("recurrent")).strategy == "fused_simt"
+    assert choose_conv(contract, GPU, LoweringOptions("direct")).strategy == "direct"
+    assert choose_conv(contract, GPU, LoweringOptions("fused_simt")).strategy == "fused_simt"

@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+
+import ml_dtypes
+import numpy as np
+import pytest
+from iree.compiler.tools import compile_str
+from linattn.runtime import InputError, Program, TargetError
+from linattn.runtime.device import DTYPE_NAMES, Device, Module, list_devices, numpy_dtype, open_device, subgroup_sizes
+from tiny_hybrid import FLAGS, Hybrid, reference
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 5), (1, 0), (0, 4), (2, 4, 0), (7, 3, 5)])
+@pytest.mark.parametrize("dtype", DTYPE_NAMES)
+def test_upload_and_back(device: Device, dtype: str, shape: tuple[int, ...]) -> None:
+    array = np.random.default_rng(0).integers(0, 2 if dtype == "bool" else 100, shape)
+    array = np.asarray(array).astype(numpy_dtype(dtype))
+    back = device.to_host(device.upload(array, dtype))
+    assert (back.shape, back.dtype) == (shape, array.dtype)
+    np.testing.assert_array_equal(back, array)
+    if shape != () and array.size:
+        strided = array[..., ::-1]
+        np.testing.assert_array_equal(device.to_host(device.upload(strided, dtype)), strided)
+
+
+def test_bfloat16_is_a_dtype() -> None:
+    assert numpy_dtype("bfloat16") == ml_dtypes.bfloat16
+
+
+@pytest.mark.parametrize("shape", [(1,), (3,), (5, 7), (0, 3), (64, 64)])
+@pytest.mark.parametrize("dtype", ["uint8", "float16", "float32", "int64"])
+def test_zeros_and_fill(device: Device, shape: tuple[int, ...], dtype: str) -> None:
+    assert not device.to_host(device.zeros(shape, dtype)).any()
+    dirty = device.upload(np.ones(shape, dtype), dtype)
+    device.fill_zero([dirty, device.zeros(shape, dtype)])
+    assert not device.to_host(dirty).any()
+
+
+def test_copy_is_separate(device: Device) -> None:
+    one, two = device.upload(np.arange(6, dtype=np.float32), "float32"), device.zeros((0, 2), "float16")
+    copies = device.copy([one, two])
+    device.fill_zero([one])
+    np.testing.assert_array_equal(device.to_host(copies[0]), np.arange(6))
+    assert copies[1].shape == (0, 2)
+    assert not device.to_host(one).any()  # read anew, not from a cache (iree#18870)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_last_position(device: Device, axis: int) -> None:
+    array = np.arange(3 * 4 * 5, dtype=np.float16).reshape(3, 4, 5)
+    got = device.to_host_last(device.upload(array, "float16"), axis)
+    np.testing.assert_array_equal(got, np.take(array, [-1], axis))
+
+
+def test_host_copies_are_independent(device: Device) -> None:
+    array = device.upload(np.zeros(4, np.float32), "float32")
+    first = device.to_host(array)
+    first[:] = 5
+    assert not device.to_host(array).any()
+    source = np.ones(4, np.float32)
+    uploaded = device.upload(source, "float32")
+    source[:] = 7
+    np.testing.assert_array_equal(device.to_host(uploaded), 1)
+
+
+def test_wrong_dtype_is_refused(device: Device) -> None:
+    with pytest.raises(InputError, match="wrong dtype, got float64, expected float32"):
+        device.upload(np.zeros(2), "float32")
+
+
+def test_opened_once() -> None:
+    assert open_device("cpu") is open_device("local-task")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("metal3", "cpu | cuda | vulkan"),
+        ("", "cpu | cuda | vulkan"),
+        ("vulkan://99", "no such device"),
+        ("vulkan://GPU-00", "no such device"),
+        ("local-task://5", "no such device"),
+    ],
+)
+def test_missing_device(name: str, words: str) -> None:
+    with pytest.raises(TargetError) as caught:
+        open_device(name)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.vulkan
+def test_vulkan_by_number(device: Device) -> None:
+    if device.driver != "vulkan":
+        pytest.skip("for Vulkan")
+    first = open_device("vulkan://0")
+    assert first.uri == list_devices("vulkan")[0][0]
+    sizes = subgroup_sizes(first)
+    assert sizes is not None
+    assert 1 <= sizes[0] <= sizes[1] <= 128
+
+
+def test_unaligned_bytes() -> None:
+    """Table 2 #34: a module at an odd address gives the right numbers."""
+    data = Hybrid().compile()
+    ids = np.array([[3, 1, 2]])
+    want = reference(ids)[0]
+    for offset in range(1, 8):
+        memory = bytearray(offset) + data
+        view = memoryview(memory)[offset:]
+        logits = Program.load(view).run({"input_ids": ids})["logits"]  # type: ignore[arg-type]
+        np.testing.assert_allclose(logits, want, rtol=1e-6)
+
+
+def test_zero_size_state(device: Device) -> None:
+    """A conv state of k = 1 is [B, C, 0]; it goes in and out on every driver."""
+    source = """
+    func.func @f(%x: tensor<1x4xf32>, %s: tensor<1x4x0xf32>) -> (tensor<1x4xf32>, tensor<1x4x0xf32>) {
+      %y = arith.addf %x, %x : tensor<1x4xf32>
+      return %y, %s : tensor<1x4xf32>, tensor<1x4x0xf32>
+    }"""
+    target = "vulkan" if device.driver == "vulkan" else "cpu"
+    module = Module(compile_str(source, extra_args=[*FLAGS[target]]))
+    module.link(device, None)
+    arguments = [device.upload(np.ones((1, 4), np.float32), "float32"), device.zeros((1, 4, 0), "float32")]
+    for _ in range(2):
+        out, state = module.call("f", arguments, ["float32", "float32"])
+        assert device.to_host(state).shape == (1, 4, 0)
+        np.testing.assert_array_equal(device.to_host(out), 2)
+        arguments[1] = state
+
+
+def test_call_errors_are_one_line(device: Device) -> None:
+    target = "vulkan" if device.driver == "vulkan" else "cpu"
+    source = "func.func @f(%x: tensor<4xf32>) -> tensor<4xf32> { return %x : tensor<4xf32> }"
+    source = source.replace("return %x", "%y = arith.addf %x, %x : tensor<4xf32>\n return %y")
+    module = Module(compile_str(source, extra_args=[*FLAGS[target]]))
+    module.link(device, None)
+    good = device.zeros((4,), "float32")
+    for arguments, dtypes in (
+        ([device.zeros((5,), "float32")], ["float32"]),
+        ([good, good], ["float32"]),
+        ([], ["float32"]),
+        ([3], ["float32"]),
+        ([good], ["float32", "float32"]),
+        ([good], ["float16"]),
+    ):
+        with pytest.raises(TargetError) as caught:
+            module.call("f", arguments, dtypes)
+        assert "\n" not in str(caught.value)
+    assert len(module.call("f", [good], ["float32"])) == 1
+
+
+def test_calls_are_let_in_one_by_one() -> None:
+    """An IREE context is not made for two callers at once; nothing else would show a missing lock."""
+    module = Module(Hybrid().compile())
+    module.link(open_device("local-sync"), None)
+    inside, most = [0], [0]
+
+    class Context:
+        def invoke(self, *_: object) -> None:
+            inside[0] += 1
+            most[0] = max(most[0], inside[0])
+            time.sleep(0.02)
+            inside[0] -= 1
+
+    module._context = Context()
+
+    def call() -> None:
+        with contextlib.suppress(TargetError):  # the fake returns no results
+            module.call("decode", [], ["float32"])
+
+    threads = [threading.Thread(target=call) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert most == [1]
