@@ -50,7 +50,7 @@ def test_json(result: dict[str, Any]) -> None:
             assert 0 < row["error"]["logits"] < 1e-5
             assert row["error"]["positions"] == 4
             assert row["greedy"] == {"equal": 4, "of": 4}
-    assert "recurrent" in result["rows"][0]["strategy"]
+    assert "fused_simd" in result["rows"][0]["strategy"]
 
 
 def test_plot(result: dict[str, Any], tmp_path: Path) -> None:
