@@ -390,13 +390,37 @@ def _open(uri: str, driver: str, path: str) -> Device:
         if int(path) >= len(found):
             raise _missing(uri, driver, found, None)
         uri, path = found[int(path)][0], ""
+    threads = _threads()
     try:
         hal_device = _rt.get_driver(driver).create_device_by_uri(uri)
     except (RuntimeError, ValueError, NotImplementedError) as error:
         raise _missing(uri, driver, found, error) from error
     if driver in _CPU_DRIVERS:
         return Device(uri, hal_device, f"{os.cpu_count()} CPU threads")
-    return Device(uri, hal_device, dict(found).get(uri) or (found[0][1] if found else uri))
+    name = dict(found).get(uri) or (found[0][1] if found else uri)
+    if "llvmpipe" in name:
+        _make_nice(_threads() - threads)
+    return Device(uri, hal_device, name)
+
+
+def _threads() -> set[int]:
+    """The threads of this process; empty where the system does not list them."""
+    tasks = Path("/proc/self/task")
+    return {int(task.name) for task in tasks.iterdir()} if tasks.is_dir() else set()
+
+
+def _make_nice(threads: set[int]) -> None:
+    """Lets everybody else go first.
+
+    IREE's queue threads wait for any of several semaphores, and Mesa's software driver waits for that by spinning: two
+    cores are busy as long as the device is open, which slows down the driver's own workers most of all.
+    """
+    for thread in threads:
+        try:
+            if not Path(f"/proc/self/task/{thread}/comm").read_text().startswith("llvmpipe"):
+                os.setpriority(os.PRIO_PROCESS, thread, 19)
+        except OSError:  # it has ended, or the system does not let us
+            continue
 
 
 def _missing(uri: str, driver: str, found: list[tuple[str, str]], error: BaseException | None) -> TargetError:
