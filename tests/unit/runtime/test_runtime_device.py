@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -90,6 +92,23 @@ def test_missing_device(name: str, words: str) -> None:
         open_device(name)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.vulkan
+def test_a_software_vulkan_device_lets_others_go_first(device: Device) -> None:
+    """Mesa spins where IREE's queue threads wait: whatever spins while the device is idle has the lowest priority."""
+    if device.driver != "vulkan" or "llvmpipe" not in device.description:
+        pytest.skip("for software Vulkan")
+    before = {task.name: _ticks(task) for task in Path("/proc/self/task").iterdir()}
+    time.sleep(0.5)
+    busy = [task for task in Path("/proc/self/task").iterdir() if _ticks(task) - before.get(task.name, 0) > 20]
+    assert all(os.getpriority(os.PRIO_PROCESS, int(task.name)) == 19 for task in busy)
+    assert any(os.getpriority(os.PRIO_PROCESS, int(name)) == 19 for name in before)
+
+
+def _ticks(task: Path) -> int:
+    """Hundredths of a second that a thread has spent on a core."""
+    return int((task / "stat").read_text().rpartition(")")[2].split()[11])
 
 
 @pytest.mark.vulkan
