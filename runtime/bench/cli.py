@@ -106,7 +106,13 @@ def _op_options(parser: argparse.ArgumentParser) -> None:
     add("--rounds", type=int, default=5, metavar="N", help="turns of each subject in a case (default: 5)")
     add("--seconds", type=float, default=1.0, metavar="S", help="timed seconds of a subject in a case (default: 1)")
     add("--warmup", type=int, default=3, metavar="N", help="untimed calls before the first turn (default: 3)")
-    add("--chain", type=int, default=8, metavar="N", help="nodes in the chain that tells a GPU's kernel time, 0: none")
+    add(
+        "--chain",
+        type=int,
+        default=8,
+        metavar="N",
+        help="nodes in the chain that tells the kernel time on CUDA, 0: none",
+    )
     _common_options(parser)
 
 

@@ -13,6 +13,7 @@ from linattn.runtime.device import HostArray
 from linattn.runtime.errors import InputError, LinattnError, TargetError
 
 from .cases import Case, judge
+from .device_times import tells_times
 from .fla_runner import FORMS, missing_fla
 from .machine import describe_machine, versions
 from .op_models import AI_ONNX, MICROSOFT, build_op, build_trivial, chain_feeds, digest, strategy_names, trivial_feeds
@@ -33,6 +34,8 @@ from .subjects import (
 from .timing import summarize
 
 FORMAT = 1
+_LEAST_PROFILED, _MOST_PROFILED = 3, 200
+"""Calls of a turn under the profiler."""
 
 
 @dataclass
@@ -49,8 +52,14 @@ class _Entrant:
     facts: dict[str, Any] = field(default_factory=dict[str, Any])
 
     @property
-    def is_gpu(self) -> bool:
-        return self.choice is not None and self.choice.name != "cpu"
+    def is_timed(self) -> bool:
+        """Whether the device tells the times of the kernels."""
+        return self.choice is not None and tells_times(self.choice.device or self.choice.name)
+
+    @property
+    def is_chained(self) -> bool:
+        """Whether the kernel's time must be found from a chain of nodes."""
+        return self.choice is not None and not self.is_timed
 
 
 def run_op(options: OpOptions, note: Note) -> dict[str, Any]:
@@ -195,7 +204,7 @@ def _run_case(
     reference = case.reference(inputs)
     ready: list[_Entrant] = []
     for entrant in entrants:
-        entrant.samples, entrant.facts = {"call": [], "overhead": [], "chain": []}, {}
+        entrant.samples, entrant.facts = {"call": [], "overhead": [], "chain": [], "kernel": []}, {}
         try:
             _prepare(case, inputs, entrant, options, folder)
             ready.append(entrant)
@@ -219,7 +228,7 @@ def _describe_model(case: Case, domain: str, model: bytes) -> dict[str, Any]:
 
 def _prepare(case: Case, inputs: dict[str, HostArray], entrant: _Entrant, options: OpOptions, folder: Path) -> None:
     """Compiles where needed and loads the case, and for GPUs the chain, into the subject's process."""
-    for key, nodes in (("call", 1), ("chain", options.chain if entrant.is_gpu and entrant.kind != "fla" else 0)):
+    for key, nodes in (("call", 1), ("chain", options.chain if entrant.is_chained else 0)):
         if nodes < (2 if key == "chain" else 1):
             continue
         feeds = inputs if nodes == 1 else chain_feeds(inputs, nodes)
@@ -251,10 +260,13 @@ def _take_turn(entrant: _Entrant, options: OpOptions, first: bool) -> None:
     subject, samples = entrant.subject, entrant.samples
     samples["call"] += subject.call("time", key="call", seconds=seconds, warmup=warmup)
     if entrant.kind == "fla":
-        samples["chain"] += subject.call("kernel", key="call")
+        samples["kernel"] += subject.call("kernel", key="call")
         return
     samples["overhead"] += subject.call("time", key="overhead", seconds=min(seconds, 0.05), warmup=warmup)
-    if entrant.is_gpu and options.chain > 1:
+    if entrant.is_timed:
+        calls = min(max(int(seconds / min(samples["call"])), _LEAST_PROFILED), _MOST_PROFILED)
+        samples["kernel"] += subject.call("kernel", key="call", calls=calls)
+    if entrant.is_chained and options.chain > 1:
         samples["chain"] += subject.call("time", key="chain", seconds=seconds, warmup=warmup)
 
 

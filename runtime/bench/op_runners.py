@@ -13,6 +13,7 @@ import numpy as np
 from linattn.runtime.device import DeviceArray, HostArray, Module, numpy_dtype, open_device
 from linattn.runtime.program import read_manifest
 
+from .device_times import call_seconds
 from .lazy import need
 from .machine import core_count
 from .timing import timed
@@ -73,7 +74,9 @@ class IreeRunner(Runner):
             parse: Any = _untyped_flags.parse_flags  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
             parse(f"--task_topology_group_count={threads}")
         self._device = open_device(device)
+        self._threads = threads
         self._names: dict[str, list[str]] = {}
+        self._timed: dict[str, tuple[Path, str, list[tuple[HostArray, str]]]] = {}
 
     def prepare(self, key: str, model: str, feeds: Feeds, attributes: Mapping[str, Any] | None = None) -> None:
         """See `Runner.prepare`; the inputs are uploaded here, the calls take them from the device."""
@@ -86,7 +89,13 @@ class IreeRunner(Runner):
         results += [(state.output, state.dtype) for state in manifest.states]
         symbol, dtypes = manifest.entry_points[0].symbol, [dtype for _, dtype in results]
         self._names[key] = [name for name, _ in results]
+        self._timed[key] = (Path(model), symbol, [(feeds[spec.name], spec.dtype) for spec in specs])
         self._calls[key] = lambda: module.call(symbol, arrays, dtypes)
+
+    def kernel(self, key: str, calls: int) -> list[float]:
+        """Seconds of the dispatches alone by the device's clock, for each of so many calls in another process."""
+        module, symbol, inputs = self._timed[key]
+        return call_seconds(module, self._device.uri, symbol, inputs, calls, self._threads)
 
     def results(self, key: str) -> dict[str, HostArray]:
         """See `Runner.results`."""

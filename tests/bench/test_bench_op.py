@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 from linattn.runtime.bench import cases, fla_runner
 from linattn.runtime.bench.cases import AttentionCase, ConvCase, judge, relative_error
+from linattn.runtime.bench.device_times import per_call, tells_times
 from linattn.runtime.bench.op_models import build_op, chain_feeds
+from linattn.runtime.bench.op_rows import kernel_time
 from linattn.runtime.bench.process import Subject, SubjectError
 from linattn.runtime.bench.timing import summarize
+from linattn.runtime.errors import TargetError
 
 Bench = Callable[..., tuple[int, str, str]]
 QUICK = ("--seconds", "0.02", "--rounds", "2", "--warmup", "1", "--no-ceilings")
@@ -62,7 +65,8 @@ def test_json(result: dict[str, Any]) -> None:
     for row in result["rows"]:
         check_stats(row["call"])
         check_stats(row["overhead"])
-        assert row["kernel"]["method"].startswith("call - overhead")
+        assert row["kernel"]["method"].startswith("device clock" if row["kind"] == "linattn" else "call - overhead")
+        assert row["kind"] != "linattn" or 0 < row["kernel"]["seconds"] < row["call"]["max"]
         assert row["bytes_per_s"] > 0
         assert row["flop_per_s"] > 0
         assert row["status"] == "ok"
@@ -134,28 +138,32 @@ def test_nothing_measured(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.vulkan
-def test_vulkan_kernel_time_from_a_chain(bench: Bench, tmp_path: Path) -> None:
+def test_vulkan_kernel_time_by_its_clock(bench: Bench, tmp_path: Path) -> None:
     file = tmp_path / "o.json"
-    arguments = (
-        "--heads",
-        "1",
-        "--dim",
-        "8",
-        "--tokens",
-        "2",
-        "--targets",
-        "vulkan",
-        "--peers",
-        "none",
-        "--chain",
-        "2",
-        "--strategies",
-        "recurrent",
-    )
-    status, _, _ = bench(*SMALL, *arguments, "--json", file)
+    arguments = ("--heads", "1", "--dim", "8", "--tokens", "2", "--targets", "vulkan", "--strategies", "recurrent")
+    status, _, _ = bench("op", *arguments, *QUICK, "--peers", "none", "--json", file)
     row = json.loads(file.read_text())["rows"][0]
     assert status == 0
-    assert row["kernel"]["method"].startswith("(chain of 2 - call) / 1")
+    assert row["kernel"]["method"] == "device clock, median"
+    assert 0 < row["kernel"]["seconds"] < row["call"]["max"]
+
+
+def test_kernel_time_from_a_chain() -> None:
+    """Where the driver tells no times, as on CUDA; a difference that is not positive is no time."""
+    samples: dict[str, list[float]] = {"call": [3.0, 2.0], "overhead": [1.0], "chain": [8.0, 9.0], "kernel": []}
+    assert kernel_time("linattn", samples, 4)["seconds"] == 2.0
+    assert kernel_time("linattn", samples | {"chain": [1.0]}, 4)["seconds"] is None
+    assert not tells_times("cuda")
+
+
+def test_a_recording_must_be_whole() -> None:
+    event = {"type": "dispatch_event", "valid": True}
+    rows = [event | {"event_id": i, "duration_ns": ns} for i, ns in ((3, 40), (1, 10), (2, 20), (4, 80))]
+    text = "\n".join(map(json.dumps, [*rows, {"type": "dispatch_summary"}]))
+    assert per_call(text, 2) == pytest.approx([30e-9, 120e-9])
+    for broken in (text.replace("true", "false", 1), text.partition("\n")[2], ""):
+        with pytest.raises(TargetError, match="the recording is not complete"):
+            per_call(broken, 2)
 
 
 def test_processes() -> None:

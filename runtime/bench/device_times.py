@@ -1,0 +1,119 @@
+"""Kernel times by the device's own clock: IREE's profiler around repeated calls of one function.
+
+The tools are the ones that iree-base-runtime ships: `iree-benchmark-module` calls and records, `iree-profile` reads the
+recording. Vulkan devices put timestamps around every dispatch, CPU devices note when a dispatch starts and ends; IREE
+3.13 has nothing of the kind for CUDA.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from linattn.runtime.device import HostArray
+from linattn.runtime.errors import TargetError
+
+# Driver -> the kind of events that tell how long a dispatch took.
+EVENTS = {"vulkan": "dispatch-events", "local-task": "host-execution", "local-sync": "host-execution"}
+_ELEMENT_TYPES = {
+    "float32": "f32", "float16": "f16", "bfloat16": "bf16", "int64": "i64", "int32": "i32", "bool": "i1",
+}  # fmt: skip
+_TIMEOUT = 300.0
+
+
+def call_seconds(
+    module: Path,
+    uri: str,
+    function: str,
+    inputs: Sequence[tuple[HostArray, str]],
+    calls: int,
+    threads: int | None = None,
+) -> list[float]:
+    """How long all dispatches of a call took, for each of several calls in a process of their own.
+
+    Args:
+        module: The `.vmfb`, its weights inside.
+        uri: IREE device URI.
+        function: Exported function, which takes arrays only.
+        inputs: Its arguments, each with the name of its element type.
+        calls: How many.
+        threads: CPU worker threads; None: as IREE decides.
+
+    Returns:
+        Seconds of each call, without the gaps between its dispatches.
+
+    Raises:
+        TargetError: The driver tells no times, or the tools failed.
+    """
+    events = EVENTS.get(_driver(uri))
+    if events is None:
+        raise TargetError("IREE 3.13 tells no times of single dispatches there", where=uri)
+    with tempfile.TemporaryDirectory(prefix="linattn-bench-") as name:
+        folder = Path(name)
+        recording = folder / "calls.ireeprof"
+        arguments = [_argument(folder / f"{i}.bin", array, dtype) for i, (array, dtype) in enumerate(inputs)]
+        command = [f"--module={module}", f"--device={uri}", f"--function={function}", *arguments]
+        command += [f"--benchmark_min_time={calls}x", f"--device_profiling_mode={events}"]
+        command += [f"--task_topology_group_count={threads}"] if threads is not None else []
+        _run("iree-benchmark-module", *command, f"--device_profiling_output={recording}")
+        text = _run("iree-profile", "dispatch", "--format=jsonl", "--dispatch_events", str(recording))
+    return per_call(text, calls)
+
+
+def tells_times(device: str) -> bool:
+    """Whether a device's driver tells the times of single dispatches.
+
+    Args:
+        device: `cpu`, `cuda`, `vulkan` or an IREE device URI.
+    """
+    return _driver(device) in EVENTS
+
+
+def _driver(device: str) -> str:
+    name = device.partition("://")[0]
+    return "local-task" if name == "cpu" else name
+
+
+def per_call(text: str, calls: int) -> list[float]:
+    """The events of a recording, summed call by call.
+
+    Args:
+        text: What `iree-profile dispatch --format=jsonl --dispatch_events` printed.
+        calls: How many calls were recorded.
+
+    Raises:
+        TargetError: The events are not those of so many equal calls.
+    """
+    rows = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+    events = [row for row in rows if row["type"] in ("dispatch_event", "host_dispatch_event")]
+    if not events or len(events) % calls or not all(event["valid"] for event in events):
+        raise TargetError("the recording is not complete", got=f"{len(events)} events", expected=f"of {calls} calls")
+    events.sort(key=lambda event: event["event_id"])
+    nanoseconds = np.array([event["duration_ns"] for event in events], np.float64)
+    return [float(total) for total in nanoseconds.reshape(calls, -1).sum(axis=1) * 1e-9]
+
+
+def _argument(file: Path, array: HostArray, dtype: str) -> str:
+    file.write_bytes(np.ascontiguousarray(array).tobytes())
+    return f"--input={'x'.join(str(d) for d in array.shape)}x{_ELEMENT_TYPES[dtype]}=@{file}"
+
+
+def _run(tool: str, *arguments: str) -> str:
+    """Runs one of IREE's tools; returns what it printed."""
+    spec = importlib.util.find_spec("iree._runtime_libs")
+    assert spec is not None, "iree-base-runtime has it"
+    (folder, *_) = spec.submodule_search_locations or [""]
+    command = [str(Path(folder) / tool), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise TargetError("cannot be run", where=tool, hint=" ".join(str(error).split())[:200]) from error
+    if done.returncode:
+        said = [line for line in done.stderr.splitlines() if line.strip()]
+        raise TargetError("failed", where=tool, got=f"status {done.returncode}", hint=(said or ["no word"])[-1][:200])
+    return done.stdout
