@@ -43,7 +43,7 @@ def profile_entry(
         folder: For the profile's file.
 
     Returns:
-        `entry`, `tokens`, `calls` (profiled), `dispatch_s` (sum of the rows), `count` (dispatches of a call) and `rows`,
+        `entry`, `tokens`, `calls` (profiled), `dispatch_s` (the sum), `count` (dispatches of a call) and `rows`,
         the slowest first: `key`, `count` (a call), `seconds` (a call), `share`, `bytes`, `flop` (a call; None where
         unknown) and `nodes`.
 
