@@ -32,7 +32,7 @@ def describe_dispatches(module: ir.Operation) -> dict[str, list[dict[str, Any]]]
         the name does not tell).
     """
     found: dict[str, list[dict[str, Any]]] = {}
-    for operation in module.regions[0].blocks[0]:
+    for operation in module.regions[0].blocks[0].operations:
         if operation.operation.name == "util.func" and "iree.reflection" in operation.attributes:
             name = ir.StringAttr(operation.attributes["sym_name"]).value
             rows: list[dict[str, Any]] = []
@@ -45,7 +45,7 @@ def describe_dispatches(module: ir.Operation) -> dict[str, list[dict[str, Any]]]
 def attach_dispatches(module: ir.Operation) -> None:
     """Write the table into the reflection attributes of the function that carries the manifest."""
     table = describe_dispatches(module)
-    for operation in module.regions[0].blocks[0]:
+    for operation in module.regions[0].blocks[0].operations:
         attributes = operation.attributes
         if operation.operation.name != "util.func" or "iree.reflection" not in attributes:
             continue

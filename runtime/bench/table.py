@@ -156,7 +156,7 @@ def _profile_lines(result: Mapping[str, Any]) -> list[str]:
     lines: list[str] = []
     header = ("dispatch", "node", "count", "time", "share", "bytes", "bytes/s", "FLOP/s")
     for profile in result["rows"]:
-        ceilings = result["devices"].get(profile["target"], {}).get("ceilings") or {}
+        ceilings: Mapping[str, float] = result["devices"].get(profile["target"], {}).get("ceilings") or {}
         rows: list[tuple[str, ...]] = []
         for row in profile["rows"]:
             nodes = row["nodes"]
