@@ -106,6 +106,12 @@ class KernelText:
             return a % b
         return 0 if b == 1 else self._index_op("remui", a, b)
 
+    def minimum(self, a: Index, b: Index) -> Index:
+        """The smaller of two non-negative indices."""
+        if isinstance(a, int) and isinstance(b, int):
+            return min(a, b)
+        return self._index_op("minui", a, b)
+
     def less(self, a: Index, b: Index, *, or_equal: bool = False) -> str:
         """Comparison of two non-negative indices."""
         kind = "ule" if or_equal else "ult"

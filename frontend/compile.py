@@ -129,7 +129,9 @@ def compile_model(
         compiler.dump(module, "import")
     with progress.stage("lower operators"):
         with compiler.building():
-            lower_operators(module, LoweringContext(Builder(), target.capabilities, _lowering_options(options)))
+            context = LoweringContext(Builder(), target.capabilities, _lowering_options(options), weights=weights)
+            lower_operators(module, context)
+            weights.drop_unused()
             compiler.dump(module, "lower-operators")
         compiler.convert_torch(module)
         compiler.dump(module, "linalg")

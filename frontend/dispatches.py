@@ -16,7 +16,7 @@ from iree.compiler import ir
 from linattn.runtime.manifest import DISPATCHES_KEY, REFLECTION_KEY
 
 _NODE = re.compile(r'loc\("([^"]*)"')
-_PRODUCT = re.compile(r"(?:matmul|mmt4d|matvec)\w*?_(\d+(?:x\d+)+)(?:_|$)")
+_PRODUCT = re.compile(r"(?:mat_?mul|mmt4d|matvec)\w*?_(\d+(?:x\d+)+)(?:_|$)")
 """Sizes in the name of a product's dispatch: rows, columns, depth (and a batch)."""
 
 
