@@ -57,6 +57,8 @@ class KernelText:
     def constant(self, value: float | int, dtype: str) -> str:
         """A constant; a vector constant has all lanes alike."""
         literal = f"{value:.9e}" if dtype.startswith(("vector", "f")) else str(value)
+        if literal in ("inf", "-inf"):
+            literal = "0x7F800000" if literal == "inf" else "0xFF800000"
         literal = f"dense<{literal}>" if dtype.startswith("vector") else literal
         key = (literal, dtype)
         if key not in self._constants:

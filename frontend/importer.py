@@ -46,7 +46,6 @@ class Weights:
     names: dict[str, str] = field(default_factory=dict[str, str])
     stored: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict[str, "np.ndarray[Any, Any]"])
     _types: dict[str, ir.RankedTensorType] = field(default_factory=dict[str, ir.RankedTensorType])
-    _globals: dict[str, ir.Operation] = field(default_factory=dict[str, ir.Operation])
 
     def load(self, tensor: onnx.TensorProto) -> ir.Value:
         """Read a weight at the current insertion point, as a builtin tensor."""
@@ -68,18 +67,17 @@ class Weights:
         return self._read(name)
 
     def drop_unused(self) -> None:
-        """Forget the weights that nothing in the module reads any more."""
+        """Forget the weights that nothing in the module reads any more; IREE drops their globals."""
         used: set[str] = set()
 
         def visit(op: ir.Operation) -> ir.WalkResult:
-            if op.name == "util.global.load":
+            if op.name == "util.global.load" and _is_read(op):
                 used.add(ir.FlatSymbolRefAttr(op.attributes["global"]).value)
             return ir.WalkResult.ADVANCE
 
         self.module.operation.walk(visit)
         for symbol in [symbol for symbol in self.stored if symbol not in used]:
             del self.stored[symbol]
-            self._globals.pop(symbol).erase()
 
     def _read(self, symbol: str) -> ir.Value:
         reference = ir.FlatSymbolRefAttr.get(symbol)
@@ -98,7 +96,7 @@ class Weights:
                 array.view(np.uint8).reshape(-1) if array.size else b"", symbol, value_type, alignment=64
             )
         with ir.InsertionPoint.at_block_begin(self.module.body):
-            self._globals[symbol] = ir.Operation.create(
+            ir.Operation.create(
                 "util.global",
                 attributes={
                     "sym_name": ir.StringAttr.get(symbol),
@@ -107,6 +105,12 @@ class Weights:
                     "initial_value": value,
                 },
             )
+
+
+def _is_read(op: ir.Operation) -> bool:
+    """Whether something but unused casts reads a result of ``op``."""
+    users = [use.owner.operation for result in op.results for use in result.uses]
+    return any(not user.name.startswith("torch_c.") or _is_read(user) for user in users)
 
 
 class _EntryPointImporter(onnx_importer.NodeImporter):

@@ -27,7 +27,7 @@ class MatMul:
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is rows times one static matrix: [..., K] of at least two dimensions by [K, N], of one float type."""
+        """Whether it is rows [..., K] of two dimensions or more by one static matrix [K, N], of one float type."""
         return (
             self.a.rank >= 2
             and self.b.rank == 2

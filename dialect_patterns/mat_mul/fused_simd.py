@@ -1,12 +1,12 @@
-"""Strategy ``fused_simd``: rows times a matrix of weights as one hand-made CPU kernel, the weights packed when compiled.
+"""Strategy ``fused_simd``: rows times a matrix of weights as one hand-made CPU kernel, weights packed at compile time.
 
     y[m, n] = sum_k a[m, k] b[k, n]                 sums in f32
 
     %packed = util.global.load @weight.panels16 : tensor<N/16 x K x 16>      once for all entry points
     %y = flow.dispatch @mat_mul_fused_simd_...(%a, %packed)
 
-One row reads each weight once, in the order of memory; IREE's own product of one row runs at half the memory's rate here,
-and its data-tiled one packs the weights at load time or in the compiler's memory, once for each entry point.
+One row reads each weight once, in the order of memory. IREE's own product of one row reaches less than half of the
+memory's rate, and its data tiling packs weights when loading, or in the compiler's memory, for each entry point.
 
 Legal: on CPUs, for weights of the model. Cost: b once for each tile of rows that the caches do not hold.
 Source: ONNX schema MatMul-13.

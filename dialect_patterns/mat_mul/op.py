@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from iree.compiler import ir
 
 from ..op import Choice, LoweringContext, LoweringOptions, Op
-from ..select import Legality, No, Strategy, Yes, select
+from ..select import Legality, Strategy, Yes, select
 from ..target import Target
 from . import fused_simd
 from .contract import MatMul, output_types, parse

@@ -169,8 +169,12 @@ class AffineMap:
         dim_count: int, symbol_count: int, exprs: Sequence[AffineExpr], context: Context | None = None
     ) -> AffineMap: ...
 
+class OpOperand:
+    owner: Operation
+
 class Value:
     type: Type
+    uses: Iterator[OpOperand]
     owner: Operation | Block
 
 class _Attributes:
