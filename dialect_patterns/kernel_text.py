@@ -57,6 +57,8 @@ class KernelText:
     def constant(self, value: float | int, dtype: str) -> str:
         """A constant; a vector constant has all lanes alike."""
         literal = f"{value:.9e}" if dtype.startswith(("vector", "f")) else str(value)
+        if literal in ("inf", "-inf"):
+            literal = "0x7F800000" if literal == "inf" else "0xFF800000"
         literal = f"dense<{literal}>" if dtype.startswith("vector") else literal
         key = (literal, dtype)
         if key not in self._constants:
@@ -105,6 +107,12 @@ class KernelText:
         if isinstance(a, int):
             return a % b
         return 0 if b == 1 else self._index_op("remui", a, b)
+
+    def minimum(self, a: Index, b: Index) -> Index:
+        """The smaller of two non-negative indices."""
+        if isinstance(a, int) and isinstance(b, int):
+            return min(a, b)
+        return self._index_op("minui", a, b)
 
     def less(self, a: Index, b: Index, *, or_equal: bool = False) -> str:
         """Comparison of two non-negative indices."""

@@ -56,6 +56,7 @@ class Node:
         num_outputs: How many outputs the node lists, left-out ones included.
         attributes: Attribute values: int, float, str, bytes-free lists of them.
         used_outputs: For each output whether it is named (wanted).
+        weights: Inputs that are weights of the model, stored in globals; known only once the model is imported.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Node:
     num_outputs: int = 1
     attributes: Mapping[str, object] = field(default_factory=dict[str, object])
     used_outputs: tuple[bool, ...] = ()
+    weights: frozenset[int] = frozenset()
 
     @property
     def where(self) -> str:

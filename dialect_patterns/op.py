@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 from iree.compiler import ir
 
 from .builder import Builder
@@ -47,6 +48,35 @@ class LoweringOptions:
     chunk_size: int | None = None
 
 
+class WeightStore(Protocol):
+    """The model's weights, for lowerings that want them in an order of their own."""
+
+    def repacked(
+        self, symbol: str, layout: str, repack: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]
+    ) -> ir.Value:
+        """A weight in another layout, read at the current insertion point; stored once, whoever asks.
+
+        Args:
+            symbol: The weight's global, see :func:`weight_symbol`.
+            layout: Word for the layout, unique with the symbol.
+            repack: Makes the new array, of the same element type.
+        """
+        ...
+
+
+def weight_symbol(value: ir.Value) -> str | None:
+    """The global that a torch or builtin tensor is loaded from, through casts; None for anything computed."""
+    owner = value.owner
+    while not isinstance(owner, ir.Block):
+        op = owner.operation
+        if op.name == "util.global.load":
+            return ir.FlatSymbolRefAttr(op.attributes["global"]).value
+        if not op.name.startswith("torch_c."):
+            return None
+        owner = op.operands[0].owner
+    return None
+
+
 @dataclass(frozen=True)
 class LoweringContext:
     """What a lowering may look at besides its contract.
@@ -57,12 +87,14 @@ class LoweringContext:
         options: What the user asked for.
         position: In an entry point whose KV caches have a fixed capacity: how many tokens are committed, an index
             value; None elsewhere.
+        weights: The model's weights; None where there are none.
     """
 
     builder: Builder
     target: Target
     options: LoweringOptions = LoweringOptions()
     position: ir.Value | None = None
+    weights: WeightStore | None = None
 
 
 @dataclass(frozen=True)
@@ -77,7 +109,7 @@ class Op:
             UnsupportedModelError. Open dimensions (None) are accepted as whatever they may be.
         output_types: The outputs' types, from the contract; None for an output that the node leaves out.
         lower: Emits the operator. Operands are builtin tensors, None where left out; returns one builtin tensor an
-            output, None where not wanted. May not fail on user input.
+            output, None where not wanted; or None to leave the node to IREE's importer. May not fail on user input.
         choose: For operators with several strategies: the choice. Raises LoweringError if a forced one is not legal.
     """
 
@@ -86,5 +118,5 @@ class Op:
     since: int
     parse: Callable[[Node], Any]
     output_types: Callable[[Any], Sequence[TensorSpec | None]]
-    lower: Callable[[LoweringContext, Any, Sequence[ir.Value | None]], Sequence[ir.Value | None]]
+    lower: Callable[[LoweringContext, Any, Sequence[ir.Value | None]], Sequence[ir.Value | None] | None]
     choose: Callable[[Any, Target, LoweringOptions], Choice] | None = None

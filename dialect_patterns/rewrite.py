@@ -16,7 +16,7 @@ from iree.compiler import ir, rewrite
 
 from .builder import Builder, spec_of, tensor_type
 from .node import Node, TensorSpec
-from .op import LoweringContext
+from .op import LoweringContext, weight_symbol
 from .registry import find_op
 
 DOMAIN, VERSION, NODE = "linattn.domain", "linattn.version", "linattn.node"
@@ -61,6 +61,7 @@ def node_of(op: ir.Operation) -> Node:
         num_outputs=len(op.results),
         attributes=onnx_attributes,
         used_outputs=tuple(str(result.type) != "!torch.none" for result in op.results),
+        weights=frozenset(i for i, operand in enumerate(op.operands) if weight_symbol(operand) is not None),
     )
 
 
@@ -108,6 +109,8 @@ def lower_operators(module: ir.Module, context: LoweringContext) -> int:
         with rewriter.ip, op.location:
             operands = [to_builtin(operand) for operand in op.operands]
             results = entry.lower(replace(context, position=_position(op)), contract, operands)
+            if results is None:  # the casts have no users and go
+                return True
             rewriter.replace_op(op, _replacements(op, results))
         count += 1
         return False

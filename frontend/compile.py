@@ -34,7 +34,8 @@ from .specialize import SpecializedGraph, specialize
 from .states import find_states
 from .targets import CompileTarget, TargetOptions, resolve_target
 
-REPORTED_OPS = ("LinearAttention", "CausalConvWithState")
+STATE_OPS = ("LinearAttention", "CausalConvWithState")
+REPORTED_OPS = (*STATE_OPS, "Attention", "GroupQueryAttention")
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,9 @@ def compile_model(
         compiler.dump(module, "import")
     with progress.stage("lower operators"):
         with compiler.building():
-            lower_operators(module, LoweringContext(Builder(), target.capabilities, _lowering_options(options)))
+            context = LoweringContext(Builder(), target.capabilities, _lowering_options(options), weights=weights)
+            lower_operators(module, context)
+            weights.drop_unused()
             compiler.dump(module, "lower-operators")
         compiler.convert_torch(module)
         compiler.dump(module, "linalg")
@@ -258,7 +261,8 @@ def _report(
 
 
 def _types(node: onnx.NodeProto, graph: SpecializedGraph) -> str:
-    names = [node.input[0]] + ([node.input[3]] if len(node.input) > 3 and node.input[3] else [])
+    has_state = node.op_type in STATE_OPS and len(node.input) > 3 and node.input[3]
+    names = [node.input[0]] + ([node.input[3]] if has_state else [])
     short = [onnx.TensorProto.DataType.Name(graph.types[n].tensor_type.elem_type).lower() for n in names]
     return short[0] if len(set(short)) == 1 else f"{short[0]}, state {short[1]}"
 

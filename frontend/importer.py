@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -37,7 +37,7 @@ class Weights:
         arrays: Initializer name -> values, for weights outside the graph.
         parameter_scope: Scope of IREE parameters if the weights lie in a file of their own, else None.
         names: Initializer name -> symbol, of the globals made so far.
-        stored: Parameter name -> values, of the weights that the file must hold.
+        stored: Symbol -> values, of the globals made so far.
     """
 
     module: ir.Module
@@ -45,27 +45,50 @@ class Weights:
     parameter_scope: str | None = None
     names: dict[str, str] = field(default_factory=dict[str, str])
     stored: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict[str, "np.ndarray[Any, Any]"])
+    _types: dict[str, ir.RankedTensorType] = field(default_factory=dict[str, ir.RankedTensorType])
 
     def load(self, tensor: onnx.TensorProto) -> ir.Value:
         """Read a weight at the current insertion point, as a builtin tensor."""
-        value_type = self._type(tensor)
         if tensor.name not in self.names:
-            self._define(tensor, value_type)
-        symbol = ir.FlatSymbolRefAttr.get(self.names[tensor.name])
-        return ir.Operation.create("util.global.load", results=[value_type], attributes={"global": symbol}).result
+            symbol = self.names[tensor.name] = f"{len(self.names)}." + re.sub(r"[^\w.]", "_", tensor.name)
+            array = self.arrays.get(tensor.name)
+            if array is None:
+                array = numpy_helper.to_array(tensor)
+            self._define(symbol, np.ascontiguousarray(array), ir.Type.parse(DTYPES[tensor.data_type]))
+        return self._read(self.names[tensor.name])
 
-    def _type(self, tensor: onnx.TensorProto) -> ir.Type:
-        return ir.RankedTensorType.get(list(tensor.dims), ir.Type.parse(DTYPES[tensor.data_type]))
+    def repacked(
+        self, symbol: str, layout: str, repack: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]
+    ) -> ir.Value:
+        """See :class:`linattn.dialect_patterns.op.WeightStore`."""
+        name = f"{symbol}.{layout}"
+        if name not in self.stored:
+            self._define(name, np.ascontiguousarray(repack(self.stored[symbol])), self._types[symbol].element_type)
+        return self._read(name)
 
-    def _define(self, tensor: onnx.TensorProto, value_type: ir.Type) -> None:
-        symbol = f"{len(self.names)}." + re.sub(r"[^\w.]", "_", tensor.name)
-        self.names[tensor.name] = symbol
-        array = self.arrays.get(tensor.name)
-        if array is None:
-            array = numpy_helper.to_array(tensor)
-        array = np.ascontiguousarray(array)
+    def drop_unused(self) -> None:
+        """Forget the weights that nothing in the module reads any more; IREE drops their globals."""
+        used: set[str] = set()
+
+        def visit(op: ir.Operation) -> ir.WalkResult:
+            if op.name == "util.global.load" and _is_read(op):
+                used.add(ir.FlatSymbolRefAttr(op.attributes["global"]).value)
+            return ir.WalkResult.ADVANCE
+
+        self.module.operation.walk(visit)
+        for symbol in [symbol for symbol in self.stored if symbol not in used]:
+            del self.stored[symbol]
+
+    def _read(self, symbol: str) -> ir.Value:
+        reference = ir.FlatSymbolRefAttr.get(symbol)
+        return ir.Operation.create(
+            "util.global.load", results=[self._types[symbol]], attributes={"global": reference}
+        ).result
+
+    def _define(self, symbol: str, array: np.ndarray[Any, Any], element: ir.Type) -> None:
+        value_type = self._types[symbol] = ir.RankedTensorType.get(list(array.shape), element)
+        self.stored[symbol] = array
         if self.parameter_scope is not None:
-            self.stored[symbol] = array
             text = f'#flow.parameter.named<"{self.parameter_scope}"::"{symbol}"> : {value_type}'
             value = ir.Attribute.parse(text)
         else:
@@ -82,6 +105,12 @@ class Weights:
                     "initial_value": value,
                 },
             )
+
+
+def _is_read(op: ir.Operation) -> bool:
+    """Whether something but unused casts reads a result of ``op``."""
+    users = [use.owner.operation for result in op.results for use in result.uses]
+    return any(not user.name.startswith("torch_c.") or _is_read(user) for user in users)
 
 
 class _EntryPointImporter(onnx_importer.NodeImporter):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -9,12 +10,26 @@ from pathlib import Path
 from typing import Any
 
 from iree.compiler import ir
-from iree.compiler.api import Invocation, Output, Session
+from iree.compiler.api import Invocation, Output, Session, ctypes_dl
 from iree.compiler.passmanager import PassManager
 from linattn.runtime.errors import LoweringError
 
+from .dispatches import attach_dispatches
+
 _TORCH_PIPELINE = "builtin.module(func.func(convert-torch-onnx-to-torch),torch-to-iree)"
 _NAMED = re.compile(r'loc\("([^"]*)"')
+
+
+def _execute(invocation: Invocation, *phases: str) -> bool:
+    """Run a part of IREE's pipeline: pairs of ``FromPhase`` or ``ToPhase`` and a phase's name.
+
+    IREE 3.13 has no Python name for these two functions of its C API.
+    """
+    library: Any = ctypes_dl._dylib  # pyright: ignore
+    handle = ctypes.c_void_p(invocation._inv_p)  # pyright: ignore
+    for which, phase in zip(phases[::2], phases[1::2], strict=True):
+        getattr(library, f"ireeCompilerInvocationSetCompile{which}")(handle, phase.encode())
+    return invocation.execute()
 
 
 class Compiler:
@@ -81,7 +96,11 @@ class Compiler:
         """
         invocation = Invocation(self._session)
         invocation.import_module(module.operation)
-        if not invocation.execute():
+        if not _execute(invocation, "ToPhase", "flow"):
+            raise self._failure("IREE could not compile the model")
+        with self.building():
+            attach_dispatches(module.operation)
+        if not (_execute(invocation, "FromPhase", "flow", "ToPhase", "end")):
             raise self._failure("IREE could not compile the model")
         if output is None:
             memory = Output.open_membuffer()

@@ -18,6 +18,8 @@ from .manifest_reader import Reader, bad
 
 FORMAT = 1
 REFLECTION_KEY = "linattn.manifest"
+DISPATCHES_KEY = "linattn.dispatches"
+"""Reflection attribute with a table of the module's dispatches, for profiling; nothing at run time depends on it."""
 MAX_ARRAY_BYTES = 1 << 40
 
 Dim = int | str

@@ -12,14 +12,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from iree.compiler import ir
 
 from ..builder import Builder, Size
 from ..node import Dim, Node, TensorSpec
-from ..op import LoweringContext, Op
+from ..op import Choice, LoweringContext, LoweringOptions, Op
 from ..scalar import Scalar
+from ..target import Target
 from . import attention_core as core
+from . import attention_simd as simd
 from .attention_checks import check_mask, known, past_and_capacity, refuse_attributes, refuse_inputs, total
 from .checks import float_input, refuse_outputs, require_dtype, require_shape
 
@@ -48,6 +51,7 @@ class Attention:
         left: How many keys before its own position a query sees, None for all.
         right: How many after it (0 with is_causal), None for all.
         num_outputs: How many outputs the node lists, 1 to 4.
+        where: The node, as errors name it.
     """
 
     dtype: str
@@ -64,6 +68,7 @@ class Attention:
     left: int | None
     right: int | None
     num_outputs: int
+    where: str
 
 
 def _parse_heads(node: Node, q: TensorSpec, k: TensorSpec, v: TensorSpec) -> core.Heads:
@@ -144,6 +149,7 @@ def parse(node: Node) -> Attention:
         left=left if left >= 0 else None,
         right=right if right >= 0 else None,
         num_outputs=node.num_outputs,
+        where=node.where,
     )
 
 
@@ -177,10 +183,11 @@ def lower(context: LoweringContext, contract: Attention, operands: Sequence[ir.V
     assert query is not None
     assert key is not None
     assert value is not None
-    q = _by_head(b, contract, query, contract.length, heads.q, heads.dk)
+    tokens_axis = 1 if contract.flat else 2
+    query = core.refined(b, query, *_query_dims(contract))
     k = _by_head(b, contract, key, contract.new_keys, heads.kv, heads.dk)
     v = _by_head(b, contract, value, contract.new_keys, heads.kv, heads.dv)
-    length, new_keys = b.dim(q, 2), b.dim(k, 2)
+    length, new_keys = b.dim(query, tokens_axis), b.dim(k, 2)
     first: Size = 0
     limit: Size | None = None
     written: tuple[Size, Size] | None = None
@@ -201,12 +208,31 @@ def lower(context: LoweringContext, contract: Attention, operands: Sequence[ir.V
         tokens = Scalar(b.index(length)).to("i32")
         first = b.map("b->b", lambda n: n.to("i32") - tokens, nonpad, dtype="i32")
     if mask is not None:
-        mask = core.align_mask(b, mask, [b.dim(q, 0), heads.q, length, b.dim(k, 2)], written)
+        mask = core.align_mask(b, mask, [b.dim(query, 0), heads.q, length, b.dim(k, 2)], written)
     visibility = core.Visibility(first, limit, contract.left, contract.right)
-    y = core.emit_attention(
-        b, q, k, v, heads, scale=contract.scale, softcap=contract.softcap, visibility=visibility, mask=mask
-    )
-    return [core.join_heads(b, y) if contract.flat else y, k, v, None][: contract.num_outputs]
+    options: dict[str, Any] = {"scale": contract.scale, "softcap": contract.softcap, "visibility": visibility}
+    if choose(contract, context.target, context.options).strategy == "fused_simd":
+        q = query if contract.flat else core.join_heads(b, query)
+        y = simd.emit_attention_fused_simd(b, context.target, q, k, v, heads, mask=mask, **options)
+        y = y if contract.flat else core.split_heads(b, y, heads.q)
+    else:
+        q = core.split_heads(b, query, heads.q) if contract.flat else query
+        y = core.emit_attention(b, q, k, v, heads, mask=mask, **options)
+        y = core.join_heads(b, y) if contract.flat else y
+    return [y, k, v, None][: contract.num_outputs]
 
 
-OPS = (Op("", "Attention", 23, parse, output_types, lower),)
+def _query_dims(contract: Attention) -> tuple[Dim, ...]:
+    heads = contract.heads
+    if contract.flat:
+        return heads.batch, contract.length, heads.q * heads.dk
+    return heads.batch, heads.q, contract.length, heads.dk
+
+
+def choose(contract: Attention, target: Target, options: LoweringOptions) -> Choice:
+    """The strategy for a node; what is forced for the state operators says nothing here."""
+    del options
+    return simd.choose(contract.heads, contract.length, contract.where, target)
+
+
+OPS = (Op("", "Attention", 23, parse, output_types, lower, choose),)

@@ -7,6 +7,8 @@ The query heads of a group are rows of one product, [B*Hkv, r*T, d] against [B*H
 repeated in memory. Which keys are visible is computed from loop indices inside the elementwise step before the
 reductions (Vulkan's code generator dislikes ``linalg.index`` inside one). Scores, maxima and sums are f32.
 
+This is the portable form (strategy ``linalg``); ``attention_simd`` has the one of CPUs.
+
 Cost: 4 * B*Hq*T*S*d flops; two reads of the cache and the f32 scores [B*Hq, T, S] through memory.
 """
 
@@ -155,6 +157,17 @@ def align_mask(b: Builder, mask: ir.Value, sizes: Sequence[Size], written: tuple
 
     full = [1 if dim == 1 else size for dim, size in zip(spec.shape[:3], sizes[:3], strict=True)]
     return b.map("->bhts", element, dtype=spec.dtype, sizes=dict(zip("bhts", [*full, keys], strict=True)))
+
+
+def as_bias(b: Builder, mask: ir.Value) -> ir.Value:
+    """A mask (true: visible) or bias as an f32 bias."""
+    if spec_of(mask).dtype != "i1":
+        return b.cast(mask, "f32")
+
+    def bias(visible: Scalar) -> Scalar:
+        return visible.select(b.constant(0.0, "f32"), b.constant(_NEGATIVE_INFINITY, "f32"))
+
+    return b.map("bhts->bhts", bias, mask, dtype="f32")
 
 
 def _grouped_mask(b: Builder, mask: ir.Value, heads: Heads) -> tuple[ir.Value, str]:

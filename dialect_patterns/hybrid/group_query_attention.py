@@ -12,14 +12,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from iree.compiler import ir
 
 from ..builder import Builder, Size, spec_of
 from ..node import Dim, Node, TensorSpec
-from ..op import MICROSOFT, LoweringContext, Op
+from ..op import MICROSOFT, Choice, LoweringContext, LoweringOptions, Op
 from ..scalar import Scalar
+from ..target import Target
 from . import attention_core as core
+from . import attention_simd as simd
 from .attention_checks import check_mask, known, past_and_capacity, refuse_attributes, refuse_inputs, total
 from .checks import float_input, refuse_outputs, require_dtype, require_shape
 from .rotary_embedding import Rotation, clamp_position, emit_rotation, parse_caches
@@ -62,6 +65,7 @@ class GroupQueryAttention:
         window: How many keys before its own position a query sees (local_window_size - 1), None for all.
         rotation: How the op rotates queries and keys itself, None if they come rotated.
         num_outputs: How many outputs the node lists, 1 to 4.
+        where: The node, as errors name it.
     """
 
     dtype: str
@@ -76,6 +80,7 @@ class GroupQueryAttention:
     window: int | None
     rotation: Rotary | None
     num_outputs: int
+    where: str
 
 
 def parse(node: Node) -> GroupQueryAttention:
@@ -124,6 +129,7 @@ def parse(node: Node) -> GroupQueryAttention:
         window=window - 1 if window >= 0 else None,
         rotation=_parse_rotation(node, query, size) if node.attr("do_rotary", 0) else None,
         num_outputs=node.num_outputs,
+        where=node.where,
     )
 
 
@@ -212,7 +218,6 @@ def lower(
     if contract.rotation is not None:
         query = _rotated(b, contract, query, heads.q, first, inputs[7:9], inputs[9])
         key = _rotated(b, contract, key, heads.kv, first, inputs[7:9], inputs[9])
-    q = core.split_heads(b, query, heads.q)
     k, v = (core.split_heads(b, x, heads.kv) for x in (key, value))
     if contract.capacity:
         k, v = (core.write_at(b, past, x, first) for past, x in zip(pasts, (k, v), strict=True))
@@ -222,10 +227,19 @@ def lower(
         sizes = [batch, heads.q, length, b.dim(k, 2)]
         bias = core.align_mask(b, bias, sizes, (first, length) if contract.capacity else None)
     visibility = core.Visibility(first=first, left=contract.window, right=0)
-    y = core.emit_attention(
-        b, q, k, v, heads, scale=contract.scale, softcap=contract.softcap, visibility=visibility, mask=bias
-    )
-    return [core.join_heads(b, y), k, v, None][: contract.num_outputs]
+    options: dict[str, Any] = {"scale": contract.scale, "softcap": contract.softcap, "visibility": visibility}
+    if choose(contract, context.target, context.options).strategy == "fused_simd":
+        y = simd.emit_attention_fused_simd(b, context.target, query, k, v, heads, mask=bias, **options)
+    else:
+        q = core.split_heads(b, query, heads.q)
+        y = core.join_heads(b, core.emit_attention(b, q, k, v, heads, mask=bias, **options))
+    return [y, k, v, None][: contract.num_outputs]
 
 
-OPS = (Op(MICROSOFT, "GroupQueryAttention", 1, parse, output_types, lower),)
+def choose(contract: GroupQueryAttention, target: Target, options: LoweringOptions) -> Choice:
+    """The strategy for a node; what is forced for the state operators says nothing here."""
+    del options
+    return simd.choose(contract.heads, contract.length, contract.where, target)
+
+
+OPS = (Op(MICROSOFT, "GroupQueryAttention", 1, parse, output_types, lower, choose),)

@@ -25,7 +25,8 @@ OPS = {"linear_attention": "LinearAttention", "causal_conv": "CausalConvWithStat
 _EPILOG = """Examples:
   linattn-bench op --op linear_attention --heads 16 --dim 128 --tokens 1,64,1024 --peers onnxruntime --plot out.png
   linattn-bench op --op causal_conv --channels 6144 --taps 4 --tokens 1,512 --json out.json
-  linattn-bench model model.onnx --prefill 512 --decode 128 --targets cpu --peers onnxruntime"""
+  linattn-bench model model.onnx --prefill 512 --decode 128 --targets cpu --peers onnxruntime
+  linattn-bench model model.onnx --prefill 512 --profile --json profile.json"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -129,6 +130,11 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     add("--repeats", type=int, default=3, metavar="N", help="turns of each subject (default: 3)")
     add("--strategies", default=DEFAULT, metavar="NAME,...", help="lowerings to force; default: linattn's choice")
     add("--peers", default="onnxruntime", metavar="onnxruntime", help="peers, or none (default: onnxruntime)")
+    add(
+        "--profile",
+        action="store_true",
+        help="show what each dispatch takes (decode at position --prefill) instead of timing whole calls",
+    )
     _common_options(parser)
 
 
@@ -199,6 +205,7 @@ def _run_model(arguments: argparse.Namespace) -> dict[str, Any]:
         threads=arguments.threads,
         seed=arguments.seed,
         ceilings=not arguments.no_ceilings,
+        profile=arguments.profile,
     )
     return run_model(options, _progress(arguments.quiet))
 
@@ -208,7 +215,7 @@ def _write(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
     result["command"] = ["linattn-bench", *sys.argv[1:]]
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(_finite(result), indent=2, allow_nan=False) + "\n")
-    if arguments.plot:
+    if arguments.plot and result["kind"] != "profile":
         from .plot import draw
 
         draw(result, Path(arguments.plot))

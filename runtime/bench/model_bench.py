@@ -24,6 +24,7 @@ from .model_runners import logits_output
 from .op_bench import FORMAT
 from .options import DEFAULT, MODEL_PEERS, ModelOptions
 from .process import Subject
+from .profile import profile_entry
 from .subjects import Absences, Note, TargetChoice, close_all, compile_file, file_name, open_targets, start
 from .timing import summarize
 
@@ -85,6 +86,9 @@ def run_model(options: ModelOptions, note: Note) -> dict[str, Any]:
         needed = list({choice.label: choice for choice in reversed(needed)}.values())[::-1]
         devices = open_targets(needed, folder, options.ceilings, absent, note)
         entrants = _compile_all(options, modules, devices, folder, absent, note)
+        if options.profile:
+            rows = _profile(entrants, options, folder, absent, note)
+            return result | {"kind": "profile", "devices": devices, "rows": rows, "absent": absent.rows}
         try:
             entrants = _start_all(entrants, options, absent, note)
             entrants = _measure(entrants, options, absent, order, note)
@@ -146,10 +150,10 @@ def _compile_all(
                 except LinattnError as error:
                     absent.add(name, error)
         entrants += ours
-        if ours and options.peers:
+        if ours and options.peers and not options.profile:
             facts = {"quantized": _is_quantized(path)}
             entrants.append(_Entrant(f"{prefix}onnxruntime", "onnxruntime", "cpu", ours[0].manifest, path, facts))
-    if options.peers and not any(entrant.kind == "onnxruntime" for entrant in entrants):
+    if options.peers and not options.profile and not any(entrant.kind == "onnxruntime" for entrant in entrants):
         absent.add("onnxruntime", "it runs .onnx files, and none was given that compiled")
     return entrants
 
@@ -206,6 +210,30 @@ def _start_all(entrants: list[_Entrant], options: ModelOptions, absent: Absences
         except LinattnError as error:
             absent.add(entrant.name, error)
     return started
+
+
+def _profile(
+    entrants: Sequence[_Entrant], options: ModelOptions, folder: Path, absent: Absences, note: Note
+) -> list[dict[str, Any]]:
+    """Profiles every entry point of every module; what cannot be profiled is absent."""
+    rows: list[dict[str, Any]] = []
+    for entrant in entrants:
+        if entrant.kind != "linattn":
+            continue
+        for entry in entrant.manifest.entry_points:
+            note(f"profile {entry.symbol} of {entrant.name}")
+            device = entrant.device or entrant.manifest.target.device
+            start = options.prefill if entry.kind == "decode" else 0
+            try:
+                profile = profile_entry(entrant.path, entrant.manifest, entry, start, device, options.threads, folder)
+            except LinattnError as error:
+                absent.add(entrant.name, error)
+                continue
+            facts = {"subject": entrant.name, "kind": "linattn", "target": entrant.target, "status": "ok"}
+            rows.append(facts | {"position": start} | profile)
+    if not rows:
+        raise TargetError("nothing could be profiled", hint="; ".join(row["reason"] for row in absent.rows))
+    return rows
 
 
 def _measure(

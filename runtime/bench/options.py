@@ -62,6 +62,7 @@ class ModelOptions:
         threads: CPU threads of every subject; None: each one's own default.
         seed: Of the prompt.
         ceilings: Whether to measure the machine's ceilings.
+        profile: Instead of timing whole calls, show what each dispatch takes.
     """
 
     models: Sequence[Path]
@@ -74,3 +75,4 @@ class ModelOptions:
     threads: int | None = None
     seed: int = 0
     ceilings: bool = True
+    profile: bool = False

@@ -13,7 +13,7 @@ def to_text(result: Mapping[str, Any]) -> str:
     lines = [_machine_line(result["machine"]), *_device_lines(result["devices"])]
     lines.append("versions  " + ", ".join(f"{name} {version}" for name, version in result["versions"].items()))
     lines.append("")
-    lines += _op_lines(result) if result["kind"] == "op" else _model_lines(result)
+    lines += {"op": _op_lines, "model": _model_lines, "profile": _profile_lines}[result["kind"]](result)
     if result["absent"]:
         lines.append("")
         lines += [f"absent    {_absent(row)}: {row['reason']}" for row in result["absent"]]
@@ -150,6 +150,48 @@ def _model_lines(result: Mapping[str, Any]) -> list[str]:
         lines.append("logits err and equal greedy tokens: against onnxruntime on the same ONNX model")
     lines.append("median, p90, p99: of one decode step; memory: peak of the subject's process on the host")
     return lines
+
+
+def _profile_lines(result: Mapping[str, Any]) -> list[str]:
+    lines: list[str] = []
+    header = ("dispatch", "node", "count", "time", "share", "bytes", "bytes/s", "FLOP/s")
+    for profile in result["rows"]:
+        ceilings: Mapping[str, float] = result["devices"].get(profile["target"], {}).get("ceilings") or {}
+        rows: list[tuple[str, ...]] = []
+        for row in profile["rows"]:
+            nodes = row["nodes"]
+            more = f" (+{len(nodes) - 1})" if len(nodes) > 1 else ""
+            rows.append(
+                (
+                    _cut(row["key"].rpartition("$async_")[2], 64),
+                    _cut(nodes[0], 44) + more if nodes else "-",
+                    str(row["count"]),
+                    time_text(row["seconds"]),
+                    f"{row['share']:.1%}",
+                    rate_text(row["bytes"], "B"),
+                    _rate(row, "bytes", "B/s", ceilings.get("copy_bytes_per_s")),
+                    _rate(row, "flop", "FLOP/s", ceilings.get("fma_flop_per_s")),
+                )
+            )
+        where = f" at position {profile['position']}" if profile["position"] else ""
+        lines.append(
+            f"{profile['subject']}: {profile['entry']}{where}, {profile['count']} dispatches, "
+            f"{time_text(profile['dispatch_s'])} in all"
+        )
+        lines += [*grid(header, rows), ""]
+    lines.append("all of one call; bytes: of all operands and results, an upper bound where only a part is read")
+    return lines
+
+
+def _rate(row: Mapping[str, Any], amount: str, unit: str, ceiling: float | None) -> str:
+    if row[amount] is None or not row["seconds"]:
+        return "-"
+    value = row[amount] / row["seconds"]
+    return rate_text(value, unit) + (f" {value / ceiling:.0%}" if ceiling else "")
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else "..." + text[3 - width :]
 
 
 def _absent(row: Mapping[str, Any]) -> str:

@@ -76,6 +76,33 @@ def test_module_without_a_peer(bench: Bench, compiled: Path) -> None:
     assert "linattn-bench: repeat 2 of 2" in err
 
 
+def test_profile(bench: Bench, compiled: Path, tmp_path: Path) -> None:
+    file = tmp_path / "p.json"
+    status, out, _ = bench("model", compiled, *QUICK, "--profile", "--json", file)
+    assert status == 0
+    result = json.loads(file.read_text())
+    assert result["kind"] == "profile"
+    (profile,) = result["rows"]
+    assert (profile["entry"], profile["position"], profile["tokens"]) == ("decode", 5, 1)
+    assert profile["count"] == sum(row["count"] for row in profile["rows"])
+    assert profile["dispatch_s"] == pytest.approx(sum(row["seconds"] for row in profile["rows"]))
+    assert sum(row["share"] for row in profile["rows"]) == pytest.approx(1.0)
+    (fused,) = (row for row in profile["rows"] if row["key"].startswith("linear_attention"))
+    assert fused["count"] == 2
+    assert fused["nodes"] == ["layers.0.linear_attention", "layers.2.linear_attention"]
+    one_call = 4 * (4 * 2 * 32 + 2 * 2 + 2 * 2 * 32 * 32)  # q, k, v and output; decay and beta; state in and out
+    assert fused["bytes"] == 2 * one_call
+    (logits,) = (row for row in profile["rows"] if "node.logits" in row["nodes"])
+    assert logits["flop"] == 2 * 256 * 64
+    assert "node.logits" in out
+
+
+def test_profile_of_a_device_that_does_not_run(bench: Bench, tiny_model: Path) -> None:
+    status, _, err = bench("model", tiny_model, *QUICK, "--targets", "cpu@local-sink", "--profile", "--quiet")
+    assert status == 2
+    assert err.count("\n") == 1
+
+
 def test_forced_strategy_that_is_unknown(bench: Bench, tiny_model: Path) -> None:
     status, _, err = bench("model", tiny_model, *QUICK, "--strategies", "fastest", "--quiet")
     assert status == 2

@@ -1,5 +1,7 @@
 from ctypes import Array, c_char
 
+from typing import Any
+
 from .ir import Context, Operation
 
 class Session:
@@ -20,3 +22,6 @@ class Invocation:
     def import_module(self, module_op: Operation) -> None: ...
     def execute(self) -> bool: ...
     def output_vm_bytecode(self, output: Output) -> None: ...
+
+class ctypes_dl:
+    _dylib: Any

@@ -1,0 +1,97 @@
+"""Strategy ``fused_simd``: rows times a matrix of weights as one hand-made CPU kernel, weights packed at compile time.
+
+    y[m, n] = sum_k a[m, k] b[k, n]                 sums in f32
+
+    %packed = util.global.load @weight.panels16 : tensor<N/16 x K x 16>      once for all entry points
+    %y = flow.dispatch @mat_mul_fused_simd_...(%a, %packed)
+
+One row reads each weight once, in the order of memory. IREE's own product of one row reaches less than half of the
+memory's rate, and its data tiling packs weights when loading, or in the compiler's memory, for each entry point.
+
+Legal: on CPUs, for weights of the model. Cost: b once for each tile of rows that the caches do not hold.
+Source: ONNX schema MatMul-13.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from iree.compiler import ir
+
+from ..builder import spec_of
+from ..dispatch import Kernel, dispatch
+from ..kernel_text import Index, KernelText
+from ..node import TensorSpec
+from ..op import LoweringContext, weight_symbol
+from ..select import Legality, No, Yes
+from ..target import Target
+from .contract import MatMul
+from .simd_kernel import Body, Plan, plan
+
+_BYTES = {"f32": 4, "f16": 2, "bf16": 2}
+
+
+def is_legal(contract: MatMul, target: Target) -> Legality:
+    """On CPUs, for weights of the model."""
+    if target.is_gpu or not target.vector_bits:
+        return No("the target is not a CPU with vectors")
+    if not contract.is_plain:
+        return No(f"{contract.a} by {contract.b} is not rows times one matrix")
+    if not contract.constant:
+        return No("the matrix is not a weight of the model")
+    if not contract.depth or not contract.columns or contract.rows == 0:
+        return No("a size is zero")
+    return Yes()
+
+
+def plan_for(contract: MatMul, target: Target) -> Plan:
+    """The sizes of the kernel."""
+    dtype, bits = contract.a.dtype, target.vector_bits
+    return plan(contract.rows, contract.depth, contract.columns, bits, _BYTES[dtype], dtype == "f32")
+
+
+def emit_mat_mul_fused_simd(context: LoweringContext, contract: MatMul, a: ir.Value, b: ir.Value) -> ir.Value:
+    """Emit the product of ``a`` [..., K] and the weight ``b`` [K, N]."""
+    build, p, symbol = context.builder, plan_for(contract, context.target), weight_symbol(b)
+    assert symbol is not None
+    assert context.weights is not None
+    packed = context.weights.repacked(symbol, f"panels{p.width}", lambda array: pack(array, p.width))
+    leading = build.shape(a)[:-1]
+    a = build.refine(a, TensorSpec((*spec_of(a).shape[:-1], contract.depth), contract.a.dtype))
+    rows = build.collapse(a, 0, len(leading) - 1)
+    kernel = mat_mul_kernel(contract, p)
+    (y,) = dispatch(build, kernel, [rows, packed], 1, build.dim(rows, 0))
+    return build.expand(y, 0, leading) if len(leading) > 1 else y
+
+
+def pack(weights: np.ndarray[Any, Any], width: int) -> np.ndarray[Any, Any]:
+    """[K, N] as [panels, K, width], filled up with zeros."""
+    depth, columns = weights.shape
+    panels = -(-columns // width)
+    packed = np.zeros((panels, depth, width), weights.dtype)
+    whole = columns // width
+    packed[:whole] = weights[:, : whole * width].reshape(depth, whole, width).transpose(1, 0, 2)
+    if whole < panels:
+        packed[whole, :, : columns - whole * width] = weights[:, whole * width :]
+    return packed
+
+
+def mat_mul_kernel(contract: MatMul, p: Plan) -> Kernel:
+    """The kernel of a contract."""
+    dtype = contract.a.dtype
+
+    def write(k: KernelText, batch: Index, rows: Index, memrefs: Sequence[str]) -> None:
+        del batch
+        Body(k, p, rows, memrefs).write()
+
+    rows = "x" if p.rows is None else str(p.rows)
+    return Kernel(
+        name=f"mat_mul_fused_simd_{dtype}_{rows}x{p.columns}x{p.depth}_v{32 * p.lanes}",
+        inputs=(TensorSpec((p.rows, p.depth), dtype), TensorSpec((p.panels, p.depth, p.width), dtype)),
+        outputs=(TensorSpec((p.rows, p.columns), dtype),),
+        axes=("T_", "___", "T_"),
+        workgroups=(-(-p.panels // p.group), 1),
+        write=write,
+    )

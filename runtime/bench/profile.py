@@ -1,0 +1,152 @@
+"""`linattn-bench model --profile`: what each dispatch of an entry point takes, in a table.
+
+IREE's own tools measure: `iree-benchmark-module` runs the entry point on inputs of zeros with its HAL profiling on,
+`iree-profile` reads what it wrote. The module says which ONNX node a dispatch comes from, its bytes and operations.
+CPU devices give the time from a dispatch's first to its last workgroup, GPUs their own timestamps.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import statistics
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from linattn.runtime.device import Module, numpy_dtype
+from linattn.runtime.errors import TargetError
+from linattn.runtime.manifest import DISPATCHES_KEY, Dim, EntryPoint, Manifest
+
+CALLS = 12
+"""Profiled calls of an entry point; the first two warm up."""
+WARMUP = 2
+TIMEOUT = 600
+_FAMILIES = {"local-task": "host-execution", "local-sync": "host-execution"}
+"""HAL profiling data that a driver gives about dispatches; other drivers: `dispatch-events`."""
+_HAL_NAMES = {"bool": "i1", "bfloat16": "bf16"}
+
+
+def profile_entry(
+    path: Path, manifest: Manifest, entry: EntryPoint, position: int, device: str, threads: int | None, folder: Path
+) -> dict[str, Any]:
+    """Profiles one entry point.
+
+    Args:
+        path: The module.
+        manifest: Its manifest.
+        entry: The entry point.
+        position: Tokens committed, for modules whose caches have a fixed capacity.
+        device: IREE device URI.
+        threads: CPU worker threads; None: as IREE decides.
+        folder: For the profile's file.
+
+    Returns:
+        `entry`, `tokens`, `calls` (profiled), `dispatch_s` (the sum), `count` (dispatches of a call) and `rows`,
+        the slowest first: `key`, `count` (a call), `seconds` (a call), `share`, `bytes`, `flop` (a call; None where
+        unknown) and `nodes`.
+
+    Raises:
+        TargetError: The tools are missing, or the driver does not profile; one line says so.
+    """
+    output = folder / f"{entry.symbol}.ireeprof"
+    family = _FAMILIES.get(device.partition("://")[0], "dispatch-events")
+    command = [
+        _tool("iree-benchmark-module"),
+        f"--module={path}",
+        f"--device={device}",
+        f"--function={entry.symbol}",
+        f"--benchmark_min_time={CALLS}x",
+        "--benchmark_format=json",
+        f"--device_profiling_mode=queue-events,{family},executable-metadata",
+        f"--device_profiling_output={output}",
+        *_inputs(manifest, entry, position),
+    ]
+    if manifest.parameters is not None:
+        command.append(f"--parameters={manifest.parameters.scope}={path.parent / manifest.parameters.file}")
+    if threads is not None:
+        command.append(f"--task_topology_group_count={threads}")
+    _run(command, entry.symbol)
+    lines = _run([_tool("iree-profile"), "dispatch", "--dispatch_events", "--format=jsonl", str(output)], entry.symbol)
+    events = [event for line in lines.splitlines() if (event := json.loads(line))["type"].endswith("dispatch_event")]
+    if not events:
+        hint = "its driver records no dispatches in this release of IREE"
+        raise TargetError("nothing was profiled", where=f"{device}: {entry.symbol}", hint=hint)
+    return {"entry": entry.symbol, "tokens": entry.tokens} | _rows(events, _described(path, entry.symbol))
+
+
+def _inputs(manifest: Manifest, entry: EntryPoint, position: int) -> list[str]:
+    """Arguments of zeros in the order of the ABI."""
+    tokens, past = entry.tokens or 64, manifest.max_context or 0
+    sizes = {"batch": manifest.batch or 1, "tokens": tokens, "past": past, "total": past + tokens}
+
+    def size(dim: Dim) -> int:
+        return dim if isinstance(dim, int) else sizes.get(manifest.dims[dim], 1)
+
+    arguments: list[str] = []
+    for spec in (*manifest.inputs, *manifest.states):
+        shape = [size(dim) for dim in spec.shape]
+        dtype = numpy_dtype(spec.dtype)
+        letter = "f" if dtype.kind == "f" else "i"
+        element = _HAL_NAMES.get(spec.dtype) or f"{letter}{8 * dtype.itemsize}"
+        arguments.append("--input=" + "x".join([*map(str, shape), element]))
+    return [*arguments, f"--input={position}"] if manifest.takes_position else arguments
+
+
+def _rows(events: list[dict[str, Any]], described: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Events of all calls as rows of one call."""
+    calls = sorted({event["submission_id"] for event in events})
+    kept = set(calls[WARMUP:]) or set(calls)
+    times: dict[tuple[str, int], list[float]] = {}
+    for event in events:
+        if event["submission_id"] in kept and event.get("valid", True):
+            times.setdefault((event["key"], event["command_index"]), []).append(event["duration_ns"] * 1e-9)
+    rows: dict[str, dict[str, Any]] = {}
+    for (key, _), seconds in times.items():
+        row = rows.setdefault(key, {"key": key, "count": 0, "seconds": 0.0})
+        row["count"] += 1
+        row["seconds"] += statistics.median(seconds)
+    total = sum(row["seconds"] for row in rows.values())
+    for key, row in rows.items():
+        known = described.get(key, [])
+        for field in ("bytes", "flop"):
+            values = [item[field] for item in known]
+            complete = len(values) == row["count"] and None not in values
+            row[field] = sum(values) if complete else None
+        row["nodes"] = list(dict.fromkeys(item["node"] for item in known if item["node"]))
+        row["share"] = row["seconds"] / total if total else 0.0
+    ordered = sorted(rows.values(), key=lambda row: -row["seconds"])
+    return {"calls": len(kept), "dispatch_s": total, "count": sum(r["count"] for r in ordered), "rows": ordered}
+
+
+def _described(path: Path, symbol: str) -> dict[str, list[dict[str, Any]]]:
+    """What the module says about the dispatches of an entry point, by key; empty if it says nothing."""
+    module = Module(path)
+    texts = [module.reflection(name).get(DISPATCHES_KEY) for name in module.functions]
+    table = json.loads(next((text for text in texts if text), "{}"))
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in table.get(symbol, []):
+        found.setdefault(row["key"], []).append(row)
+    return found
+
+
+def _tool(name: str) -> str:
+    """Path of one of the programs that iree-base-runtime brings."""
+    spec = importlib.util.find_spec("iree._runtime_libs")
+    places = list(spec.submodule_search_locations or []) if spec else []
+    found = next((path for place in places if (path := Path(place) / name).is_file()), None)
+    if found is None:
+        raise TargetError("not found", where=name, hint="reinstall iree-base-runtime, which brings it")
+    return str(found)
+
+
+def _run(command: list[str], where: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    if done.returncode:
+        said = [line for line in done.stderr.splitlines() if line.strip()]
+        last = said[-1] if said else ""
+        telling = next((line for line in said if "UNIMPLEMENTED" in line or "INVALID" in line), last)
+        hint = telling.rpartition(": ")[2][:200] or f"status {done.returncode}"
+        raise TargetError("cannot be profiled", where=f"{Path(command[0]).name}, {where}", hint=hint)
+    return done.stdout

@@ -1,0 +1,130 @@
+"""MatMul with weights, strategy fused_simd: against float64, at the edges of tiles, blocks and panels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnx
+import pytest
+from linattn.dialect_patterns.mat_mul import fused_simd
+from linattn.dialect_patterns.mat_mul.contract import MatMul
+from linattn.dialect_patterns.mat_mul.op import choose
+from linattn.dialect_patterns.node import TensorSpec
+from linattn.dialect_patterns.op import LoweringOptions
+from linattn.dialect_patterns.target import Target
+from linattn.frontend import CompileOptions, compile_model
+from linattn.runtime import Program
+from onnx import TensorProto, helper, numpy_helper
+
+from tests.tolerances import BENIGN, error
+
+# Rows around tiles of 6; K around blocks of 256 and unrolling by 4; N around panels of 16 and 8.
+SHAPES = [
+    *((rows, 256, 48) for rows in (1, 2, 3, 5, 6, 7, 12, 13, 64)),
+    *((7, depth, 96) for depth in (64, 255, 257, 258, 300, 512, 1030)),
+    *((1, depth, 96) for depth in (255, 258, 1030)),
+    *((7, 300, columns) for columns in (16, 17, 31, 33, 72, 100)),
+    *((1, 300, columns) for columns in (4, 9, 17, 24, 100)),
+]
+DTYPES = [np.float32, np.float16, ml_dtypes.bfloat16]
+
+
+def build(shapes: list[tuple[int, int, int]], dtype: type, rows: str | None = None) -> onnx.ModelProto:
+    """A model of products, each with an input and an output of its own."""
+    element = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    nodes, inputs, outputs, weights = [], [], [], []
+    for i, (count, depth, columns) in enumerate(shapes):
+        lead = [rows] if rows else [count]
+        values = np.random.default_rng(i).standard_normal((depth, columns)).astype(dtype)
+        weights.append(numpy_helper.from_array(values, f"w{i}"))
+        inputs.append(helper.make_tensor_value_info(f"a{i}", element, [*lead, depth]))
+        outputs.append(helper.make_tensor_value_info(f"y{i}", element, [*lead, columns]))
+        nodes.append(helper.make_node("MatMul", [f"a{i}", f"w{i}"], [f"y{i}"], f"product{i}"))
+    graph = helper.make_graph(nodes, "products", inputs, outputs, weights)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+
+
+def inputs_of(shapes: list[tuple[int, int, int]], dtype: type) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(99)
+    return {f"a{i}": random.standard_normal(shape[:2]).astype(dtype) for i, shape in enumerate(shapes)}
+
+
+def weight(model: onnx.ModelProto, i: int) -> np.ndarray:
+    return numpy_helper.to_array(model.graph.initializer[i]).astype(np.float64)
+
+
+def check(program: Program, model: onnx.ModelProto, shapes: list[tuple[int, int, int]], dtype: type) -> None:
+    feeds = inputs_of(shapes, dtype)
+    results = program.run(feeds)
+    for i, shape in enumerate(shapes):
+        found = error(results[f"y{i}"], feeds[f"a{i}"].astype(np.float64) @ weight(model, i))
+        assert found <= BENIGN[np.dtype(dtype).name], f"{shape}: {found:.1e}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["f32", "f16", "bf16"])
+def test_products(dtype: type) -> None:
+    model = build(SHAPES, dtype)
+    compiled = compile_model(model, CompileOptions())
+    check(Program.load(compiled.module), model, SHAPES, dtype)
+    assert compiled.module.count(b"mat_mul_fused_simd") > 0
+
+
+def test_vectors_of_128_bits() -> None:
+    model = build(SHAPES, np.float32)
+    compiled = compile_model(model, CompileOptions(cpu_features="generic"))
+    check(Program.load(compiled.module), model, SHAPES, np.float32)
+
+
+def test_open_rows() -> None:
+    """The number of rows is known at run time only."""
+    kinds = [(0, 300, 33), (0, 520, 64)]
+    model = build(kinds, np.float32, "rows")
+    program = Program.load(compile_model(model, CompileOptions()).module)
+    for rows in (1, 5, 6, 13):
+        check(program, model, [(rows, *kind[1:]) for kind in kinds], np.float32)
+
+
+def test_weights_are_stored_once(tmp_path: Path) -> None:
+    """Packed and nothing else, in the module or in the parameter file; two nodes share theirs."""
+    model = build([(2, 512, 512)], np.float32)
+    model.graph.node.append(helper.make_node("MatMul", ["a0", "w0"], ["again"], "again"))
+    model.graph.output.append(helper.make_tensor_value_info("again", TensorProto.FLOAT, [2, 512]))
+    inside = compile_model(model, CompileOptions())
+    assert (1 << 20) < len(inside.module) < (1 << 20) + 100_000
+    file = tmp_path / "w.irpa"
+    outside = compile_model(model, CompileOptions(params=file), output=tmp_path / "m.vmfb")
+    assert (1 << 20) < file.stat().st_size < (1 << 20) + 10_000
+    assert outside.report.output_bytes < 100_000
+    feeds = inputs_of([(2, 512, 512)], np.float32)
+    for program in (Program.load(inside.module), Program.load(tmp_path / "m.vmfb")):
+        results = program.run(feeds)
+        assert error(results["y0"], feeds["a0"].astype(np.float64) @ weight(model, 0)) <= BENIGN["float32"]
+        np.testing.assert_array_equal(results["y0"], results["again"])
+
+
+@pytest.mark.parametrize("columns", [1, 15, 16, 17, 40])
+def test_pack(columns: int) -> None:
+    weights = np.arange(3 * columns, dtype=np.float32).reshape(3, columns)
+    packed = fused_simd.pack(weights, 16)
+    assert packed.shape == (-(-columns // 16), 3, 16)
+    assert not packed.transpose(1, 0, 2).reshape(3, -1)[:, columns:].any()
+    np.testing.assert_array_equal(packed.transpose(1, 0, 2).reshape(3, -1)[:, :columns], weights)
+
+
+@pytest.mark.parametrize(
+    ("contract", "target", "reason"),
+    [
+        (MatMul("m", TensorSpec((2, 8), "f32"), TensorSpec((8, 8), "f32"), False), "cpu", "not a weight"),
+        (MatMul("m", TensorSpec((2, 8), "f32"), TensorSpec((8, 8), "f32"), True), "gpu", "not a CPU"),
+        (MatMul("m", TensorSpec((2, 8), "f32"), TensorSpec((2, 8, 8), "f32"), True), "cpu", "one matrix"),
+        (MatMul("m", TensorSpec((0, 8), "f32"), TensorSpec((8, 8), "f32"), True), "cpu", "zero"),
+        (MatMul("m", TensorSpec((2, 8), "i32"), TensorSpec((8, 8), "i32"), True), "cpu", "one matrix"),
+    ],
+)
+def test_what_is_left_to_iree(contract: MatMul, target: str, reason: str) -> None:
+    machine = Target("cpu", vector_bits=256) if target == "cpu" else Target("cuda", is_gpu=True, subgroup_size=32)
+    choice = choose(contract, machine, LoweringOptions(strategy="chunked"))
+    assert choice.strategy == "imported"
+    assert reason in choice.rejected["fused_simd"]
