@@ -10,13 +10,13 @@ from .hybrid import (
     linear_attention_gate,
     lp_normalization,
     m_rotary_embedding,
-    mat_mul_n_bits,
     rms_normalization,
     rotary_embedding,
     simplified_layer_normalization,
     skip_simplified_layer_normalization,
 )
 from .linear_attention import op as linear_attention
+from .mat_mul_n_bits import op as mat_mul_n_bits
 from .op import Op
 
 OPS: tuple[Op, ...] = (
