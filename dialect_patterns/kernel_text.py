@@ -154,6 +154,11 @@ class KernelText:
         else:
             self.do(f"memref.store {value}, {place}")
 
+    def prefetch(self, memref: str, indices: Sequence[Index]) -> None:
+        """Ask for the cache line of an element, which need not exist."""
+        place, _, dtype = self._place(memref, indices).partition(" : ")
+        self.do(f"memref.prefetch {place}, read, locality<3>, data : {dtype}")
+
     # ---- arithmetic ------------------------------------------------------------------------------------------------
     def widen(self, value: str) -> str:
         """As f32."""

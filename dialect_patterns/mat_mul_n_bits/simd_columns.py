@@ -12,6 +12,8 @@ from ..kernel_text import Index, KernelText, vector_type
 from .contract import MatMulNBits
 from .simd_plan import CHUNK, Plan
 
+_LINE = 64
+
 
 class Columns:
     """The weights of a kernel.
@@ -43,6 +45,16 @@ class Columns:
         else:
             zeros = self._packed_zeros(self._zeros, column, block, count)
         return list(zip(scales, zeros, strict=True))
+
+    def prefetch(self, column: Index, block: Index, count: int) -> None:
+        """Ask for this group's share of the tile that starts at ``column``, in the order in which it lies in memory."""
+        item = {"f32": 4}.get(self.c.a.dtype, 2)
+        for memref, size in ((self._words, 4 * self.c.block_words), (self._scales, item)):
+            share = self.p.tile * size
+            start = self.k.mul(block, self.p.tile * (size // (4 if memref == self._words else item)))
+            for byte in range(0, share * count, _LINE):
+                offset = byte // (4 if memref == self._words else item)
+                self.k.prefetch(memref, [column, self.k.add(start, offset)])
 
     def _packed_zeros(self, memref: str, column: Index, block: Index, count: int) -> list[str]:
         """Of blocks that start a byte."""

@@ -71,6 +71,7 @@ class DirectBody:
         starts = [k.add(column, v * p.lanes) for v in range(p.vectors)]
         factors = [self.columns.factors(start, block, count) for start in starts]
         first = k.mul(block, c.block_words)
+        self.columns.prefetch(k.add(column, p.tile), block, count)
         loaded: dict[tuple[int, int], list[str]] = {}
 
         def word(w: int, v: int) -> str:

@@ -19,6 +19,8 @@ from .simd_plan import Plan, groups
 
 _UNROLL = 8
 _MAGNITUDE = 0x7FFFFFFF
+# Added, it leaves small numbers no bits for a fraction: f32 rounds them to even (math.roundeven is a scalar library call).
+_NO_FRACTION = 1.5 * 2**23
 
 _Body = Callable[[Index, list[str]], list[str]]
 
@@ -109,7 +111,8 @@ class RowWriter:
         inverse = k.splat(k.op(f"arith.select {is_zero}, {zero}, {inverse} : f32", "f32"), lanes)
 
         def rounded(offset: Index) -> str:
-            return k.op(f"math.roundeven {k.mulf(load(offset), inverse)} : {floats}", floats)
+            shift = k.constant(_NO_FRACTION, floats)
+            return k.subf(k.addf(k.mulf(load(offset), inverse), shift), shift)
 
         if self.p.instruction is None:
 
