@@ -135,6 +135,10 @@ class KernelText:
         assert match is not None
         return match[1]
 
+    def element_bytes(self, memref: str) -> int:
+        """The size of an element of a memref."""
+        return int(self.element_type(memref).lstrip("bfi")) // 8
+
     def load(self, memref: str, indices: Sequence[Index], lanes: int = 0, *, raw: bool = False) -> str:
         """One element, or ``lanes`` of them along the last dimension, widened to f32 unless ``raw``."""
         place, dtype = self._place(memref, indices), self.element_type(memref)
@@ -155,7 +159,7 @@ class KernelText:
             self.do(f"memref.store {value}, {place}")
 
     def prefetch(self, memref: str, indices: Sequence[Index]) -> None:
-        """Ask for the cache line of an element, which need not exist."""
+        """Ask for the cache line of an element."""
         place, _, dtype = self._place(memref, indices).partition(" : ")
         self.do(f"memref.prefetch {place}, read, locality<3>, data : {dtype}")
 

@@ -21,7 +21,6 @@ Legal: always. Cost with more than one row: the weights in f32 are written and r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np

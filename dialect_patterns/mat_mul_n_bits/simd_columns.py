@@ -12,7 +12,7 @@ from ..kernel_text import Index, KernelText, vector_type
 from .contract import MatMulNBits
 from .simd_plan import CHUNK, Plan
 
-_LINE = 64
+_LINE_BYTES = 64
 
 
 class Columns:
@@ -47,14 +47,13 @@ class Columns:
         return list(zip(scales, zeros, strict=True))
 
     def prefetch(self, column: Index, block: Index, count: int) -> None:
-        """Ask for this group's share of the tile that starts at ``column``, in the order in which it lies in memory."""
-        item = {"f32": 4}.get(self.c.a.dtype, 2)
-        for memref, size in ((self._words, 4 * self.c.block_words), (self._scales, item)):
-            share = self.p.tile * size
-            start = self.k.mul(block, self.p.tile * (size // (4 if memref == self._words else item)))
-            for byte in range(0, share * count, _LINE):
-                offset = byte // (4 if memref == self._words else item)
-                self.k.prefetch(memref, [column, self.k.add(start, offset)])
+        """Ask for the tile after that at ``column``: for the share of ``count`` blocks, in the order of memory."""
+        k, c, tile = self.k, self.c, self.p.tile
+        column = k.minimum(k.add(column, tile), c.columns - tile)
+        for memref, per_block in ((self._words, c.block_words), (self._scales, 1)):
+            start = k.mul(block, tile * per_block)
+            for element in range(0, tile * per_block * count, _LINE_BYTES // k.element_bytes(memref)):
+                k.prefetch(memref, [column, k.add(start, element)])
 
     def _packed_zeros(self, memref: str, column: Index, block: Index, count: int) -> list[str]:
         """Of blocks that start a byte."""
@@ -83,8 +82,8 @@ class Columns:
         rows = [self._join(columns[i::CHUNK]) for i in range(CHUNK)]
 
         def mix(a: str, b: str, pattern: Sequence[tuple[int, int]]) -> str:
-            mask = [s + element + (lanes if second else 0) for s in range(0, lanes, CHUNK) for second, element in pattern]
-            return k.shuffle(a, b, mask)
+            quarters = range(0, lanes, CHUNK)
+            return k.shuffle(a, b, [q + element + lanes * other for q in quarters for other, element in pattern])
 
         low, high = [(0, 0), (1, 0), (0, 1), (1, 1)], [(0, 2), (1, 2), (0, 3), (1, 3)]
         first, second = [(0, 0), (0, 1), (1, 0), (1, 1)], [(0, 2), (0, 3), (1, 2), (1, 3)]

@@ -12,7 +12,7 @@ from .contract import MatMulNBits
 from .simd_columns import Columns
 from .simd_edges import Edges
 from .simd_plan import CHUNK, Plan
-from .simd_products import ByteProducts, FloatProducts, Tile
+from .simd_products import ByteProducts, FloatProducts, Tile, as_tile, flat
 from .simd_rows import RowWriter, arranged_specs, is_arranged
 
 _UNROLLED_WORDS = 8
@@ -53,16 +53,16 @@ class DirectBody:
         k, c, p = self.k, self.c, self.p
         zero = k.constant(0.0, vector_type(p.lanes))
         whole = c.blocks // CHUNK * CHUNK
-        flat = k.loop(
+        sums = k.loop(
             whole,
             [zero] * (p.rows * p.vectors),
-            lambda b, carried: _flat(self._group(_tile(carried, p.vectors), column, b, CHUNK)),
+            lambda b, carried: flat(self._group(as_tile(carried, p.vectors), column, b, CHUNK)),
             step=CHUNK,
         )
-        sums = _tile(flat, p.vectors)
+        tile = as_tile(sums, p.vectors)
         if whole < c.blocks:
-            sums = self._group(sums, column, whole, c.blocks - whole)
-        for row, line in enumerate(sums):
+            tile = self._group(tile, column, whole, c.blocks - whole)
+        for row, line in enumerate(tile):
             self.edges.write(row, column, line)
 
     def _group(self, sums: Tile, column: Index, block: Index, count: int) -> Tile:
@@ -71,7 +71,7 @@ class DirectBody:
         starts = [k.add(column, v * p.lanes) for v in range(p.vectors)]
         factors = [self.columns.factors(start, block, count) for start in starts]
         first = k.mul(block, c.block_words)
-        self.columns.prefetch(k.add(column, p.tile), block, count)
+        self.columns.prefetch(column, block, count)
         loaded: dict[tuple[int, int], list[str]] = {}
 
         def word(w: int, v: int) -> str:
@@ -110,9 +110,9 @@ class DirectBody:
             at = k.add(first, w)
             columns = [self.columns.words(start, at, CHUNK) for start in starts]
             words = [[line[s] for line in columns] for s in range(CHUNK)]
-            return _flat(self._sum(_tile(carried, p.vectors), self._chunk(at, words, own)))
+            return flat(self._sum(as_tile(carried, p.vectors), self._chunk(at, words, own)))
 
-        return _tile(k.loop(c.block_words, [zero] * (p.rows * p.vectors), body, step=CHUNK), p.vectors)
+        return as_tile(k.loop(c.block_words, [zero] * (p.rows * p.vectors), body, step=CHUNK), p.vectors)
 
     def _chunk(self, first: Index, words: Sequence[Sequence[str]], own: Sequence[tuple[str, str | None]]) -> Tile:
         """The sums over some words of a block, unscaled; ``words[word][vector]``."""
@@ -144,10 +144,3 @@ class DirectBody:
             for line, parts in zip(sums, block, strict=True)
         ]
 
-
-def _flat(tile: Tile) -> list[str]:
-    return [value for line in tile for value in line]
-
-
-def _tile(flat: Sequence[str], vectors: int) -> Tile:
-    return [list(flat[i : i + vectors]) for i in range(0, len(flat), vectors)]

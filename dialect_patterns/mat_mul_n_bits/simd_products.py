@@ -19,6 +19,16 @@ Tile = list[list[str]]
 """A vector for each row and each vector of columns."""
 
 
+def flat(tile: Tile) -> list[str]:
+    """All vectors of a tile."""
+    return [value for line in tile for value in line]
+
+
+def as_tile(values: Sequence[str], vectors: int) -> Tile:
+    """The tile with these values, ``vectors`` a row."""
+    return [list(values[i : i + vectors]) for i in range(0, len(values), vectors)]
+
+
 class ByteProducts:
     """Products of bytes.
 

@@ -19,7 +19,7 @@ from .simd_plan import Plan, groups
 
 _UNROLL = 8
 _MAGNITUDE = 0x7FFFFFFF
-# Added, it leaves small numbers no bits for a fraction: f32 rounds them to even (math.roundeven is a scalar library call).
+# Added, it leaves small numbers no bits for a fraction: f32 rounds them to even. (math.roundeven is a scalar call.)
 _NO_FRACTION = 1.5 * 2**23
 
 _Body = Callable[[Index, list[str]], list[str]]
@@ -146,7 +146,3 @@ class RowWriter:
             offset = k.mulf(offset, k.constant(c.default_zero, "f32"))
         k.store(step, self.targets[1], [target, block])
         k.store(offset, self.targets[2], [target, block])
-
-
-def _quarter(k: KernelText, offset: Index) -> Index:
-    return k.div(offset, 4)

@@ -1,23 +1,21 @@
 """The body of strategy ``fused_simd`` for many rows: weights are unpacked tile by tile, and met by 64 rows.
 
-    for each tile of columns: for each slab of blocks along K:
-        unpack the weights of the slab to the stack      bytes, or dequantised f32
-        for each register tile of rows: sums (on the stack) += A x weights
+for each tile of columns: for each slab of blocks along K:
+unpack the weights of the slab to the stack      bytes, or dequantised f32
+for each register tile of rows: sums (on the stack) += A x weights
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ..kernel_text import Index, KernelText, vector_type
 from .contract import MatMulNBits
 from .simd_columns import Columns
 from .simd_edges import Edges
 from .simd_plan import CHUNK, Plan
-from .simd_products import ByteProducts, FloatProducts, Tile
+from .simd_products import ByteProducts, FloatProducts, Tile, as_tile, flat
 from .simd_rows import arranged_specs
-
-_UNROLLED_WORDS = 8
 
 
 class TiledBody:
@@ -94,20 +92,20 @@ class TiledBody:
             first, words, c.blocks * c.block_words, lambda at, count: self._unpack_words(column, first, at, count)
         )
 
-    def _in_fours(self, first: Index, size: Index, total: int, body: object) -> None:
+    def _in_fours(self, first: Index, size: Index, total: int, body: Callable[[Index, int], None]) -> None:
         """``body(offset, count)`` for ``size`` things from ``first`` on, the last of all having less than four."""
         k = self.k
         whole = k.mul(k.div(size, CHUNK), CHUNK)
 
         def full(at: str, _: list[str]) -> list[str]:
-            body(at, CHUNK)  # type: ignore[operator]
+            body(at, CHUNK)
             return []
 
         k.loop(whole, [], full, step=CHUNK)
         if total % CHUNK:
 
             def rest() -> list[str]:
-                body(whole, total % CHUNK)  # type: ignore[operator]
+                body(whole, total % CHUNK)
                 return []
 
             if isinstance(size, int):
@@ -178,11 +176,10 @@ class TiledBody:
                 zero = k.constant(0, vector_type(p.lanes, "i32"))
 
                 def body(word: str, partial: list[str]) -> list[str]:
-                    found = [value for line in chunk(block, word, CHUNK) for value in line]
+                    found = flat(chunk(block, word, CHUNK))
                     return [k.addi(a, b) for a, b in zip(partial, found, strict=True)]
 
-                flat = k.loop(c.block_words, [zero] * len(carried), body, step=CHUNK)
-                total = _tile(flat, p.vectors)
+                total = as_tile(k.loop(c.block_words, [zero] * len(carried), body, step=CHUNK), p.vectors)
             factors = [
                 (
                     k.load(self.scales, [block, v * p.lanes], p.lanes),
@@ -190,8 +187,7 @@ class TiledBody:
                 )
                 for v in range(p.vectors)
             ]
-            after = products.add_blocks(_tile(carried, p.vectors), total, rows, k.add(first, block), factors)
-            return [value for line in after for value in line]
+            return flat(products.add_blocks(as_tile(carried, p.vectors), total, rows, k.add(first, block), factors))
 
         return k.loop(blocks, sums, one)
 
@@ -207,11 +203,7 @@ class TiledBody:
                 for i in range(self.parts)
             ]
             depth = k.mul(k.add(start, word), c.per_word)
-            after = products.add(_tile(carried, p.vectors), rows, depth, weights)
-            return [value for line in after for value in line]
+            return flat(products.add(as_tile(carried, p.vectors), rows, depth, weights))
 
         return k.loop(k.mul(blocks, c.block_words), sums, one)
 
-
-def _tile(flat: Sequence[str], vectors: int) -> Tile:
-    return [list(flat[i : i + vectors]) for i in range(0, len(flat), vectors)]

@@ -56,7 +56,7 @@ def resolve(options: TargetOptions) -> CompileTarget:
     elif re.fullmatch(r"[a-z][\w.-]*", asked):
         flags, features = (f"--iree-llvmcpu-target-cpu={asked}",), NAMED.get(asked, frozenset[str]())
         if asked not in NAMED:
-            notes = (f"kernels for {asked} use vectors of 128 bits: its features are not known, list them as +avx2,...",)
+            notes = (f"the features of {asked} are not known to kernels, which use 128 bits: list them as +avx2,...",)
     else:
         raise TargetError(
             "not understood",
