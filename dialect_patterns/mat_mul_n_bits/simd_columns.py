@@ -70,9 +70,7 @@ class Columns:
                 wide = k.op(f"arith.shli {wide}, {k.constant(8 * byte, ints)} : {ints}", ints)
             joined = k.op(f"arith.ori {joined}, {wide} : {ints}", ints) if byte else wide
         mask = k.constant((1 << bits) - 1, ints)
-        return [
-            k.as_type(k.andi(k.shift_right(joined, bits * i), mask), floats, "arith.sitofp") for i in range(count)
-        ]
+        return [k.as_type(k.andi(k.shift_right(joined, bits * i), mask), floats, "arith.sitofp") for i in range(count)]
 
     def _transposed(self, memref: str, column: Index, start: Index, count: int) -> list[str]:
         """Elements ``start`` to ``start + count`` of each column: a vector each, a lane a column."""

@@ -143,4 +143,3 @@ class DirectBody:
             [k.fma(part, scale, total) for total, part, (scale, _) in zip(line, parts, own, strict=True)]
             for line, parts in zip(sums, block, strict=True)
         ]
-

@@ -206,4 +206,3 @@ class TiledBody:
             return flat(products.add(as_tile(carried, p.vectors), rows, depth, weights))
 
         return k.loop(k.mul(blocks, c.block_words), sums, one)
-
