@@ -56,7 +56,7 @@ class KernelText:
 
     def constant(self, value: float | int, dtype: str) -> str:
         """A constant; a vector constant has all lanes alike."""
-        literal = f"{value:.9e}" if dtype.startswith(("vector", "f")) else str(value)
+        literal = f"{value:.9e}" if re.search(r"(^|x)b?f\d", dtype) else str(value)
         if literal in ("inf", "-inf"):
             literal = "0x7F800000" if literal == "inf" else "0xFF800000"
         literal = f"dense<{literal}>" if dtype.startswith("vector") else literal
@@ -133,9 +133,13 @@ class KernelText:
 
     def element_type(self, memref: str) -> str:
         """The element type of a memref."""
-        match = re.search(r"x(bf16|f16|f32)>$", self.types[memref])
+        match = re.search(r"x(bf16|f16|f32|i32|i8)>$", self.types[memref])
         assert match is not None
         return match[1]
+
+    def element_bytes(self, memref: str) -> int:
+        """The size of an element of a memref."""
+        return int(self.element_type(memref).lstrip("bfi")) // 8
 
     def load(self, memref: str, indices: Sequence[Index], lanes: int = 0, *, raw: bool = False) -> str:
         """One element, or ``lanes`` of them along the last dimension, widened to f32 unless ``raw``."""
@@ -155,6 +159,11 @@ class KernelText:
             self.do(f"vector.store {value}, {place}, {dtype}")
         else:
             self.do(f"memref.store {value}, {place}")
+
+    def prefetch(self, memref: str, indices: Sequence[Index]) -> None:
+        """Ask for the cache line of an element."""
+        place, _, dtype = self._place(memref, indices).partition(" : ")
+        self.do(f"memref.prefetch {place}, read, locality<3>, data : {dtype}")
 
     # ---- arithmetic ------------------------------------------------------------------------------------------------
     def widen(self, value: str) -> str:
@@ -178,7 +187,8 @@ class KernelText:
         """A scalar in all lanes."""
         if not lanes or self.lanes(value):
             return value
-        return self.op(f"vector.broadcast {value} : f32 to {vector_type(lanes)}", vector_type(lanes))
+        dtype = self.types[value]
+        return self.op(f"vector.broadcast {value} : {dtype} to {vector_type(lanes, dtype)}", vector_type(lanes, dtype))
 
     def _operands(self, *values: str) -> tuple[str, str]:
         lanes = max(self.lanes(v) for v in values)
@@ -215,6 +225,28 @@ class KernelText:
         a, b, c = operands.split(", ")
         product = self.op(f"arith.mulf {a}, {b} fastmath<contract> : {dtype}", dtype)
         return self.op(f"arith.addf {product}, {c} fastmath<contract> : {dtype}", dtype)
+
+    def andi(self, a: str, b: str) -> str:
+        """Bits in both."""
+        return self._arith("arith.andi", a, b)
+
+    def addi(self, a: str, b: str) -> str:
+        """Sum of integers, modulo their size."""
+        return self._arith("arith.addi", a, b)
+
+    def shift_right(self, a: str, bits: int) -> str:
+        """Integers shifted right, zeros coming in."""
+        return a if bits == 0 else self._arith("arith.shrui", a, self.constant(bits, self.types[a]))
+
+    def as_type(self, value: str, dtype: str, op: str) -> str:
+        """``value`` converted to another type by an op such as ``vector.bitcast`` or ``arith.sitofp``."""
+        before = self.types[value]
+        return value if before == dtype else self.op(f"{op} {value} : {before} to {dtype}", dtype)
+
+    def intrinsic(self, name: str, operands: Sequence[str], dtype: str) -> str:
+        """An instruction of the target by its LLVM name."""
+        types = ", ".join(self.types[value] for value in operands)
+        return self.op(f'llvm.call_intrinsic "{name}"({", ".join(operands)}) : ({types}) -> {dtype}', dtype)
 
     def exp(self, a: str) -> str:
         """Exponential; 0 where f32 has no normal number for it (IREE's approximation ends at e^-88, also for -inf)."""

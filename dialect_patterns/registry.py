@@ -10,7 +10,6 @@ from .hybrid import (
     linear_attention_gate,
     lp_normalization,
     m_rotary_embedding,
-    mat_mul_n_bits,
     rms_normalization,
     rotary_embedding,
     simplified_layer_normalization,
@@ -18,6 +17,7 @@ from .hybrid import (
 )
 from .linear_attention import op as linear_attention
 from .mat_mul import op as mat_mul
+from .mat_mul_n_bits import op as mat_mul_n_bits
 from .op import Op
 
 OPS: tuple[Op, ...] = (

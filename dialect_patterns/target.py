@@ -14,6 +14,7 @@ class Target:
         is_gpu: Whether work runs in workgroups of many threads with subgroups.
         vector_bits: Width of a SIMD register in bits (CPU), 0 where that is no notion.
         subgroup_size: Threads of a subgroup, 0 where there are none.
+        features: Instruction sets (CPU) that a kernel may use by name, as LLVM calls them.
         matrix_units: Whether 16-bit matrix products have units of their own.
     """
 
@@ -22,3 +23,4 @@ class Target:
     vector_bits: int = 0
     subgroup_size: int = 0
     matrix_units: bool = False
+    features: frozenset[str] = frozenset()

@@ -16,6 +16,7 @@ from linattn.dialect_patterns.op import LoweringContext, LoweringOptions
 from linattn.dialect_patterns.registry import find_op
 from linattn.dialect_patterns.rewrite import lower_operators
 from linattn.dialect_patterns.target import Target
+from linattn.frontend.targets import TargetOptions, resolve_target
 
 FLAGS = {
     "cpu": [
@@ -25,7 +26,8 @@ FLAGS = {
     ],
     "vulkan": ["--iree-hal-target-device=vulkan"],
 }
-TARGETS = {"cpu": Target("cpu", vector_bits=256), "vulkan": Target("vulkan", is_gpu=True)}
+HOST = resolve_target("cpu", TargetOptions()).capabilities
+TARGETS = {"cpu": HOST, "vulkan": Target("vulkan", is_gpu=True)}
 DEFAULTS = LoweringOptions()
 DRIVERS = {"cpu": "local-task", "vulkan": "vulkan"}
 DTYPES = {

@@ -13,6 +13,28 @@ from .base import CompileTarget, TargetOptions
 
 _DEVICE_FLAGS = ("--iree-hal-target-device=local", "--iree-hal-local-target-device-backends=llvm-cpu")
 
+# Features of CPUs by LLVM name: the instruction sets that kernels use by name, and those that set the vector width.
+_AVX2 = frozenset({"avx2"})
+_AVX512 = _AVX2 | {"avx512f", "avx512bw"}
+_VNNI = _AVX512 | {"avx512vnni"}
+NAMED = {
+    **dict.fromkeys(("x86-64-v3", "haswell", "broadwell", "skylake", "znver1", "znver2", "znver3"), _AVX2),
+    **dict.fromkeys(("alderlake", "raptorlake", "sierraforest"), _AVX2 | {"avxvnni"}),
+    **dict.fromkeys(("x86-64-v4", "skylake-avx512"), _AVX512),
+    **dict.fromkeys(("cascadelake", "icelake-server", "icelake-client", "znver4"), _VNNI),
+    **dict.fromkeys(("sapphirerapids", "graniterapids", "znver5"), _VNNI | {"avxvnni"}),
+    **dict.fromkeys(("neoverse-n1", "neoverse-v1", "neoverse-v2", "apple-m1", "apple-m2"), frozenset({"dotprod"})),
+}
+# How /proc/cpuinfo calls them.
+_CPUINFO = {
+    "avx2": "avx2",
+    "avx512f": "avx512f",
+    "avx512bw": "avx512bw",
+    "avx512_vnni": "avx512vnni",
+    "avx_vnni": "avxvnni",
+    "asimddp": "dotprod",
+}
+
 
 def resolve(options: TargetOptions) -> CompileTarget:
     """Flags for a CPU; ``--cpu-features`` defaults to ``host``.
@@ -22,34 +44,48 @@ def resolve(options: TargetOptions) -> CompileTarget:
     """
     if options.gpu_target is not None:
         raise TargetError("a GPU option for a CPU target", where="--gpu-target", hint="use --cpu-features")
-    features = options.cpu_features or "host"
-    if features == "host":
-        flags, bits = ("--iree-llvmcpu-target-cpu=host",), _host_vector_bits()
-    elif features == "generic":
-        flags, bits = ("--iree-llvmcpu-target-cpu=generic",), 128
-    elif re.fullmatch(r"[+-][\w.]+(,[+-][\w.]+)*", features):
-        bits = 512 if "+avx512f" in features else 256 if "+avx2" in features else 128
-        flags = (f"--iree-llvmcpu-target-cpu-features={features}", "--iree-llvmcpu-target-cpu=generic")
-    elif re.fullmatch(r"[a-z][\w.-]*", features):
-        flags, bits = (f"--iree-llvmcpu-target-cpu={features}",), 128
+    asked = options.cpu_features or "host"
+    notes: tuple[str, ...] = ()
+    if asked == "host":
+        flags, features = ("--iree-llvmcpu-target-cpu=host",), _host_features()
+    elif asked == "generic":
+        flags, features = ("--iree-llvmcpu-target-cpu=generic",), frozenset[str]()
+    elif re.fullmatch(r"[+-][\w.]+(,[+-][\w.]+)*", asked):
+        flags = (f"--iree-llvmcpu-target-cpu-features={asked}", "--iree-llvmcpu-target-cpu=generic")
+        features = _named_features(asked.split(","))
+    elif re.fullmatch(r"[a-z][\w.-]*", asked):
+        flags, features = (f"--iree-llvmcpu-target-cpu={asked}",), NAMED.get(asked, frozenset[str]())
+        if asked not in NAMED:
+            notes = (f"the features of {asked} are not known to kernels, which use 128 bits: list them as +avx2,...",)
     else:
         raise TargetError(
             "not understood",
             where="--cpu-features",
-            got=repr(features),
+            got=repr(asked),
             expected="host | generic | a CPU name such as znver4 | features such as +avx2,+fma",
         )
     return CompileTarget(
         name="cpu",
         device="local-task",
-        description=f"{platform.machine()} {features}",
+        description=f"{platform.machine()} {asked}",
         flags=_DEVICE_FLAGS + flags,
-        capabilities=Target("cpu", vector_bits=bits),
+        capabilities=Target("cpu", vector_bits=_vector_bits(features), features=features),
+        notes=notes,
     )
 
 
-def _host_vector_bits() -> int:
-    """Width of this machine's SIMD registers; 128 where it cannot be told."""
+def _named_features(changes: list[str]) -> frozenset[str]:
+    """What a list such as +avx2,-fma adds."""
+    return frozenset(change[1:] for change in changes if change[0] == "+" and f"-{change[1:]}" not in changes)
+
+
+def _vector_bits(features: frozenset[str]) -> int:
+    """Width of the SIMD registers."""
+    return 512 if "avx512f" in features else 256 if "avx2" in features else 128
+
+
+def _host_features() -> frozenset[str]:
+    """What this machine has of the features that matter here; nothing where it cannot be told."""
     cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text() if cpuinfo.exists() else ""
-    return 512 if " avx512f" in text else 256 if " avx2" in text else 128
+    words = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set[str]()
+    return frozenset(name for word, name in _CPUINFO.items() if word in words)

@@ -11,7 +11,7 @@ from harness import FLAGS, TARGETS, compile_module, node_for, spec
 from iree.compiler import ir
 from iree.compiler.api import Session
 from linattn.dialect_patterns.builder import Builder
-from linattn.dialect_patterns.hybrid import mat_mul_n_bits
+from linattn.dialect_patterns.mat_mul_n_bits import contract as mat_mul_n_bits
 from linattn.dialect_patterns.op import LoweringContext
 from linattn.dialect_patterns.rewrite import lower_operators
 from linattn.runtime.errors import UnsupportedModelError

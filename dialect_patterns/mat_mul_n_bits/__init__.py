@@ -1,0 +1,1 @@
+"""The MatMulNBits operator of com.microsoft 1."""

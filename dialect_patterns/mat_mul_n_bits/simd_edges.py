@@ -1,0 +1,47 @@
+"""What both bodies of strategy ``fused_simd`` do at the edges: which columns are theirs, and writing the product."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from ..kernel_text import Index, KernelText
+from .contract import MatMulNBits
+from .simd_plan import Plan
+
+
+class Edges:
+    """The columns of a workgroup and the product.
+
+    Args:
+        k: Where to write.
+        c: What is computed.
+        p: Its sizes.
+        bias: Memref [N], or None.
+        product: Memref [M, N].
+    """
+
+    def __init__(self, k: KernelText, c: MatMulNBits, p: Plan, bias: str | None, product: str) -> None:
+        self.k, self.c, self.p, self._bias, self._product = k, c, p, bias, product
+
+    def each_tile(self, body: Callable[[Index], None]) -> None:
+        """``body(first column)`` for each tile of this workgroup; the last one of all ends with the last column."""
+        k, p, n = self.k, self.p, self.c.columns
+        group = k.op("hal.interface.workgroup.id[0] : index", "index")
+        first = k.mul(group, p.workgroup_columns)
+        stop = k.minimum(k.add(first, p.workgroup_columns), n) if n % p.workgroup_columns else None
+        stop = k.add(first, p.workgroup_columns) if stop is None else stop
+
+        def tile(column: str, _: list[str]) -> list[str]:
+            body(k.minimum(column, n - p.tile) if n % p.tile else column)
+            return []
+
+        k.loop(stop, [], tile, start=first, step=p.tile)
+
+    def write(self, row: Index, column: Index, sums: Sequence[str]) -> None:
+        """Some vectors of the product, from their sums."""
+        k = self.k
+        for v, value in enumerate(sums):
+            at = k.add(column, v * self.p.lanes)
+            if self._bias is not None:
+                value = k.addf(value, k.load(self._bias, [at], self.p.lanes))
+            k.store(value, self._product, [row, at])

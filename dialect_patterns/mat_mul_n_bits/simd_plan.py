@@ -1,0 +1,131 @@
+"""How strategy ``fused_simd`` cuts a MatMulNBits into workgroups, tiles and vectors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..target import Target
+from .contract import MatMulNBits
+from .simd_dot import DotInstruction, dot_instruction
+
+MIN_LANES = 4
+CHUNK = 4
+"""Words of a column that are loaded at once: 16 bytes."""
+
+_STACK_BYTES = 28 * 1024  # IREE refuses kernels with more than 32 KiB
+_DIRECT_ROWS = 4
+_ROWS = 4  # of a register tile
+_ROW_BLOCK = 64
+_SLAB_BYTES = 16 * 1024
+
+
+@dataclass(frozen=True)
+class Field:
+    """Some weights of each word, one a byte.
+
+    Attributes:
+        shift: Where in its byte each starts.
+        mask: Of the byte, after the shift.
+        group: Which group of four elements of A they meet.
+        factor: What their products count.
+    """
+
+    shift: int
+    mask: int
+    group: int
+    factor: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes of one kernel.
+
+    Attributes:
+        instruction: For products of bytes; None to multiply in f32.
+        lanes: Columns of a vector.
+        vectors: Vectors side by side in a tile of columns.
+        rows: Rows of A of a register tile.
+        row_block: Rows of A of a workgroup, for which it unpacks weights once; 0 where it has all rows and multiplies
+            while unpacking.
+        slab: Blocks along K that are unpacked at once.
+        workgroup_columns: Columns of a workgroup, a multiple of the tile.
+    """
+
+    instruction: DotInstruction | None
+    lanes: int
+    vectors: int
+    rows: int
+    row_block: int
+    slab: int
+    workgroup_columns: int
+
+    @property
+    def tile(self) -> int:
+        """Columns of a tile."""
+        return self.lanes * self.vectors
+
+    @property
+    def direct(self) -> bool:
+        """Whether weights are multiplied as they are unpacked."""
+        return self.row_block == 0
+
+
+def fields(contract: MatMulNBits, instruction: DotInstruction) -> list[Field]:
+    """How a word of weights becomes operands of a dot instruction."""
+    bits = contract.bits
+    if bits > instruction.weight_bits:
+        half = bits // 2
+        mask = (1 << half) - 1
+        return [Field(0, mask, 0, 1), Field(half, mask, 0, 1 << half)]
+    return [Field(i * bits, (1 << bits) - 1, i, 1) for i in range(8 // bits)]
+
+
+def groups(contract: MatMulNBits) -> int:
+    """Groups of four elements of A that meet one word of weights."""
+    return 8 // contract.bits
+
+
+def plan(contract: MatMulNBits, target: Target) -> Plan | str:
+    """The sizes for a contract and a machine, or why there are none."""
+    c = contract
+    lanes = max(target.vector_bits // 32, MIN_LANES)
+    if c.columns < lanes:
+        return f"N={c.columns} is less than a vector of {lanes}"
+    instruction = dot_instruction(target) if c.rounds_a else None
+    rows = c.rows
+    few = rows is not None and rows <= _DIRECT_ROWS
+    vectors = 2 if c.columns >= 2 * lanes else 1
+    if few and rows is not None and arranged_bytes(c, instruction) * rows <= _STACK_BYTES:
+        return Plan(instruction, lanes, vectors, rows, 0, c.blocks, _workgroup_columns(c, lanes * vectors))
+    while True:
+        block_bytes = _unpacked_bytes(c, instruction) * lanes * vectors
+        slab = min(c.blocks, max(1, _SLAB_BYTES // block_bytes))
+        if slab < c.blocks:
+            slab = max(slab // CHUNK * CHUNK, 1)
+        sums = 4 * _ROW_BLOCK * lanes * vectors
+        if (slab == c.blocks or slab % CHUNK == 0) and slab * block_bytes + sums <= _STACK_BYTES:
+            columns = _workgroup_columns(c, lanes * vectors)
+            return Plan(instruction, lanes, vectors, _ROWS, _ROW_BLOCK, slab, columns)
+        if vectors == 1:
+            return f"a block of {c.block_size} weights of {lanes} columns does not fit on the stack"
+        vectors = 1
+
+
+def arranged_bytes(c: MatMulNBits, instruction: DotInstruction | None) -> int:
+    """Bytes of one row of A as the products take it: see ``simd_rows``."""
+    if instruction is None:
+        return 4 * c.blocks * c.block_size
+    return c.blocks * (c.block_size + 8)
+
+
+def _unpacked_bytes(c: MatMulNBits, instruction: DotInstruction | None) -> int:
+    """Bytes on the stack for a block of one column."""
+    if instruction is None:
+        return 4 * c.block_size
+    parts = len(fields(c, instruction)) // groups(c)
+    return c.block_size * parts + (4 if c.zero_points == "default" else 8)
+
+
+def _workgroup_columns(c: MatMulNBits, tile: int) -> int:
+    columns = 256 if c.columns >= 4096 else 128
+    return -(-min(columns, c.columns) // tile) * tile
