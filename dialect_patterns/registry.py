@@ -17,6 +17,7 @@ from .hybrid import (
     skip_simplified_layer_normalization,
 )
 from .linear_attention import op as linear_attention
+from .mat_mul import op as mat_mul
 from .op import Op
 
 OPS: tuple[Op, ...] = (
@@ -33,6 +34,7 @@ OPS: tuple[Op, ...] = (
     *simplified_layer_normalization.OPS,
     *skip_simplified_layer_normalization.OPS,
     *rms_normalization.OPS,
+    *mat_mul.OPS,
 )
 
 

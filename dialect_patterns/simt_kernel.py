@@ -341,6 +341,14 @@ class Kernel:
         """Euler's number to the power of each element."""
         return math.ExpOp(a).result
 
+    def tanh(self, a: ir.Value) -> ir.Value:
+        """Hyperbolic tangent."""
+        return math.TanhOp(a).result
+
+    def maximum(self, a: ir.Value, b: ir.Value) -> ir.Value:
+        """The larger one; NaN wins."""
+        return arith.MaximumFOp(a, b).result
+
     def select(self, condition: Scalar, true: ir.Value, false: ir.Value) -> ir.Value:
         """``true`` where the i1 is set, else ``false``; SPIR-V before 1.4 has no select of vectors by one bit."""
         pairs = zip(self.elements(true), self.elements(false), strict=True)

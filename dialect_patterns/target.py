@@ -14,6 +14,7 @@ class Target:
         is_gpu: Whether work runs in workgroups of many threads with subgroups.
         vector_bits: Width of a SIMD register in bits (CPU), 0 where that is no notion.
         subgroup_size: Threads of a subgroup, 0 where there are none.
+        max_threads: Threads of a workgroup (GPU).
         matrix_units: Whether 16-bit matrix products have units of their own.
     """
 
@@ -21,4 +22,5 @@ class Target:
     is_gpu: bool = False
     vector_bits: int = 0
     subgroup_size: int = 0
+    max_threads: int = 128
     matrix_units: bool = False

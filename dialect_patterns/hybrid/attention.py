@@ -204,7 +204,7 @@ def lower(context: LoweringContext, contract: Attention, operands: Sequence[ir.V
         mask = core.align_mask(b, mask, [b.dim(q, 0), heads.q, length, b.dim(k, 2)], written)
     visibility = core.Visibility(first, limit, contract.left, contract.right)
     y = core.emit_attention(
-        b, q, k, v, heads, scale=contract.scale, softcap=contract.softcap, visibility=visibility, mask=mask
+        b, context.target, q, k, v, heads, scale=contract.scale, softcap=contract.softcap, visibility=visibility, mask=mask
     )
     return [core.join_heads(b, y) if contract.flat else y, k, v, None][: contract.num_outputs]
 

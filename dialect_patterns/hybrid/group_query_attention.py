@@ -223,7 +223,7 @@ def lower(
         bias = core.align_mask(b, bias, sizes, (first, length) if contract.capacity else None)
     visibility = core.Visibility(first=first, left=contract.window, right=0)
     y = core.emit_attention(
-        b, q, k, v, heads, scale=contract.scale, softcap=contract.softcap, visibility=visibility, mask=bias
+        b, context.target, q, k, v, heads, scale=contract.scale, softcap=contract.softcap, visibility=visibility, mask=bias
     )
     return [core.join_heads(b, y), k, v, None][: contract.num_outputs]
 

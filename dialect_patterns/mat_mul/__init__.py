@@ -1,0 +1,1 @@
+"""MatMul (ai.onnx): products with weight matrices on GPUs; everything else is left to IREE's importer."""
