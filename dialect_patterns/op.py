@@ -15,6 +15,9 @@ from .target import Target
 
 MICROSOFT = "com.microsoft"
 
+IMPORTED = "imported"
+"""The strategy that leaves a node to IREE's importer; not an operator's own to emit."""
+
 
 @dataclass(frozen=True)
 class Choice:

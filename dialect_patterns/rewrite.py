@@ -16,7 +16,7 @@ from iree.compiler import ir, rewrite
 
 from .builder import Builder, spec_of, tensor_type
 from .node import Node, TensorSpec
-from .op import LoweringContext, weight_symbol
+from .op import IMPORTED, LoweringContext, weight_symbol
 from .registry import find_op
 
 DOMAIN, VERSION, NODE = "linattn.domain", "linattn.version", "linattn.node"
@@ -106,6 +106,8 @@ def lower_operators(module: ir.Module, context: LoweringContext) -> int:
         if entry is None:
             return True
         contract = entry.parse(node)
+        if entry.choose and entry.choose(contract, context.target, context.options).strategy == IMPORTED:
+            return True
         with rewriter.ip, op.location:
             operands = [to_builtin(operand) for operand in op.operands]
             results = entry.lower(replace(context, position=_position(op)), contract, operands)

@@ -211,6 +211,14 @@ class Kernel:
         attributes = {"operandSegmentSizes": ir.DenseI32ArrayAttr.get([0, 0])}
         return Buffer(ir.Operation.create("memref.alloc", results=[kind], attributes=attributes).result, "f32", 1)
 
+    def chunks(self, binding: int, size: Scalar | None = None, *, elements: int = 0) -> Buffer:
+        """Buffer ``binding`` (or memory of the workgroup, for ``elements`` of them) as chunks of 16 bytes."""
+        if size is not None:
+            return Buffer(self._subspan(binding, size, "vector<4xf32>"), "f32", 4)
+        kind = ir.Type.parse(f"memref<{elements}xvector<4xf32>, #gpu.address_space<workgroup>>")
+        attributes = {"operandSegmentSizes": ir.DenseI32ArrayAttr.get([0, 0])}
+        return Buffer(ir.Operation.create("memref.alloc", results=[kind], attributes=attributes).result, "f32", 4)
+
     def thread(self) -> Scalar:
         """This thread's number in the workgroup."""
         attribute = {"dimension": ir.Attribute.parse("#gpu.dim<x>")}
@@ -340,6 +348,14 @@ class Kernel:
     def exp(self, a: ir.Value) -> ir.Value:
         """Euler's number to the power of each element."""
         return math.ExpOp(a).result
+
+    def tanh(self, a: ir.Value) -> ir.Value:
+        """Hyperbolic tangent."""
+        return math.TanhOp(a).result
+
+    def maximum(self, a: ir.Value, b: ir.Value) -> ir.Value:
+        """The larger one; NaN wins."""
+        return arith.MaximumFOp(a, b).result
 
     def select(self, condition: Scalar, true: ir.Value, false: ir.Value) -> ir.Value:
         """``true`` where the i1 is set, else ``false``; SPIR-V before 1.4 has no select of vectors by one bit."""

@@ -15,6 +15,7 @@ class Target:
         vector_bits: Width of a SIMD register in bits (CPU), 0 where that is no notion.
         subgroup_size: Threads of a subgroup, 0 where there are none.
         features: Instruction sets (CPU) that a kernel may use by name, as LLVM calls them.
+        max_threads: Threads of a workgroup (GPU).
         matrix_units: Whether 16-bit matrix products have units of their own.
     """
 
@@ -22,5 +23,6 @@ class Target:
     is_gpu: bool = False
     vector_bits: int = 0
     subgroup_size: int = 0
+    max_threads: int = 128
     matrix_units: bool = False
     features: frozenset[str] = frozenset()

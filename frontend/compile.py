@@ -18,6 +18,7 @@ from linattn.dialect_patterns.builder import Builder
 from linattn.dialect_patterns.op import LoweringContext, LoweringOptions
 from linattn.dialect_patterns.registry import find_op
 from linattn.dialect_patterns.rewrite import lower_operators
+from linattn.runtime.device import WORKSPACE_KEY
 from linattn.runtime.errors import LoweringError, UnsupportedModelError
 from linattn.runtime.manifest import REFLECTION_KEY, Manifest, Parameters
 from linattn.runtime.manifest import Target as ManifestTarget
@@ -119,6 +120,7 @@ def compile_model(
     report = _report(model, plan, graphs, versions, options, target)
     manifest = _manifest(model, plan, report, target, options)
     compiler = Compiler(target.flags, options.dump_ir)
+    takes_workspace = all(_is_static(graph) for graph in graphs)
     with progress.stage(f"import {len(graphs)} entry points"), compiler.building():
         module = ir.Module.create()
         if target.device_attribute is not None:
@@ -126,6 +128,8 @@ def compile_model(
         weights = Weights(module, model.weights, PARAMETER_SCOPE if options.params else None)
         for entry, graph in zip(plan.entry_points, graphs, strict=True):
             reflection = {REFLECTION_KEY: manifest.to_json()} if entry is plan.entry_points[0] else {}
+            if takes_workspace:
+                reflection[WORKSPACE_KEY] = "1"
             import_entry_point(entry.symbol, graph, plan.signature(), weights, reflection)
         compiler.dump(module, "import")
     with progress.stage("lower operators"):
@@ -134,7 +138,7 @@ def compile_model(
             lower_operators(module, context)
             weights.drop_unused()
             compiler.dump(module, "lower-operators")
-        compiler.convert_torch(module)
+        compiler.convert_torch(module, takes_workspace)
         compiler.dump(module, "linalg")
     with progress.stage(f"generate code for {target.name} ({target.description})"):
         partial = Path(f"{output}.partial") if output else None
@@ -153,6 +157,12 @@ def compile_model(
         report.output_bytes = Path(output).stat().st_size if output else len(data)
     report.stages = dict(progress.seconds)
     return CompiledModel(data, manifest, report)
+
+
+def _is_static(graph: SpecializedGraph) -> bool:
+    """Whether all sizes are known, so that the memory of a call is too."""
+    values = (*graph.proto.graph.input, *graph.proto.graph.output)
+    return all(d.HasField("dim_value") for v in values for d in graph.types[v.name].tensor_type.shape.dim)
 
 
 def _versions(proto: onnx.ModelProto) -> dict[str, int]:

@@ -16,7 +16,7 @@ from linattn.runtime.errors import LoweringError
 
 from .dispatches import attach_dispatches
 
-_TORCH_PIPELINE = "builtin.module(func.func(convert-torch-onnx-to-torch),torch-to-iree)"
+_TORCH_PIPELINE = "builtin.module(func.func(convert-torch-onnx-to-torch),torch-to-iree{externalize-transients=%s})"
 _NAMED = re.compile(r'loc\("([^"]*)"')
 
 
@@ -73,15 +73,19 @@ class Compiler:
         )
         (self._dump / f"{self._dumped:02d}-{stage}.mlir").write_text(text)
 
-    def convert_torch(self, module: ir.Module) -> None:
+    def convert_torch(self, module: ir.Module, takes_workspace: bool = False) -> None:
         """From IREE's ONNX dialect to linalg: IREE's own conversions for what our patterns left.
+
+        Args:
+            module: The module, changed in place.
+            takes_workspace: Whether every function takes the memory for its intermediate values as a last argument.
 
         Raises:
             LoweringError: if an operator cannot be converted.
         """
         with self.building():
             try:
-                PassManager.parse(_TORCH_PIPELINE).run(module.operation)
+                PassManager.parse(_TORCH_PIPELINE % str(takes_workspace).lower()).run(module.operation)
             except ir.MLIRError as error:
                 text = str(error).splitlines()
                 first = next((line for line in text if "error:" in line), text[0])

@@ -58,6 +58,10 @@ _HAL_TYPES = {
     "float64": "FLOAT_64",
 }
 DTYPE_NAMES = tuple(_HAL_TYPES)
+_KEPT_STAGING = 1 << 20
+WORKSPACE_KEY = "linattn.workspace"
+"""Reflection attribute of functions that take the memory for their intermediate values as a last argument."""
+_WORKSPACE_BYTES = "iree.abi.transients.size.constant"
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
@@ -102,6 +106,8 @@ class Device:
         self.description = description
         self.hal_device = hal_device
         self._allocator: Any = hal_device.allocator
+        self._staging: Any = None
+        self._staging_lock = threading.Lock()
 
     @property
     def driver(self) -> str:
@@ -130,6 +136,32 @@ class Device:
             element_type=_hal_type(dtype),
         )
         return DeviceArray(tuple(array.shape), dtype, view)
+
+    def host_buffer(self, shape: Sequence[int], dtype: str) -> DeviceArray:
+        """Allocates an array in host memory that the device reads where it is; fill it with `write`.
+
+        For small inputs that change with every call: nothing is submitted to the device's queue for them.
+        """
+        memory = int(_rt.MemoryType.HOST_LOCAL) | int(_rt.MemoryType.DEVICE_VISIBLE)
+        return self._empty(shape, dtype, memory, int(_rt.BufferUsage.DEFAULT) | int(_rt.BufferUsage.MAPPING_SCOPED))
+
+    def write(self, target: DeviceArray, array: HostArray) -> None:
+        """Overwrites an array of `host_buffer`; no call that reads it may be under way.
+
+        Args:
+            target: The array.
+            array: Values of its shape; any strides; its dtype must be `numpy_dtype(target.dtype)`.
+        """
+        if array.dtype != numpy_dtype(target.dtype):
+            raise InputError("wrong dtype", got=array.dtype, expected=target.dtype)
+        if target.nbytes:
+            raw = np.asarray(array, order="C").reshape(-1).view(np.uint8)
+            mapped = target.view.get_buffer().map()
+            mapped.asarray([target.nbytes], np.dtype(np.uint8))[:] = raw
+
+    def workspace(self, nbytes: int) -> Any:
+        """Allocates plain device memory."""
+        return self._empty([nbytes], "uint8").view.get_buffer()
 
     def zeros(self, shape: Sequence[int], dtype: str) -> DeviceArray:
         """Allocates an array of zeros, filled by the device (nothing is uploaded)."""
@@ -189,13 +221,13 @@ class Device:
             raise TargetError("a result does not fit the manifest", got=got, expected=f"{needed} bytes of {dtype}")
         return DeviceArray(shape, dtype, view)
 
-    def _empty(self, shape: Sequence[int], dtype: str) -> DeviceArray:
+    def _empty(self, shape: Sequence[int], dtype: str, memory: Any = None, usage: Any = None) -> DeviceArray:
         sizes = tuple(int(size) for size in shape)
         nbytes = math.prod(sizes) * numpy_dtype(dtype).itemsize
         try:
             buffer = self._allocator.allocate_buffer(
-                memory_type=int(_rt.MemoryType.DEVICE_LOCAL),
-                allowed_usage=int(_rt.BufferUsage.DEFAULT),
+                memory_type=int(_rt.MemoryType.DEVICE_LOCAL if memory is None else memory),
+                allowed_usage=int(_rt.BufferUsage.DEFAULT if usage is None else usage),
                 allocation_size=max(nbytes, 16),
             )
         except (RuntimeError, MemoryError) as error:
@@ -219,19 +251,29 @@ class Device:
             mapped = source.map().asarray([array.nbytes], np.dtype(np.uint8))
             raw = np.concatenate([mapped[start : start + length] for start, length in regions])
             return raw.view(dtype).reshape(shape)
+        with self._staging_lock:
+            staging = self._staging_buffer(nbytes)
+            commands = _rt.HalCommandBuffer(self.hal_device, begin=True)
+            filled = 0
+            for start, length in regions:
+                commands.copy(source, staging, start, filled, length)
+                filled += length
+            self._execute(commands)
+            raw = staging.map().asarray([nbytes], np.dtype(np.uint8)).copy()
+        return raw.view(dtype).reshape(shape)
+
+    def _staging_buffer(self, nbytes: int) -> Any:
+        """Host memory for a read; small ones share one buffer, since CUDA takes over a millisecond to lock its pages."""
+        if nbytes <= _KEPT_STAGING and self._staging is not None:
+            return self._staging
         staging = self._allocator.allocate_buffer(
             memory_type=int(_rt.MemoryType.HOST_LOCAL | _rt.MemoryType.DEVICE_VISIBLE),
             allowed_usage=int(_rt.BufferUsage.TRANSFER_TARGET | _rt.BufferUsage.MAPPING_SCOPED),
-            allocation_size=max(nbytes, 16),
+            allocation_size=max(nbytes, _KEPT_STAGING),
         )
-        commands = _rt.HalCommandBuffer(self.hal_device, begin=True)
-        filled = 0
-        for start, length in regions:
-            commands.copy(source, staging, start, filled, length)
-            filled += length
-        self._execute(commands)
-        raw = staging.map().asarray([nbytes], np.dtype(np.uint8)).copy()
-        return raw.view(dtype).reshape(shape)
+        if nbytes <= _KEPT_STAGING:
+            self._staging = staging
+        return staging
 
 
 class Module:
@@ -248,6 +290,7 @@ class Module:
         self._device: Device | None = None
         self.where = str(source) if isinstance(source, Path) else "module bytes"
         self._lock = threading.Lock()
+        self._workspace: tuple[int, Any] = (0, None)
         self._instance: Any = _rt.VmInstance()
         self._context: Any = None
         try:
@@ -316,6 +359,8 @@ class Module:
         results = _rt.VmVariantList(len(dtypes))
         try:
             with self._lock:
+                if WORKSPACE_KEY in self.reflection(function):
+                    packed.push_ref(self._workspace_of(function))
                 self._context.invoke(self.functions[function], packed, results)
         except (RuntimeError, ValueError, LookupError, NotImplementedError) as error:
             hint = one_line(error)
@@ -326,6 +371,16 @@ class Module:
             raise TargetError("wrong number of results", where=function, got=len(results), expected=len(dtypes))
         views = [results.get_as_object(i, _rt.HalBufferView) for i in range(len(dtypes))]
         return [self.device.wrap(view, dtype) for view, dtype in zip(views, dtypes, strict=True)]
+
+    def _workspace_of(self, function: str) -> Any:
+        """Memory for a function's intermediate values; the calls share it, since they are let in one by one."""
+        needed = int(self.functions[f"{function}$async"].reflection.get(_WORKSPACE_BYTES, 0))
+        size, buffer = self._workspace
+        if buffer is None or size < needed:
+            size = max(needed, 16)
+            buffer = self.device.workspace(size)
+            self._workspace = size, buffer
+        return buffer.ref
 
 
 _open_devices: dict[str, Device] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from .session import Session
 
 _CPU_DRIVERS = ("local-task", "local-sync")
+_LARGE_INPUT = 1 << 18  # bytes; above it a copy to the device pays off
+_KEPT_INPUTS = 64
 
 
 class Program:
@@ -30,6 +33,8 @@ class Program:
         self._module = module
         self._manifest = manifest
         returned = [state.dtype for state in manifest.states]
+        self._inputs: dict[tuple[int, tuple[int, ...]], DeviceArray] = {}
+        self._lock = threading.Lock()
         self._result_dtypes = [*(output.dtype for output in manifest.outputs), *returned]
 
     @staticmethod
@@ -165,15 +170,27 @@ class Program:
             TargetError: The call failed.
         """
         m = self._manifest
-        arguments: list[DeviceArray | int] = [
-            self.device.upload(array, spec.dtype) for spec, array in zip(m.inputs, inputs, strict=True)
-        ]
-        arguments += states
-        if m.takes_position:
-            arguments.append(position)
-        results = self._module.call(entry.symbol, arguments, self._result_dtypes)
+        with self._lock:  # the inputs' buffers are used again in the next call
+            arguments: list[DeviceArray | int] = [self._input(i, array) for i, array in enumerate(inputs)]
+            arguments += states
+            if m.takes_position:
+                arguments.append(position)
+            results = self._module.call(entry.symbol, arguments, self._result_dtypes)
         count = len(m.outputs)
         return results[:count], next_states(m, states, results[count:])
+
+    def _input(self, index: int, array: HostArray) -> DeviceArray:
+        """A graph input where the device can read it; for as long as the call takes."""
+        dtype = self._manifest.inputs[index].dtype
+        if array.nbytes > _LARGE_INPUT:
+            return self.device.upload(array, dtype)
+        key = index, array.shape
+        if key not in self._inputs:
+            if len(self._inputs) > _KEPT_INPUTS:  # an open context has another mask in every step
+                self._inputs.clear()
+            self._inputs[key] = self.device.host_buffer(array.shape, dtype)
+        self.device.write(self._inputs[key], array)
+        return self._inputs[key]
 
 
 def read_manifest(module: Module) -> Manifest:

@@ -217,7 +217,7 @@ def lower(context: LoweringContext, contract: Attention, operands: Sequence[ir.V
         y = y if contract.flat else core.split_heads(b, y, heads.q)
     else:
         q = core.split_heads(b, query, heads.q) if contract.flat else query
-        y = core.emit_attention(b, q, k, v, heads, mask=mask, **options)
+        y = core.emit_attention(b, context.target, q, k, v, heads, mask=mask, **options)
         y = core.join_heads(b, y) if contract.flat else y
     return [y, k, v, None][: contract.num_outputs]
 

@@ -259,9 +259,7 @@ class Body:
         (weights,) = k.loop(KEYS, [k.constant(0.0, vector)], weigh, step=lanes)
         total = k.fma(total, factor, k.op(f"vector.reduction <add>, {weights} : {vector} into f32", "f32"))
         factors = k.splat(factor, lanes)
-        self._each(
-            p.dv, lanes, lambda c: k.store(k.mulf(k.load(self.sums, [i, c], lanes), factors), self.sums, [i, c])
-        )
+        self._each(p.dv, lanes, lambda c: k.store(k.mulf(k.load(self.sums, [i, c], lanes), factors), self.sums, [i, c]))
         return [peak, total]
 
     def _mix(self, start: str, count: Index, last: Index) -> None:

@@ -232,7 +232,7 @@ def lower(
         y = simd.emit_attention_fused_simd(b, context.target, query, k, v, heads, mask=bias, **options)
     else:
         q = core.split_heads(b, query, heads.q)
-        y = core.join_heads(b, core.emit_attention(b, q, k, v, heads, mask=bias, **options))
+        y = core.join_heads(b, core.emit_attention(b, context.target, q, k, v, heads, mask=bias, **options))
     return [y, k, v, None][: contract.num_outputs]
 
 

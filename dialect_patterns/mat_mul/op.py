@@ -6,17 +6,17 @@ from collections.abc import Sequence
 
 from iree.compiler import ir
 
-from ..op import Choice, LoweringContext, LoweringOptions, Op
+from ..op import IMPORTED, Choice, LoweringContext, LoweringOptions, Op
 from ..select import Legality, Strategy, Yes, select
 from ..target import Target
-from . import fused_simd
+from . import fused_simd, fused_simt
 from .contract import MatMul, output_types, parse
 
 
 def _preferred(contract: MatMul, target: Target, options: LoweringOptions) -> Legality:
     """Wherever it is legal."""
     del target, options
-    return Yes(f"{contract.rows} rows by packed weights in one kernel")
+    return Yes(f"{contract.rows} rows in one kernel")
 
 
 def _always(contract: MatMul, target: Target) -> Legality:
@@ -32,7 +32,8 @@ def _imported_is_preferred(contract: MatMul, target: Target, options: LoweringOp
 
 STRATEGIES = (
     Strategy("fused_simd", fused_simd.is_legal, _preferred),
-    Strategy("imported", _always, _imported_is_preferred),
+    Strategy("fused_simt", fused_simt.is_legal, _preferred),
+    Strategy(IMPORTED, _always, _imported_is_preferred),
 )
 
 
@@ -51,6 +52,8 @@ def lower(
     strategy = choose(contract, context.target, context.options).strategy
     if strategy == "fused_simd":
         return [fused_simd.emit_mat_mul_fused_simd(context, contract, a, b)]
+    if strategy == "fused_simt":
+        return [fused_simt.emit_mat_mul_fused_simt(context, contract, a, b)]
     return None
 
 

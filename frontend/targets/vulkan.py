@@ -64,7 +64,9 @@ def resolve(options: TargetOptions) -> CompileTarget:
             device="vulkan",
             description="baseline (Vulkan 1.3)" if asked == BASELINE else asked,
             flags=(),
-            capabilities=Target("vulkan", is_gpu=True, subgroup_size=device.subgroup_size),
+            capabilities=Target(
+                "vulkan", is_gpu=True, subgroup_size=device.subgroup_size, max_threads=device.max_threads
+            ),
             device_attribute=_attribute(asked, device),
             subgroup_size=device.subgroup_size or None,
             prefill_blocks=(512, 64, 8) if device.subgroup_size else (64, 8),
