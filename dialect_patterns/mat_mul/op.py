@@ -9,11 +9,17 @@ from iree.compiler import ir
 from ..op import IMPORTED, Choice, LoweringContext, LoweringOptions, Op
 from ..select import Legality, No, Strategy, Yes, select
 from ..target import Target
-from . import fused_simt
+from . import fused_mma, fused_simt
 from .contract import MatMul, output_types, parse
 
 
-def _preferred(contract: MatMul, target: Target, options: LoweringOptions) -> Legality:
+def _fused_mma_is_preferred(contract: MatMul, target: Target, options: LoweringOptions) -> Legality:
+    """Wherever it is legal: 1.2 to 2 times as fast as IREE's kernels on CUDA, whose own do not load on Vulkan."""
+    del target, options
+    return Yes(f"{contract.rows} rows on the matrix units")
+
+
+def _fused_simt_is_preferred(contract: MatMul, target: Target, options: LoweringOptions) -> Legality:
     """Wherever it is legal."""
     del target, options
     return Yes(f"{contract.rows} rows in one kernel that reads each weight once")
@@ -31,7 +37,8 @@ def _imported_is_preferred(contract: MatMul, target: Target, options: LoweringOp
 
 
 STRATEGIES = (
-    Strategy("fused_simt", fused_simt.is_legal, _preferred),
+    Strategy("fused_mma", fused_mma.is_legal, _fused_mma_is_preferred),
+    Strategy("fused_simt", fused_simt.is_legal, _fused_simt_is_preferred),
     Strategy(IMPORTED, _always, _imported_is_preferred),
 )
 
@@ -46,6 +53,8 @@ def lower(context: LoweringContext, contract: MatMul, operands: Sequence[ir.Valu
     a, b = operands
     assert a is not None
     assert b is not None
+    if choose(contract, context.target, context.options).strategy == "fused_mma":
+        return [fused_mma.emit_mat_mul_fused_mma(context, contract, a, b)]
     return [fused_simt.emit_mat_mul_fused_simt(context, contract, a, b)]
 
 
