@@ -21,6 +21,7 @@ from .scalar import Scalar
 MAX_GROUPS = 32_768
 """Workgroups along y; what is beyond goes to z. Devices offer at least 65,535 of either."""
 
+_CHUNK = 4  # f32 of 16 bytes
 _STORED = {"f32": "f32", "f16": "f16", "bf16": "i16"}
 
 
@@ -189,6 +190,9 @@ class Kernel:
         element = str(self.type(width, _STORED[dtype]))
         if dtype == "bf16" and width > 1 and binding < self._inputs:
             element = str(self.type(width // 2, "i32"))
+        return self._subspan(binding, size, dtype, width, element)
+
+    def _subspan(self, binding: int, size: Scalar, dtype: str, width: int, element: str) -> Buffer:
         index = ir.IndexType.get()
         attributes: dict[str, ir.Attribute] = {
             "layout": self._layout,
@@ -207,17 +211,20 @@ class Kernel:
 
     def shared(self, elements: int) -> Buffer:
         """Memory of the workgroup, f32."""
-        kind = ir.Type.parse(f"memref<{elements}xf32, #gpu.address_space<workgroup>>")
-        attributes = {"operandSegmentSizes": ir.DenseI32ArrayAttr.get([0, 0])}
-        return Buffer(ir.Operation.create("memref.alloc", results=[kind], attributes=attributes).result, "f32", 1)
+        return self._alloc(elements, "f32", 1)
 
-    def chunks(self, binding: int, size: Scalar | None = None, *, elements: int = 0) -> Buffer:
-        """Buffer ``binding`` (or memory of the workgroup, for ``elements`` of them) as chunks of 16 bytes."""
-        if size is not None:
-            return Buffer(self._subspan(binding, size, "vector<4xf32>"), "f32", 4)
-        kind = ir.Type.parse(f"memref<{elements}xvector<4xf32>, #gpu.address_space<workgroup>>")
+    def _alloc(self, size: int, element: str, width: int) -> Buffer:
+        kind = ir.Type.parse(f"memref<{size}x{element}, #gpu.address_space<workgroup>>")
         attributes = {"operandSegmentSizes": ir.DenseI32ArrayAttr.get([0, 0])}
-        return Buffer(ir.Operation.create("memref.alloc", results=[kind], attributes=attributes).result, "f32", 4)
+        return Buffer(ir.Operation.create("memref.alloc", results=[kind], attributes=attributes).result, "f32", width)
+
+    def chunks(self, binding: int, size: Scalar) -> Buffer:
+        """Buffer ``binding`` as ``size`` chunks of 16 bytes, whatever its element type; for moving, not computing."""
+        return self._subspan(binding, size, "f32", 4, f"vector<{_CHUNK}xf32>")
+
+    def shared_chunks(self, size: int) -> Buffer:
+        """Memory of the workgroup, chunks of 16 bytes (as numbers: 4 f32)."""
+        return self._alloc(size, f"vector<{_CHUNK}xf32>", _CHUNK)
 
     def thread(self) -> Scalar:
         """This thread's number in the workgroup."""
@@ -368,6 +375,48 @@ class Kernel:
         types = [value.type, ir.IntegerType.get_signless(1)]
         mode = {"mode": ir.Attribute.parse("#gpu<shuffle_mode<xor>>")}
         return ir.Operation.create("gpu.shuffle", results=types, operands=operands, attributes=mode).results[0]
+
+    # ---- matrices of 16 x 16 that a subgroup holds: f16 factors, f32 sums -------------------------------------------
+    def matrix_zero(self) -> ir.Value:
+        """Sums of zero."""
+        operands = [self.constant(0.0)]
+        return ir.Operation.create(
+            "gpu.subgroup_mma_constant_matrix", results=[self.matrix_type("COp")], operands=operands
+        ).result
+
+    def matrix_load(self, role: str, buffer: Buffer, start: Scalar, stride: int) -> ir.Value:
+        """A factor of f16 from a buffer of chunks; ``role`` is AOp (left) or BOp (right).
+
+        Args:
+            role: Which factor.
+            buffer: Rows of f16 in chunks.
+            start: The chunk of its first element.
+            stride: From row to row, in the unit of the target (see ``Target.matrix_stride``).
+        """
+        attributes = {"leadDimension": ir.IntegerAttr.get(ir.IndexType.get(), stride)}
+        return ir.Operation.create(
+            "gpu.subgroup_mma_load_matrix",
+            results=[self.matrix_type(role)],
+            operands=[buffer.value, start.value],
+            attributes=attributes,
+        ).result
+
+    def matrix_multiply_add(self, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+        """The sums ``a b + c``."""
+        return ir.Operation.create(
+            "gpu.subgroup_mma_compute", results=[self.matrix_type("COp")], operands=[a, b, c]
+        ).result
+
+    def matrix_store(self, sums: ir.Value, buffer: Buffer, start: Scalar, stride: int) -> None:
+        """Write sums as f32 to a buffer of chunks; see :meth:`matrix_load`."""
+        attributes = {"leadDimension": ir.IntegerAttr.get(ir.IndexType.get(), stride)}
+        ir.Operation.create(
+            "gpu.subgroup_mma_store_matrix", operands=[sums, buffer.value, start.value], attributes=attributes
+        )
+
+    def matrix_type(self, role: str) -> ir.Type:
+        """The type of a factor (AOp, BOp) or of sums (COp)."""
+        return ir.Type.parse(f'!gpu.mma_matrix<16x16x{"f32" if role == "COp" else "f16"}, "{role}">')
 
     # ---- control flow ----------------------------------------------------------------------------------------------
     def when(self, condition: Scalar, body: Callable[[], None]) -> None:

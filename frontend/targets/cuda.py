@@ -43,7 +43,15 @@ def resolve(options: TargetOptions) -> CompileTarget:
         device="cuda",
         description=f"sm_{number}",
         flags=("--iree-hal-target-device=cuda", f"--iree-cuda-target=sm_{number}"),
-        capabilities=Target("cuda", is_gpu=True, subgroup_size=32, max_threads=1024, matrix_units=number >= 70),
+        capabilities=Target(
+            "cuda",
+            is_gpu=True,
+            subgroup_size=32,
+            max_threads=1024,
+            workgroup_memory=49_152,
+            matrix_units=number >= 70,
+            matrix_stride="elements" if number >= 70 else None,
+        ),
         subgroup_size=32,
         notes=notes,
     )

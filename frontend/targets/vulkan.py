@@ -25,6 +25,7 @@ class _Device:
         max_threads: Threads of a workgroup.
         workgroup_memory: Bytes of shared memory.
         int64: Whether 64-bit integers can be computed with.
+        matrices: Whether there are cooperative matrices of 16 x 16 x 16, f16 with sums in f32.
     """
 
     subgroup_size: int = 0
@@ -32,10 +33,11 @@ class _Device:
     max_threads: int = 128
     workgroup_memory: int = 16_384
     int64: bool = False
+    matrices: bool = False
 
 
 BASELINE = "baseline"
-_NVIDIA = _Device(32, "v1.6", 1024, 49_152, int64=True)
+_NVIDIA = _Device(32, "v1.6", 1024, 49_152, int64=True, matrices=True)
 DEVICES = {
     BASELINE: _Device(int64=True),  # masks made with 64-bit integers do not compile without
     "mobile": _Device(),
@@ -65,7 +67,12 @@ def resolve(options: TargetOptions) -> CompileTarget:
             description="baseline (Vulkan 1.3)" if asked == BASELINE else asked,
             flags=(),
             capabilities=Target(
-                "vulkan", is_gpu=True, subgroup_size=device.subgroup_size, max_threads=device.max_threads
+                "vulkan",
+                is_gpu=True,
+                subgroup_size=device.subgroup_size,
+                max_threads=device.max_threads,
+                workgroup_memory=device.workgroup_memory,
+                matrix_stride="chunks" if device.matrices else None,
             ),
             device_attribute=_attribute(asked, device),
             subgroup_size=device.subgroup_size or None,
@@ -87,11 +94,13 @@ def resolve(options: TargetOptions) -> CompileTarget:
 def _attribute(name: str, device: _Device) -> str:
     compute = "fp32|fp16|" + ("int64|" if device.int64 else "") + "int32|int16|int8"
     subgroup = "shuffle|arithmetic" if device.subgroup_size else "none"
+    # Lets our kernels use them; IREE's own pipelines look for the architectures they know and do not.
+    matrices = "mma = [<NV_WMMA_F32_16x16x16_F16>], " if device.matrices else ""
     sizes = f"[{device.max_threads}, {device.max_threads}, 64]"
     return f"""[#hal.device.target<"vulkan", [#hal.executable.target<"vulkan-spirv", "vulkan-spirv-fb", {{
         iree_codegen.target_info = #iree_gpu.target<arch = "{name}",
           features = "spirv:{device.spirv},cap:Shader", wgp = <
           compute = {compute}, storage = {"b64|" if device.int64 else ""}b32|b16|b8, subgroup = {subgroup},
-          subgroup_size_choices = [{device.subgroup_size or 64}], max_workgroup_sizes = {sizes},
+          {matrices}subgroup_size_choices = [{device.subgroup_size or 64}], max_workgroup_sizes = {sizes},
           max_thread_count_per_workgroup = {device.max_threads}, max_workgroup_memory_bytes = {device.workgroup_memory},
           max_workgroup_counts = [65535, 65535, 65535]>>}}>]> : !hal.device]"""
