@@ -112,7 +112,7 @@ def _op_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=8,
         metavar="N",
-        help="nodes in the chain that tells the kernel time on CUDA, 0: none",
+        help="nodes in the chain that tells kernel times on CUDA without torch, 0: none",
     )
     _common_options(parser)
 

@@ -1,8 +1,8 @@
 """Kernel times by the device's own clock: IREE's profiler around repeated calls of one function.
 
 The tools are the ones that iree-base-runtime ships: `iree-benchmark-module` calls and records, `iree-profile` reads the
-recording. Vulkan devices put timestamps around every dispatch, CPU devices note when a dispatch starts and ends; IREE
-3.13 has nothing of the kind for CUDA.
+recording. Vulkan devices put timestamps around every dispatch, CPU devices note when a dispatch starts and ends. IREE
+3.13 has nothing of the kind for CUDA; PyTorch's profiler, where it is installed, sees every kernel of the process.
 """
 
 from __future__ import annotations
@@ -11,12 +11,15 @@ import importlib.util
 import json
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from linattn.runtime.device import HostArray
 from linattn.runtime.errors import TargetError
+
+from .lazy import need
 
 # Driver -> the kind of events that tell how long a dispatch took.
 EVENTS = {"vulkan": "dispatch-events", "local-task": "host-execution", "local-sync": "host-execution"}
@@ -65,13 +68,37 @@ def call_seconds(
     return per_call(text, calls)
 
 
+def cuda_call_seconds(call: Callable[[], object], calls: int) -> list[float]:
+    """The same for CUDA: the kernels of calls in this process, as PyTorch's profiler (CUPTI) sees them.
+
+    Args:
+        call: A synchronous call.
+        calls: How many.
+
+    Raises:
+        TargetError: The kernels are not those of so many equal calls.
+    """
+    profiler = need("torch.profiler", "torch")
+    with profiler.profile(activities=[profiler.ProfilerActivity.CUDA]) as recorded:
+        for _ in range(calls):
+            call()
+    on_device: list[Any] = [event for event in recorded.events() if "CUDA" in str(event.device_type)]
+    kernels = [event for event in on_device if not event.name.startswith(("Memcpy", "Memset"))]
+    if not kernels or len(kernels) % calls:
+        raise TargetError("the recording is not complete", got=f"{len(kernels)} kernels", expected=f"of {calls} calls")
+    kernels.sort(key=lambda event: event.time_range.start)
+    microseconds = np.array([event.time_range.elapsed_us() for event in kernels], np.float64)
+    return [float(total) for total in microseconds.reshape(calls, -1).sum(axis=1) * 1e-6]
+
+
 def tells_times(device: str) -> bool:
-    """Whether a device's driver tells the times of single dispatches.
+    """Whether the times of single dispatches can be had on a device.
 
     Args:
         device: `cpu`, `cuda`, `vulkan` or an IREE device URI.
     """
-    return _driver(device) in EVENTS
+    driver = _driver(device)
+    return driver in EVENTS or (driver == "cuda" and importlib.util.find_spec("torch") is not None)
 
 
 def _driver(device: str) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from linattn.runtime.device import DeviceArray, HostArray, Module, numpy_dtype, open_device
 from linattn.runtime.program import read_manifest
 
-from .device_times import call_seconds
+from .device_times import call_seconds, cuda_call_seconds
 from .lazy import need
 from .machine import core_count
 from .timing import timed
@@ -93,7 +93,9 @@ class IreeRunner(Runner):
         self._calls[key] = lambda: module.call(symbol, arrays, dtypes)
 
     def kernel(self, key: str, calls: int) -> list[float]:
-        """Seconds of the dispatches alone by the device's clock, for each of so many calls in another process."""
+        """Seconds of the dispatches alone by the device's clock, for each of so many calls."""
+        if self._device.driver == "cuda":
+            return cuda_call_seconds(self._calls[key], calls)
         module, symbol, inputs = self._timed[key]
         return call_seconds(module, self._device.uri, symbol, inputs, calls, self._threads)
 

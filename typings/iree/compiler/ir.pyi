@@ -83,6 +83,9 @@ class TypeAttr(Attribute):
 class FlatSymbolRefAttr(Attribute):
     @staticmethod
     def get(value: str, context: Context | None = None) -> FlatSymbolRefAttr: ...
+    def __init__(self, attribute: Attribute) -> None: ...
+    @property
+    def value(self) -> str: ...
 
 class AffineMapAttr(Attribute):
     @staticmethod
