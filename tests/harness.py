@@ -16,6 +16,7 @@ from linattn.dialect_patterns.op import LoweringContext, LoweringOptions
 from linattn.dialect_patterns.registry import find_op
 from linattn.dialect_patterns.rewrite import lower_operators
 from linattn.dialect_patterns.target import Target
+from linattn.runtime.device import open_device
 from linattn.frontend.targets import TargetOptions, resolve_target
 
 FLAGS = {
@@ -29,7 +30,6 @@ FLAGS = {
 HOST = resolve_target("cpu", TargetOptions()).capabilities
 TARGETS = {"cpu": HOST, "vulkan": Target("vulkan", is_gpu=True)}
 DEFAULTS = LoweringOptions()
-DRIVERS = {"cpu": "local-task", "vulkan": "vulkan"}
 DTYPES = {
     "float32": "f32",
     "float16": "f16",
@@ -143,7 +143,8 @@ def lowered(
 
 @cache
 def device_config(target: str) -> rt.Config:
-    return rt.Config(DRIVERS[target])
+    """The runtime's own device: opened by IREE alone, lavapipe's would spin on both cores for the rest of the process."""
+    return rt.Config(device=open_device(target).hal_device)
 
 
 def _host(device: Any, array: Any) -> np.ndarray:
