@@ -2,11 +2,11 @@
 
     %y = flow.dispatch @attention_fused_simd_...[B](%q, %keys, %values, %first?, %limit?, %bias?)
 
-Scores never reach memory, only keys that a query can see are read (a cache of large capacity costs what is in it), heads
-are neither split nor repeated. See ``attention_simd_kernel``; the portable form is ``attention_core``.
+Scores never reach memory, only keys that a query can see are read (a cache of large capacity costs what is in it),
+heads are neither split nor repeated. See ``attention_simd_kernel``; the portable form is ``attention_core``.
 
-Legal: on CPUs, for a static number of tokens and head sizes that are multiples of 4. Cost: 4 * B*Hq*T*S*d flops over the
-visible keys, keys and values once for some 8 query rows of a key head.
+Legal: on CPUs, for a static number of tokens and head sizes that are multiples of 4. Cost: 4 * B*Hq*T*S*d flops over
+the visible keys, keys and values once for some 8 query rows of a key head.
 """
 
 from __future__ import annotations
