@@ -42,6 +42,7 @@ class Program:
         source: str | os.PathLike[str] | bytes,
         device: str | None = None,
         parameters: str | os.PathLike[str] | None = None,
+        threads: int | None = None,
     ) -> Program:
         """Loads a compiled model onto a device.
 
@@ -51,9 +52,12 @@ class Program:
             source: Path of the `.vmfb` (memory-mapped: leave the file alone while it is loaded), or its bytes.
             device: `cpu`, `cuda`, `vulkan` or an IREE device URI; None: what the model was compiled for.
             parameters: The `.irpa` file with the weights; None: the file that the manifest names, beside the `.vmfb`.
+            threads: CPU worker threads, shared by all programs of the process: the first to be loaded on the CPU
+                decides. None: one for each physical core.
 
         Raises:
             TargetError: No such file or device, not a linattn module, compiled for something else, weights missing.
+            InputError: `threads` for a device without worker threads, or another number than that of the process.
         """
         path = None if isinstance(source, (bytes, bytearray, memoryview)) else Path(source)
         if path is not None and not path.is_file():
@@ -61,7 +65,7 @@ class Program:
         blob = path if path is not None else bytes(source)  # pyright: ignore[reportArgumentType]
         module = Module(blob)
         manifest = read_manifest(module)
-        opened = open_device(device or manifest.target.device)
+        opened = open_device(device or manifest.target.device, threads)
         _check_target(module.where, manifest, opened)
         module.link(opened, _find_parameters(module.where, manifest, path, parameters))
         return Program(module, manifest)

@@ -52,11 +52,32 @@ def is_legal(shape: tuple[Heads, Dim], target: Target) -> Legality:
     return Yes()
 
 
+def _fused_is_preferred(shape: tuple[Heads, Dim], target: Target, options: LoweringOptions) -> Legality:
+    """Wherever it is legal."""
+    del shape, target, options
+    return Yes("one kernel over the keys that are seen")
+
+
+def _always(shape: tuple[Heads, Dim], target: Target) -> Legality:
+    del shape, target
+    return Yes()
+
+
+def _portable_is_preferred(shape: tuple[Heads, Dim], target: Target, options: LoweringOptions) -> Legality:
+    """What is left."""
+    del shape, target, options
+    return Yes("portable")
+
+
+STRATEGIES = (
+    Strategy("fused_simd", is_legal, _fused_is_preferred),
+    Strategy("linalg", _always, _portable_is_preferred),
+)
+
+
 def choose(heads: Heads, length: Dim, where: str, target: Target) -> Choice:
     """The strategy for a node; what is forced for the state operators says nothing here."""
-    fused = Strategy("fused_simd", is_legal, lambda *_: Yes("one kernel over the keys that are seen"))
-    portable = Strategy("linalg", lambda *_: Yes(), lambda *_: Yes("portable"))
-    choice = select((fused, portable), (heads, length), target, LoweringOptions(), where)
+    choice = select(STRATEGIES, (heads, length), target, LoweringOptions(), where)
     return replace(choice, rule="softmax", heads=f"{heads.q}/{heads.kv} x {heads.dk}x{heads.dv}")
 
 
