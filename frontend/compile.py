@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -20,13 +20,14 @@ from linattn.dialect_patterns.registry import find_op
 from linattn.dialect_patterns.rewrite import lower_operators
 from linattn.runtime.device import WORKSPACE_KEY
 from linattn.runtime.errors import LoweringError, UnsupportedModelError
-from linattn.runtime.manifest import REFLECTION_KEY, Manifest, Parameters
+from linattn.runtime.manifest import REFLECTION_KEY, EntryPoint, Manifest, Parameters
 from linattn.runtime.manifest import Target as ManifestTarget
 
 from .dims import find_roles
 from .entry_points import ModuleOptions, ModulePlan, plan_module
 from .importer import Weights, import_entry_point
 from .iree import Compiler
+from .last_position import LEAST_TOKENS, keep_last
 from .model import LoadedModel, load_model
 from .parameters import PARAMETER_SCOPE, write_parameters
 from .report import CompileReport, NodeRow, Progress
@@ -117,20 +118,21 @@ def compile_model(
         check_supported(model.proto.graph.node, versions)
     with progress.stage("pair states, plan entry points"):
         plan, graphs = _plan(model, versions, options, target)
+        plan, functions = _functions(plan, graphs)
     report = _report(model, plan, graphs, versions, options, target)
     manifest = _manifest(model, plan, report, target, options)
     compiler = Compiler(target.flags, options.dump_ir)
     takes_workspace = all(_is_static(graph) for graph in graphs)
-    with progress.stage(f"import {len(graphs)} entry points"), compiler.building():
+    with progress.stage(f"import {len(functions)} entry points"), compiler.building():
         module = ir.Module.create()
         if target.device_attribute is not None:
             module.operation.attributes["hal.device.targets"] = ir.Attribute.parse(target.device_attribute)
         weights = Weights(module, model.weights, PARAMETER_SCOPE if options.params else None)
-        for entry, graph in zip(plan.entry_points, graphs, strict=True):
-            reflection = {REFLECTION_KEY: manifest.to_json()} if entry is plan.entry_points[0] else {}
+        for symbol, graph in functions.items():
+            reflection = {REFLECTION_KEY: manifest.to_json()} if symbol == plan.entry_points[0].symbol else {}
             if takes_workspace:
                 reflection[WORKSPACE_KEY] = "1"
-            import_entry_point(entry.symbol, graph, plan.signature(), weights, reflection)
+            import_entry_point(symbol, graph, plan.signature(), weights, reflection)
         compiler.dump(module, "import")
     with progress.stage("lower operators"):
         with compiler.building():
@@ -232,6 +234,22 @@ def _plan(
         check_contracts(specialized.proto.graph, specialized.types, versions)
         graphs.append(specialized)
     return plan, graphs
+
+
+def _functions(plan: ModulePlan, graphs: Sequence[SpecializedGraph]) -> tuple[ModulePlan, dict[str, SpecializedGraph]]:
+    """Symbol -> graph of all functions: the entry points, and after a large one its variant for the last position."""
+    logits = [output.name for output in plan.outputs if output.role == "logits" and output.token_axis == 1]
+    entries: list[EntryPoint] = []
+    functions: dict[str, SpecializedGraph] = {}
+    for entry, graph in zip(plan.entry_points, graphs, strict=True):
+        functions[entry.symbol] = graph
+        many = len(logits) == 1 and entry.tokens is not None and entry.tokens >= LEAST_TOKENS
+        short = keep_last(graph, logits[0], entry.tokens or 0) if many else None
+        symbol = f"{entry.symbol}_last"
+        if short is not None:
+            functions[symbol] = short
+        entries.append(dataclasses.replace(entry, last=symbol) if short is not None else entry)
+    return dataclasses.replace(plan, entry_points=tuple(entries)), functions
 
 
 def _report(

@@ -92,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--ids", metavar="1,2,3", help="token ids of one row")
     parser.add_argument("--generate", metavar="N", type=int, help="generate N tokens greedily and print their ids")
     parser.add_argument("--output-dir", metavar="DIR", help="save each output as DIR/NAME.npy")
+    parser.add_argument("--threads", metavar="N", type=int, help="CPU worker threads (default: one for each core)")
     parser.add_argument("--parameters", metavar="FILE.irpa", help="weights, if not beside the model")
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
     return parser
@@ -101,7 +102,7 @@ def _run(options: argparse.Namespace) -> None:
     if options.generate is not None and options.generate < 1:
         raise InputError("nothing to generate", where="--generate", got=options.generate, expected="at least 1")
     start = time.perf_counter()
-    program = Program.load(options.model, options.device, options.parameters)
+    program = Program.load(options.model, options.device, options.parameters, options.threads)
     _note(f"loaded {options.model} on {program.device.uri} in {time.perf_counter() - start:.2f} s")
     inputs = read_inputs(program, options.input, options.ids)
     if options.generate is not None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import iree.runtime as _untyped_rt  # pyright: ignore[reportMissingTypeStubs]
+import iree.runtime.flags as _untyped_flags  # pyright: ignore[reportMissingTypeStubs]
 import numpy as np
 from numpy.typing import NDArray
 
@@ -32,6 +33,7 @@ except ImportError:  # pragma: no cover
     _bfloat16 = np.dtype(np.uint16)
 
 _rt: Any = cast(Any, _untyped_rt)
+_flags: Any = cast(Any, _untyped_flags)
 
 HostArray = NDArray[Any]
 
@@ -359,7 +361,7 @@ class Module:
         results = _rt.VmVariantList(len(dtypes))
         try:
             with self._lock:
-                if WORKSPACE_KEY in self.reflection(function):
+                if self.workspace_bytes(function) is not None:
                     packed.push_ref(self._workspace_of(function))
                 self._context.invoke(self.functions[function], packed, results)
         except (RuntimeError, ValueError, LookupError, NotImplementedError) as error:
@@ -372,40 +374,69 @@ class Module:
         views = [results.get_as_object(i, _rt.HalBufferView) for i in range(len(dtypes))]
         return [self.device.wrap(view, dtype) for view, dtype in zip(views, dtypes, strict=True)]
 
+    def workspace_bytes(self, function: str) -> int | None:
+        """Size of the memory that a function takes for its intermediate values; None if it allocates them itself."""
+        if WORKSPACE_KEY not in self.reflection(function):
+            return None
+        return max(int(self.functions[f"{function}$async"].reflection.get(_WORKSPACE_BYTES, 0)), 16)
+
     def _workspace_of(self, function: str) -> Any:
         """Memory for a function's intermediate values; the calls share it, since they are let in one by one."""
-        needed = int(self.functions[f"{function}$async"].reflection.get(_WORKSPACE_BYTES, 0))
+        needed = self.workspace_bytes(function) or 0
         size, buffer = self._workspace
         if buffer is None or size < needed:
-            size = max(needed, 16)
+            size = needed
             buffer = self.device.workspace(size)
             self._workspace = size, buffer
         return buffer.ref
 
 
 _open_devices: dict[str, Device] = {}
+_started: set[str] = set()
+_worker_threads: int | None = None
 _open_lock = threading.Lock()
 
 
-def open_device(name: str) -> Device:
+def open_device(name: str, threads: int | None = None) -> Device:
     """Opens a device, or returns it where this process has opened it already.
 
     Args:
         name: `cpu`, `cuda`, `vulkan`, or an IREE device URI such as `local-sync`, `cuda://0`, `vulkan://GPU-6d65...`;
             a number after `://` counts the devices in `list_devices` order.
+        threads: CPU worker threads, of `local-task` only; None: one for each physical core, or as many as there are.
+            IREE starts them once for a process: the first to open the device decides.
 
     Raises:
         TargetError: There is no such device; the message lists those there are, or what to install.
+        InputError: The device has no worker threads, or another number of them already.
     """
+    global _worker_threads
     uri = _DEVICE_URIS.get(name, name)
     driver, _, path = uri.partition("://")
     if driver not in _DRIVERS:
         expected = f"cpu | cuda | vulkan | an IREE URI ({', '.join(_DRIVERS)})"
         raise TargetError("unknown device", got=repr(name), expected=expected)
+    if threads is not None and (not has_worker_threads(uri) or threads < 1):
+        expected = "a positive number" if has_worker_threads(uri) else f"none: {driver} has no worker threads to set"
+        raise InputError("cannot be set", where="threads", got=threads, expected=expected)
     with _open_lock:
+        if driver == "local-task" and "local-task" not in _started:
+            _worker_threads = threads
+            if threads is not None:
+                _flags.parse_flags(f"--task_topology_group_count={threads}")
+        elif threads not in (None, _worker_threads):
+            got = f"{threads}, but {_worker_threads or 'one for each core'} were started"
+            hint = "IREE starts the CPU's worker threads once for a process; set them where the first model is loaded"
+            raise InputError("cannot be changed", where="threads", got=got, hint=hint)
+        _started.add(driver)
         if uri not in _open_devices:
             _open_devices[uri] = _open(uri, driver, path)
         return _open_devices[uri]
+
+
+def has_worker_threads(name: str) -> bool:
+    """Whether a device (see `open_device`) runs on CPU worker threads of the process."""
+    return _DEVICE_URIS.get(name, name).partition("://")[0] == "local-task"
 
 
 def list_devices(driver: str) -> list[tuple[str, str]]:

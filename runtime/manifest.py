@@ -93,11 +93,13 @@ class EntryPoint:
         symbol: Its name in the module.
         kind: `decode` | `prefill` | `main`.
         tokens: Number of tokens it takes; None: any number.
+        last: A function that does the same but returns the logits of the last position only; None: there is none.
     """
 
     symbol: str
     kind: str
     tokens: int | None
+    last: str | None = None
 
 
 @dataclass(frozen=True)
@@ -290,6 +292,7 @@ def _build(top: Reader) -> Manifest:
                 row.text("symbol"),
                 row.choice("kind", ("decode", "prefill", "main")),
                 row.optional_whole("tokens", 0),
+                row.optional_text("last"),
             )
             for row in top.rows("entry_points")
         ),
@@ -308,7 +311,7 @@ def _check(manifest: Manifest, where: str) -> None:
     for group, names in (
         ("input and state", [spec.name for spec in (*m.inputs, *m.states)]),
         ("output", [*(spec.name for spec in m.outputs), *(state.output for state in m.states)]),
-        ("entry point", [entry.symbol for entry in m.entry_points]),
+        ("entry point", [name for entry in m.entry_points for name in (entry.symbol, entry.last) if name]),
     ):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
@@ -316,8 +319,9 @@ def _check(manifest: Manifest, where: str) -> None:
     if not m.entry_points:
         raise bad(where, "entry_points", "empty")
     for entry in m.entry_points:
-        if entry.symbol == "__init" or "$" in entry.symbol:
-            raise bad(where, "entry_points", "not a function to call", entry.symbol)
+        for symbol in (entry.symbol, entry.last or ""):
+            if symbol == "__init" or "$" in symbol:
+                raise bad(where, "entry_points", "not a function to call", symbol)
         if entry.kind == "decode" and entry.tokens != 1:
             raise bad(where, entry.symbol, "wrong token count of a decode entry", entry.tokens, 1)
     for role in ("attention_mask", "position_ids"):

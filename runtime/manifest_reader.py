@@ -50,6 +50,10 @@ class Reader:
             raise self._wrong(key, value, "a string")
         return value
 
+    def optional_text(self, key: str) -> str | None:
+        """A text, None where the field is missing or null."""
+        return None if self._fields.get(key) is None else self.text(key)
+
     def choice(self, key: str, choices: Sequence[str]) -> str:
         """One of some words."""
         value = self.get(key)

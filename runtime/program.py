@@ -42,6 +42,7 @@ class Program:
         source: str | os.PathLike[str] | bytes,
         device: str | None = None,
         parameters: str | os.PathLike[str] | None = None,
+        threads: int | None = None,
     ) -> Program:
         """Loads a compiled model onto a device.
 
@@ -51,9 +52,12 @@ class Program:
             source: Path of the `.vmfb` (memory-mapped: leave the file alone while it is loaded), or its bytes.
             device: `cpu`, `cuda`, `vulkan` or an IREE device URI; None: what the model was compiled for.
             parameters: The `.irpa` file with the weights; None: the file that the manifest names, beside the `.vmfb`.
+            threads: CPU worker threads, shared by all programs of the process: the first to be loaded on the CPU
+                decides. None: one for each physical core.
 
         Raises:
             TargetError: No such file or device, not a linattn module, compiled for something else, weights missing.
+            InputError: `threads` for a device without worker threads, or another number than that of the process.
         """
         path = None if isinstance(source, (bytes, bytearray, memoryview)) else Path(source)
         if path is not None and not path.is_file():
@@ -61,7 +65,7 @@ class Program:
         blob = path if path is not None else bytes(source)  # pyright: ignore[reportArgumentType]
         module = Module(blob)
         manifest = read_manifest(module)
-        opened = open_device(device or manifest.target.device)
+        opened = open_device(device or manifest.target.device, threads)
         _check_target(module.where, manifest, opened)
         module.link(opened, _find_parameters(module.where, manifest, path, parameters))
         return Program(module, manifest)
@@ -153,7 +157,12 @@ class Program:
         return results
 
     def call(
-        self, entry: EntryPoint, inputs: Sequence[HostArray], states: Sequence[DeviceArray], position: int
+        self,
+        entry: EntryPoint,
+        inputs: Sequence[HostArray],
+        states: Sequence[DeviceArray],
+        position: int,
+        last: bool = False,
     ) -> tuple[list[DeviceArray], list[DeviceArray]]:
         """Calls one entry point with arrays of exactly its shapes, and waits.
 
@@ -162,6 +171,7 @@ class Program:
             inputs: One array per graph input, in manifest order, in the shapes that the module takes.
             states: One device array per state; those with `in_place` are written to.
             position: P.
+            last: The last position's logits will do: the others are left out where the module can do without them.
 
         Returns:
             The outputs, and the states after the call.
@@ -170,12 +180,13 @@ class Program:
             TargetError: The call failed.
         """
         m = self._manifest
+        symbol = entry.last if last and entry.last else entry.symbol
         with self._lock:  # the inputs' buffers are used again in the next call
             arguments: list[DeviceArray | int] = [self._input(i, array) for i, array in enumerate(inputs)]
             arguments += states
             if m.takes_position:
                 arguments.append(position)
-            results = self._module.call(entry.symbol, arguments, self._result_dtypes)
+            results = self._module.call(symbol, arguments, self._result_dtypes)
         count = len(m.outputs)
         return results[:count], next_states(m, states, results[count:])
 
@@ -205,10 +216,10 @@ def read_manifest(module: Module) -> Manifest:
         hint = "compile the model with linattn-compile"
         raise TargetError("an IREE module without a linattn manifest", where=module.where, hint=hint)
     manifest = Manifest.from_json(text, module.where)
-    for entry in manifest.entry_points:
-        if entry.symbol not in module.functions:
+    for symbol in (name for entry in manifest.entry_points for name in (entry.symbol, entry.last) if name):
+        if symbol not in module.functions:
             expected = ", ".join(name for name in module.functions if "$" not in name and name != "__init")
-            raise TargetError("missing entry point", where=module.where, got=entry.symbol, expected=expected)
+            raise TargetError("missing entry point", where=module.where, got=symbol, expected=expected)
     return manifest
 
 

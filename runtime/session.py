@@ -131,7 +131,7 @@ class Session:
         for entry, size in plan:
             outputs = []  # lets go of the block before, which may be large
             block = block_inputs(m, feeds, past, start, size)
-            outputs, states = self._program.call(entry, block, states, past + start)
+            outputs, states = self._program.call(entry, block, states, past + start, last)
             start += size
             for spec, output in zip(m.outputs, outputs, strict=True):
                 self._collect(parts[spec.name], spec, output, last, start == tokens)

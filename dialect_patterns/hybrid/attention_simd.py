@@ -2,11 +2,11 @@
 
     %y = flow.dispatch @attention_fused_simd_...[B](%q, %keys, %values, %first?, %limit?, %bias?)
 
-Scores never reach memory, only keys that a query can see are read (a cache of large capacity costs what is in it), heads
-are neither split nor repeated. See ``attention_simd_kernel``; the portable form is ``attention_core``.
+Scores never reach memory, only keys that a query can see are read (a cache of large capacity costs what is in it),
+heads are neither split nor repeated. See ``attention_simd_kernel``; the portable form is ``attention_core``.
 
-Legal: on CPUs, for a static number of tokens and head sizes that are multiples of 4. Cost: 4 * B*Hq*T*S*d flops over the
-visible keys, keys and values once for some 8 query rows of a key head.
+Legal: on CPUs, for a static number of tokens and head sizes that are multiples of 4. Cost: 4 * B*Hq*T*S*d flops over
+the visible keys, keys and values once for some 8 query rows of a key head.
 """
 
 from __future__ import annotations
@@ -52,11 +52,32 @@ def is_legal(shape: tuple[Heads, Dim], target: Target) -> Legality:
     return Yes()
 
 
+def _fused_is_preferred(shape: tuple[Heads, Dim], target: Target, options: LoweringOptions) -> Legality:
+    """Wherever it is legal."""
+    del shape, target, options
+    return Yes("one kernel over the keys that are seen")
+
+
+def _always(shape: tuple[Heads, Dim], target: Target) -> Legality:
+    del shape, target
+    return Yes()
+
+
+def _portable_is_preferred(shape: tuple[Heads, Dim], target: Target, options: LoweringOptions) -> Legality:
+    """What is left."""
+    del shape, target, options
+    return Yes("portable")
+
+
+STRATEGIES = (
+    Strategy("fused_simd", is_legal, _fused_is_preferred),
+    Strategy("linalg", _always, _portable_is_preferred),
+)
+
+
 def choose(heads: Heads, length: Dim, where: str, target: Target) -> Choice:
     """The strategy for a node; what is forced for the state operators says nothing here."""
-    fused = Strategy("fused_simd", is_legal, lambda *_: Yes("one kernel over the keys that are seen"))
-    portable = Strategy("linalg", lambda *_: Yes(), lambda *_: Yes("portable"))
-    choice = select((fused, portable), (heads, length), target, LoweringOptions(), where)
+    choice = select(STRATEGIES, (heads, length), target, LoweringOptions(), where)
     return replace(choice, rule="softmax", heads=f"{heads.q}/{heads.kv} x {heads.dk}x{heads.dv}")
 
 

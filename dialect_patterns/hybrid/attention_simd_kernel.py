@@ -291,7 +291,7 @@ class Body:
 
     # ---- parts of a score ------------------------------------------------------------------------------------------
     def _capped(self, value: str) -> str:
-        """c * tanh(s / c) = c - 2 c / (1 + exp(2 s / c))."""
+        """The capped value: c * tanh(s / c) = c - 2 c / (1 + exp(2 s / c))."""
         k, p = self.k, self.p
         vector = vector_type(p.lanes)
         cap, twice = k.constant(p.softcap, vector), k.constant(2.0 * p.softcap, vector)
@@ -305,10 +305,8 @@ class Body:
         assert p.bias_dims is not None
         chosen = (self.batch, row.head, row.token)
         place = [index if has else 0 for index, has in zip(chosen, p.bias_dims, strict=True)]
-        elements: list[str] = []
         last = k.sub(self.keys, 1)
-        for lane in range(p.lanes):
-            elements.append(k.load(self.bias, [*place, k.minimum(k.add(key, lane), last)]))
+        elements = [k.load(self.bias, [*place, k.minimum(k.add(key, lane), last)]) for lane in range(p.lanes)]
         vector = vector_type(p.lanes)
         return k.op(f"vector.from_elements {', '.join(elements)} : {vector}", vector)
 

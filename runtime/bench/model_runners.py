@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-import iree.runtime.flags as _untyped_flags  # pyright: ignore[reportMissingTypeStubs]
 import numpy as np
 from linattn.runtime.binding import Sizes
-from linattn.runtime.device import HostArray, numpy_dtype
+from linattn.runtime.device import HostArray, Module, has_worker_threads, numpy_dtype
 from linattn.runtime.errors import InputError
 from linattn.runtime.generate import token_input
 from linattn.runtime.manifest import Manifest, OutputSpec
-from linattn.runtime.program import Program, complete_inputs
+from linattn.runtime.program import Program, complete_inputs, read_manifest
 from linattn.runtime.state import state_shape
 
 from .lazy import need
@@ -77,11 +77,9 @@ class IreeModel(ModelRunner):
     """
 
     def __init__(self, module: str, device: str | None = None, threads: int | None = None) -> None:
-        if threads is not None:
-            parse: Any = _untyped_flags.parse_flags  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-            parse(f"--task_topology_group_count={threads}")
+        where = device or read_manifest(Module(Path(module))).target.device
         start = time.perf_counter()
-        self._program = Program.load(module, device)
+        self._program = Program.load(module, device, threads=threads if has_worker_threads(where) else None)
         self.load_s = time.perf_counter() - start
         self._session = self._program.session(batch=1)
         self._name = token_input(self._session)

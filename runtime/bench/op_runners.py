@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import iree.runtime.flags as _untyped_flags  # pyright: ignore[reportMissingTypeStubs]
 import numpy as np
-from linattn.runtime.device import DeviceArray, HostArray, Module, numpy_dtype, open_device
+from linattn.runtime.device import DeviceArray, HostArray, Module, has_worker_threads, numpy_dtype, open_device
 from linattn.runtime.program import read_manifest
 
 from .device_times import call_seconds, cuda_call_seconds
@@ -70,10 +69,7 @@ class IreeRunner(Runner):
 
     def __init__(self, device: str, threads: int | None = None) -> None:
         super().__init__()
-        if threads is not None:
-            parse: Any = _untyped_flags.parse_flags  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-            parse(f"--task_topology_group_count={threads}")
-        self._device = open_device(device)
+        self._device = open_device(device, threads if has_worker_threads(device) else None)
         self._threads = threads
         self._names: dict[str, list[str]] = {}
         self._timed: dict[str, tuple[Path, str, list[tuple[HostArray, str]]]] = {}

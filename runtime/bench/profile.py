@@ -50,30 +50,33 @@ def profile_entry(
     Raises:
         TargetError: The tools are missing, or the driver does not profile; one line says so.
     """
-    output = folder / f"{entry.symbol}.ireeprof"
+    symbol = entry.last or entry.symbol  # what a prompt runs
+    module = Module(path)
+    output = folder / f"{symbol}.ireeprof"
     family = _FAMILIES.get(device.partition("://")[0], "dispatch-events")
     command = [
         _tool("iree-benchmark-module"),
         f"--module={path}",
         f"--device={device}",
-        f"--function={entry.symbol}",
+        f"--function={symbol}",
         f"--benchmark_min_time={CALLS}x",
         "--benchmark_format=json",
         f"--device_profiling_mode=queue-events,{family},executable-metadata",
         f"--device_profiling_output={output}",
         *_inputs(manifest, entry, position),
+        *_workspace(module, symbol),
     ]
     if manifest.parameters is not None:
         command.append(f"--parameters={manifest.parameters.scope}={path.parent / manifest.parameters.file}")
     if threads is not None:
         command.append(f"--task_topology_group_count={threads}")
-    _run(command, entry.symbol)
-    lines = _run([_tool("iree-profile"), "dispatch", "--dispatch_events", "--format=jsonl", str(output)], entry.symbol)
+    _run(command, symbol)
+    lines = _run([_tool("iree-profile"), "dispatch", "--dispatch_events", "--format=jsonl", str(output)], symbol)
     events = [event for line in lines.splitlines() if (event := json.loads(line))["type"].endswith("dispatch_event")]
     if not events:
         hint = "its driver records no dispatches in this release of IREE"
-        raise TargetError("nothing was profiled", where=f"{device}: {entry.symbol}", hint=hint)
-    return {"entry": entry.symbol, "tokens": entry.tokens} | _rows(events, _described(path, entry.symbol))
+        raise TargetError("nothing was profiled", where=f"{device}: {symbol}", hint=hint)
+    return {"entry": symbol, "tokens": entry.tokens} | _rows(events, _described(module, symbol))
 
 
 def _inputs(manifest: Manifest, entry: EntryPoint, position: int) -> list[str]:
@@ -120,9 +123,14 @@ def _rows(events: list[dict[str, Any]], described: Mapping[str, list[dict[str, A
     return {"calls": len(kept), "dispatch_s": total, "count": sum(r["count"] for r in ordered), "rows": ordered}
 
 
-def _described(path: Path, symbol: str) -> dict[str, list[dict[str, Any]]]:
+def _workspace(module: Module, symbol: str) -> list[str]:
+    """The last argument of a function that takes the memory for its intermediate values."""
+    size = module.workspace_bytes(symbol)
+    return [] if size is None else [f"--input=&{size}xi8"]
+
+
+def _described(module: Module, symbol: str) -> dict[str, list[dict[str, Any]]]:
     """What the module says about the dispatches of an entry point, by key; empty if it says nothing."""
-    module = Module(path)
     texts = [module.reflection(name).get(DISPATCHES_KEY) for name in module.functions]
     table = json.loads(next((text for text in texts if text), "{}"))
     found: dict[str, list[dict[str, Any]]] = {}

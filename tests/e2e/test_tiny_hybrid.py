@@ -60,6 +60,23 @@ def test_any_cut_is_the_whole(target: str, cuts: list[int]) -> None:
     check_states(session)
 
 
+@pytest.mark.parametrize("target", ["cpu", pytest.param("vulkan", marks=pytest.mark.vulkan)])
+@pytest.mark.parametrize("tokens", [16, 23, 40])
+def test_last_logits_without_the_others(target: str, tokens: int) -> None:
+    loaded = program(target)
+    assert [(e.symbol, e.last) for e in loaded.manifest.entry_points] == [
+        ("decode", None),
+        ("prefill_16", "prefill_16_last"),
+        ("prefill_4", None),
+    ]
+    session = loaded.session()
+    last = session.run({"input_ids": IDS[:, :tokens]}, logits="last")["logits"]
+    assert error(last, reference()["logits"][:, tokens - 1 : tokens]) < BENIGN["float32"]
+    rest = session.run({"input_ids": IDS[:, tokens:]})["logits"]
+    assert error(rest, reference()["logits"][:, tokens:]) < BENIGN["float32"]
+    check_states(session)
+
+
 def test_open_dims() -> None:
     session = program("cpu", None, None).session()
     assert error(run(session, [23, 1, 16]), reference()["logits"]) < BENIGN["float32"]

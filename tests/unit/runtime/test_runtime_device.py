@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -75,6 +77,32 @@ def test_wrong_dtype_is_refused(device: Device) -> None:
 
 def test_opened_once() -> None:
     assert open_device("cpu") is open_device("local-task")
+
+
+def test_threads_of_the_first_program_are_those_of_the_process() -> None:
+    """In a process of its own: IREE starts its workers once."""
+    code = """
+import os
+from linattn.runtime.device import open_device
+before = len(os.listdir("/proc/self/task"))
+device = open_device("cpu", threads=3)
+started = len(os.listdir("/proc/self/task")) - before
+assert started >= 3, started
+assert open_device("cpu") is device and open_device("local-task", 3) is device
+try:
+    open_device("cpu", threads=2)
+except Exception as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "threads: cannot be changed, got 2, but 3 were started" in done.stdout
+
+
+@pytest.mark.parametrize(("name", "threads"), [("local-sync", 2), ("cpu", 0), ("vulkan", 1)])
+def test_threads_that_cannot_be(name: str, threads: int) -> None:
+    with pytest.raises(InputError, match="threads: cannot be set"):
+        open_device(name, threads)
 
 
 @pytest.mark.parametrize(
