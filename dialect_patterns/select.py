@@ -87,11 +87,10 @@ def select(
         return Choice(forced.name, "asked for")
     rejected: dict[str, str] = {}
     for strategy in strategies:
-        for asked in (strategy.is_legal(contract, target), strategy.preference(contract, target, options)):
-            if isinstance(asked, No):
-                rejected[strategy.name] = asked.reason
-                break
-        else:
-            reason = strategy.preference(contract, target, options)
-            return Choice(strategy.name, reason.reason, rejected)
+        answer = strategy.is_legal(contract, target)
+        if isinstance(answer, Yes):
+            answer = strategy.preference(contract, target, options)
+        if isinstance(answer, Yes):
+            return Choice(strategy.name, answer.reason, rejected)
+        rejected[strategy.name] = answer.reason
     raise AssertionError(f"{where}: no strategy is legal")

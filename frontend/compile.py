@@ -15,7 +15,7 @@ import onnx
 import onnx.inliner
 from iree.compiler import ir
 from linattn.dialect_patterns.builder import Builder
-from linattn.dialect_patterns.op import LoweringContext, LoweringOptions
+from linattn.dialect_patterns.op import Choice, LoweringContext, LoweringOptions
 from linattn.dialect_patterns.registry import find_op
 from linattn.dialect_patterns.rewrite import lower_operators
 from linattn.runtime.device import WORKSPACE_KEY
@@ -264,13 +264,18 @@ def _report(
     report.notes = [*target.notes, *plan.notes]
     report.entry_points = [e.symbol for e in plan.entry_points]
     rows: dict[str, list[NodeRow]] = {}
-    for graph in graphs:
+    others: dict[str, dict[str, int]] = {}
+    for entry, graph in zip(plan.entry_points, graphs, strict=True):
         contracts = check_contracts(graph.proto.graph, graph.types, versions)
         for node in graph.proto.graph.node:
             op = find_op(domain_of(node), node.op_type, versions.get(domain_of(node), 1))
-            if op is None or op.choose is None or node.op_type not in REPORTED_OPS:
+            if op is None or op.choose is None:
                 continue
             choice = op.choose(contracts[node.name], target.capabilities, _lowering_options(options))
+            if node.op_type not in REPORTED_OPS:
+                counts = others.setdefault(f"{node.op_type}: {_why(choice)}", {})
+                counts[entry.symbol] = counts.get(entry.symbol, 0) + 1
+                continue
             label = f"{domain_of(node) or 'ai.onnx'}.{node.op_type}"
             row = NodeRow(
                 node.name, label, choice.rule, choice.heads, _types(node, graph), choice.strategy, choice.reason,
@@ -278,6 +283,10 @@ def _report(
             )  # fmt: skip
             rows.setdefault(node.name, []).append(row)
     report.nodes = [_merge(entry_rows, plan) for entry_rows in rows.values()]
+    report.others = [
+        f"{max(counts.values())} x {line}" + ("" if len(counts) == len(graphs) else f" ({', '.join(counts)})")
+        for line, counts in others.items()
+    ]
     for state, pair in zip(plan.states, plan.pairs, strict=True):
         sizes = {"batch": plan.batch or 1, "past": plan.max_context or 0}
         dims = [d if isinstance(d, int) else sizes.get(plan.roles.roles.get(d, ""), 1) for d in state.shape]
@@ -286,6 +295,10 @@ def _report(
         total["count"] += 1
         total["bytes"] += math.prod(dims) * item
     return report
+
+
+def _why(choice: Choice) -> str:
+    return "; ".join([f"{choice.strategy}, {choice.reason}", *(f"not {s}: {r}" for s, r in choice.rejected.items())])
 
 
 def _types(node: onnx.NodeProto, graph: SpecializedGraph) -> str:

@@ -49,6 +49,7 @@ class CompileReport:
         output_bytes: Its size.
         weight_bytes: Size of the weights.
         stages: Stage -> seconds.
+        others: What was chosen for operators of which a model has many, a line a choice.
         notes: Things the user should know.
     """
 
@@ -61,6 +62,7 @@ class CompileReport:
     output_bytes: int = 0
     weight_bytes: int = 0
     stages: dict[str, float] = field(default_factory=dict[str, float])
+    others: list[str] = field(default_factory=list[str])
     notes: list[str] = field(default_factory=list[str])
 
     def to_dict(self) -> dict[str, object]:
@@ -77,6 +79,7 @@ class CompileReport:
                 [(_short(r.name), r.rule, r.heads, r.dtypes, r.strategy, r.reason) for r in self.nodes],
             )
             lines.append("")
+        lines += [f"others    {line}" for line in self.others]
         for kind, total in self.states.items():
             lines.append(f"states    {total['count']} x {kind}, {_mib(total['bytes'])}")
         lines.append(f"entries   {', '.join(self.entry_points)}")

@@ -16,8 +16,8 @@ from linattn.dialect_patterns.op import LoweringContext, LoweringOptions
 from linattn.dialect_patterns.registry import find_op
 from linattn.dialect_patterns.rewrite import lower_operators
 from linattn.dialect_patterns.target import Target
-from linattn.runtime.device import open_device
 from linattn.frontend.targets import TargetOptions, resolve_target
+from linattn.runtime.device import open_device
 
 FLAGS = {
     "cpu": [

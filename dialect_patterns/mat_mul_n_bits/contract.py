@@ -1,5 +1,8 @@
 """The contract of MatMulNBits (com.microsoft): A x dequantised(B)^T (+ bias).
 
+With ``accuracy_level`` 4, ONNX Runtime's CPU kernels round A to int8, one scale a block; so do we, since models are
+published and judged with that. The other levels only name a type that products may use; ours is never worse.
+
 B is [N, blocks, block_size * bits / 8] bytes, low bits first; a weight is (q - zero_point) * scale, one scale a block.
 Source: ONNX Runtime 1.32, schema MatMulNBits-1 and contrib_ops/cpu/quantization/matmul_nbits_helper.h.
 """
@@ -19,6 +22,7 @@ INT8_MAX = 127.0
 """Steps to each side of zero that A is rounded to."""
 
 _INT8_ACCURACY = 4
+_INT8_BLOCKS_OF_2_BITS = (32, 64, 128)
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,7 @@ def parse(node: Node) -> MatMulNBits:
     if bias is not None:
         require_dtype(node, "bias", bias, a.dtype)
         require_shape(node, "bias", bias, (columns,))
+    zero_points = _zero_points(node, columns, blocks, bits)
     return MatMulNBits(
         where=node.where,
         a=a,
@@ -118,10 +123,15 @@ def parse(node: Node) -> MatMulNBits:
         depth=depth,
         bits=bits,
         block_size=block_size,
-        zero_points=_zero_points(node, columns, blocks, bits),
+        zero_points=zero_points,
         with_bias=bias is not None,
-        rounds_a=node.attr("accuracy_level", 0) == _INT8_ACCURACY,
+        rounds_a=node.attr("accuracy_level", 0) == _INT8_ACCURACY and _has_int8_kernel(bits, block_size, zero_points),
     )
+
+
+def _has_int8_kernel(bits: int, block_size: int, zero_points: str) -> bool:
+    """Whether ONNX Runtime 1.32 computes in int8 where it may (found out by running it on an x86-64 CPU)."""
+    return zero_points != "float" and (bits != 2 or block_size in _INT8_BLOCKS_OF_2_BITS)
 
 
 def _zero_points(node: Node, columns: int, blocks: int, bits: int) -> str:

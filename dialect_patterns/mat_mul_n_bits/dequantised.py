@@ -13,9 +13,6 @@ form (of CPU forms measured at 64 rows, the others were 20 to 80 times slower, o
     %w = linalg.generic ins(%q, %shifts, %scales) {(((q >> shift) & 15) - 8) * scale}
     %y = linalg.matmul(%a, %w)  // "mk,nk->mn", sums in f32
 
-With ``accuracy_level`` 4, ONNX Runtime's CPU kernels round A to int8, one scale a block; so do we, since models are
-published and judged with that. The other levels only name a type that products may use; ours is never worse.
-
 Legal: always. Cost with more than one row: the weights in f32 are written and read once a call.
 """
 
@@ -134,7 +131,7 @@ def _emit_rounded(b: Builder, a: ir.Value, block_size: int) -> ir.Value:
 
     def round_to_step(value: Scalar, bound: Scalar) -> Scalar:
         step = bound / INT8_MAX
-        inverse = step.equals(0.0).select(b.constant(0.0, "f32"), 1.0 / step)
+        inverse = step.equals(0.0).select(b.constant(0.0, "f32"), INT8_MAX / bound)
         return (value.to("f32") * inverse).round_even() * step
 
     bound = b.reduce("mkj->mk", largest, blocks, initial=0.0)

@@ -33,10 +33,9 @@ STRATEGIES = (
 
 
 def choose(contract: MatMulNBits, target: Target, options: LoweringOptions) -> Choice:
-    """The strategy for a node. ``options.strategy`` is about the state operators only, unless it is one of ours."""
-    names = [strategy.name for strategy in STRATEGIES]
-    asked = options.strategy if options.strategy in names else None
-    return select(STRATEGIES, contract, target, LoweringOptions(asked), contract.where)
+    """The strategy for a node. What is forced on the state operators leaves this one alone, unless it is portable."""
+    forced = options.strategy if options.strategy == "dequantised" else None
+    return select(STRATEGIES, contract, target, LoweringOptions(forced), contract.where)
 
 
 def lower(context: LoweringContext, contract: MatMulNBits, operands: Sequence[ir.Value | None]) -> list[ir.Value]:

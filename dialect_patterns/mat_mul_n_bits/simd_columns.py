@@ -47,9 +47,8 @@ class Columns:
         return list(zip(scales, zeros, strict=True))
 
     def prefetch(self, column: Index, block: Index, count: int) -> None:
-        """Ask for the tile after that at ``column``: for the share of ``count`` blocks, in the order of memory."""
+        """Ask for the tile at ``column``: for the share of ``count`` blocks, in the order of memory."""
         k, c, tile = self.k, self.c, self.p.tile
-        column = k.minimum(k.add(column, tile), c.columns - tile)
         for memref, per_block in ((self._words, c.block_words), (self._scales, 1)):
             start = k.mul(block, tile * per_block)
             for element in range(0, tile * per_block * count, _LINE_BYTES // k.element_bytes(memref)):

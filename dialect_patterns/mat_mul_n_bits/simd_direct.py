@@ -36,6 +36,7 @@ class DirectBody:
         bias = next(given) if c.with_bias else None
         self.columns = Columns(k, c, p, words, scales, zeros)
         self.edges = Edges(k, c, p, bias, next(given))
+        self._prefetch_first()
         arranged = [source]
         if is_arranged(c, p):
             arranged = [k.alloca([d or 1 for d in s.shape], s.dtype) for s in arranged_specs(c, p, p.rows)]
@@ -44,6 +45,17 @@ class DirectBody:
                 writer.write(row, row)
         self.bytes = ByteProducts(k, c, p, arranged) if p.instruction else None
         self.floats = None if p.instruction else FloatProducts(k, c, p, arranged[0])
+
+    def _prefetch_first(self) -> None:
+        """Ask for the first tile, which comes while A is arranged."""
+        whole = self.c.blocks // CHUNK * CHUNK
+        first = self.edges.first
+
+        def group(block: str, _: list[str]) -> list[str]:
+            self.columns.prefetch(first, block, CHUNK)
+            return []
+
+        self.k.loop(whole, [], group, step=CHUNK)
 
     def write(self) -> None:
         """The whole body."""
@@ -71,7 +83,7 @@ class DirectBody:
         starts = [k.add(column, v * p.lanes) for v in range(p.vectors)]
         factors = [self.columns.factors(start, block, count) for start in starts]
         first = k.mul(block, c.block_words)
-        self.columns.prefetch(column, block, count)
+        self.columns.prefetch(self.edges.after(column), block, count)
         loaded: dict[tuple[int, int], list[str]] = {}
 
         def word(w: int, v: int) -> str:

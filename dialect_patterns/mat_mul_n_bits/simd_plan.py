@@ -16,7 +16,10 @@ _STACK_BYTES = 28 * 1024  # IREE refuses kernels with more than 32 KiB
 _DIRECT_ROWS = 4
 _ROWS = 4  # of a register tile
 _ROW_BLOCK = 64
-_SLAB_BYTES = 16 * 1024
+_SLAB_BYTES = 19 * 1024
+_MAX_COLUMNS = 512  # of a workgroup
+_START = 12  # columns that would take as long as the start of a workgroup
+_WORKERS = (2, 4, 8, 16)  # threads to be good for
 
 
 @dataclass(frozen=True)
@@ -94,17 +97,15 @@ def plan(contract: MatMulNBits, target: Target) -> Plan | str:
     instruction = dot_instruction(target) if c.rounds_a else None
     rows = c.rows
     few = rows is not None and rows <= _DIRECT_ROWS
-    vectors = 2 if c.columns >= 2 * lanes else 1
     if few and rows is not None and arranged_bytes(c, instruction) * rows <= _STACK_BYTES:
-        return Plan(instruction, lanes, vectors, rows, 0, c.blocks, _workgroup_columns(c, lanes * vectors))
+        return Plan(instruction, lanes, 1, rows, 0, c.blocks, _workgroup_columns(c, lanes, 1))
+    vectors = 2 if c.columns >= 2 * lanes else 1
     while True:
         block_bytes = _unpacked_bytes(c, instruction) * lanes * vectors
-        slab = min(c.blocks, max(1, _SLAB_BYTES // block_bytes))
-        if slab < c.blocks:
-            slab = max(slab // CHUNK * CHUNK, 1)
+        slab = _slab(c.blocks, max(1, _SLAB_BYTES // block_bytes))
         sums = 4 * _ROW_BLOCK * lanes * vectors
-        if (slab == c.blocks or slab % CHUNK == 0) and slab * block_bytes + sums <= _STACK_BYTES:
-            columns = _workgroup_columns(c, lanes * vectors)
+        if slab * block_bytes + sums <= _STACK_BYTES:
+            columns = _workgroup_columns(c, lanes * vectors, -(-(rows or 1) // _ROW_BLOCK))
             return Plan(instruction, lanes, vectors, _ROWS, _ROW_BLOCK, slab, columns)
         if vectors == 1:
             return f"a block of {c.block_size} weights of {lanes} columns does not fit on the stack"
@@ -126,6 +127,29 @@ def _unpacked_bytes(c: MatMulNBits, instruction: DotInstruction | None) -> int:
     return c.block_size * parts + (4 if c.zero_points == "default" else 8)
 
 
-def _workgroup_columns(c: MatMulNBits, tile: int) -> int:
-    columns = 256 if c.columns >= 4096 else 128
-    return -(-min(columns, c.columns) // tile) * tile
+def _slab(blocks: int, most: int) -> int:
+    """Blocks of a slab, all slabs about equal: all blocks, or a multiple of what is read at once."""
+    slabs = -(-blocks // most)
+    return blocks if slabs == 1 else -(-blocks // (slabs * CHUNK)) * CHUNK
+
+
+def _workgroup_columns(c: MatMulNBits, tile: int, row_blocks: int) -> int:
+    """Columns of a workgroup: many, since each arranges A or starts anew, but so that workers end at the same time."""
+    tiles = -(-c.columns // tile)
+    sizes = range(1, min(tiles, _MAX_COLUMNS // tile) + 1)
+    return tile * min(sizes, key=lambda size: _waste(tiles, size, tile, row_blocks))
+
+
+def _waste(tiles: int, size: int, tile: int, row_blocks: int) -> float:
+    """What the slowest worker does with ``size`` tiles a workgroup, by a fair share; mean over numbers of workers."""
+    workgroups = -(-tiles // size) * row_blocks
+    slowest = [_most_workgroups(workgroups, workers) * (size * tile + _START) * workers for workers in _WORKERS]
+    return sum(slowest) / len(slowest) / (tiles * tile * row_blocks)
+
+
+def _most_workgroups(workgroups: int, workers: int) -> int:
+    """Of one worker: once there are 8 a worker, IREE's workers (3.13) take 8 at a time."""
+    batch = 8 if workgroups >= 8 * workers else 1
+    batches, rest = divmod(workgroups, batch)
+    each, more = divmod(batches, workers)
+    return (each + 1) * batch if more else each * batch + rest

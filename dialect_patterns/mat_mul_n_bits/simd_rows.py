@@ -107,12 +107,14 @@ class RowWriter:
         step = k.divf(most, k.constant(INT8_MAX, "f32"))
         zero = k.constant(0.0, "f32")
         is_zero = k.op(f"arith.cmpf oeq, {step}, {zero} : f32", "i1")
-        inverse = k.divf(k.constant(1.0, "f32"), step)
+        inverse = k.divf(k.constant(INT8_MAX, "f32"), most)  # as ONNX Runtime: 1 / step rounds some halves otherwise
         inverse = k.splat(k.op(f"arith.select {is_zero}, {zero}, {inverse} : f32", "f32"), lanes)
 
         def rounded(offset: Index) -> str:
             shift = k.constant(_NO_FRACTION, floats)
-            return k.subf(k.addf(k.mulf(load(offset), inverse), shift), shift)
+            # The product is rounded first, as in ONNX Runtime: without a fence LLVM makes it one fma with the sum.
+            steps = k.intrinsic("llvm.arithmetic.fence", [k.mulf(load(offset), inverse)], floats)
+            return k.subf(k.addf(steps, shift), shift)
 
         if self.p.instruction is None:
 

@@ -1,4 +1,7 @@
-"""MatMulNBits against ONNX Runtime; its kernels for constant weights, which are the ones models get."""
+"""MatMulNBits against ONNX Runtime; its kernels for constant weights, which are the ones models get.
+
+On the CPU strategy ``fused_simd`` is chosen wherever it can be; ``dequantised`` is forced in tests of its own.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +15,20 @@ from iree.compiler import ir
 from iree.compiler.api import Session
 from linattn.dialect_patterns.builder import Builder
 from linattn.dialect_patterns.mat_mul_n_bits import contract as mat_mul_n_bits
-from linattn.dialect_patterns.op import LoweringContext
+from linattn.dialect_patterns.op import LoweringContext, LoweringOptions
 from linattn.dialect_patterns.rewrite import lower_operators
+from linattn.dialect_patterns.target import Target
 from linattn.runtime.errors import UnsupportedModelError
 
 OP = "MatMulNBits"
 N = 48
 
 
-def shape_attributes(depth: int, block: int, bits: int = 4, accuracy: int = 0) -> dict[str, int]:
-    return {"K": depth, "N": N, "bits": bits, "block_size": block, "accuracy_level": accuracy}
+PORTABLE = LoweringOptions("dequantised")
+
+
+def shape_attributes(depth: int, block: int, bits: int = 4, accuracy: int = 0, columns: int = N) -> dict[str, int]:
+    return {"K": depth, "N": columns, "bits": bits, "block_size": block, "accuracy_level": accuracy}
 
 
 def operands(
@@ -33,16 +40,16 @@ def operands(
     dtype: Any = np.float32,
 ) -> list[np.ndarray | None]:
     rng = np.random.default_rng(0)
-    depth, block, bits = (attributes[name] for name in ("K", "block_size", "bits"))
+    depth, columns, block, bits = (attributes[name] for name in ("K", "N", "block_size", "bits"))
     blocks = -(-depth // block)
-    packed = rng.integers(0, 256, (N, blocks, block * bits // 8)).astype(np.uint8)
-    scales = (0.1 * normal(N, blocks)).astype(dtype)
+    packed = rng.integers(0, 256, (columns, blocks, block * bits // 8)).astype(np.uint8)
+    scales = (0.1 * normal(columns, blocks)).astype(dtype)
     zero_points = None
     if zeros == "packed":
-        zero_points = rng.integers(0, 256, (N, -(-blocks * bits // 8))).astype(np.uint8)
+        zero_points = rng.integers(0, 256, (columns, -(-blocks * bits // 8))).astype(np.uint8)
     elif zeros == "float":
-        zero_points = (8 + normal(N, blocks)).astype(dtype)
-    inputs = [normal(*leading, depth, dtype=dtype), packed, scales, zero_points, None, normal(N, dtype=dtype)]
+        zero_points = ((1 << bits - 1) + normal(columns, blocks)).astype(dtype)
+    inputs = [normal(*leading, depth, dtype=dtype), packed, scales, zero_points, None, normal(columns, dtype=dtype)]
     return inputs if bias else inputs[: 4 if zeros else 3]
 
 
@@ -74,6 +81,50 @@ def test_rounded_to_int8(bits: int, tokens: int):
     check(attributes, inputs)
 
 
+# 1 to 4 rows are multiplied as weights are unpacked, more with unpacked tiles of 64 rows; 3 blocks are less than are
+# read at once, 37 two slabs; 300 columns are several workgroups with a partial tile.
+@pytest.mark.parametrize("accuracy", [0, 4])
+@pytest.mark.parametrize(
+    ("bits", "block", "zeros", "depth", "columns", "tokens"),
+    [
+        (4, 32, "", 1184, 300, 70),
+        (4, 32, "packed", 1184, 300, 2),
+        (4, 16, "packed", 88, 41, 9),
+        (4, 16, "float", 88, 41, 4),
+        (4, 256, "packed", 900, 12, 1),
+        (4, 128, "", 900, 12, 7),
+        (8, 64, "packed", 328, 41, 1),
+        (8, 32, "", 328, 41, 65),
+        (2, 16, "packed", 328, 41, 1),
+        (2, 64, "packed", 328, 41, 6),
+    ],
+)
+def test_edges(bits: int, block: int, zeros: str, depth: int, columns: int, tokens: int, accuracy: int):
+    attributes = shape_attributes(depth, block, bits, accuracy, columns)
+    check(attributes, operands(attributes, (1, tokens), zeros=zeros, bias=tokens % 2 == 1))
+
+
+@pytest.mark.parametrize(
+    ("bits", "block", "zeros", "tokens", "accuracy"),
+    [(4, 32, "packed", 5, 4), (4, 16, "", 1, 0), (8, 32, "", 1, 4), (2, 64, "packed", 6, 0)],
+)
+def test_portable_form(bits: int, block: int, zeros: str, tokens: int, accuracy: int):
+    attributes = shape_attributes(72, block, bits, accuracy)
+    check(attributes, operands(attributes, (1, tokens), zeros=zeros, bias=True), options=PORTABLE)
+
+
+@pytest.mark.parametrize(("tokens", "accuracy"), [(1, 4), (9, 0)])
+def test_vectors_of_any_cpu(tokens: int, accuracy: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(TARGETS, "cpu", Target("cpu", vector_bits=128))
+    attributes = shape_attributes(328, 32, 4, accuracy, columns=41)
+    check(attributes, operands(attributes, (1, tokens), zeros="packed"))
+
+
+def test_fewer_columns_than_a_vector():
+    attributes = shape_attributes(64, 32, columns=3)
+    check(attributes, operands(attributes, (1, 5)))
+
+
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_depth_within_a_block_and_bias(tokens: int):
     attributes = shape_attributes(72, 32)
@@ -96,15 +147,17 @@ def test_flat_scales_and_zero_points():
     check(attributes, inputs)
 
 
+@pytest.mark.parametrize("accuracy", [0, 4])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_dtypes_with_open_tokens(dtype: Any):
-    attributes = shape_attributes(64, 32)
+def test_dtypes_with_open_tokens(dtype: Any, accuracy: int):
+    attributes = shape_attributes(64, 32, 4, accuracy)
     check(attributes, operands(attributes, (1, 5), bias=True, dtype=dtype), open_axes={0: (0, 1)})
 
 
+@pytest.mark.parametrize("accuracy", [0, 4])
 @pytest.mark.parametrize("dtype", DTYPES[1:])
-def test_dtypes_with_one_token(dtype: Any):
-    attributes = shape_attributes(64, 32)
+def test_dtypes_with_one_token(dtype: Any, accuracy: int):
+    attributes = shape_attributes(64, 32, 4, accuracy)
     check(attributes, operands(attributes, (1, 1), zeros="packed", bias=True, dtype=dtype))
 
 
