@@ -143,7 +143,7 @@ def lowered(
 
 @cache
 def device_config(target: str) -> rt.Config:
-    """The runtime's own device: opened by IREE alone, lavapipe's would spin on both cores for the rest of the process."""
+    """The runtime's own device: opened by IREE alone, lavapipe's would spin on both cores from then on."""
     return rt.Config(device=open_device(target).hal_device)
 
 
