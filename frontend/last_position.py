@@ -7,6 +7,7 @@ first, but for that product.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -18,6 +19,9 @@ from .specialize import SpecializedGraph
 
 LEAST_TOKENS = 16
 """Blocks of fewer tokens wait for the weights of the last product anyway."""
+
+LEAST_BYTES = 1 << 20
+"""A smaller product takes less time than its function takes to compile."""
 
 _PRODUCTS = ("MatMul", "MatMulNBits")
 _BY_ROW = (*_PRODUCTS, "Cast", "Identity", "Tanh", "Mul", "Div", "Add", "Sub")
@@ -33,12 +37,13 @@ def keep_last(graph: SpecializedGraph, output: str, tokens: int) -> SpecializedG
         tokens: T.
 
     Returns:
-        The graph, or None where the output is not the end of a product with weights.
+        The graph, or None where the output is not the end of a product with weights, or that is small.
     """
     model = onnx.ModelProto()
     model.CopyFrom(graph.proto)
     chain = _chain(model.graph, output)
-    if not any(node.op_type in _PRODUCTS for node in chain):
+    weights = {name for node in chain if node.op_type in _PRODUCTS for name in node.input[1:]}
+    if sum(_bytes(graph.types[name]) for name in weights if name) < LEAST_BYTES:
         return None
     source = chain[-1].input[0]
     names = [source, *(node.output[0] for node in chain)]
@@ -62,6 +67,13 @@ def keep_last(graph: SpecializedGraph, output: str, tokens: int) -> SpecializedG
         proto.tensor_type.shape.dim[1].dim_value = 1
         types[name] = proto
     return SpecializedGraph(model, types)
+
+
+def _bytes(proto: onnx.TypeProto) -> int:
+    spec = spec_of_type(proto)
+    assert spec is not None
+    item = onnx.helper.tensor_dtype_to_np_dtype(proto.tensor_type.elem_type).itemsize
+    return math.prod(size or 0 for size in spec.shape) * item
 
 
 def _chain(graph: onnx.GraphProto, output: str) -> Sequence[onnx.NodeProto]:

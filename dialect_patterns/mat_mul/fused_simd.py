@@ -48,8 +48,7 @@ def is_legal(contract: MatMul, target: Target) -> Legality:
 
 def plan_for(contract: MatMul, target: Target) -> Plan:
     """The sizes of the kernel."""
-    dtype, bits = contract.a.dtype, target.vector_bits
-    return plan(contract.rows, contract.depth, contract.columns, bits, _BYTES[dtype], dtype == "f32")
+    return plan(contract.rows, contract.depth, contract.columns, target.vector_bits, _BYTES[contract.a.dtype])
 
 
 def emit_mat_mul_fused_simd(context: LoweringContext, contract: MatMul, a: ir.Value, b: ir.Value) -> ir.Value:
@@ -63,6 +62,7 @@ def emit_mat_mul_fused_simd(context: LoweringContext, contract: MatMul, a: ir.Va
     rows = build.collapse(a, 0, len(leading) - 1)
     kernel = mat_mul_kernel(contract, p)
     (y,) = dispatch(build, kernel, [rows, packed], 1, build.dim(rows, 0))
+    y = build.cast(y, contract.a.dtype)
     return build.expand(y, 0, leading) if len(leading) > 1 else y
 
 
@@ -79,7 +79,7 @@ def pack(weights: np.ndarray[Any, Any], width: int) -> np.ndarray[Any, Any]:
 
 
 def mat_mul_kernel(contract: MatMul, p: Plan) -> Kernel:
-    """The kernel of a contract."""
+    """The kernel of a contract; with many rows its result is f32, since sums of blocks are kept there."""
     dtype = contract.a.dtype
 
     def write(k: KernelText, batch: Index, rows: Index, memrefs: Sequence[str]) -> None:
@@ -90,7 +90,7 @@ def mat_mul_kernel(contract: MatMul, p: Plan) -> Kernel:
     return Kernel(
         name=f"mat_mul_fused_simd_{dtype}_{rows}x{p.columns}x{p.depth}_v{32 * p.lanes}",
         inputs=(TensorSpec((p.rows, p.depth), dtype), TensorSpec((p.panels, p.depth, p.width), dtype)),
-        outputs=(TensorSpec((p.rows, p.columns), dtype),),
+        outputs=(TensorSpec((p.rows, p.columns), dtype if p.is_small else "f32"),),
         axes=("T_", "___", "T_"),
         workgroups=(-(-p.panels // p.group), 1),
         write=write,

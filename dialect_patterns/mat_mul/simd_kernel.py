@@ -76,7 +76,7 @@ def panel_width(lanes: int) -> int:
     return lanes * VECTORS
 
 
-def plan(rows: int | None, depth: int, columns: int, vector_bits: int, weight_bytes: int, exact: bool) -> Plan:
+def plan(rows: int | None, depth: int, columns: int, vector_bits: int, weight_bytes: int) -> Plan:
     """The sizes for a product.
 
     Args:
@@ -85,13 +85,12 @@ def plan(rows: int | None, depth: int, columns: int, vector_bits: int, weight_by
         columns: N.
         vector_bits: Width of a SIMD register.
         weight_bytes: Of one weight.
-        exact: Whether partial sums may be kept in the result: it has the type of the sums.
     """
     lanes = max(vector_bits // 32, 4)
     width = panel_width(lanes)
     tile = 12 if vector_bits >= 512 else 6  # with two vectors each, most of 32 or 16 registers
     small = rows is not None and rows <= tile
-    blocks = -(-depth // _BLOCK) if exact and columns % width == 0 and not small else 1
+    blocks = -(-depth // _BLOCK) if columns % width == 0 and not small else 1
     block = -(-depth // blocks)
     block += -block % lanes if blocks > 1 else 0
     panels = -(-columns // width)
@@ -101,7 +100,7 @@ def plan(rows: int | None, depth: int, columns: int, vector_bits: int, weight_by
 
 
 class Body:
-    """Writes the body; ``a`` [M, K], ``b`` [panels, K, W], ``y`` [M, N]."""
+    """Writes the body; ``a`` [M, K], ``b`` [panels, K, W], ``y`` [M, N], of f32 unless the rows are few."""
 
     def __init__(self, k: KernelText, p: Plan, rows: Index, memrefs: Sequence[str]) -> None:
         self.k, self.p, self.rows = k, p, rows

@@ -1,4 +1,9 @@
-"""CPUs through LLVM: the machine at hand, any x86-64 or AArch64, or named features."""
+"""CPUs through LLVM: the machine at hand, any x86-64 or AArch64, or named features.
+
+IREE's own settings for products stay as they are (no data tiling): products with weights are hand-made kernels over
+weights packed at compile time (``dialect_patterns.mat_mul``), one copy for decode and prefill, nothing packed when
+loading.
+"""
 
 from __future__ import annotations
 

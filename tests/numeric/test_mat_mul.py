@@ -123,8 +123,8 @@ def test_pack(columns: int) -> None:
         (MatMul("m", TensorSpec((2, 8), "i32"), TensorSpec((8, 8), "i32"), True), "cpu", "one matrix"),
     ],
 )
-def test_what_is_left_to_iree(contract: MatMul, target: str, reason: str) -> None:
+def test_what_others_do(contract: MatMul, target: str, reason: str) -> None:
     machine = Target("cpu", vector_bits=256) if target == "cpu" else Target("cuda", is_gpu=True, subgroup_size=32)
     choice = choose(contract, machine, LoweringOptions(strategy="chunked"))
-    assert choice.strategy == "imported"
+    assert choice.strategy == ("imported" if target == "cpu" else "fused_simt")
     assert reason in choice.rejected["fused_simd"]

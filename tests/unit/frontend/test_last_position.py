@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
+from linattn.frontend import last_position
 from linattn.frontend.last_position import keep_last
 from linattn.frontend.schema import infer_types
 from linattn.frontend.specialize import SpecializedGraph
@@ -12,6 +13,11 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 TOKENS = 5
+
+
+@pytest.fixture(autouse=True)
+def small_products_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(last_position, "LEAST_BYTES", 1)
 
 
 def graph_of(nodes: list[onnx.NodeProto], outputs: tuple[str, ...] = ("logits",)) -> SpecializedGraph:
@@ -74,3 +80,10 @@ LEFT = [
 def test_left_as_it_is(nodes: list[onnx.NodeProto]) -> None:
     outputs = ("logits", "other") if any("other" in node.output for node in nodes) else ("logits",)
     assert keep_last(graph_of(nodes, outputs), "logits", TOKENS) is None
+
+
+def test_a_small_product_is_not_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(last_position, "LEAST_BYTES", 3 * 7 * 4 + 1)
+    assert keep_last(graph_of([product()]), "logits", TOKENS) is None
+    monkeypatch.setattr(last_position, "LEAST_BYTES", 3 * 7 * 4)
+    assert keep_last(graph_of([product()]), "logits", TOKENS) is not None
