@@ -85,6 +85,12 @@ def test_open_dims() -> None:
     check_states(session)
 
 
+def test_open_batch() -> None:
+    session = program("cpu", None).session()
+    assert error(run(session, [23, 1, 16]), reference()["logits"]) < BENIGN["float32"]
+    check_states(session)
+
+
 def test_a_used_session_starts_over_as_a_fresh_one() -> None:
     session = program("cpu").session()
     first = run(session, [40])
