@@ -1,8 +1,10 @@
 """CPUs through LLVM: the machine at hand, any x86-64 or AArch64, or named features.
 
-IREE's own settings for products stay as they are (no data tiling): products with weights are hand-made kernels over
-weights packed at compile time (``dialect_patterns.mat_mul``), one copy for decode and prefill, nothing packed when
-loading.
+IREE's own settings stay as they are: products with weights are hand-made kernels over weights packed at compile time
+(``dialect_patterns.mat_mul``), one copy for decode and prefill, nothing packed when loading. Measured in one run on 2
+cores of Zen 2 (fp32, 149 M parameters; prompt of 64 and one decode step, medians in ms, resident MiB): these kernels 80
+and 17.1, 639 MiB; ``--iree-opt-data-tiling`` 90 and 16.6, 1080 MiB; IREE's defaults 264 and 50, 639 MiB; ONNX Runtime
+109 and 17.5. Worker threads that spin before they sleep (``--task_worker_spin_us``) made no difference.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from iree.compiler.tools import compile_str
 from linattn.runtime import InputError, Program, TargetError
+from linattn.runtime import device as device_module
 from linattn.runtime.device import DTYPE_NAMES, Device, Module, list_devices, numpy_dtype, open_device, subgroup_sizes
 from tiny_hybrid import FLAGS, Hybrid, reference
 
@@ -97,6 +98,17 @@ except Exception as error:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "threads: cannot be changed, got 2, but 3 were started" in done.stdout
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="for Linux")
+def test_a_caller_waits_without_taking_the_cpu_of_a_worker(device: Device) -> None:
+    before = os.sched_getscheduler(0)
+    with device_module._letting_workers_finish(device):
+        assert os.sched_getscheduler(0) == (os.SCHED_BATCH if device.driver == "local-task" else before)
+    assert os.sched_getscheduler(0) == before
+    with pytest.raises(RuntimeError), device_module._letting_workers_finish(device):
+        raise RuntimeError
+    assert os.sched_getscheduler(0) == before
 
 
 @pytest.mark.parametrize(("name", "threads"), [("local-sync", 2), ("cpu", 0), ("vulkan", 1)])
