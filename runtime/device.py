@@ -9,6 +9,7 @@ Facts about IREE 3.13.0 that shape this file (each has a test):
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -61,8 +62,9 @@ _HAL_TYPES = {
 }
 DTYPE_NAMES = tuple(_HAL_TYPES)
 _KEPT_STAGING = 1 << 20
-WORKSPACE_KEY = "linattn.workspace"
-"""Reflection attribute of functions that take the memory for their intermediate values as a last argument."""
+RESULTS_KEY = "linattn.results"
+"""Reflection attribute of functions that take memory as last arguments: for each result that they do not write into one of
+their inputs, and for their intermediate values. It lists `[dtype, shape]` of each result, null for one in an input."""
 _WORKSPACE_BYTES = "iree.abi.transients.size.constant"
 
 
@@ -161,9 +163,9 @@ class Device:
             mapped = target.view.get_buffer().map()
             mapped.asarray([target.nbytes], np.dtype(np.uint8))[:] = raw
 
-    def workspace(self, nbytes: int) -> Any:
-        """Allocates plain device memory."""
-        return self._empty([nbytes], "uint8").view.get_buffer()
+    def empty(self, shape: Sequence[int], dtype: str) -> DeviceArray:
+        """Allocates an array with undefined contents."""
+        return self._empty(shape, dtype)
 
     def zeros(self, shape: Sequence[int], dtype: str) -> DeviceArray:
         """Allocates an array of zeros, filled by the device (nothing is uploaded)."""
@@ -293,6 +295,7 @@ class Module:
         self.where = str(source) if isinstance(source, Path) else "module bytes"
         self._lock = threading.Lock()
         self._workspace: tuple[int, Any] = (0, None)
+        self._result_specs: dict[str, list[tuple[str, list[int]] | None] | None] = {}
         self._instance: Any = _rt.VmInstance()
         self._context: Any = None
         try:
@@ -341,13 +344,21 @@ class Module:
             message = f"does not load on {self.device.uri} ({self.device.description})"
             raise TargetError(message, where=self.where, hint=hint) from error
 
-    def call(self, function: str, arguments: Sequence[DeviceArray | int], dtypes: Sequence[str]) -> list[DeviceArray]:
+    def call(
+        self,
+        function: str,
+        arguments: Sequence[DeviceArray | int],
+        dtypes: Sequence[str],
+        into: Sequence[DeviceArray | None] | None = None,
+    ) -> list[DeviceArray]:
         """Calls a function and waits until it is done.
 
         Args:
             function: Name of an exported function (the synchronous one).
             arguments: Device arrays, and Python ints for i64 scalars.
             dtypes: Element type of each result.
+            into: For a function that takes the memory of its results (`result_specs`): an array of exactly its shape
+                for each, None for a result in an input. Left out: new arrays.
 
         Raises:
             TargetError: The call failed on the device, or the number of results is another one.
@@ -358,10 +369,14 @@ class Module:
                 packed.push_int(argument)
             else:
                 packed.push_ref(argument.view.ref)
+        storage = into if into is not None else self.new_results(function)
         results = _rt.VmVariantList(len(dtypes))
         try:
             with self._lock:
-                if self.workspace_bytes(function) is not None:
+                if storage is not None:
+                    for array in storage:
+                        if array is not None:
+                            packed.push_ref(array.view.ref)
                     packed.push_ref(self._workspace_of(function))
                 self._context.invoke(self.functions[function], packed, results)
         except (RuntimeError, ValueError, LookupError, NotImplementedError) as error:
@@ -369,16 +384,33 @@ class Module:
             if "empty buffer range" in hint:
                 hint = "IREE's Vulkan driver takes no tensors of size zero; compile with a fixed --max-context"
             raise TargetError(f"the call failed on {self.device.uri}", where=function, hint=hint) from error
-        if len(results) != len(dtypes):
+        given = list(storage) if storage is not None else [None] * len(dtypes)
+        returned = iter(range(len(results)))
+        if len(given) != len(dtypes) or given.count(None) != len(results):
             raise TargetError("wrong number of results", where=function, got=len(results), expected=len(dtypes))
-        views = [results.get_as_object(i, _rt.HalBufferView) for i in range(len(dtypes))]
-        return [self.device.wrap(view, dtype) for view, dtype in zip(views, dtypes, strict=True)]
+        return [
+            self.device.wrap(results.get_as_object(next(returned), _rt.HalBufferView), dtype)
+            if array is None
+            else array
+            for array, dtype in zip(given, dtypes, strict=True)
+        ]
 
     def workspace_bytes(self, function: str) -> int | None:
         """Size of the memory that a function takes for its intermediate values; None if it allocates them itself."""
-        if WORKSPACE_KEY not in self.reflection(function):
+        if RESULTS_KEY not in self.reflection(function):
             return None
         return max(int(self.functions[f"{function}$async"].reflection.get(_WORKSPACE_BYTES, 0)), 16)
+
+    def result_specs(self, function: str) -> list[tuple[str, list[int]] | None] | None:
+        """Element type and shape of each result of a function that takes their memory, see `RESULTS_KEY`."""
+        if function not in self._result_specs:
+            self._result_specs[function] = json.loads(self.reflection(function).get(RESULTS_KEY, "null"))
+        return self._result_specs[function]
+
+    def new_results(self, function: str) -> list[DeviceArray | None] | None:
+        """New arrays for the results of a function that takes their memory; None for another one."""
+        specs = self.result_specs(function)
+        return None if specs is None else [self.device.empty(s[1], s[0]) if s is not None else None for s in specs]
 
     def _workspace_of(self, function: str) -> Any:
         """Memory for a function's intermediate values; the calls share it, since they are let in one by one."""
@@ -386,7 +418,7 @@ class Module:
         size, buffer = self._workspace
         if buffer is None or size < needed:
             size = needed
-            buffer = self.device.workspace(size)
+            buffer = self.device.empty([size], "uint8").view.get_buffer()
             self._workspace = size, buffer
         return buffer.ref
 
