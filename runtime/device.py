@@ -65,8 +65,8 @@ DTYPE_NAMES = tuple(_HAL_TYPES)
 _KEPT_STAGING = 1 << 20
 _POLLED_SECONDS = 0.02
 RESULTS_KEY = "linattn.results"
-"""Reflection attribute of functions that take memory as last arguments: for each result that they do not write into one of
-their inputs, and for their intermediate values. It lists `[dtype, shape]` of each result, null for one in an input."""
+"""Reflection attribute of functions that take memory as last arguments: for each result that is not written into an
+input, and for their intermediate values. It lists `[dtype, shape]` of each result, null for one in an input."""
 _WORKSPACE_BYTES = "iree.abi.transients.size.constant"
 
 
@@ -288,7 +288,7 @@ class Device:
         return raw.view(dtype).reshape(shape)
 
     def _staging_buffer(self, nbytes: int) -> Any:
-        """Host memory for a read; small ones share one buffer, since CUDA takes over a millisecond to lock its pages."""
+        """Host memory for a read; small ones share a buffer, since CUDA takes over a millisecond to lock its pages."""
         if nbytes <= _KEPT_STAGING and self._staging is not None:
             return self._staging
         staging = self._allocator.allocate_buffer(
@@ -411,12 +411,11 @@ class Module:
         returned = iter(range(len(results)))
         if len(given) != len(dtypes) or given.count(None) != len(results):
             raise TargetError("wrong number of results", where=function, got=len(results), expected=len(dtypes))
-        return [
-            self.device.wrap(results.get_as_object(next(returned), _rt.HalBufferView), dtype)
-            if array is None
-            else array
-            for array, dtype in zip(given, dtypes, strict=True)
-        ]
+
+        def wrapped(dtype: str) -> DeviceArray:
+            return self.device.wrap(results.get_as_object(next(returned), _rt.HalBufferView), dtype)
+
+        return [wrapped(dtype) if array is None else array for array, dtype in zip(given, dtypes, strict=True)]
 
     def _invoke(self, function: str, packed: Any, results: Any) -> None:
         """Calls and waits; on a GPU with a semaphore that is kept, which takes half the time of IREE's own waiting."""

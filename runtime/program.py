@@ -220,11 +220,10 @@ class Program:
                 for spec in specs[:count]
                 if spec is not None
             ]
-        states = [
-            None if spec is None else self.device.empty(spec[1], spec[0]) for spec in specs[count:] if into is None
-        ]
-        if into is not None:
-            states = [None if spec is None else array for spec, array in zip(specs[count:], into, strict=True)]
+        given = into if into is not None else [None] * len(specs[count:])
+        states: list[DeviceArray | None] = []
+        for spec, array in zip(specs[count:], given, strict=True):
+            states.append(None if spec is None else array or self.device.empty(spec[1], spec[0]))
         return [*self._outputs[symbol], *states]
 
     def _input(self, index: int, array: HostArray) -> DeviceArray:

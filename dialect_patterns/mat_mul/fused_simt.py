@@ -3,7 +3,7 @@
     y[m, n] = sum_k a[m, k] b[k, n]                 M up to 8, sums in f32
 
     hal.executable.source @mat_mul_fused_simt_... {
-      a thread: 4 neighbouring columns, every R-th group of 4 rows of b; scf.for %group { load 4 x 4 weights, M x 4 fma }
+      a thread: 4 neighbouring columns, every R-th group of 4 rows of b; scf.for %group { 4 x 4 weights, M x 4 fma }
       gpu.shuffle sums over a subgroup, then over the subgroups through the workgroup's memory; store
     }
 
