@@ -6,7 +6,7 @@
 
 A workgroup has a row; its threads keep their part of it in registers between the sum of squares and the scaling.
 
-Legal: on GPUs with subgroup operations, for static rows whose length 4 divides. Cost: x and skip once, both outputs once.
+Legal: on GPUs with subgroup operations, for static rows whose length 4 divides. Cost: inputs and outputs once.
 """
 
 from __future__ import annotations

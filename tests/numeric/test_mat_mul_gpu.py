@@ -78,6 +78,15 @@ def test_what_the_matrix_units_take(case: MatMul, fits: bool) -> None:
     assert isinstance(fused_mma.is_legal(case, CUDA), Yes) == fits
 
 
+@pytest.mark.parametrize("columns", [4, 16, 1000, 32000, 151_936])
+def test_the_sums_fit_in_a_workgroup(columns: int) -> None:
+    for target in (CUDA, TARGETS["vulkan"], TARGETS["lavapipe"]):
+        for rows in (1, 8):
+            plan = fused_simt.plan_for(contract(rows, 1024, columns), target)
+            assert plan.memory(rows) <= target.workgroup_memory
+            assert plan.threads <= target.max_threads
+
+
 def test_whatever_onnx_allows_is_left_to_the_importer() -> None:
     for a, b in (((4,), (4,)), ((2, 3, 4), (2, 4, 5)), ((5, 3, 4), (4,)), ((4,), (2, 4, 5))):
         node = node_for("", "MatMul", 13, [spec(np.zeros(a, np.float32)), spec(np.zeros(b, np.float32))], {}, 1)
