@@ -69,9 +69,7 @@ def emit_rms_fused_simt(
     outputs: list[tuple[ir.RankedTensorType, list[ir.Value]]] = [
         (tensor_type(shape, dtype), []) for _ in range(1 + with_sum)
     ]
-    return dispatch(
-        name, Group(threads, target.subgroup_size), 1, b.index(rows), [], [x, skip, gamma], outputs, body
-    )
+    return dispatch(name, Group(threads, target.subgroup_size), 1, b.index(rows), [], [x, skip, gamma], outputs, body)
 
 
 def _emit(k: Kernel, rows: int, size: int, dtype: str, epsilon: float, with_sum: bool) -> None:
