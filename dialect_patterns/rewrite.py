@@ -140,9 +140,9 @@ def _position(op: ir.Operation) -> ir.Value | None:
     while function is not None and function.name != "func.func":
         function = function.parent
     assert function is not None
-    arguments = function.regions[0].blocks[0].arguments
-    if not len(arguments) or str(arguments[len(arguments) - 1].type) != "!torch.int":
+    position = [a for a in function.regions[0].blocks[0].arguments if str(a.type) == "!torch.int"]
+    if not position:
         return None
     i64 = ir.IntegerType.get_signless(64)
-    value = ir.Operation.create("torch_c.to_i64", results=[i64], operands=[arguments[len(arguments) - 1]]).result
+    value = ir.Operation.create("torch_c.to_i64", results=[i64], operands=position).result
     return ir.Operation.create("arith.index_cast", results=[ir.IndexType.get()], operands=[value]).result

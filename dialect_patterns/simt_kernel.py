@@ -356,6 +356,10 @@ class Kernel:
         """Euler's number to the power of each element."""
         return math.ExpOp(a).result
 
+    def rsqrt(self, a: ir.Value) -> ir.Value:
+        """1 / sqrt of each element."""
+        return math.RsqrtOp(a).result
+
     def tanh(self, a: ir.Value) -> ir.Value:
         """Hyperbolic tangent."""
         return math.TanhOp(a).result

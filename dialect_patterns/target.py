@@ -15,7 +15,7 @@ class Target:
         vector_bits: Width of a SIMD register in bits (CPU), 0 where that is no notion.
         subgroup_size: Threads of a subgroup, 0 where there are none.
         features: Instruction sets (CPU) that a kernel may use by name, as LLVM calls them.
-        matrix_stride: Where subgroups multiply 16 x 16 matrices of f16 with sums in f32: what the stride between the rows
+        matrix_stride: Where subgroups multiply 16 x 16 matrices of f16 with sums in f32: what the stride between rows
             of such a matrix counts in memory of 16-byte chunks, ``chunks`` (SPIR-V) or ``elements`` (NVVM). None where
             there are no such products.
         workgroup_memory: Bytes of memory that a workgroup shares (GPU).

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -18,14 +19,14 @@ from linattn.dialect_patterns.builder import Builder
 from linattn.dialect_patterns.op import Choice, LoweringContext, LoweringOptions
 from linattn.dialect_patterns.registry import find_op
 from linattn.dialect_patterns.rewrite import lower_operators
-from linattn.runtime.device import WORKSPACE_KEY
+from linattn.runtime.device import RESULTS_KEY
 from linattn.runtime.errors import LoweringError, UnsupportedModelError
 from linattn.runtime.manifest import REFLECTION_KEY, EntryPoint, Manifest, Parameters
 from linattn.runtime.manifest import Target as ManifestTarget
 
 from .dims import find_roles
 from .entry_points import ModuleOptions, ModulePlan, plan_module
-from .importer import Weights, import_entry_point
+from .importer import Signature, Weights, import_entry_point
 from .iree import Compiler
 from .last_position import LEAST_TOKENS, keep_last
 from .model import LoadedModel, load_model
@@ -122,7 +123,7 @@ def compile_model(
     report = _report(model, plan, graphs, versions, options, target)
     manifest = _manifest(model, plan, report, target, options)
     compiler = Compiler(target.flags, options.dump_ir)
-    takes_workspace = all(_is_static(graph) for graph in graphs)
+    is_static = all(_is_static(graph) for graph in functions.values())
     with progress.stage(f"import {len(functions)} entry points"), compiler.building():
         module = ir.Module.create()
         if target.device_attribute is not None:
@@ -130,9 +131,10 @@ def compile_model(
         weights = Weights(module, model.weights, PARAMETER_SCOPE if options.params else None)
         for symbol, graph in functions.items():
             reflection = {REFLECTION_KEY: manifest.to_json()} if symbol == plan.entry_points[0].symbol else {}
-            if takes_workspace:
-                reflection[WORKSPACE_KEY] = "1"
-            import_entry_point(symbol, graph, plan.signature(), weights, reflection)
+            signature = dataclasses.replace(plan.signature(), takes_results=is_static)
+            if is_static:
+                reflection[RESULTS_KEY] = json.dumps([_result(name, signature, graph) for name in signature.results])
+            import_entry_point(symbol, graph, signature, weights, reflection)
         compiler.dump(module, "import")
     with progress.stage("lower operators"):
         with compiler.building():
@@ -140,7 +142,7 @@ def compile_model(
             lower_operators(module, context)
             weights.drop_unused()
             compiler.dump(module, "lower-operators")
-        compiler.convert_torch(module, takes_workspace)
+        compiler.convert_torch(module, takes_workspace=is_static)
         compiler.dump(module, "linalg")
     with progress.stage(f"generate code for {target.name} ({target.description})"):
         partial = Path(f"{output}.partial") if output else None
@@ -165,6 +167,15 @@ def _is_static(graph: SpecializedGraph) -> bool:
     """Whether all sizes are known, so that the memory of a call is too."""
     values = (*graph.proto.graph.input, *graph.proto.graph.output)
     return all(d.HasField("dim_value") for v in values for d in graph.types[v.name].tensor_type.shape.dim)
+
+
+def _result(name: str, signature: Signature, graph: SpecializedGraph) -> list[Any] | None:
+    """Element type and shape of a result, None if it is written into an argument."""
+    if name in signature.tied:
+        return None
+    tensor = graph.types[name].tensor_type
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
+    return [dtype, [dim.dim_value for dim in tensor.shape.dim]]
 
 
 def _versions(proto: onnx.ModelProto) -> dict[str, int]:

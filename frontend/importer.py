@@ -149,13 +149,15 @@ class Signature:
         arguments: Graph inputs in the order of the ABI.
         results: Graph outputs, in the order of the ABI.
         tied: Result -> the argument whose buffer it is written into.
-        takes_position: Whether a last i64 argument says how many tokens are committed.
+        takes_position: Whether an i64 argument after the graph inputs says how many tokens are committed.
+        takes_results: Whether the memory of each result that is not tied is an argument too, after all others.
     """
 
     arguments: Sequence[str]
     results: Sequence[str]
     tied: Mapping[str, str]
     takes_position: bool
+    takes_results: bool = False
 
 
 def import_entry_point(
@@ -185,14 +187,18 @@ def import_entry_point(
     inputs = [cache.type_proto_to_type(graph.types[name]) for name in signature.arguments]
     if signature.takes_position:
         inputs.append(ir.Type.parse("!torch.int"))
-    results = [cache.type_proto_to_type(graph.types[name]) for name in signature.results]
+    types = {name: cache.type_proto_to_type(graph.types[name]) for name in signature.results}
+    given = [name for name in signature.results if signature.takes_results and name not in signature.tied]
+    inputs += [ir.Type.parse(str(types[name]).replace("!torch.vtensor", "!torch.tensor")) for name in given]
+    returned = [name for name in signature.results if name not in given]
+    results = [types[name] for name in returned]
     function = func.FuncOp(symbol, ir.FunctionType.get(inputs, results), ip=ir.InsertionPoint(weights.module.body))
     text = {key: ir.StringAttr.get(value) for key, value in reflection.items()}
     function.operation.attributes["iree.reflection"] = ir.DictAttr.get(text)
     index = ir.IndexType.get()
     tied = {r: ir.IntegerAttr.get(index, list(signature.arguments).index(a)) for r, a in signature.tied.items()}
     function.operation.attributes["res_attrs"] = ir.ArrayAttr.get(
-        [ir.DictAttr.get({"iree.abi.tied": tied[name]} if name in tied else {}) for name in signature.results]
+        [ir.DictAttr.get({"iree.abi.tied": tied[name]} if name in tied else {}) for name in returned]
     )
     block = function.add_entry_block()
     importer = _EntryPointImporter(
@@ -217,4 +223,6 @@ def import_entry_point(
         for node in model.graph.node:
             importer.import_node(node)
     with ir.InsertionPoint(block):
-        func.ReturnOp([values[name] for name in signature.results])
+        for name, storage in zip(given, list(block.arguments)[len(inputs) - len(given) :], strict=True):
+            ir.Operation.create("torch.overwrite.tensor.contents", operands=[values[name], storage])
+        func.ReturnOp([values[name] for name in returned])

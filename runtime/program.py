@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 _CPU_DRIVERS = ("local-task", "local-sync")
 _LARGE_INPUT = 1 << 18  # bytes; above it a copy to the device pays off
 _KEPT_INPUTS = 64
+_SMALL_OUTPUT = 1 << 19  # elements; below it the device writes to the host's memory sooner than a copy is submitted
 
 
 class Program:
@@ -34,7 +37,8 @@ class Program:
         self._manifest = manifest
         returned = [state.dtype for state in manifest.states]
         self._inputs: dict[tuple[int, tuple[int, ...]], DeviceArray] = {}
-        self._lock = threading.Lock()
+        self._outputs: dict[str, list[DeviceArray]] = {}
+        self._lock = threading.RLock()
         self._result_dtypes = [*(output.dtype for output in manifest.outputs), *returned]
 
     @staticmethod
@@ -150,11 +154,16 @@ class Program:
             else self.device.zeros(state_shape(m, spec, batch, m.max_context or 0), spec.dtype)
             for spec in m.states
         ]
-        outputs, states = self.call(entry, block_inputs(m, feeds, past, 0, tokens), states, past)
-        results = {spec.name: self.device.to_host(out) for spec, out in zip(m.outputs, outputs, strict=True)}
+        with self.exclusive():
+            outputs, states = self.call(entry, block_inputs(m, feeds, past, 0, tokens), states, past)
+            results = {spec.name: self.device.to_host(out) for spec, out in zip(m.outputs, outputs, strict=True)}
         for spec, state in zip(m.states, states, strict=True):
             results[spec.output] = read_state(m, self.device, spec, state, past + tokens)
         return results
+
+    def exclusive(self) -> AbstractContextManager[object]:
+        """No other thread's call runs inside, so that the outputs of one's own call stay as they are."""
+        return self._lock
 
     def call(
         self,
@@ -163,6 +172,7 @@ class Program:
         states: Sequence[DeviceArray],
         position: int,
         last: bool = False,
+        into: Sequence[DeviceArray] | None = None,
     ) -> tuple[list[DeviceArray], list[DeviceArray]]:
         """Calls one entry point with arrays of exactly its shapes, and waits.
 
@@ -172,9 +182,10 @@ class Program:
             states: One device array per state; those with `in_place` are written to.
             position: P.
             last: The last position's logits will do: the others are left out where the module can do without them.
+            into: Arrays like the states, to hold the next ones where the module `takes_results`. Left out: new ones.
 
         Returns:
-            The outputs, and the states after the call.
+            The outputs, in arrays that the next call of the entry point may overwrite, and the states after the call.
 
         Raises:
             TargetError: The call failed.
@@ -186,9 +197,34 @@ class Program:
             arguments += states
             if m.takes_position:
                 arguments.append(position)
-            results = self._module.call(symbol, arguments, self._result_dtypes)
+            storage = self._storage(symbol, into)
+            results = self._module.call(symbol, arguments, self._result_dtypes, storage)
         count = len(m.outputs)
         return results[:count], next_states(m, states, results[count:])
+
+    @property
+    def takes_results(self) -> bool:
+        """Whether calls write their results where they are told to."""
+        return self._module.result_specs(self._manifest.entry_points[0].symbol) is not None
+
+    def _storage(self, symbol: str, into: Sequence[DeviceArray] | None) -> list[DeviceArray | None] | None:
+        """Memory for the results of an entry point: the outputs' is kept, small ones where the host reads them."""
+        specs, count = self._module.result_specs(symbol), len(self._manifest.outputs)
+        if specs is None:
+            return None
+        if symbol not in self._outputs:
+            self._outputs[symbol] = [
+                self.device.host_buffer(spec[1], spec[0])
+                if math.prod(spec[1]) <= _SMALL_OUTPUT
+                else self.device.empty(spec[1], spec[0])
+                for spec in specs[:count]
+                if spec is not None
+            ]
+        given = into if into is not None else [None] * len(specs[count:])
+        states: list[DeviceArray | None] = []
+        for spec, array in zip(specs[count:], given, strict=True):
+            states.append(None if spec is None else array or self.device.empty(spec[1], spec[0]))
+        return [*self._outputs[symbol], *states]
 
     def _input(self, index: int, array: HostArray) -> DeviceArray:
         """A graph input where the device can read it; for as long as the call takes."""

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .program import Program
 
 _COMPACT_BYTES = 16 << 20
+_SPARE_STATES = 2
 
 
 class Session:
@@ -45,6 +46,7 @@ class Session:
         self._busy = threading.Lock()
         self._batch: int | None = None
         self._arrays: list[DeviceArray] = []
+        self._spare: list[list[DeviceArray]] = []  # memory of states that nobody needs any more
         self._position = 0
         self._mask: HostArray | None = None  # columns of committed tokens, once a caller has masked one
         if self._fixed_batch is not None:
@@ -125,22 +127,28 @@ class Session:
         if self._batch is None:
             self._allocate(batch)
 
-        states, start = list(self._arrays), 0
+        committed = self._arrays
+        states, start = committed, 0
         parts: dict[str, list[HostArray]] = {spec.name: [] for spec in m.outputs}
         outputs: list[DeviceArray] = []
         for entry, size in plan:
             outputs = []  # lets go of the block before, which may be large
             block = block_inputs(m, feeds, past, start, size)
-            outputs, states = self._program.call(entry, block, states, past + start, last)
-            start += size
-            for spec, output in zip(m.outputs, outputs, strict=True):
-                self._collect(parts[spec.name], spec, output, last, start == tokens)
+            with self._program.exclusive():
+                outputs, following = self._program.call(entry, block, states, past + start, last, self._take_spare())
+                start += size
+                for spec, output in zip(m.outputs, outputs, strict=True):
+                    self._collect(parts[spec.name], spec, output, last, start == tokens)
+            if states is not committed:
+                self._keep_spare(states)
+            states = following
         joined = {
             spec.name: found[0] if len(found) == 1 else np.concatenate(found, spec.token_axis or 0)
             for spec, found in ((spec, parts[spec.name]) for spec in m.outputs)
         }
         states = self._compact(states, outputs)
         self._arrays, self._position, self._mask = states, past + tokens, mask
+        self._keep_spare(committed)
         return joined
 
     def _prepare(self, inputs: Mapping[str, Any]) -> tuple[dict[str, HostArray], int, int, HostArray | None]:
@@ -203,9 +211,18 @@ class Session:
         else:
             found.append(device.to_host(output))
 
+    def _take_spare(self) -> list[DeviceArray] | None:
+        """Memory for the next states, None where there is none yet or the module brings it."""
+        return self._spare.pop() if self._spare else None
+
+    def _keep_spare(self, states: list[DeviceArray]) -> None:
+        """Keeps the memory of states for later ones; two sets are enough, whatever the number of blocks."""
+        if self._program.takes_results and len(self._spare) < _SPARE_STATES:
+            self._spare.append(states)
+
     def _compact(self, states: list[DeviceArray], outputs: list[DeviceArray]) -> list[DeviceArray]:
         """Copies states out of an allocation that they share with large outputs, which they would keep alive."""
-        if sum(output.nbytes for output in outputs) < _COMPACT_BYTES:
+        if self._program.takes_results or sum(output.nbytes for output in outputs) < _COMPACT_BYTES:
             return states
         moving = [i for i, spec in enumerate(self._manifest.states) if not spec.in_place]
         copies = self._program.device.copy([states[i] for i in moving])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import Any
 
 import iree.runtime as rt
@@ -16,7 +15,7 @@ from linattn.dialect_patterns.op import LoweringContext, LoweringOptions
 from linattn.dialect_patterns.registry import find_op
 from linattn.dialect_patterns.rewrite import lower_operators
 from linattn.dialect_patterns.target import Target
-from linattn.frontend.targets import TargetOptions, resolve_target
+from linattn.frontend.targets import TargetOptions, resolve_target, vulkan
 from linattn.runtime.device import open_device
 
 FLAGS = {
@@ -28,8 +27,17 @@ FLAGS = {
     "vulkan": ["--iree-hal-target-device=vulkan"],
 }
 HOST = resolve_target("cpu", TargetOptions()).capabilities
-TARGETS = {"cpu": HOST, "vulkan": Target("vulkan", is_gpu=True)}
+# The Vulkan device of CI (lavapipe) with its subgroups of 8 threads, which the baseline does not use.
+LAVAPIPE = vulkan.Device(subgroup_size=8, max_threads=512, workgroup_memory=32_768, int64=True)
+FLAGS["lavapipe"] = []
+TARGETS = {
+    "cpu": HOST,
+    "vulkan": Target("vulkan", is_gpu=True),
+    "lavapipe": Target("vulkan", is_gpu=True, subgroup_size=8, max_threads=512),
+}
+DEVICE_ATTRIBUTES = {"lavapipe": vulkan.device_attribute("lavapipe", LAVAPIPE)}
 DEFAULTS = LoweringOptions()
+DRIVERS = {"cpu": "cpu", "vulkan": "vulkan", "lavapipe": "vulkan"}
 DTYPES = {
     "float32": "f32",
     "float16": "f16",
@@ -137,14 +145,21 @@ def lowered(
     with context, ir.Location.unknown():
         module = ir.Module.parse(module_text(domain, op_type, version, inputs, outputs, attributes))
         assert lower_operators(module, LoweringContext(Builder(), TARGETS[target], options)) == 1
+        set_device(module, target)
         module.operation.verify()
         return module
 
 
-@cache
+def set_device(module: ir.Module, target: str) -> None:
+    """Describe the device in the module, for targets that flags do not describe."""
+    if target in DEVICE_ATTRIBUTES:
+        attribute = ir.Attribute.parse(DEVICE_ATTRIBUTES[target], module.context)
+        module.operation.attributes["hal.device.targets"] = attribute
+
+
 def device_config(target: str) -> rt.Config:
     """The runtime's own device: opened by IREE alone, lavapipe's would spin on both cores from then on."""
-    return rt.Config(device=open_device(target).hal_device)
+    return rt.Config(device=open_device(DRIVERS[target]).hal_device)
 
 
 def _host(device: Any, array: Any) -> np.ndarray:

@@ -211,11 +211,11 @@ def emit_attention(
     Returns:
         [B, Hq, T, dv] of the type of ``q``.
     """
-    if mask is None and _ends_at_own_key(visibility):
-        if isinstance(attention_simt.is_legal(q, k, v, heads.group, target), Yes):
-            return attention_simt.emit_attention_fused_simt(
-                b, target, q, k, v, first=visibility.first, scale=scale, softcap=softcap, left=visibility.left
-            )
+    legality = attention_simt.is_legal(q, k, v, heads.group, target)
+    if mask is None and _ends_at_own_key(visibility) and isinstance(legality, Yes):
+        return attention_simt.emit_attention_fused_simt(
+            b, target, q, k, v, first=visibility.first, scale=scale, softcap=softcap, left=visibility.left
+        )
     batch, length = b.dim(q, 0), b.dim(q, 2)
     rows = b.collapse(b.collapse(b.expand(q, 1, [heads.kv, heads.group]), 2, 3), 0, 1)
     products = b.contract("gmd,gsd->gms", rows, b.collapse(k, 0, 1))

@@ -6,12 +6,12 @@
     %m, %o = flow.dispatch @attention_fused_simt_parts_...[%heads](%first, %q, %k, %v)
     %y     = flow.dispatch @attention_fused_simt_join_...[%rows](%m, %o)
 
-The R rows of a key head (its query heads and their tokens) share each load of a key. ``L`` lanes of a subgroup hold a key
-and sum its product by shuffles; the slots of a workgroup take turns with the keys and are joined in its memory, the parts
-by the second kernel. The filled rows are dealt out evenly, so a short past costs no more than it must.
+The R rows of a key head (its query heads and their tokens) share each load of a key. ``L`` lanes of a subgroup hold a
+key and sum its product by shuffles; the slots of a workgroup take turns with the keys and are joined in its memory, the
+parts by the second kernel. The filled rows are dealt out evenly, so a short past costs no more than it must.
 
-Legal: on GPUs with subgroup operations, for up to 8 rows a key head at one position, without a mask. Cost: the filled rows
-of the cache once. Source: Flash-Decoding (Dao et al. 2023).
+Legal: on GPUs with subgroup operations, for up to 8 rows a key head at one position, without a mask. Cost: the filled
+rows of the cache once. Source: Flash-Decoding (Dao et al. 2023).
 """
 
 from __future__ import annotations

@@ -16,6 +16,8 @@ from ..builder import Builder, spec_of
 from ..node import Node, TensorSpec
 from ..op import MICROSOFT, LoweringContext, Op
 from ..scalar import Scalar
+from ..select import Yes
+from . import rms_simt
 from .checks import float_input, is_wanted, only_attributes, refuse_outputs, require_dtype, require_shape
 from .rms_normalization import emit_inverse_rms, emit_scaled
 
@@ -89,13 +91,19 @@ def emit_skip_sum(b: Builder, x: ir.Value, skip: ir.Value, bias: ir.Value | None
 def lower(
     context: LoweringContext, contract: SkipSimplifiedLayerNormalization, operands: Sequence[ir.Value | None]
 ) -> list[ir.Value | None]:
-    """The sum, one reduction and one elementwise loop."""
+    """One kernel on GPUs that can; else the sum, one reduction and one elementwise loop."""
     b = context.builder
     x, skip, gamma = operands[:3]
     assert x is not None
     assert skip is not None
     assert gamma is not None
-    total = emit_skip_sum(b, x, skip, operands[3] if len(operands) > 3 else None)
+    bias = operands[3] if len(operands) > 3 else None
+    if bias is None and isinstance(rms_simt.is_legal(x, skip, context.target), Yes):
+        found = rms_simt.emit_rms_fused_simt(
+            b, context.target, x, skip, gamma, contract.epsilon, with_sum=contract.with_sum
+        )
+        return [found[0], None, None, found[1] if contract.with_sum else None][: contract.outputs]
+    total = emit_skip_sum(b, x, skip, bias)
     inverse = emit_inverse_rms(b, total, contract.x.rank - 1, contract.epsilon)
     y = emit_scaled(b, total, inverse, gamma, contract.x.dtype)
     results = [y, None, None, b.cast(total, contract.x.dtype) if contract.with_sum else None]

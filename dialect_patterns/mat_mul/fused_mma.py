@@ -24,7 +24,7 @@ from ..builder import tensor_type
 from ..op import LoweringContext
 from ..scalar import Scalar
 from ..select import Legality, No, Yes
-from ..simt_kernel import Buffer, Group, Kernel, dispatch
+from ..simt_kernel import Group, Kernel, dispatch
 from ..target import Target
 from .contract import MatMul
 
@@ -34,6 +34,7 @@ _VECTOR = 4  # f32 of a chunk, columns of one store
 _LEAST_ROWS = 9  # fewer are the business of fused_simt
 _ENOUGH_TILES = 100  # workgroups that keep a large GPU busy
 _MIN_DEPTH = 32
+_AHEAD = 2  # tiles of a and b that are under way while one is multiplied
 
 
 @dataclass(frozen=True)
@@ -187,42 +188,40 @@ class _Product:
         k, p = self.k, self.p
         steps = self.c.depth // p.depth
         zero = Scalar.constant(0, "index")
-        first = self._loads(zero)
+        ahead = [self._loads(Scalar.constant(min(i, steps - 1), "index")) for i in range(_AHEAD)]
+        size, count = len(ahead[0]), len(ahead[0]) * _AHEAD
 
         def step(index: Scalar, carried: list[ir.Value]) -> list[ir.Value]:
-            loaded, sums = carried[: len(first)], carried[len(first) :]
+            loaded, later, sums = carried[:size], carried[size:count], carried[count:]
             k.barrier()
             for (row, chunk), value in zip(self.places_a, loaded, strict=False):
                 k.store_as_is(value, self.tile_a, row * p.stride_a + chunk)
             for (row, chunk), value in zip(self.places_b, loaded[len(self.places_a) :], strict=True):
                 k.store_as_is(value, self.tile_b, row * p.stride_b + chunk)
             k.barrier()
-            following = self._loads((index + 1).minimum(steps - 1))
-            return [*following, *self._step_products(sums)]
+            following = self._loads((index + _AHEAD).minimum(steps - 1))
+            return [*later, *following, *self._step_products(sums)]
 
-        initial = [*first, *[k.matrix_zero() for _ in range(self.high * self.wide)]]
-        return k.loop(zero, Scalar.constant(steps, "index"), 1, initial, step)[len(first) :]
+        initial = [*(v for loads in ahead for v in loads), *[k.matrix_zero() for _ in range(self.high * self.wide)]]
+        return k.loop(zero, Scalar.constant(steps, "index"), 1, initial, step)[count:]
 
     def _step_products(self, sums: list[ir.Value]) -> list[ir.Value]:
         k, p = self.k, self.p
         unit, chunks = p.unit[0], _SIDE // _CHUNK
         for depth in range(p.depth // _SIDE):
             left = [
-                self._matrix("AOp", self.tile_a, (self.down * self.high + i) * (_SIDE * p.stride_a) + depth * chunks,
+                k.matrix_load("AOp", self.tile_a, (self.down * self.high + i) * (_SIDE * p.stride_a) + depth * chunks,
                              p.stride_a * _CHUNK // unit)
                 for i in range(self.high)
             ]  # fmt: skip
             right = [
-                self._matrix("BOp", self.tile_b, (self.across * self.wide + j) * chunks + depth * _SIDE * p.stride_b,
+                k.matrix_load("BOp", self.tile_b, (self.across * self.wide + j) * chunks + depth * _SIDE * p.stride_b,
                              p.stride_b * _CHUNK // unit)
                 for j in range(self.wide)
             ]  # fmt: skip
             pairs = [(a, b) for a in left for b in right]
             sums = [k.matrix_multiply_add(a, b, s) for (a, b), s in zip(pairs, sums, strict=True)]
         return sums
-
-    def _matrix(self, role: str, tile: Buffer, start: Scalar, stride: int) -> ir.Value:
-        return self.k.matrix_load(role, tile, start, stride)
 
     def _write(self, sums: list[ir.Value]) -> None:
         """Sixteen rows of each subgroup at a time, through its part of the workgroup's memory."""

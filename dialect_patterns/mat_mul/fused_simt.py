@@ -3,7 +3,7 @@
     y[m, n] = sum_k a[m, k] b[k, n]                 M up to 8, sums in f32
 
     hal.executable.source @mat_mul_fused_simt_... {
-      a thread: 4 neighbouring columns, every R-th group of 4 rows of b; scf.for %group { load 4 x 4 weights, M x 4 fma }
+      a thread: 4 neighbouring columns, every R-th group of 4 rows of b; scf.for %group { 4 x 4 weights, M x 4 fma }
       gpu.shuffle sums over a subgroup, then over the subgroups through the workgroup's memory; store
     }
 
@@ -31,6 +31,7 @@ from .contract import MatMul
 _WIDTH = 4  # columns of a thread, rows of a group
 _MAX_ROWS = 8
 _ENOUGH_TILES = 128  # workgroups that keep a large GPU busy
+_LEAST_GROUPS = 4  # of a thread
 _UNROLL = 4  # groups whose loads are under way
 
 
@@ -63,6 +64,10 @@ class Plan:
         """Sums of a column that meet in the workgroup's memory."""
         return self.threads // self.subgroup if self.subgroup else self.across
 
+    def memory(self, rows: int) -> int:
+        """Bytes of the workgroup's memory for that many rows."""
+        return 4 * self.partial * rows * self.tile
+
 
 def is_legal(contract: MatMul, target: Target) -> Legality:
     """On a GPU, for a few rows."""
@@ -84,12 +89,14 @@ def plan_for(contract: MatMul, target: Target) -> Plan:
     lanes = 4
     while lanes < max(subgroup, 8) and vectors // (2 * lanes) >= _ENOUGH_TILES:
         lanes *= 2
-    across = 1
-    while groups % (2 * across) == 0 and 2 * across * lanes <= target.max_threads and groups // across > 4:
-        across *= 2
-    if lanes * across % (subgroup or 1) or lanes > (subgroup or lanes):
-        subgroup = 0
-    return Plan(lanes, across, subgroup)
+    plan = Plan(lanes, 1, 0)
+    while groups % (2 * plan.across) == 0 and groups // plan.across > _LEAST_GROUPS:
+        across = 2 * plan.across
+        wider = Plan(lanes, across, subgroup if subgroup and lanes * across % subgroup == 0 else 0)
+        if wider.threads > target.max_threads or wider.memory(contract.rows or 1) > target.workgroup_memory:
+            break
+        plan = wider
+    return plan
 
 
 def emit_mat_mul_fused_simt(context: LoweringContext, contract: MatMul, a: ir.Value, b: ir.Value) -> ir.Value:

@@ -16,7 +16,7 @@ from .base import CompileTarget, TargetOptions
 
 
 @dataclass(frozen=True)
-class _Device:
+class Device:
     """What a family of devices offers. A kernel needs of it only what it uses.
 
     Attributes:
@@ -37,10 +37,10 @@ class _Device:
 
 
 BASELINE = "baseline"
-_NVIDIA = _Device(32, "v1.6", 1024, 49_152, int64=True, matrices=True)
+_NVIDIA = Device(32, "v1.6", 1024, 49_152, int64=True, matrices=True)
 DEVICES = {
-    BASELINE: _Device(int64=True),  # masks made with 64-bit integers do not compile without
-    "mobile": _Device(),
+    BASELINE: Device(int64=True),  # masks made with 64-bit integers do not compile without
+    "mobile": Device(),
     "turing": _NVIDIA,
     "ampere": _NVIDIA,
     "ada": _NVIDIA,
@@ -74,7 +74,7 @@ def resolve(options: TargetOptions) -> CompileTarget:
                 workgroup_memory=device.workgroup_memory,
                 matrix_stride="chunks" if device.matrices else None,
             ),
-            device_attribute=_attribute(asked, device),
+            device_attribute=device_attribute(asked, device),
             subgroup_size=device.subgroup_size or None,
             prefill_blocks=(512, 64, 8) if device.subgroup_size else (64, 8),
         )
@@ -91,7 +91,8 @@ def resolve(options: TargetOptions) -> CompileTarget:
     )
 
 
-def _attribute(name: str, device: _Device) -> str:
+def device_attribute(name: str, device: Device) -> str:
+    """MLIR text of the ``hal.device.targets`` attribute that describes a device."""
     compute = "fp32|fp16|" + ("int64|" if device.int64 else "") + "int32|int16|int8"
     subgroup = "shuffle|arithmetic" if device.subgroup_size else "none"
     # Lets our kernels use them; IREE's own pipelines look for the architectures they know and do not.

@@ -11,7 +11,7 @@ import importlib.util
 import json
 import statistics
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ def profile_entry(
         f"--device_profiling_mode=queue-events,{family},executable-metadata",
         f"--device_profiling_output={output}",
         *_inputs(manifest, entry, position),
-        *_workspace(module, symbol),
+        *_memory(module, symbol),
     ]
     if manifest.parameters is not None:
         command.append(f"--parameters={manifest.parameters.scope}={path.parent / manifest.parameters.file}")
@@ -89,11 +89,7 @@ def _inputs(manifest: Manifest, entry: EntryPoint, position: int) -> list[str]:
 
     arguments: list[str] = []
     for spec in (*manifest.inputs, *manifest.states):
-        shape = [size(dim) for dim in spec.shape]
-        dtype = numpy_dtype(spec.dtype)
-        letter = "f" if dtype.kind == "f" else "i"
-        element = _HAL_NAMES.get(spec.dtype) or f"{letter}{8 * dtype.itemsize}"
-        arguments.append("--input=" + "x".join([*map(str, shape), element]))
+        arguments.append(_array([size(dim) for dim in spec.shape], spec.dtype))
     return [*arguments, f"--input={position}"] if manifest.takes_position else arguments
 
 
@@ -123,10 +119,18 @@ def _rows(events: list[dict[str, Any]], described: Mapping[str, list[dict[str, A
     return {"calls": len(kept), "dispatch_s": total, "count": sum(r["count"] for r in ordered), "rows": ordered}
 
 
-def _workspace(module: Module, symbol: str) -> list[str]:
-    """The last argument of a function that takes the memory for its intermediate values."""
+def _array(shape: Sequence[int], dtype: str) -> str:
+    """An argument of zeros."""
+    like = numpy_dtype(dtype)
+    element = _HAL_NAMES.get(dtype) or f"{'f' if like.kind == 'f' else 'i'}{8 * like.itemsize}"
+    return "--input=" + "x".join([*map(str, shape), element])
+
+
+def _memory(module: Module, symbol: str) -> list[str]:
+    """The last arguments of a function that takes the memory for its results and intermediate values."""
     size = module.workspace_bytes(symbol)
-    return [] if size is None else [f"--input=&{size}xi8"]
+    specs = [spec for spec in module.result_specs(symbol) or [] if spec is not None]
+    return [] if size is None else [*(_array(spec[1], spec[0]) for spec in specs), f"--input=&{size}xi8"]
 
 
 def _described(module: Module, symbol: str) -> dict[str, list[dict[str, Any]]]:

@@ -110,6 +110,7 @@ def capacity_lowered(text: str, session: Session, target: str) -> ir.Module:
     with context, ir.Location.unknown():
         module = ir.Module.parse(text)
         assert lower_operators(module, LoweringContext(Builder(), harness.TARGETS[target])) == 1
+        harness.set_device(module, target)
         module.operation.verify()
         return module
 
@@ -134,6 +135,7 @@ class CapacityRun:
         session = Session()
         session.set_flags(*harness.FLAGS[target], "--iree-input-type=none")
         module = capacity_lowered(self.text, session, target)
+        self.lowered = str(module)
         self.function = load(harness.compile_module(module, session, target), target)
         self.dtype = inputs[0].dtype
 

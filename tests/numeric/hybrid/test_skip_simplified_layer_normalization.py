@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from comparing import DTYPES, MICROSOFT, assert_matches, normal
-from harness import node_for, spec
+from harness import lowered, node_for, spec
 from linattn.dialect_patterns.hybrid import skip_simplified_layer_normalization
 from linattn.runtime.errors import UnsupportedModelError
 
@@ -54,6 +54,17 @@ def test_rows_without_a_batch():
 @pytest.mark.vulkan
 def test_vulkan():
     check(operands(bias=True), num_outputs=4, used=[True, False, False, True], target="vulkan")
+
+
+@pytest.mark.vulkan
+@pytest.mark.parametrize(("size", "dtype"), [(64, np.float16), (1100, np.float32), (12, np.float32)])
+def test_one_kernel_on_subgroups(size: int, dtype: Any):
+    inputs = [normal(2, 3, size, dtype=dtype), normal(2, 3, size + 1, dtype=dtype)[..., :size].copy(),
+              normal(size, dtype=dtype)]  # fmt: skip
+    specs = [spec(a) for a in inputs]
+    assert "rms_fused_simt" in str(lowered(MICROSOFT, OP, 1, specs, {}, 4, "lavapipe", used=[True, False, False, True]))
+    check(inputs, num_outputs=4, used=[True, False, False, True], target="lavapipe")
+    check(inputs, target="lavapipe")
 
 
 @pytest.mark.parametrize(

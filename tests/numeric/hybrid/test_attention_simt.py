@@ -1,0 +1,68 @@
+"""Attention of a few queries over a cache on a Vulkan device with subgroups (lavapipe in CI), against float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from attention_runs import CapacityRun, error, to_device, to_host
+from harness import DTYPES
+from linattn.dialect_patterns.node import TensorSpec
+
+from tests.tolerances import BENIGN as TOLERANCE
+
+pytestmark = [pytest.mark.vulkan, pytest.mark.xdist_group("vulkan")]
+TARGET = "lavapipe"
+
+
+def attention(
+    q: np.ndarray, keys: np.ndarray, values: np.ndarray, first: int, left: int | None, softcap: float
+) -> np.ndarray:
+    """[B, T, Hq*d] from q [B, T, Hq, d] and caches [B, Hkv, M, d], in float64."""
+    batch, tokens, heads, size = q.shape
+    group, y = heads // keys.shape[1], np.zeros(q.shape)
+    for b, t, h in np.ndindex(batch, tokens, heads):
+        seen = slice(0 if left is None else max(first + t - left, 0), first + t + 1)
+        scores = keys[b, h // group, seen].astype(np.float64) @ q[b, t, h].astype(np.float64) / np.sqrt(size)
+        scores = np.tanh(scores / softcap) * softcap if softcap else scores
+        weights = np.exp(scores - scores.max())
+        y[b, t, h] = weights @ values[b, h // group, seen].astype(np.float64) / weights.sum()
+    return y.reshape(batch, tokens, heads * size)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "batch", "heads", "tokens", "size", "rows", "attributes", "positions"),
+    [
+        (np.float32, 1, (4, 2), 1, 64, 300, {}, (0, 1, 63, 299)),
+        (np.float16, 2, (8, 2), 2, 32, 128, {}, (0, 5, 126)),
+        (np.float16, 1, (8, 2), 1, 256, 1024, {"local_window_size": 17, "softcap": 20.0}, (0, 5, 900)),
+        (np.float32, 1, (2, 2), 5, 12, 33, {"local_window_size": 3}, (0, 28)),
+    ],
+)
+def test_positions(
+    dtype: Any, batch: int, heads: tuple[int, int], tokens: int, size: int, rows: int, attributes: dict[str, Any],
+    positions: tuple[int, ...],
+) -> None:  # fmt: skip
+    rng = np.random.default_rng(rows)
+    count, kv = heads
+    q, k, v = (rng.standard_normal((batch, tokens, h * size)).astype(dtype) for h in (count, kv, kv))
+    past = [rng.standard_normal((batch, kv, rows, size)).astype(dtype) for _ in range(2)]
+    name = DTYPES[np.dtype(dtype).name]
+    outputs = [TensorSpec((batch, tokens, count * size), name)] + [TensorSpec((batch, kv, rows, size), name)] * 2
+    inputs = [q, k, v, *past, np.zeros(batch, np.int32), np.zeros((), np.int32)]
+    given = {"num_heads": count, "kv_num_heads": kv, **attributes}
+    run = CapacityRun("GroupQueryAttention", "com.microsoft", 1, inputs, outputs, given, (3, 4), TARGET)
+    assert "attention_fused_simt_parts" in run.lowered
+    for first in positions:
+        caches = [to_device(cache, TARGET) for cache in past]
+        inputs[5], inputs[6] = np.full(batch, first + tokens - 1, np.int32), np.array(first + tokens, np.int32)
+        got = run.step(inputs, caches, first)
+        filled = [cache.copy() for cache in past]
+        for cache, new in zip(filled, (k, v), strict=True):
+            cache[:, :, first : first + tokens] = new.reshape(batch, tokens, kv, size).transpose(0, 2, 1, 3)
+        for cache, want in zip(caches, filled, strict=True):
+            assert error(to_host(cache, TARGET, np.dtype(dtype)), want) == 0
+        left = attributes["local_window_size"] - 1 if "local_window_size" in attributes else None
+        want = attention(q.reshape(batch, tokens, count, size), *filled, first, left, attributes.get("softcap", 0.0))
+        assert error(got, want) <= TOLERANCE[np.dtype(dtype).name]

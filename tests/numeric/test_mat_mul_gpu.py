@@ -1,0 +1,94 @@
+"""MatMul with few rows on a Vulkan device (lavapipe in CI), without and with subgroup operations, against float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from harness import TARGETS, node_for, run_op, spec
+from linattn.dialect_patterns.mat_mul import fused_mma, fused_simt
+from linattn.dialect_patterns.mat_mul.contract import MatMul, parse
+from linattn.dialect_patterns.mat_mul.op import choose
+from linattn.dialect_patterns.node import TensorSpec
+from linattn.dialect_patterns.op import LoweringOptions
+from linattn.dialect_patterns.select import No, Yes
+from linattn.dialect_patterns.target import Target
+from tolerances import BENIGN, error
+
+CUDA = Target("cuda", is_gpu=True, subgroup_size=32, max_threads=1024, workgroup_memory=49_152,
+              matrix_stride="elements")  # fmt: skip
+
+
+def contract(rows: int | None, depth: int, columns: int, dtype: str = "f16") -> MatMul:
+    return MatMul("test", TensorSpec((1, rows, depth), dtype), TensorSpec((depth, columns), dtype))
+
+
+@pytest.mark.vulkan
+@pytest.mark.xdist_group("vulkan")
+@pytest.mark.parametrize("target", ["vulkan", "lavapipe"])
+@pytest.mark.parametrize(
+    ("dtype", "rows", "depth", "columns"),
+    [
+        (np.float32, 1, 64, 36),  # columns that do not fill the last tile
+        (np.float32, 8, 260, 132),
+        (np.float32, 1, 4, 4),
+        (np.float16, 3, 128, 20),
+        (np.float16, 1, 96, 2560),  # wide tiles
+        (ml_dtypes.bfloat16, 2, 256, 16),
+    ],
+)
+def test_few_rows(target: str, dtype: Any, rows: int, depth: int, columns: int) -> None:
+    if target == "vulkan" and dtype != np.float32:
+        pytest.skip("IREE's own baseline has no 16-bit storage")
+    rng = np.random.default_rng(depth)
+    a = rng.standard_normal((1, rows, depth)).astype(dtype)
+    b = rng.standard_normal((depth, columns)).astype(dtype)
+    (got,) = run_op("MatMul", [a, b], version=13, target=target)
+    assert got.dtype == dtype
+    want = a.astype(np.float64) @ b.astype(np.float64)
+    assert error(got, want) <= BENIGN[np.dtype(dtype).name]
+
+
+def test_selection() -> None:
+    options = LoweringOptions(strategy="recurrent")  # of the state operators, not of this one
+    assert choose(contract(1, 64, 64), CUDA, options).strategy == "fused_simt"
+    assert choose(contract(512, 64, 64), CUDA, options).strategy == "fused_mma"
+    left = choose(contract(512, 64, 64), TARGETS["vulkan"], options)
+    assert left.strategy == "imported"
+    assert set(left.rejected) == {"fused_simt", "fused_mma"}
+    assert choose(contract(1, 64, 64), TARGETS["cpu"], options).strategy == "imported"
+
+
+@pytest.mark.parametrize(
+    ("case", "fits"),
+    [
+        (contract(9, 64, 64), True),
+        (contract(8, 64, 64), False),  # few rows are faster otherwise
+        (contract(512, 1024, 32000), True),
+        (contract(512, 96, 8), True),
+        (contract(512, 80, 64), False),
+        (contract(512, 64, 12), False),
+        (contract(None, 64, 64), False),
+        (contract(512, 64, 64, "bf16"), False),
+    ],
+)
+def test_what_the_matrix_units_take(case: MatMul, fits: bool) -> None:
+    assert isinstance(fused_mma.is_legal(case, CUDA), Yes) == fits
+
+
+@pytest.mark.parametrize("columns", [4, 16, 1000, 32000, 151_936])
+def test_the_sums_fit_in_a_workgroup(columns: int) -> None:
+    for target in (CUDA, TARGETS["vulkan"], TARGETS["lavapipe"]):
+        for rows in (1, 8):
+            plan = fused_simt.plan_for(contract(rows, 1024, columns), target)
+            assert plan.memory(rows) <= target.workgroup_memory
+            assert plan.threads <= target.max_threads
+
+
+def test_whatever_onnx_allows_is_left_to_the_importer() -> None:
+    for a, b in (((4,), (4,)), ((2, 3, 4), (2, 4, 5)), ((5, 3, 4), (4,)), ((4,), (2, 4, 5))):
+        node = node_for("", "MatMul", 13, [spec(np.zeros(a, np.float32)), spec(np.zeros(b, np.float32))], {}, 1)
+        assert choose(parse(node), CUDA, LoweringOptions()).strategy == "imported"
+    assert isinstance(fused_simt.is_legal(contract(9, 64, 64), CUDA), No)
