@@ -568,8 +568,8 @@ def _letting_workers_finish(device: Device) -> Generator[None]:
     """Around a wait for CPU workers: being woken does not take the CPU from the worker that wakes.
 
     IREE 3.13 wakes the caller from within a worker and has it spin until that worker is out of its callback. Where the
-    caller is put on that worker's CPU, it spins until the scheduler's next tick: up to 4 ms, in a fourth of the calls on
-    2 CPUs that the call keeps busy. A thread of Linux's SCHED_BATCH waits for its turn instead.
+    caller is put on that worker's CPU, it spins until the scheduler's next tick: up to 4 ms, in a fourth of the calls
+    on 2 CPUs that the call keeps busy. A thread of Linux's SCHED_BATCH waits for its turn instead.
     """
     policy = getattr(os, "SCHED_BATCH", None)
     if policy is None or not has_worker_threads(device.uri) or os.sched_getscheduler(0) != os.SCHED_OTHER:
