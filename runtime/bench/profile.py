@@ -19,6 +19,8 @@ from linattn.runtime.device import Module, numpy_dtype
 from linattn.runtime.errors import TargetError
 from linattn.runtime.manifest import DISPATCHES_KEY, Dim, EntryPoint, Manifest
 
+from .device_times import memory_arguments
+
 CALLS = 12
 """Profiled calls of an entry point; the first two warm up."""
 WARMUP = 2
@@ -64,7 +66,7 @@ def profile_entry(
         f"--device_profiling_mode=queue-events,{family},executable-metadata",
         f"--device_profiling_output={output}",
         *_inputs(manifest, entry, position),
-        *_workspace(module, symbol),
+        *memory_arguments(module, symbol),
     ]
     if manifest.parameters is not None:
         command.append(f"--parameters={manifest.parameters.scope}={path.parent / manifest.parameters.file}")
@@ -121,12 +123,6 @@ def _rows(events: list[dict[str, Any]], described: Mapping[str, list[dict[str, A
         row["share"] = row["seconds"] / total if total else 0.0
     ordered = sorted(rows.values(), key=lambda row: -row["seconds"])
     return {"calls": len(kept), "dispatch_s": total, "count": sum(r["count"] for r in ordered), "rows": ordered}
-
-
-def _workspace(module: Module, symbol: str) -> list[str]:
-    """The last argument of a function that takes the memory for its intermediate values."""
-    size = module.workspace_bytes(symbol)
-    return [] if size is None else [f"--input=&{size}xi8"]
 
 
 def _described(module: Module, symbol: str) -> dict[str, list[dict[str, Any]]]:
