@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from linattn.runtime.device import HostArray
+from linattn.runtime.device import HostArray, Module
 from linattn.runtime.errors import TargetError
 
 from .lazy import need
@@ -25,6 +25,7 @@ from .lazy import need
 EVENTS = {"vulkan": "dispatch-events", "local-task": "host-execution", "local-sync": "host-execution"}
 _ELEMENT_TYPES = {
     "float32": "f32", "float16": "f16", "bfloat16": "bf16", "int64": "i64", "int32": "i32", "bool": "i1",
+    "int16": "i16", "int8": "i8", "uint8": "i8", "float64": "f64",
 }  # fmt: skip
 _TIMEOUT = 300.0
 
@@ -34,6 +35,7 @@ def call_seconds(
     uri: str,
     function: str,
     inputs: Sequence[tuple[HostArray, str]],
+    memory: Sequence[str],
     calls: int,
     threads: int | None = None,
 ) -> list[float]:
@@ -44,6 +46,7 @@ def call_seconds(
         uri: IREE device URI.
         function: Exported function, which takes arrays only.
         inputs: Its arguments, each with the name of its element type.
+        memory: Arguments of `memory_arguments`.
         calls: How many.
         threads: CPU worker threads; None: as IREE decides.
 
@@ -60,12 +63,20 @@ def call_seconds(
         folder = Path(name)
         recording = folder / "calls.ireeprof"
         arguments = [_argument(folder / f"{i}.bin", array, dtype) for i, (array, dtype) in enumerate(inputs)]
-        command = [f"--module={module}", f"--device={uri}", f"--function={function}", *arguments]
+        command = [f"--module={module}", f"--device={uri}", f"--function={function}", *arguments, *memory]
         command += [f"--benchmark_min_time={calls}x", f"--device_profiling_mode={events}"]
         command += [f"--task_topology_group_count={threads}"] if threads is not None else []
         _run("iree-benchmark-module", *command, f"--device_profiling_output={recording}")
         text = _run("iree-profile", "dispatch", "--format=jsonl", "--dispatch_events", str(recording))
     return per_call(text, calls)
+
+
+def memory_arguments(module: Module, function: str) -> list[str]:
+    """Arguments of `iree-benchmark-module` for the memory of results and workspace, where a function takes it."""
+    size = module.workspace_bytes(function)
+    specs = [spec for spec in module.result_specs(function) or [] if spec is not None]
+    arguments = [f"--input={'x'.join([*map(str, shape), _ELEMENT_TYPES[dtype]])}" for dtype, shape in specs]
+    return [] if size is None else [*arguments, f"--input=&{size}xi8"]
 
 
 def cuda_call_seconds(call: Callable[[], object], calls: int) -> list[float]:

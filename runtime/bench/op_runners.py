@@ -12,7 +12,7 @@ import numpy as np
 from linattn.runtime.device import DeviceArray, HostArray, Module, has_worker_threads, numpy_dtype, open_device
 from linattn.runtime.program import read_manifest
 
-from .device_times import call_seconds, cuda_call_seconds
+from .device_times import call_seconds, cuda_call_seconds, memory_arguments
 from .lazy import need
 from .machine import core_count
 from .timing import timed
@@ -72,7 +72,7 @@ class IreeRunner(Runner):
         self._device = open_device(device, threads if has_worker_threads(device) else None)
         self._threads = threads
         self._names: dict[str, list[str]] = {}
-        self._timed: dict[str, tuple[Path, str, list[tuple[HostArray, str]]]] = {}
+        self._timed: dict[str, tuple[Path, str, list[tuple[HostArray, str]], list[str]]] = {}
 
     def prepare(self, key: str, model: str, feeds: Feeds, attributes: Mapping[str, Any] | None = None) -> None:
         """See `Runner.prepare`; the inputs are uploaded here, the calls take them from the device."""
@@ -85,15 +85,17 @@ class IreeRunner(Runner):
         results += [(state.output, state.dtype) for state in manifest.states]
         symbol, dtypes = manifest.entry_points[0].symbol, [dtype for _, dtype in results]
         self._names[key] = [name for name, _ in results]
-        self._timed[key] = (Path(model), symbol, [(feeds[spec.name], spec.dtype) for spec in specs])
-        self._calls[key] = lambda: module.call(symbol, arrays, dtypes)
+        inputs = [(feeds[spec.name], spec.dtype) for spec in specs]
+        self._timed[key] = (Path(model), symbol, inputs, memory_arguments(module, symbol))
+        into = module.new_results(symbol)
+        self._calls[key] = lambda: module.call(symbol, arrays, dtypes, into)
 
     def kernel(self, key: str, calls: int) -> list[float]:
         """Seconds of the dispatches alone by the device's clock, for each of so many calls."""
         if self._device.driver == "cuda":
             return cuda_call_seconds(self._calls[key], calls)
-        module, symbol, inputs = self._timed[key]
-        return call_seconds(module, self._device.uri, symbol, inputs, calls, self._threads)
+        module, symbol, inputs, memory = self._timed[key]
+        return call_seconds(module, self._device.uri, symbol, inputs, memory, calls, self._threads)
 
     def results(self, key: str) -> dict[str, HostArray]:
         """See `Runner.results`."""

@@ -11,13 +11,15 @@ import importlib.util
 import json
 import statistics
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from linattn.runtime.device import Module, numpy_dtype
 from linattn.runtime.errors import TargetError
 from linattn.runtime.manifest import DISPATCHES_KEY, Dim, EntryPoint, Manifest
+
+from .device_times import memory_arguments
 
 CALLS = 12
 """Profiled calls of an entry point; the first two warm up."""
@@ -64,7 +66,7 @@ def profile_entry(
         f"--device_profiling_mode=queue-events,{family},executable-metadata",
         f"--device_profiling_output={output}",
         *_inputs(manifest, entry, position),
-        *_memory(module, symbol),
+        *memory_arguments(module, symbol),
     ]
     if manifest.parameters is not None:
         command.append(f"--parameters={manifest.parameters.scope}={path.parent / manifest.parameters.file}")
@@ -89,7 +91,11 @@ def _inputs(manifest: Manifest, entry: EntryPoint, position: int) -> list[str]:
 
     arguments: list[str] = []
     for spec in (*manifest.inputs, *manifest.states):
-        arguments.append(_array([size(dim) for dim in spec.shape], spec.dtype))
+        shape = [size(dim) for dim in spec.shape]
+        dtype = numpy_dtype(spec.dtype)
+        letter = "f" if dtype.kind == "f" else "i"
+        element = _HAL_NAMES.get(spec.dtype) or f"{letter}{8 * dtype.itemsize}"
+        arguments.append("--input=" + "x".join([*map(str, shape), element]))
     return [*arguments, f"--input={position}"] if manifest.takes_position else arguments
 
 
@@ -117,20 +123,6 @@ def _rows(events: list[dict[str, Any]], described: Mapping[str, list[dict[str, A
         row["share"] = row["seconds"] / total if total else 0.0
     ordered = sorted(rows.values(), key=lambda row: -row["seconds"])
     return {"calls": len(kept), "dispatch_s": total, "count": sum(r["count"] for r in ordered), "rows": ordered}
-
-
-def _array(shape: Sequence[int], dtype: str) -> str:
-    """An argument of zeros."""
-    like = numpy_dtype(dtype)
-    element = _HAL_NAMES.get(dtype) or f"{'f' if like.kind == 'f' else 'i'}{8 * like.itemsize}"
-    return "--input=" + "x".join([*map(str, shape), element])
-
-
-def _memory(module: Module, symbol: str) -> list[str]:
-    """The last arguments of a function that takes the memory for its results and intermediate values."""
-    size = module.workspace_bytes(symbol)
-    specs = [spec for spec in module.result_specs(symbol) or [] if spec is not None]
-    return [] if size is None else [*(_array(spec[1], spec[0]) for spec in specs), f"--input=&{size}xi8"]
 
 
 def _described(module: Module, symbol: str) -> dict[str, list[dict[str, Any]]]:

@@ -57,7 +57,7 @@ def test_selection() -> None:
     assert choose(contract(512, 64, 64), CUDA, options).strategy == "fused_mma"
     left = choose(contract(512, 64, 64), TARGETS["vulkan"], options)
     assert left.strategy == "imported"
-    assert set(left.rejected) == {"fused_simt", "fused_mma"}
+    assert {"fused_simt", "fused_mma"} <= set(left.rejected)
     assert choose(contract(1, 64, 64), TARGETS["cpu"], options).strategy == "imported"
 
 
