@@ -117,7 +117,7 @@ def test_pack(columns: int) -> None:
     ("contract", "target", "reason"),
     [
         (MatMul("m", TensorSpec((2, 8), "f32"), TensorSpec((8, 8), "f32"), False), "cpu", "not a weight"),
-        (MatMul("m", TensorSpec((9, 8), "f32"), TensorSpec((8, 8), "f32"), True), "gpu", "not a CPU"),
+        (MatMul("m", TensorSpec((2, 8), "f32"), TensorSpec((8, 8), "f32"), True), "gpu", "not a CPU"),
         (MatMul("m", TensorSpec((2, 8), "f32"), TensorSpec((2, 8, 8), "f32"), True), "cpu", "one matrix"),
         (MatMul("m", TensorSpec((0, 8), "f32"), TensorSpec((8, 8), "f32"), True), "cpu", "zero"),
         (MatMul("m", TensorSpec((2, 8), "i32"), TensorSpec((8, 8), "i32"), True), "cpu", "one matrix"),
