@@ -4,6 +4,8 @@ Facts about IREE 3.13.0 that shape this file (each has a test):
 
 * `iree.runtime.DeviceArray` can cache its first host copy (iree#18870); `Device.to_host` reads the device every time.
 * A `VmContext` must not be entered by two threads at once, so every call of a module holds the module's lock.
+* The Vulkan driver replays a command buffer that IREE keeps from call to call without looking whether the buffers that
+  it copies between are still the same; keeping native command buffers is switched off.
 * Vulkan devices are named by UUID, not by number; `vulkan://1` is the second device listed, resolved here.
 """
 
@@ -37,6 +39,8 @@ except ImportError:  # pragma: no cover
 
 _rt: Any = cast(Any, _untyped_rt)
 _flags: Any = cast(Any, _untyped_flags)
+
+_flags.parse_flags("--vulkan_cached_bda_replay_instances=0")  # of the process, before its first Vulkan driver
 
 HostArray = NDArray[Any]
 

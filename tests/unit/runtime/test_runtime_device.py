@@ -10,10 +10,14 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+import onnx
 import pytest
 from iree.compiler.tools import compile_str
+from linattn.frontend import CompileOptions, compile_model
 from linattn.runtime import InputError, Program, TargetError
 from linattn.runtime import device as device_module
+from linattn.runtime.bench.cases import AttentionCase
+from linattn.runtime.bench.op_models import build_op
 from linattn.runtime.device import DTYPE_NAMES, Device, Module, list_devices, numpy_dtype, open_device, subgroup_sizes
 from tiny_hybrid import FLAGS, Hybrid, reference
 
@@ -238,3 +242,19 @@ def test_calls_are_let_in_one_by_one() -> None:
     for thread in threads:
         thread.join(30)
     assert most == [1]
+
+
+@pytest.mark.vulkan
+def test_results_in_new_buffers_every_time(device: Device) -> None:
+    """A module of several command buffers, whose last one IREE keeps: it writes where it is told to, in every call."""
+    if device.driver != "vulkan":
+        pytest.skip("for Vulkan")
+    case = AttentionCase(tokens=3, dtype="float32", heads=1, kv_heads=1, dk=8, dv=8)
+    model = onnx.load_from_string(build_op(case, case.inputs(), "com.microsoft"))
+    options = CompileOptions(target="vulkan", strategy="recurrent")
+    program = Program.load(compile_model(model, options).module)
+    for seed in range(3):
+        given = AttentionCase(tokens=3, dtype="float32", heads=1, kv_heads=1, dk=8, dv=8, seed=seed)
+        want, got = given.reference(given.inputs()), program.run(given.inputs())
+        for name, array in want.items():
+            np.testing.assert_allclose(got[name], array, atol=1e-5)
