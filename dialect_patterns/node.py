@@ -56,7 +56,7 @@ class Node:
         num_outputs: How many outputs the node lists, left-out ones included.
         attributes: Attribute values: int, float, str, bytes-free lists of them.
         used_outputs: For each output whether it is named (wanted).
-        weights: Inputs that are weights of the model, stored in globals; known only once the model is imported.
+        weights: Inputs that are weights of the model, stored in globals.
     """
 
     name: str

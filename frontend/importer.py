@@ -21,11 +21,8 @@ from iree.compiler.extras import onnx_importer
 from linattn.dialect_patterns.rewrite import DOMAIN, NODE, VERSION
 from onnx import numpy_helper
 
-from .schema import DTYPES, domain_of
+from .schema import DTYPES, domain_of, is_weight
 from .specialize import SpecializedGraph
-
-MIN_GLOBAL_ELEMENTS = 256
-"""Smaller initializers are written into the function: shapes and axes must be seen by the importer."""
 
 
 @dataclass
@@ -120,8 +117,7 @@ class _EntryPointImporter(onnx_importer.NodeImporter):
     versions: Mapping[str, int]
 
     def import_initializer(self, initializer: onnx.TensorProto, extern_name: str | None = None) -> ir.Value:
-        outside = initializer.name in self.weights.arrays
-        if not outside and np.prod(initializer.dims) < MIN_GLOBAL_ELEMENTS:
+        if initializer.name not in self.weights.arrays and not is_weight(initializer):
             return super().import_initializer(initializer, cast(str, extern_name))
         with ir.InsertionPoint(self._b), ir.Location.name(initializer.name):
             torch_type = self._cc.tensor_proto_to_type(initializer)

@@ -6,7 +6,8 @@ does. Shape inference of operators outside ONNX comes from the same contracts th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cache, partial
 from typing import Any, cast
 
@@ -14,6 +15,9 @@ import onnx
 from linattn.dialect_patterns.node import Node, TensorSpec
 from linattn.dialect_patterns.registry import OPS, find_op
 from linattn.runtime.errors import LinattnError, UnsupportedModelError
+
+MIN_WEIGHT_ELEMENTS = 256
+"""Smaller initializers are written into the function: shapes and axes must be seen by the importer."""
 
 DTYPES: dict[int, str] = {
     onnx.TensorProto.FLOAT: "f32",
@@ -101,8 +105,24 @@ def attributes_of(node: onnx.NodeProto) -> dict[str, object]:
     return {a.name: plain(onnx.helper.get_attribute_value(a)) for a in node.attribute}
 
 
-def node_view(node: onnx.NodeProto, types: Mapping[str, onnx.TypeProto], versions: Mapping[str, int]) -> Node:
+def is_weight(tensor: onnx.TensorProto) -> bool:
+    """Whether an initializer becomes a global of the module; smaller ones are written into the functions."""
+    return tensor.data_location == onnx.TensorProto.EXTERNAL or math.prod(tensor.dims) >= MIN_WEIGHT_ELEMENTS
+
+
+def node_view(
+    node: onnx.NodeProto,
+    types: Mapping[str, onnx.TypeProto],
+    versions: Mapping[str, int],
+    weights: Collection[str] = (),
+) -> Node:
     """The contract's view of an ONNX node.
+
+    Args:
+        node: The node.
+        types: Types of the graph's values.
+        versions: Domain -> opset version.
+        weights: Names of the initializers that are weights, see :func:`is_weight`.
 
     Raises:
         UnsupportedModelError: if the type of an input is not known.
@@ -120,7 +140,8 @@ def node_view(node: onnx.NodeProto, types: Mapping[str, onnx.TypeProto], version
         inputs.append(spec)
     used = tuple(bool(name) for name in node.output)
     version = versions.get(domain, 1)
-    return Node(node.name, domain, node.op_type, version, tuple(inputs), len(used), attributes_of(node), used)
+    constant = frozenset(i for i, name in enumerate(node.input) if name in weights)
+    return Node(node.name, domain, node.op_type, version, tuple(inputs), len(used), attributes_of(node), used, constant)
 
 
 def is_supported(domain: str, op_type: str, version: int) -> bool:
@@ -257,12 +278,13 @@ def check_contracts(
         UnsupportedModelError: for the first node that breaks its contract.
     """
     contracts: dict[str, Any] = {}
+    weights = {tensor.name for tensor in graph.initializer if is_weight(tensor)}
     for node in graph.node:
         domain = domain_of(node)
         op = find_op(domain, node.op_type, versions.get(domain, 1))
         unknown = partial and any(name and spec_of_type(types.get(name)) is None for name in node.input)
         if op is not None and not unknown:
-            contracts[node.name] = op.parse(node_view(node, types, versions))
+            contracts[node.name] = op.parse(node_view(node, types, versions, weights))
     return contracts
 
 

@@ -94,8 +94,10 @@ def is_legal(contract: MatMul, target: Target) -> Legality:
         return No(f"{target.name} is not a GPU")
     if target.matrix_stride is None or target.subgroup_size < _SIDE:
         return No(f"{target.name} is compiled for without products of 16x16 matrices")
-    if not contract.is_plain or contract.a.dtype != "f16":
-        return No(f"{contract.a} by {contract.b} is not rows times one matrix, of f16")
+    if contract.a.dtype != "f16":
+        return No(f"{contract.a.dtype}, not f16")
+    if not contract.is_plain:
+        return No(f"{contract.a} by {contract.b} is not rows times one matrix")
     if contract.rows is None or contract.rows < _LEAST_ROWS:
         return No(f"{'?' if contract.rows is None else contract.rows} rows, less than {_LEAST_ROWS}")
     if contract.depth % _MIN_DEPTH or contract.columns % _CHUNK or not contract.depth:
