@@ -17,8 +17,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -321,6 +320,7 @@ class Module:
         self.where = str(source) if isinstance(source, Path) else "module bytes"
         self._lock = threading.Lock()
         self._workspace: tuple[int, Any] = (0, None)
+        self._workspace_bytes: dict[str, int | None] = {}
         self._semaphore: Any = None
         self._submitted = 0
         self._result_specs: dict[str, list[tuple[str, list[int]] | None] | None] = {}
@@ -406,8 +406,12 @@ class Module:
                         if array is not None:
                             packed.push_ref(array.view.ref)
                     packed.push_ref(self._workspace_of(function))
-                with _letting_workers_finish(self.device):
+                batch = has_worker_threads(self.device.uri) and _let_workers_finish()
+                try:
                     self._invoke(function, packed, results)
+                finally:
+                    if batch:
+                        os.sched_setscheduler(0, os.SCHED_OTHER, _NO_PRIORITY)
         except (RuntimeError, ValueError, LookupError, NotImplementedError) as error:
             hint = one_line(error)
             if "empty buffer range" in hint:
@@ -442,9 +446,10 @@ class Module:
 
     def workspace_bytes(self, function: str) -> int | None:
         """Size of the memory that a function takes for its intermediate values; None if it allocates them itself."""
-        if RESULTS_KEY not in self.reflection(function):
-            return None
-        return max(int(self.functions[f"{function}$async"].reflection.get(_WORKSPACE_BYTES, 0)), 16)
+        if function not in self._workspace_bytes:
+            told = self.functions[f"{function}$async"].reflection if RESULTS_KEY in self.reflection(function) else None
+            self._workspace_bytes[function] = None if told is None else max(int(told.get(_WORKSPACE_BYTES, 0)), 16)
+        return self._workspace_bytes[function]
 
     def result_specs(self, function: str) -> list[tuple[str, list[int]] | None] | None:
         """Element type and shape of each result of a function that takes their memory, see `RESULTS_KEY`."""
@@ -467,6 +472,9 @@ class Module:
             self._workspace = size, buffer
         return buffer.ref
 
+
+_NO_PRIORITY: Any = os.sched_param(0) if hasattr(os, "SCHED_BATCH") else None
+"""What Linux's ordinary scheduling policies want to be told; None on other systems."""
 
 _open_devices: dict[str, Device] = {}
 _started: set[str] = set()
@@ -567,27 +575,23 @@ def _open(uri: str, driver: str, path: str) -> Device:
     return Device(uri, hal_device, name)
 
 
-@contextmanager
-def _letting_workers_finish(device: Device) -> Generator[None]:
-    """Around a wait for CPU workers: being woken does not take the CPU from the worker that wakes.
+def _let_workers_finish() -> bool:
+    """Before a wait for CPU workers: being woken does not take the CPU from the worker that wakes.
 
     IREE 3.13 wakes the caller from within a worker and has it spin until that worker is out of its callback. Where the
     caller is put on that worker's CPU, it spins until the scheduler's next tick: up to 4 ms, in a fourth of the calls
     on 2 CPUs that the call keeps busy. A thread of Linux's SCHED_BATCH waits for its turn instead.
+
+    Returns:
+        Whether the thread was made one of SCHED_BATCH and must be made an ordinary one again.
     """
-    policy = getattr(os, "SCHED_BATCH", None)
-    if policy is None or not has_worker_threads(device.uri) or os.sched_getscheduler(0) != os.SCHED_OTHER:
-        yield
-        return
+    if _NO_PRIORITY is None or os.sched_getscheduler(0) != os.SCHED_OTHER:
+        return False
     try:
-        os.sched_setscheduler(0, policy, os.sched_param(0))
+        os.sched_setscheduler(0, os.SCHED_BATCH, _NO_PRIORITY)
     except OSError:  # not allowed here; it is only slower
-        yield
-        return
-    try:
-        yield
-    finally:
-        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+        return False
+    return True
 
 
 def _threads() -> set[int]:

@@ -15,7 +15,6 @@ import pytest
 from iree.compiler.tools import compile_str
 from linattn.frontend import CompileOptions, compile_model
 from linattn.runtime import InputError, Program, TargetError
-from linattn.runtime import device as device_module
 from linattn.runtime.bench.cases import AttentionCase
 from linattn.runtime.bench.op_models import build_op
 from linattn.runtime.device import DTYPE_NAMES, Device, Module, list_devices, numpy_dtype, open_device, subgroup_sizes
@@ -105,13 +104,21 @@ except Exception as error:
 
 
 @pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="for Linux")
-def test_a_caller_waits_without_taking_the_cpu_of_a_worker(device: Device) -> None:
+def test_a_caller_waits_without_taking_the_cpu_of_a_worker(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, seen = Module.__new__(Module), list[int]()
+    module._device, module._lock, module._result_specs = device, threading.Lock(), {"f": None}
+
+    def invoke(function: str, packed: object, results: object) -> None:
+        seen.append(os.sched_getscheduler(0))
+        if len(seen) == 2:
+            raise RuntimeError("a call that fails")
+
+    monkeypatch.setattr(module, "_invoke", invoke)
     before = os.sched_getscheduler(0)
-    with device_module._letting_workers_finish(device):
-        assert os.sched_getscheduler(0) == (os.SCHED_BATCH if device.driver == "local-task" else before)
-    assert os.sched_getscheduler(0) == before
-    with pytest.raises(RuntimeError), device_module._letting_workers_finish(device):
-        raise RuntimeError
+    module.call("f", [], [])
+    with pytest.raises(TargetError):
+        module.call("f", [], [])
+    assert seen == [os.SCHED_BATCH if device.driver == "local-task" else before] * 2
     assert os.sched_getscheduler(0) == before
 
 
