@@ -19,9 +19,8 @@ from linattn.dialect_patterns.builder import Builder
 from linattn.dialect_patterns.op import Choice, LoweringContext, LoweringOptions
 from linattn.dialect_patterns.registry import find_op
 from linattn.dialect_patterns.rewrite import lower_operators
-from linattn.runtime.device import RESULTS_KEY
 from linattn.runtime.errors import LoweringError, UnsupportedModelError
-from linattn.runtime.manifest import REFLECTION_KEY, EntryPoint, Manifest, Parameters
+from linattn.runtime.manifest import REFLECTION_KEY, RESULTS_KEY, EntryPoint, Manifest, Parameters
 from linattn.runtime.manifest import Target as ManifestTarget
 
 from .dims import find_roles

@@ -1,9 +1,8 @@
-"""Devices, device arrays and loaded modules: the only file of the package that touches `iree.runtime`.
+"""Devices and device arrays; with `module.py` the only file of the package that touches `iree.runtime`.
 
 Facts about IREE 3.13.0 that shape this file (each has a test):
 
 * `iree.runtime.DeviceArray` can cache its first host copy (iree#18870); `Device.to_host` reads the device every time.
-* A `VmContext` must not be entered by two threads at once, so every call of a module holds the module's lock.
 * The Vulkan driver replays a command buffer that IREE keeps from call to call without looking whether the buffers that
   it copies between are still the same; keeping native command buffers is switched off.
 * Vulkan devices are named by UUID, not by number; `vulkan://1` is the second device listed, resolved here.
@@ -11,13 +10,12 @@ Facts about IREE 3.13.0 that shape this file (each has a test):
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -45,7 +43,8 @@ HostArray = NDArray[Any]
 
 _DEVICE_URIS = {"cpu": "local-task", "cuda": "cuda", "vulkan": "vulkan"}
 _DRIVERS = ("local-task", "local-sync", "cuda", "vulkan", "hip")
-_CPU_DRIVERS = ("local-task", "local-sync")
+CPU_DRIVERS = ("local-task", "local-sync")
+"""IREE drivers that run on the CPU."""
 _INSTALL_HINTS = {
     "vulkan": "install a Vulkan driver (Debian and Ubuntu: apt-get install mesa-vulkan-drivers libvulkan1)",
     "cuda": "install the NVIDIA driver (libcuda.so)",
@@ -68,10 +67,6 @@ _HAL_TYPES = {
 DTYPE_NAMES = tuple(_HAL_TYPES)
 _KEPT_STAGING = 1 << 20
 _POLLED_SECONDS = 0.02
-RESULTS_KEY = "linattn.results"
-"""Reflection attribute of functions that take memory as last arguments: for each result that is not written into an
-input, and for their intermediate values. It lists `[dtype, shape]` of each result, null for one in an input."""
-_WORKSPACE_BYTES = "iree.abi.transients.size.constant"
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
@@ -95,7 +90,7 @@ class DeviceArray:
     Attributes:
         shape: Sizes of the axes, dense and row-major.
         dtype: Name of the element type (`DTYPE_NAMES`).
-        view: The IREE buffer view that owns the memory; for `device.py` only.
+        view: The IREE buffer view that owns the memory; for `device.py` and `module.py` only.
     """
 
     shape: tuple[int, ...]
@@ -119,7 +114,7 @@ class Device:
         self._staging: Any = None
         self._staging_lock = threading.Lock()
         # Software drivers need the core that polling would take.
-        self._polls = self.driver not in _CPU_DRIVERS and "llvmpipe" not in description
+        self._polls = self.driver not in CPU_DRIVERS and "llvmpipe" not in description
 
     @property
     def driver(self) -> str:
@@ -305,177 +300,6 @@ class Device:
         return staging
 
 
-class Module:
-    """A module loaded on a device; calls from several threads are let in one at a time.
-
-    Args:
-        source: Path of a `.vmfb` file (memory-mapped; do not overwrite it while it is loaded) or its bytes.
-
-    Raises:
-        TargetError: The file is damaged.
-    """
-
-    def __init__(self, source: Path | bytes) -> None:
-        self._device: Device | None = None
-        self.where = str(source) if isinstance(source, Path) else "module bytes"
-        self._lock = threading.Lock()
-        self._workspace: tuple[int, Any] = (0, None)
-        self._workspace_bytes: dict[str, int | None] = {}
-        self._semaphore: Any = None
-        self._submitted = 0
-        self._result_specs: dict[str, list[tuple[str, list[int]] | None] | None] = {}
-        self._instance: Any = _rt.VmInstance()
-        self._context: Any = None
-        try:
-            if isinstance(source, Path):
-                self._module: Any = _rt.VmModule.mmap(self._instance, str(source))
-            else:  # always copies: a module at an unaligned address computes zeros (iree#13887)
-                self._module = _rt.VmModule.copy_buffer(self._instance, source)
-        except (RuntimeError, ValueError, OSError) as error:
-            hint = f"is it complete? ({one_line(error)})"
-            raise TargetError("not an IREE module", where=self.where, hint=hint) from error
-        self.functions: dict[str, Any] = {
-            str(name): self._module.lookup_function(name) for name in self._module.function_names
-        }
-
-    def reflection(self, function: str) -> Mapping[str, str]:
-        """The reflection attributes of an exported function."""
-        return cast(Mapping[str, str], self.functions[function].reflection)
-
-    @property
-    def device(self) -> Device:
-        """Where it has been linked."""
-        assert self._device is not None, "link comes first"
-        return self._device
-
-    def link(self, device: Device, parameters: tuple[str, Path] | None) -> None:
-        """Loads the code (and the weights) onto a device; called once, before the first call.
-
-        Args:
-            device: Where it shall run.
-            parameters: `(scope, path)` of the parameter file, if the module keeps its weights in one.
-
-        Raises:
-            TargetError: The module was compiled for another device, or the parameter file does not fit.
-        """
-        self._device = device
-        try:
-            modules: list[Any] = [_rt.create_hal_module(self._instance, self.device.hal_device)]
-            if parameters is not None:
-                index = _rt.ParameterIndex()
-                index.load(str(parameters[1]))
-                provider = index.create_provider(scope=parameters[0])
-                modules.append(_rt.create_io_parameters_module(self._instance, provider))
-            self._context = _rt.VmContext(self._instance, [*modules, self._module])
-        except (RuntimeError, ValueError, LookupError, NotImplementedError, OSError) as error:
-            hint = f"recompile it for this device or name another one ({one_line(error)})"
-            message = f"does not load on {self.device.uri} ({self.device.description})"
-            raise TargetError(message, where=self.where, hint=hint) from error
-
-    def call(
-        self,
-        function: str,
-        arguments: Sequence[DeviceArray | int],
-        dtypes: Sequence[str],
-        into: Sequence[DeviceArray | None] | None = None,
-    ) -> list[DeviceArray]:
-        """Calls a function and waits until it is done.
-
-        Args:
-            function: Name of an exported function (the synchronous one).
-            arguments: Device arrays, and Python ints for i64 scalars.
-            dtypes: Element type of each result.
-            into: For a function that takes the memory of its results (`result_specs`): an array of exactly its shape
-                for each, None for a result in an input. Left out: new arrays.
-
-        Raises:
-            TargetError: The call failed on the device, or the number of results is another one.
-        """
-        packed = _rt.VmVariantList(len(arguments))
-        for argument in arguments:
-            if isinstance(argument, int):
-                packed.push_int(argument)
-            else:
-                packed.push_ref(argument.view.ref)
-        storage = into if into is not None else self.new_results(function)
-        results = _rt.VmVariantList(len(dtypes))
-        try:
-            with self._lock:
-                if storage is not None:
-                    for array in storage:
-                        if array is not None:
-                            packed.push_ref(array.view.ref)
-                    packed.push_ref(self._workspace_of(function))
-                batch = has_worker_threads(self.device.uri) and _let_workers_finish()
-                try:
-                    self._invoke(function, packed, results)
-                finally:
-                    if batch:
-                        os.sched_setscheduler(0, os.SCHED_OTHER, _NO_PRIORITY)
-        except (RuntimeError, ValueError, LookupError, NotImplementedError) as error:
-            hint = one_line(error)
-            if "empty buffer range" in hint:
-                hint = "IREE's Vulkan driver takes no tensors of size zero; compile with a fixed --max-context"
-            raise TargetError(f"the call failed on {self.device.uri}", where=function, hint=hint) from error
-        given = list(storage) if storage is not None else [None] * len(dtypes)
-        returned = iter(range(len(results)))
-        if len(given) != len(dtypes) or given.count(None) != len(results):
-            raise TargetError("wrong number of results", where=function, got=len(results), expected=len(dtypes))
-
-        def wrapped(dtype: str) -> DeviceArray:
-            return self.device.wrap(results.get_as_object(next(returned), _rt.HalBufferView), dtype)
-
-        return [wrapped(dtype) if array is None else array for array, dtype in zip(given, dtypes, strict=True)]
-
-    def _invoke(self, function: str, packed: Any, results: Any) -> None:
-        """Calls and waits; on a GPU with a semaphore that is kept, which takes half the time of IREE's own waiting."""
-        queued = self.functions.get(f"{function}$async")
-        if queued is None or self.device.driver in _CPU_DRIVERS:
-            self._context.invoke(self.functions[function], packed, results)
-            return
-        if self._semaphore is None:
-            self._semaphore, self._submitted = self.device.hal_device.create_semaphore(0), 0
-        before = _rt.HalFence.create_at(self._semaphore, self._submitted)
-        after = _rt.HalFence.create_at(self._semaphore, self._submitted + 1)
-        packed.push_ref(before.ref)
-        packed.push_ref(after.ref)
-        semaphore, self._semaphore = self._semaphore, None  # one that has failed stays failed
-        self._context.invoke(queued, packed, results)
-        self.device.wait(semaphore, self._submitted + 1, after)
-        self._semaphore, self._submitted = semaphore, self._submitted + 1
-
-    def workspace_bytes(self, function: str) -> int | None:
-        """Size of the memory that a function takes for its intermediate values; None if it allocates them itself."""
-        if function not in self._workspace_bytes:
-            told = self.functions[f"{function}$async"].reflection if RESULTS_KEY in self.reflection(function) else None
-            self._workspace_bytes[function] = None if told is None else max(int(told.get(_WORKSPACE_BYTES, 0)), 16)
-        return self._workspace_bytes[function]
-
-    def result_specs(self, function: str) -> list[tuple[str, list[int]] | None] | None:
-        """Element type and shape of each result of a function that takes their memory, see `RESULTS_KEY`."""
-        if function not in self._result_specs:
-            self._result_specs[function] = json.loads(self.reflection(function).get(RESULTS_KEY, "null"))
-        return self._result_specs[function]
-
-    def new_results(self, function: str) -> list[DeviceArray | None] | None:
-        """New arrays for the results of a function that takes their memory; None for another one."""
-        specs = self.result_specs(function)
-        return None if specs is None else [self.device.empty(s[1], s[0]) if s is not None else None for s in specs]
-
-    def _workspace_of(self, function: str) -> Any:
-        """Memory for a function's intermediate values; the calls share it, since they are let in one by one."""
-        needed = self.workspace_bytes(function) or 0
-        size, buffer = self._workspace
-        if buffer is None or size < needed:
-            size = needed
-            buffer = self.device.empty([size], "uint8").view.get_buffer()
-            self._workspace = size, buffer
-        return buffer.ref
-
-
-_NO_PRIORITY: Any = os.sched_param(0) if hasattr(os, "SCHED_BATCH") else None
-"""What Linux's ordinary scheduling policies want to be told; None on other systems."""
-
 _open_devices: dict[str, Device] = {}
 _started: set[str] = set()
 _worker_threads: int | None = None
@@ -567,31 +391,12 @@ def _open(uri: str, driver: str, path: str) -> Device:
         hal_device = _rt.get_driver(driver).create_device_by_uri(uri)
     except (RuntimeError, ValueError, NotImplementedError) as error:
         raise _missing(uri, driver, found, error) from error
-    if driver in _CPU_DRIVERS:
+    if driver in CPU_DRIVERS:
         return Device(uri, hal_device, f"{os.cpu_count()} CPU threads")
     name = dict(found).get(uri) or (found[0][1] if found else uri)
     if "llvmpipe" in name:
         _make_nice(_threads() - threads)
     return Device(uri, hal_device, name)
-
-
-def _let_workers_finish() -> bool:
-    """Before a wait for CPU workers: being woken does not take the CPU from the worker that wakes.
-
-    IREE 3.13 wakes the caller from within a worker and has it spin until that worker is out of its callback. Where the
-    caller is put on that worker's CPU, it spins until the scheduler's next tick: up to 4 ms, in a fourth of the calls
-    on 2 CPUs that the call keeps busy. A thread of Linux's SCHED_BATCH waits for its turn instead.
-
-    Returns:
-        Whether the thread was made one of SCHED_BATCH and must be made an ordinary one again.
-    """
-    if _NO_PRIORITY is None or os.sched_getscheduler(0) != os.SCHED_OTHER:
-        return False
-    try:
-        os.sched_setscheduler(0, os.SCHED_BATCH, _NO_PRIORITY)
-    except OSError:  # not allowed here; it is only slower
-        return False
-    return True
 
 
 def _threads() -> set[int]:

@@ -20,6 +20,9 @@ FORMAT = 1
 REFLECTION_KEY = "linattn.manifest"
 DISPATCHES_KEY = "linattn.dispatches"
 """Reflection attribute with a table of the module's dispatches, for profiling; nothing at run time depends on it."""
+RESULTS_KEY = "linattn.results"
+"""Reflection attribute of functions that take memory as last arguments: for each result that is not written into an
+input, and for their intermediate values. It lists `[dtype, shape]` of each result, null for one in an input."""
 MAX_ARRAY_BYTES = 1 << 40
 
 Dim = int | str

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from . import binding
 from .binding import Sizes
-from .device import Device, DeviceArray, HostArray, Module, open_device, subgroup_sizes
+from .device import CPU_DRIVERS, Device, DeviceArray, HostArray, open_device, subgroup_sizes
 from .errors import StateError, TargetError
 from .manifest import REFLECTION_KEY, EntryPoint, InputSpec, Manifest, OutputSpec, StateSpec
+from .module import Module
 from .state import next_states, read_state, state_shape, upload_state
 
 if TYPE_CHECKING:
     from .session import Session
 
-_CPU_DRIVERS = ("local-task", "local-sync")
 _LARGE_INPUT = 1 << 18  # bytes; above it a copy to the device pays off
 _KEPT_INPUTS = 64
 _SMALL_OUTPUT = 1 << 19  # elements; below it the device writes to the host's memory sooner than a copy is submitted
@@ -299,7 +299,7 @@ def block_inputs(
 
 def _check_target(where: str, manifest: Manifest, device: Device) -> None:
     wanted = manifest.target.device.partition("://")[0]
-    if wanted != device.driver and not (wanted in _CPU_DRIVERS and device.driver in _CPU_DRIVERS):
+    if wanted != device.driver and not (wanted in CPU_DRIVERS and device.driver in CPU_DRIVERS):
         hint = "leave the device out, or compile with --target for this one"
         got = f"device {device.uri}"
         raise TargetError(f"compiled for {manifest.target.name}", where=where, got=got, expected=wanted, hint=hint)

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from linattn.runtime.device import HostArray, Module
+from linattn.runtime.device import HostArray
 from linattn.runtime.errors import TargetError
+from linattn.runtime.module import Module
 
 from .lazy import need
 

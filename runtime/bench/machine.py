@@ -14,8 +14,9 @@ from typing import Any, cast
 
 import iree.runtime as _untyped_rt  # pyright: ignore[reportMissingTypeStubs]
 import numpy as np
-from linattn.runtime.device import Device, DeviceArray, Module, list_devices, open_device
+from linattn.runtime.device import Device, DeviceArray, list_devices, open_device
 from linattn.runtime.errors import TargetError
+from linattn.runtime.module import Module
 from linattn.runtime.program import read_manifest
 
 from .op_models import COPY, MATMUL

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from linattn.runtime.device import HostArray, Module
+from linattn.runtime.device import HostArray
 from linattn.runtime.errors import InputError, LinattnError, TargetError
 from linattn.runtime.manifest import Manifest
+from linattn.runtime.module import Module
 from linattn.runtime.program import read_manifest
 
 from .cases import relative_error

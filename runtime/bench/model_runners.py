@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 from linattn.runtime.binding import Sizes
-from linattn.runtime.device import HostArray, Module, has_worker_threads, numpy_dtype
+from linattn.runtime.device import HostArray, has_worker_threads, numpy_dtype
 from linattn.runtime.errors import InputError
 from linattn.runtime.generate import token_input
 from linattn.runtime.manifest import Manifest, OutputSpec
+from linattn.runtime.module import Module
 from linattn.runtime.program import Program, complete_inputs, read_manifest
 from linattn.runtime.state import state_shape
 

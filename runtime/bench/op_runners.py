@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from linattn.runtime.device import DeviceArray, HostArray, Module, has_worker_threads, numpy_dtype, open_device
+from linattn.runtime.device import DeviceArray, HostArray, has_worker_threads, numpy_dtype, open_device
+from linattn.runtime.module import Module
 from linattn.runtime.program import read_manifest
 
 from .device_times import call_seconds, cuda_call_seconds, memory_arguments

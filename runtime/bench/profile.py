@@ -15,9 +15,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from linattn.runtime.device import Module, numpy_dtype
+from linattn.runtime.device import numpy_dtype
 from linattn.runtime.errors import TargetError
 from linattn.runtime.manifest import DISPATCHES_KEY, Dim, EntryPoint, Manifest
+from linattn.runtime.module import Module
 
 from .device_times import memory_arguments
 

@@ -17,7 +17,8 @@ from linattn.frontend import CompileOptions, compile_model
 from linattn.runtime import InputError, Program, TargetError
 from linattn.runtime.bench.cases import AttentionCase
 from linattn.runtime.bench.op_models import build_op
-from linattn.runtime.device import DTYPE_NAMES, Device, Module, list_devices, numpy_dtype, open_device, subgroup_sizes
+from linattn.runtime.device import DTYPE_NAMES, Device, list_devices, numpy_dtype, open_device, subgroup_sizes
+from linattn.runtime.module import Module
 from tiny_hybrid import FLAGS, Hybrid, reference
 
 

@@ -13,8 +13,9 @@ import pytest
 from conftest import need_device
 from iree.compiler.tools import compile_str
 from linattn.runtime import InputError, Program, StateError, TargetError
-from linattn.runtime.device import Module, open_device
+from linattn.runtime.device import open_device
 from linattn.runtime.manifest import EntryPoint, InputSpec, Manifest, OutputSpec, Parameters, StateSpec, Target
+from linattn.runtime.module import Module
 from test_runtime_session import some_ids
 from tiny_hybrid import FLAGS, Hybrid, open_form, reference
 
