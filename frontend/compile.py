@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,13 +15,14 @@ import onnx
 import onnx.inliner
 from iree.compiler import ir
 from linattn.dialect_patterns.builder import Builder
-from linattn.dialect_patterns.op import Choice, LoweringContext, LoweringOptions
+from linattn.dialect_patterns.op import LoweringContext, LoweringOptions
 from linattn.dialect_patterns.registry import find_op
 from linattn.dialect_patterns.rewrite import lower_operators
 from linattn.runtime.errors import LoweringError, UnsupportedModelError
 from linattn.runtime.manifest import REFLECTION_KEY, RESULTS_KEY, EntryPoint, Manifest, Parameters
 from linattn.runtime.manifest import Target as ManifestTarget
 
+from .choices import describe_choices
 from .dims import find_roles
 from .entry_points import ModuleOptions, ModulePlan, plan_module
 from .importer import Signature, Weights, import_entry_point
@@ -30,14 +30,11 @@ from .iree import Compiler
 from .last_position import LEAST_TOKENS, keep_last
 from .model import LoadedModel, load_model
 from .parameters import PARAMETER_SCOPE, write_parameters
-from .report import CompileReport, NodeRow, Progress
+from .report import CompileReport, Progress
 from .schema import check_contracts, check_supported, domain_of, infer_types
 from .specialize import SpecializedGraph, specialize
 from .states import find_states
 from .targets import CompileTarget, TargetOptions, resolve_target
-
-STATE_OPS = ("LinearAttention", "CausalConvWithState")
-REPORTED_OPS = (*STATE_OPS, "Attention", "GroupQueryAttention")
 
 
 @dataclass(frozen=True)
@@ -119,7 +116,7 @@ def compile_model(
     with progress.stage("pair states, plan entry points"):
         plan, graphs = _plan(model, versions, options, target)
         plan, functions = _functions(plan, graphs)
-    report = _report(model, plan, graphs, versions, options, target)
+    report = describe_choices(model, plan, graphs, versions, _lowering_options(options), target)
     manifest = _manifest(model, plan, report, target, options)
     compiler = Compiler(target.flags, options.dump_ir)
     is_static = all(_is_static(graph) for graph in functions.values())
@@ -260,79 +257,6 @@ def _functions(plan: ModulePlan, graphs: Sequence[SpecializedGraph]) -> tuple[Mo
             functions[symbol] = short
         entries.append(dataclasses.replace(entry, last=symbol) if short is not None else entry)
     return dataclasses.replace(plan, entry_points=tuple(entries)), functions
-
-
-def _report(
-    model: LoadedModel,
-    plan: ModulePlan,
-    graphs: list[SpecializedGraph],
-    versions: Mapping[str, int],
-    options: CompileOptions,
-    target: CompileTarget,
-) -> CompileReport:
-    report = CompileReport(model.name, f"{target.name}, {target.description}", weight_bytes=model.weight_bytes())
-    report.notes = [*target.notes, *plan.notes]
-    report.entry_points = [e.symbol for e in plan.entry_points]
-    rows: dict[str, list[NodeRow]] = {}
-    others: dict[str, dict[str, int]] = {}
-    for entry, graph in zip(plan.entry_points, graphs, strict=True):
-        contracts = check_contracts(graph.proto.graph, graph.types, versions)
-        for node in graph.proto.graph.node:
-            op = find_op(domain_of(node), node.op_type, versions.get(domain_of(node), 1))
-            if op is None or op.choose is None:
-                continue
-            choice = op.choose(contracts[node.name], target.capabilities, _lowering_options(options))
-            if node.op_type not in REPORTED_OPS:
-                counts = others.setdefault(f"{node.op_type}: {_why(choice)}", {})
-                counts[entry.symbol] = counts.get(entry.symbol, 0) + 1
-                continue
-            label = f"{domain_of(node) or 'ai.onnx'}.{node.op_type}"
-            row = NodeRow(
-                node.name, label, choice.rule, choice.heads, _types(node, graph), choice.strategy, choice.reason,
-                dict(choice.rejected),
-            )  # fmt: skip
-            rows.setdefault(node.name, []).append(row)
-    report.nodes = [_merge(entry_rows, plan) for entry_rows in rows.values()]
-    report.others = [
-        f"{max(counts.values())} x {line}" + ("" if len(counts) == len(graphs) else f" ({', '.join(counts)})")
-        for line, counts in others.items()
-    ]
-    for state, pair in zip(plan.states, plan.pairs, strict=True):
-        sizes = {"batch": plan.batch or 1, "past": plan.max_context or 0}
-        dims = [d if isinstance(d, int) else sizes.get(plan.roles.roles.get(d, ""), 1) for d in state.shape]
-        total = report.states.setdefault(pair.kind, {"count": 0, "bytes": 0})
-        item = onnx.helper.tensor_dtype_to_np_dtype(plan.state_types[pair.past].tensor_type.elem_type).itemsize
-        total["count"] += 1
-        total["bytes"] += math.prod(dims) * item
-    return report
-
-
-def _why(choice: Choice) -> str:
-    return "; ".join([f"{choice.strategy}, {choice.reason}", *(f"not {s}: {r}" for s, r in choice.rejected.items())])
-
-
-def _types(node: onnx.NodeProto, graph: SpecializedGraph) -> str:
-    has_state = node.op_type in STATE_OPS and len(node.input) > 3 and node.input[3]
-    names = [node.input[0]] + ([node.input[3]] if has_state else [])
-    short = [onnx.TensorProto.DataType.Name(graph.types[n].tensor_type.elem_type).lower() for n in names]
-    return short[0] if len(set(short)) == 1 else f"{short[0]}, state {short[1]}"
-
-
-def _merge(rows: list[NodeRow], plan: ModulePlan) -> NodeRow:
-    """One row a node: the strategies of all entry points where they differ."""
-    if len({r.strategy for r in rows}) == 1:
-        return dataclasses.replace(rows[-1], rejected=rows[0].rejected | rows[-1].rejected)
-    groups: dict[str, list[str]] = {}
-    reasons: dict[str, str] = {}
-    for row, entry in zip(rows, plan.entry_points, strict=True):
-        groups.setdefault(row.strategy, []).append(entry.symbol)
-        reasons.setdefault(row.strategy, row.reason)
-    strategy = ", ".join(f"{s} ({', '.join(names)})" for s, names in groups.items())
-    reason = "; ".join(f"{s}: {r}" for s, r in reasons.items())
-    rejected: dict[str, str] = {}
-    for row, entry in zip(rows, plan.entry_points, strict=True):
-        rejected |= {f"{entry.symbol}: {s}": why for s, why in row.rejected.items()}
-    return dataclasses.replace(rows[0], strategy=strategy, reason=reason, rejected=rejected)
 
 
 def _manifest(
