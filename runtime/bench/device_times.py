@@ -26,9 +26,9 @@ from .lazy import need
 EVENTS = {"vulkan": "dispatch-events", "local-task": "host-execution", "local-sync": "host-execution"}
 _ELEMENT_TYPES = {
     "float32": "f32", "float16": "f16", "bfloat16": "bf16", "int64": "i64", "int32": "i32", "bool": "i1",
-    "int16": "i16", "int8": "i8", "uint8": "i8", "float64": "f64",
+    "int16": "i16", "int8": "i8", "float64": "f64", "uint64": "i64", "uint32": "i32", "uint16": "i16", "uint8": "i8",
 }  # fmt: skip
-_TIMEOUT = 300.0
+_TIMEOUT = 600.0
 
 
 def call_seconds(
@@ -67,8 +67,8 @@ def call_seconds(
         command = [f"--module={module}", f"--device={uri}", f"--function={function}", *arguments, *memory]
         command += [f"--benchmark_min_time={calls}x", f"--device_profiling_mode={events}"]
         command += [f"--task_topology_group_count={threads}"] if threads is not None else []
-        _run("iree-benchmark-module", *command, f"--device_profiling_output={recording}")
-        text = _run("iree-profile", "dispatch", "--format=jsonl", "--dispatch_events", str(recording))
+        run_tool("iree-benchmark-module", *command, f"--device_profiling_output={recording}")
+        text = run_tool("iree-profile", "dispatch", "--format=jsonl", "--dispatch_events", str(recording))
     return per_call(text, calls)
 
 
@@ -76,8 +76,12 @@ def memory_arguments(module: Module, function: str) -> list[str]:
     """Arguments of `iree-benchmark-module` for the memory of results and workspace, where a function takes it."""
     size = module.workspace_bytes(function)
     specs = [spec for spec in module.result_specs(function) or [] if spec is not None]
-    arguments = [f"--input={'x'.join([*map(str, shape), _ELEMENT_TYPES[dtype]])}" for dtype, shape in specs]
-    return [] if size is None else [*arguments, f"--input=&{size}xi8"]
+    return [] if size is None else [*(zeros(shape, dtype) for dtype, shape in specs), f"--input=&{size}xi8"]
+
+
+def zeros(shape: Sequence[int], dtype: str) -> str:
+    """Argument of `iree-benchmark-module` for an array of zeros."""
+    return f"--input={'x'.join([*map(str, shape), _ELEMENT_TYPES[dtype]])}"
 
 
 def cuda_call_seconds(call: Callable[[], object], calls: int) -> list[float]:
@@ -139,20 +143,26 @@ def per_call(text: str, calls: int) -> list[float]:
 
 def _argument(file: Path, array: HostArray, dtype: str) -> str:
     file.write_bytes(np.ascontiguousarray(array).tobytes())
-    return f"--input={'x'.join(str(d) for d in array.shape)}x{_ELEMENT_TYPES[dtype]}=@{file}"
+    return f"{zeros(array.shape, dtype)}=@{file}"
 
 
-def _run(tool: str, *arguments: str) -> str:
-    """Runs one of IREE's tools; returns what it printed."""
+def run_tool(tool: str, *arguments: str) -> str:
+    """Runs one of the programs that iree-base-runtime brings; returns what it printed.
+
+    Raises:
+        TargetError: It is missing, fails or takes too long; with what it said.
+    """
     spec = importlib.util.find_spec("iree._runtime_libs")
-    assert spec is not None, "iree-base-runtime has it"
-    (folder, *_) = spec.submodule_search_locations or [""]
-    command = [str(Path(folder) / tool), *arguments]
+    places = list(spec.submodule_search_locations or []) if spec else []
+    program = next((path for place in places if (path := Path(place) / tool).is_file()), None)
+    if program is None:
+        raise TargetError("not found", where=tool, hint="reinstall iree-base-runtime, which brings it")
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT, check=False)
+        done = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=_TIMEOUT, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise TargetError("cannot be run", where=tool, hint=" ".join(str(error).split())[:200]) from error
     if done.returncode:
-        said = [line for line in done.stderr.splitlines() if line.strip()]
-        raise TargetError("failed", where=tool, got=f"status {done.returncode}", hint=(said or ["no word"])[-1][:200])
+        said = [line for line in done.stderr.splitlines() if line.strip()] or [f"status {done.returncode}"]
+        telling = next((line for line in said if "UNIMPLEMENTED" in line or "INVALID" in line), said[-1])
+        raise TargetError("failed", where=tool, hint=telling.rpartition(": ")[2][:200])
     return done.stdout

@@ -7,28 +7,21 @@ CPU devices give the time from a dispatch's first to its last workgroup, GPUs th
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import statistics
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from linattn.runtime.device import numpy_dtype
 from linattn.runtime.errors import TargetError
 from linattn.runtime.manifest import DISPATCHES_KEY, Dim, EntryPoint, Manifest
 from linattn.runtime.module import Module
 
-from .device_times import memory_arguments
+from .device_times import EVENTS, memory_arguments, run_tool, zeros
 
 CALLS = 12
 """Profiled calls of an entry point; the first two warm up."""
 WARMUP = 2
-TIMEOUT = 600
-_FAMILIES = {"local-task": "host-execution", "local-sync": "host-execution"}
-"""HAL profiling data that a driver gives about dispatches; other drivers: `dispatch-events`."""
-_HAL_NAMES = {"bool": "i1", "bfloat16": "bf16"}
 
 
 def profile_entry(
@@ -56,9 +49,8 @@ def profile_entry(
     symbol = entry.last or entry.symbol  # what a prompt runs
     module = Module(path)
     output = folder / f"{symbol}.ireeprof"
-    family = _FAMILIES.get(device.partition("://")[0], "dispatch-events")
+    family = EVENTS.get(device.partition("://")[0], "dispatch-events")  # a driver that has none says so
     command = [
-        _tool("iree-benchmark-module"),
         f"--module={path}",
         f"--device={device}",
         f"--function={symbol}",
@@ -73,8 +65,8 @@ def profile_entry(
         command.append(f"--parameters={manifest.parameters.scope}={path.parent / manifest.parameters.file}")
     if threads is not None:
         command.append(f"--task_topology_group_count={threads}")
-    _run(command, symbol)
-    lines = _run([_tool("iree-profile"), "dispatch", "--dispatch_events", "--format=jsonl", str(output)], symbol)
+    run_tool("iree-benchmark-module", *command)
+    lines = run_tool("iree-profile", "dispatch", "--dispatch_events", "--format=jsonl", str(output))
     events = [event for line in lines.splitlines() if (event := json.loads(line))["type"].endswith("dispatch_event")]
     if not events:
         hint = "its driver records no dispatches in this release of IREE"
@@ -90,13 +82,8 @@ def _inputs(manifest: Manifest, entry: EntryPoint, position: int) -> list[str]:
     def size(dim: Dim) -> int:
         return dim if isinstance(dim, int) else sizes.get(manifest.dims[dim], 1)
 
-    arguments: list[str] = []
-    for spec in (*manifest.inputs, *manifest.states):
-        shape = [size(dim) for dim in spec.shape]
-        dtype = numpy_dtype(spec.dtype)
-        letter = "f" if dtype.kind == "f" else "i"
-        element = _HAL_NAMES.get(spec.dtype) or f"{letter}{8 * dtype.itemsize}"
-        arguments.append("--input=" + "x".join([*map(str, shape), element]))
+    specs = (*manifest.inputs, *manifest.states)
+    arguments = [zeros([size(dim) for dim in spec.shape], spec.dtype) for spec in specs]
     return [*arguments, f"--input={position}"] if manifest.takes_position else arguments
 
 
@@ -134,24 +121,3 @@ def _described(module: Module, symbol: str) -> dict[str, list[dict[str, Any]]]:
     for row in table.get(symbol, []):
         found.setdefault(row["key"], []).append(row)
     return found
-
-
-def _tool(name: str) -> str:
-    """Path of one of the programs that iree-base-runtime brings."""
-    spec = importlib.util.find_spec("iree._runtime_libs")
-    places = list(spec.submodule_search_locations or []) if spec else []
-    found = next((path for place in places if (path := Path(place) / name).is_file()), None)
-    if found is None:
-        raise TargetError("not found", where=name, hint="reinstall iree-base-runtime, which brings it")
-    return str(found)
-
-
-def _run(command: list[str], where: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
-    if done.returncode:
-        said = [line for line in done.stderr.splitlines() if line.strip()]
-        last = said[-1] if said else ""
-        telling = next((line for line in said if "UNIMPLEMENTED" in line or "INVALID" in line), last)
-        hint = telling.rpartition(": ")[2][:200] or f"status {done.returncode}"
-        raise TargetError("cannot be profiled", where=f"{Path(command[0]).name}, {where}", hint=hint)
-    return done.stdout
