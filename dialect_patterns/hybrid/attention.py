@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from iree.compiler import ir
 
@@ -22,8 +21,9 @@ from ..op import Choice, LoweringContext, LoweringOptions, Op
 from ..scalar import Scalar
 from ..target import Target
 from . import attention_core as core
-from . import attention_simd as simd
 from .attention_checks import check_mask, known, past_and_capacity, refuse_attributes, refuse_inputs, total
+from .attention_strategies import choose as choose_strategy
+from .attention_strategies import emit_softmax_attention
 from .checks import float_input, refuse_outputs, require_dtype, require_shape
 
 _SUPPORTED = ["is_causal", "kv_num_heads", "q_num_heads", "scale", "softcap", "softmax_precision",
@@ -50,6 +50,8 @@ class Attention:
         softcap: c in c * tanh(s / c), 0 for none.
         left: How many keys before its own position a query sees, None for all.
         right: How many after it (0 with is_causal), None for all.
+        masked: Whether there is an attn_mask.
+        ragged: Whether there is a nonpad_kv_seqlen.
         num_outputs: How many outputs the node lists, 1 to 4.
         where: The node, as errors name it.
     """
@@ -67,8 +69,21 @@ class Attention:
     softcap: float
     left: int | None
     right: int | None
+    masked: bool
+    ragged: bool
     num_outputs: int
     where: str
+
+    @property
+    def rows(self) -> Dim:
+        """Rows of the keys: the capacity, or P + L."""
+        return self.past if self.capacity else total(self.past, self.new_keys)
+
+    @property
+    def shape(self) -> core.AttentionShape:
+        """What the strategy is chosen by."""
+        causal = self.right == 0 and not self.ragged
+        return core.AttentionShape(self.heads, self.length, self.rows, self.masked, causal)
 
 
 def _parse_heads(node: Node, q: TensorSpec, k: TensorSpec, v: TensorSpec) -> core.Heads:
@@ -148,6 +163,8 @@ def parse(node: Node) -> Attention:
         softcap=node.attr("softcap", 0.0),
         left=left if left >= 0 else None,
         right=right if right >= 0 else None,
+        masked=mask is not None,
+        ragged=nonpad is not None,
         num_outputs=node.num_outputs,
         where=node.where,
     )
@@ -156,7 +173,7 @@ def parse(node: Node) -> Attention:
 def output_types(contract: Attention) -> Sequence[TensorSpec | None]:
     """The outputs' types: Y, present_key, present_value, and no qk_matmul_output."""
     heads, length = contract.heads, contract.length
-    rows = contract.past if contract.capacity else total(contract.past, contract.new_keys)
+    rows = contract.rows
     shape = (heads.batch, length, heads.q * heads.dv) if contract.flat else (heads.batch, heads.q, length, heads.dv)
     outputs = [
         TensorSpec(shape, contract.dtype),
@@ -210,15 +227,10 @@ def lower(context: LoweringContext, contract: Attention, operands: Sequence[ir.V
     if mask is not None:
         mask = core.align_mask(b, mask, [b.dim(query, 0), heads.q, length, b.dim(k, 2)], written)
     visibility = core.Visibility(first, limit, contract.left, contract.right)
-    options: dict[str, Any] = {"scale": contract.scale, "softcap": contract.softcap, "visibility": visibility}
-    if choose(contract, context.target, context.options).strategy == "fused_simd":
-        q = query if contract.flat else core.join_heads(b, query)
-        y = simd.emit_attention_fused_simd(b, context.target, q, k, v, heads, mask=mask, **options)
-        y = y if contract.flat else core.split_heads(b, y, heads.q)
-    else:
-        q = core.split_heads(b, query, heads.q) if contract.flat else query
-        y = core.emit_attention(b, context.target, q, k, v, heads, mask=mask, **options)
-        y = core.join_heads(b, y) if contract.flat else y
+    y = emit_softmax_attention(
+        context, contract.shape, contract.where, query, k, v,
+        scale=contract.scale, softcap=contract.softcap, visibility=visibility, mask=mask, flat=contract.flat,
+    )  # fmt: skip
     return [y, k, v, None][: contract.num_outputs]
 
 
@@ -232,7 +244,7 @@ def _query_dims(contract: Attention) -> tuple[Dim, ...]:
 def choose(contract: Attention, target: Target, options: LoweringOptions) -> Choice:
     """The strategy for a node; what is forced for the state operators says nothing here."""
     del options
-    return simd.choose(contract.heads, contract.length, contract.where, target)
+    return choose_strategy(contract.shape, contract.where, target)
 
 
 OPS = (Op("", "Attention", 23, parse, output_types, lower, choose),)

@@ -7,7 +7,7 @@ The query heads of a group are rows of one product, [B*Hkv, r*T, d] against [B*H
 repeated in memory. Which keys are visible is computed from loop indices inside the elementwise step before the
 reductions (Vulkan's code generator dislikes ``linalg.index`` inside one). Scores, maxima and sums are f32.
 
-This is the portable form (strategy ``linalg``); ``attention_simd`` has the one of CPUs.
+This is the portable form (strategy ``linalg``); ``attention_strategies`` has the others and chooses.
 
 Cost: 4 * B*Hq*T*S*d flops; two reads of the cache and the f32 scores [B*Hq, T, S] through memory.
 """
@@ -22,9 +22,6 @@ from iree.compiler import ir
 from ..builder import Builder, Size, spec_of
 from ..node import Dim, TensorSpec
 from ..scalar import Scalar
-from ..select import Yes
-from ..target import Target
-from . import attention_simt
 from .attention_checks import known
 
 _LOWEST = -3.4028234663852886e38  # the lowest finite f32
@@ -53,6 +50,25 @@ class Heads:
     def group(self) -> int:
         """Query heads for each key head."""
         return self.q // self.kv
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """What decides which strategy lowers a node.
+
+    Attributes:
+        heads: Counts and sizes.
+        length: T, queries of this call.
+        keys: S, rows of keys: the capacity of a cache that has one.
+        masked: Whether a mask or bias comes in memory.
+        causal: Whether query i sees no key after ``first + i``, ``first`` the same for all rows of the batch.
+    """
+
+    heads: Heads
+    length: Dim
+    keys: Dim
+    masked: bool
+    causal: bool
 
 
 @dataclass(frozen=True)
@@ -183,7 +199,6 @@ def _grouped_mask(b: Builder, mask: ir.Value, heads: Heads) -> tuple[ir.Value, s
 
 def emit_attention(
     b: Builder,
-    target: Target,
     q: ir.Value,
     k: ir.Value,
     v: ir.Value,
@@ -198,7 +213,6 @@ def emit_attention(
 
     Args:
         b: The builder.
-        target: The machine to compile for.
         q: [B, Hq, T, dk].
         k: [B, Hkv, S, dk].
         v: [B, Hkv, S, dv].
@@ -211,11 +225,6 @@ def emit_attention(
     Returns:
         [B, Hq, T, dv] of the type of ``q``.
     """
-    legality = attention_simt.is_legal(q, k, v, heads.group, target)
-    if mask is None and _ends_at_own_key(visibility) and isinstance(legality, Yes):
-        return attention_simt.emit_attention_fused_simt(
-            b, target, q, k, v, first=visibility.first, scale=scale, softcap=softcap, left=visibility.left
-        )
     batch, length = b.dim(q, 0), b.dim(q, 2)
     rows = b.collapse(b.collapse(b.expand(q, 1, [heads.kv, heads.group]), 2, 3), 0, 1)
     products = b.contract("gmd,gsd->gms", rows, b.collapse(k, 0, 1))
@@ -260,12 +269,6 @@ def emit_attention(
     result = b.map("gmd,gm->gmd", lambda o, n: o / n.maximum(0.5), mixed, sums, dtype=spec_of(q).dtype)
     result = b.expand(b.expand(result, 1, [heads.group, length]), 0, [batch, heads.kv])
     return b.collapse(result, 1, 2)
-
-
-def _ends_at_own_key(visibility: Visibility) -> bool:
-    """Whether a query at a position that all rows of the batch share sees the keys up to its own."""
-    first = visibility.first
-    return visibility.right == 0 and (isinstance(first, int) or isinstance(first.type, ir.IndexType))
 
 
 def _as_i32(b: Builder, bound: Size | None) -> Size | None:

@@ -12,7 +12,6 @@ the visible keys, keys and values once for some 8 query rows of a key head.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from iree.compiler import ir
 
@@ -20,11 +19,10 @@ from ..builder import Builder, Size, spec_of
 from ..dispatch import Kernel, dispatch
 from ..kernel_text import Index, KernelText
 from ..node import Dim, TensorSpec
-from ..op import Choice, LoweringOptions
 from ..scalar import Scalar
-from ..select import Legality, No, Strategy, Yes, select
+from ..select import Legality, No, Yes
 from ..target import Target
-from .attention_core import Heads, Visibility, as_bias
+from .attention_core import AttentionShape, Heads, Visibility, as_bias
 from .attention_simd_kernel import KEYS, Body, Plan
 
 _ROWS = 8
@@ -37,9 +35,9 @@ def _rows(heads: Heads, length: int) -> int:
     return min(_ROWS, length * heads.group, _STACK_FLOATS // (heads.dk + heads.dv + KEYS))
 
 
-def is_legal(shape: tuple[Heads, Dim], target: Target) -> Legality:
+def is_legal(shape: AttentionShape, target: Target) -> Legality:
     """On CPUs, for a known number of tokens and head sizes that vectors divide."""
-    heads, length = shape
+    heads, length = shape.heads, shape.length
     if target.is_gpu or not target.vector_bits:
         return No("the target is not a CPU with vectors")
     if not length:
@@ -50,35 +48,6 @@ def is_legal(shape: tuple[Heads, Dim], target: Target) -> Legality:
     if not _rows(heads, length):
         return No(f"a row of {heads.dk} + {heads.dv} floats does not fit on the stack")
     return Yes()
-
-
-def _fused_is_preferred(shape: tuple[Heads, Dim], target: Target, options: LoweringOptions) -> Legality:
-    """Wherever it is legal."""
-    del shape, target, options
-    return Yes("one kernel over the keys that are seen")
-
-
-def _always(shape: tuple[Heads, Dim], target: Target) -> Legality:
-    del shape, target
-    return Yes()
-
-
-def _portable_is_preferred(shape: tuple[Heads, Dim], target: Target, options: LoweringOptions) -> Legality:
-    """What is left."""
-    del shape, target, options
-    return Yes("portable")
-
-
-STRATEGIES = (
-    Strategy("fused_simd", is_legal, _fused_is_preferred),
-    Strategy("linalg", _always, _portable_is_preferred),
-)
-
-
-def choose(heads: Heads, length: Dim, where: str, target: Target) -> Choice:
-    """The strategy for a node; what is forced for the state operators says nothing here."""
-    choice = select(STRATEGIES, (heads, length), target, LoweringOptions(), where)
-    return replace(choice, rule="softmax", heads=f"{heads.q}/{heads.kv} x {heads.dk}x{heads.dv}")
 
 
 def emit_attention_fused_simd(

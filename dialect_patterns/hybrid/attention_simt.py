@@ -25,6 +25,7 @@ from ..scalar import Scalar
 from ..select import Legality, No, Yes
 from ..simt_kernel import MAX_GROUPS, Buffer, Group, Kernel, dispatch
 from ..target import Target
+from .attention_core import AttentionShape
 
 _WIDTH = 4
 _MAX_ROWS = 8
@@ -93,22 +94,25 @@ class Call:
         return f"{types}_{sizes}{window}_{factors}"
 
 
-def is_legal(q: ir.Value, k: ir.Value, v: ir.Value, group: int, target: Target) -> Legality:
+def is_legal(shape: AttentionShape, target: Target) -> Legality:
     """For a few static rows, where a subgroup can share a key."""
+    heads, tokens = shape.heads, shape.length
     if not target.subgroup_size:
-        return No(f"{target.name} has no subgroup operations")
-    sizes = [*spec_of(q).shape, *spec_of(k).shape, *spec_of(v).shape]
-    if None in sizes:
+        return No(f"{target.name} is compiled for without subgroup operations")
+    if shape.masked:
+        return No("it has a mask")
+    if not shape.causal:
+        return No("it is not causal at one position for all rows of the batch")
+    if tokens is None or heads.batch is None or shape.keys is None:
         return No("open sizes")
-    tokens, dk, dv = (spec_of(q).shape[2] or 0, spec_of(k).shape[3] or 0, spec_of(v).shape[3] or 0)
-    if not 1 <= group * tokens <= _MAX_ROWS:
-        return No(f"{group * tokens} queries a key head, not 1 to {_MAX_ROWS}")
-    if dk % _WIDTH or dv % _WIDTH:
-        return No(f"head sizes {dk} and {dv} are not multiples of {_WIDTH}")
-    if (spec_of(q).shape[0] or 0) * (spec_of(q).shape[1] or 0) * tokens > MAX_GROUPS:
+    if not 1 <= heads.group * tokens <= _MAX_ROWS:
+        return No(f"{heads.group * tokens} queries a key head, not 1 to {_MAX_ROWS}")
+    if heads.dk % _WIDTH or heads.dv % _WIDTH:
+        return No(f"head sizes {heads.dk} and {heads.dv} are not multiples of {_WIDTH}")
+    if heads.batch * heads.q * tokens > MAX_GROUPS:
         return No(f"more than {MAX_GROUPS} queries")
-    if max(dk, dv) > 512:
-        return No(f"a thread cannot hold its part of a head of {max(dk, dv)}")
+    if max(heads.dk, heads.dv) > 512:
+        return No(f"a thread cannot hold its part of a head of {max(heads.dk, heads.dv)}")
     return Yes()
 
 

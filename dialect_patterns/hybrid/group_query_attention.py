@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from iree.compiler import ir
 
@@ -22,8 +21,9 @@ from ..op import MICROSOFT, Choice, LoweringContext, LoweringOptions, Op
 from ..scalar import Scalar
 from ..target import Target
 from . import attention_core as core
-from . import attention_simd as simd
 from .attention_checks import check_mask, known, past_and_capacity, refuse_attributes, refuse_inputs, total
+from .attention_strategies import choose as choose_strategy
+from .attention_strategies import emit_softmax_attention
 from .checks import float_input, refuse_outputs, require_dtype, require_shape
 from .rotary_embedding import Rotation, clamp_position, emit_rotation, parse_caches
 
@@ -64,6 +64,7 @@ class GroupQueryAttention:
         softcap: c in c * tanh(s / c), 0 for none.
         window: How many keys before its own position a query sees (local_window_size - 1), None for all.
         rotation: How the op rotates queries and keys itself, None if they come rotated.
+        masked: Whether there is an attention_bias.
         num_outputs: How many outputs the node lists, 1 to 4.
         where: The node, as errors name it.
     """
@@ -79,8 +80,24 @@ class GroupQueryAttention:
     softcap: float
     window: int | None
     rotation: Rotary | None
+    masked: bool
     num_outputs: int
     where: str
+
+    @property
+    def rows(self) -> Dim:
+        """Rows of the keys: the capacity, or P + T."""
+        return self.past if self.capacity else total(self.past, self.length)
+
+    @property
+    def has_lengths(self) -> bool:
+        """Whether the rows of the batch may stand at different positions."""
+        return not self.capacity and self.has_past and self.past != 0
+
+    @property
+    def shape(self) -> core.AttentionShape:
+        """What the strategy is chosen by."""
+        return core.AttentionShape(self.heads, self.length, self.rows, self.masked, not self.has_lengths)
 
 
 def parse(node: Node) -> GroupQueryAttention:
@@ -128,6 +145,7 @@ def parse(node: Node) -> GroupQueryAttention:
         softcap=node.attr("softcap", 0.0),
         window=window - 1 if window >= 0 else None,
         rotation=_parse_rotation(node, query, size) if node.attr("do_rotary", 0) else None,
+        masked=bias is not None,
         num_outputs=node.num_outputs,
         where=node.where,
     )
@@ -149,8 +167,7 @@ def _parse_rotation(node: Node, query: TensorSpec, size: int) -> Rotary:
 def output_types(contract: GroupQueryAttention) -> Sequence[TensorSpec | None]:
     """The outputs' types: output, present_key, present_value, and no output_qk."""
     heads = contract.heads
-    rows = contract.past if contract.capacity else total(contract.past, contract.length)
-    present = TensorSpec((heads.batch, heads.kv, rows, heads.dk), contract.dtype)
+    present = TensorSpec((heads.batch, heads.kv, contract.rows, heads.dk), contract.dtype)
     output = TensorSpec((heads.batch, contract.length, heads.q * heads.dk), contract.dtype)
     return [output, present, present, None][: contract.num_outputs]
 
@@ -213,7 +230,7 @@ def lower(
     if contract.capacity:
         assert context.position is not None, "a cache of fixed capacity needs the entry point's position"
         first = core.bounded(b, context.position, b.dim(pasts[0], 2), length)
-    elif contract.has_past and contract.past != 0:
+    elif contract.has_lengths:
         first = _past_lengths(b, seqlens, batch, length)
     if contract.rotation is not None:
         query = _rotated(b, contract, query, heads.q, first, inputs[7:9], inputs[9])
@@ -227,19 +244,17 @@ def lower(
         sizes = [batch, heads.q, length, b.dim(k, 2)]
         bias = core.align_mask(b, bias, sizes, (first, length) if contract.capacity else None)
     visibility = core.Visibility(first=first, left=contract.window, right=0)
-    options: dict[str, Any] = {"scale": contract.scale, "softcap": contract.softcap, "visibility": visibility}
-    if choose(contract, context.target, context.options).strategy == "fused_simd":
-        y = simd.emit_attention_fused_simd(b, context.target, query, k, v, heads, mask=bias, **options)
-    else:
-        q = core.split_heads(b, query, heads.q)
-        y = core.join_heads(b, core.emit_attention(b, context.target, q, k, v, heads, mask=bias, **options))
+    y = emit_softmax_attention(
+        context, contract.shape, contract.where, query, k, v,
+        scale=contract.scale, softcap=contract.softcap, visibility=visibility, mask=bias,
+    )  # fmt: skip
     return [y, k, v, None][: contract.num_outputs]
 
 
 def choose(contract: GroupQueryAttention, target: Target, options: LoweringOptions) -> Choice:
     """The strategy for a node; what is forced for the state operators says nothing here."""
     del options
-    return simd.choose(contract.heads, contract.length, contract.where, target)
+    return choose_strategy(contract.shape, contract.where, target)
 
 
 OPS = (Op(MICROSOFT, "GroupQueryAttention", 1, parse, output_types, lower, choose),)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import ml_dtypes
 import numpy as np
 import pytest
 from attention_runs import CapacityRun, error, to_device
-from linattn.dialect_patterns.hybrid import attention_simd
-from linattn.dialect_patterns.hybrid.attention_core import Heads
+from linattn.dialect_patterns.hybrid import attention_strategies
+from linattn.dialect_patterns.hybrid.attention_core import AttentionShape, Heads
 from linattn.dialect_patterns.node import TensorSpec
 from linattn.dialect_patterns.target import Target
 
@@ -87,13 +89,35 @@ def test_positions(
 @pytest.mark.parametrize(
     ("heads", "tokens", "target", "reason"),
     [
-        (Heads(1, 4, 2, 64, 64), 1, Target("cuda", is_gpu=True, subgroup_size=32), "not a CPU"),
         (Heads(1, 4, 2, 64, 64), None, Target("cpu", vector_bits=256), "open"),
         (Heads(1, 4, 2, 30, 64), 1, Target("cpu", vector_bits=256), "dk=30"),
         (Heads(1, 4, 2, 64, 8000), 1, Target("cpu", vector_bits=256), "does not fit"),
     ],
 )
 def test_what_the_portable_form_does(heads: Heads, tokens: int | None, target: Target, reason: str) -> None:
-    choice = attention_simd.choose(heads, tokens, "node", target)
+    choice = attention_strategies.choose(AttentionShape(heads, tokens, 99, False, True), "node", target)
     assert choice.strategy == "linalg"
     assert reason in choice.rejected["fused_simd"]
+
+
+CACHED = AttentionShape(Heads(1, 4, 2, 64, 64), 1, 99, masked=False, causal=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "subgroup", "reason"),
+    [
+        ({}, 32, None),
+        ({}, 0, "subgroup"),
+        ({"masked": True}, 32, "mask"),
+        ({"causal": False}, 32, "causal"),
+        ({"length": 5}, 32, "10 queries"),
+        ({"keys": None}, 32, "open"),
+        ({"heads": Heads(1, 4, 2, 66, 64)}, 32, "66"),
+    ],
+)
+def test_what_gpus_do(change: dict[str, object], subgroup: int, reason: str | None) -> None:
+    target = Target("cuda", is_gpu=True, subgroup_size=subgroup)
+    choice = attention_strategies.choose(replace(CACHED, **change), "node", target)  # type: ignore[arg-type]
+    assert choice.strategy == ("linalg" if reason else "fused_simt")
+    assert "not a CPU" in choice.rejected["fused_simd"]
+    assert reason is None or reason in choice.rejected["fused_simt"]

@@ -1,0 +1,103 @@
+"""Softmax attention (Attention, GroupQueryAttention): which strategy lowers a node, and lowering with it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from iree.compiler import ir
+
+from ..op import Choice, LoweringContext, LoweringOptions
+from ..select import Legality, Strategy, Yes, select
+from ..target import Target
+from .attention_core import AttentionShape, Visibility, emit_attention, join_heads, split_heads
+from .attention_simd import emit_attention_fused_simd
+from .attention_simd import is_legal as simd_is_legal
+from .attention_simt import emit_attention_fused_simt
+from .attention_simt import is_legal as simt_is_legal
+
+
+def _fused_simd_is_preferred(shape: AttentionShape, target: Target, options: LoweringOptions) -> Legality:
+    """Wherever it is legal."""
+    del shape, target, options
+    return Yes("one kernel over the keys that are seen")
+
+
+def _fused_simt_is_preferred(shape: AttentionShape, target: Target, options: LoweringOptions) -> Legality:
+    """Wherever it is legal."""
+    del shape, target, options
+    return Yes("two kernels over the filled rows")
+
+
+def _always(shape: AttentionShape, target: Target) -> Legality:
+    del shape, target
+    return Yes()
+
+
+def _linalg_is_preferred(shape: AttentionShape, target: Target, options: LoweringOptions) -> Legality:
+    """What is left."""
+    del shape, target, options
+    return Yes("portable, over all rows")
+
+
+STRATEGIES = (
+    Strategy("fused_simd", simd_is_legal, _fused_simd_is_preferred),
+    Strategy("fused_simt", simt_is_legal, _fused_simt_is_preferred),
+    Strategy("linalg", _always, _linalg_is_preferred),
+)
+
+
+def choose(shape: AttentionShape, where: str, target: Target) -> Choice:
+    """The strategy for a node; what is forced for the state operators says nothing here."""
+    heads = shape.heads
+    choice = select(STRATEGIES, shape, target, LoweringOptions(), where)
+    return replace(choice, rule="softmax", heads=f"{heads.q}/{heads.kv} x {heads.dk}x{heads.dv}")
+
+
+def emit_softmax_attention(
+    context: LoweringContext,
+    shape: AttentionShape,
+    where: str,
+    q: ir.Value,
+    k: ir.Value,
+    v: ir.Value,
+    *,
+    scale: float,
+    softcap: float,
+    visibility: Visibility,
+    mask: ir.Value | None,
+    flat: bool = True,
+) -> ir.Value:
+    """Attention of ``q`` over the visible rows of ``k`` and ``v`` with the chosen strategy.
+
+    Args:
+        context: Builder and target.
+        shape: What the strategy is chosen by.
+        where: The node, as errors name it.
+        q: [B, T, Hq * dk], or [B, Hq, T, dk] if not ``flat``.
+        k: [B, Hkv, S, dk].
+        v: [B, Hkv, S, dv].
+        scale: Factor on q . k.
+        softcap: c in c * tanh(s / c), 0 for none.
+        visibility: Which keys are visible by position.
+        mask: From :func:`~.attention_core.align_mask`, or None.
+        flat: The layout of ``q`` and of the result.
+
+    Returns:
+        [B, T, Hq * dv], or [B, Hq, T, dv]; of the type of ``q``. A query that sees no key gives zeros.
+    """
+    b, target, heads = context.builder, context.target, shape.heads
+    strategy = choose(shape, where, target).strategy
+    if strategy == "fused_simd":
+        y = emit_attention_fused_simd(
+            b, target, q if flat else join_heads(b, q), k, v, heads,
+            scale=scale, softcap=softcap, visibility=visibility, mask=mask,
+        )  # fmt: skip
+        return y if flat else split_heads(b, y, heads.q)
+    q = split_heads(b, q, heads.q) if flat else q
+    if strategy == "fused_simt":
+        y = emit_attention_fused_simt(
+            b, target, q, k, v, first=visibility.first, scale=scale, softcap=softcap, left=visibility.left
+        )
+    else:
+        y = emit_attention(b, q, k, v, heads, scale=scale, softcap=softcap, visibility=visibility, mask=mask)
+    return join_heads(b, y) if flat else y
