@@ -52,6 +52,26 @@ class Strategy:
     preference: Callable[[Any, Target, LoweringOptions], Legality]
 
 
+def always(contract: Any, target: Target) -> Legality:
+    """Legality of a form that nothing limits."""
+    del contract, target
+    return Yes()
+
+
+def wherever_legal(reason: Callable[[Any], str] | str) -> Callable[[Any, Target, LoweringOptions], Legality]:
+    """The preference of a strategy that is taken wherever it is legal.
+
+    Args:
+        reason: For the report; may depend on the contract.
+    """
+
+    def preference(contract: Any, target: Target, options: LoweringOptions) -> Legality:
+        del target, options
+        return Yes(reason if isinstance(reason, str) else reason(contract))
+
+    return preference
+
+
 def select(
     strategies: Sequence[Strategy], contract: Any, target: Target, options: LoweringOptions, where: str
 ) -> Choice:

@@ -8,29 +8,17 @@ from dataclasses import replace
 from iree.compiler import ir
 
 from ..op import MICROSOFT, Choice, LoweringContext, LoweringOptions, Op
-from ..select import Legality, Strategy, Yes, select
+from ..select import Strategy, select, wherever_legal
 from ..target import Target
 from . import direct, fused_simd, fused_simt
 from .contract import CausalConv, output_types, parse
 from .direct import emit_causal_conv_direct, prepare
 
-
-def _preferred(contract: CausalConv, target: Target, options: LoweringOptions) -> Legality:
-    """Wherever it is legal."""
-    del contract, target, options
-    return Yes("one kernel, state update included")
-
-
-def _direct_is_preferred(contract: CausalConv, target: Target, options: LoweringOptions) -> Legality:
-    """What is left."""
-    del contract, target, options
-    return Yes("always possible")
-
-
+_PREFERRED = wherever_legal("one kernel, state update included")
 STRATEGIES = (
-    Strategy("fused_simd", fused_simd.is_legal, _preferred),
-    Strategy("fused_simt", fused_simt.is_legal, _preferred),
-    Strategy("direct", direct.is_legal, _direct_is_preferred),
+    Strategy("fused_simd", fused_simd.is_legal, _PREFERRED),
+    Strategy("fused_simt", fused_simt.is_legal, _PREFERRED),
+    Strategy("direct", direct.is_legal, wherever_legal("always possible")),
 )
 
 

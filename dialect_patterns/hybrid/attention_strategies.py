@@ -7,7 +7,7 @@ from dataclasses import replace
 from iree.compiler import ir
 
 from ..op import Choice, LoweringContext, LoweringOptions
-from ..select import Legality, Strategy, Yes, select
+from ..select import Strategy, always, select, wherever_legal
 from ..target import Target
 from .attention_core import AttentionShape, Visibility, emit_attention, join_heads, split_heads
 from .attention_simd import emit_attention_fused_simd
@@ -15,34 +15,10 @@ from .attention_simd import is_legal as simd_is_legal
 from .attention_simt import emit_attention_fused_simt
 from .attention_simt import is_legal as simt_is_legal
 
-
-def _fused_simd_is_preferred(shape: AttentionShape, target: Target, options: LoweringOptions) -> Legality:
-    """Wherever it is legal."""
-    del shape, target, options
-    return Yes("one kernel over the keys that are seen")
-
-
-def _fused_simt_is_preferred(shape: AttentionShape, target: Target, options: LoweringOptions) -> Legality:
-    """Wherever it is legal."""
-    del shape, target, options
-    return Yes("two kernels over the filled rows")
-
-
-def _always(shape: AttentionShape, target: Target) -> Legality:
-    del shape, target
-    return Yes()
-
-
-def _linalg_is_preferred(shape: AttentionShape, target: Target, options: LoweringOptions) -> Legality:
-    """What is left."""
-    del shape, target, options
-    return Yes("portable, over all rows")
-
-
 STRATEGIES = (
-    Strategy("fused_simd", simd_is_legal, _fused_simd_is_preferred),
-    Strategy("fused_simt", simt_is_legal, _fused_simt_is_preferred),
-    Strategy("linalg", _always, _linalg_is_preferred),
+    Strategy("fused_simd", simd_is_legal, wherever_legal("one kernel over the keys that are seen")),
+    Strategy("fused_simt", simt_is_legal, wherever_legal("two kernels over the filled rows")),
+    Strategy("linalg", always, wherever_legal("portable, over all rows")),
 )
 
 

@@ -7,46 +7,23 @@ from collections.abc import Sequence
 from iree.compiler import ir
 
 from ..op import IMPORTED, Choice, LoweringContext, LoweringOptions, Op
-from ..select import Legality, Strategy, Yes, select
+from ..select import Strategy, always, select, wherever_legal
 from ..target import Target
 from . import fused_mma, fused_simd, fused_simt
 from .contract import MatMul, output_types, parse
 
-
-def _fused_simd_is_preferred(contract: MatMul, target: Target, options: LoweringOptions) -> Legality:
-    """Wherever it is legal."""
-    del target, options
-    return Yes(f"{contract.rows} rows by packed weights in one kernel")
-
-
-def _fused_mma_is_preferred(contract: MatMul, target: Target, options: LoweringOptions) -> Legality:
-    """Wherever it is legal: 1.2 to 2 times as fast as IREE's kernels on CUDA, whose own do not load on Vulkan."""
-    del target, options
-    return Yes(f"{contract.rows} rows on the matrix units")
-
-
-def _fused_simt_is_preferred(contract: MatMul, target: Target, options: LoweringOptions) -> Legality:
-    """Wherever it is legal."""
-    del target, options
-    return Yes(f"{contract.rows} rows in one kernel that reads each weight once")
-
-
-def _always(contract: MatMul, target: Target) -> Legality:
-    del contract, target
-    return Yes()
-
-
-def _imported_is_preferred(contract: MatMul, target: Target, options: LoweringOptions) -> Legality:
-    """What is left."""
-    del contract, target, options
-    return Yes("IREE's own")
-
-
 STRATEGIES = (
-    Strategy("fused_simd", fused_simd.is_legal, _fused_simd_is_preferred),
-    Strategy("fused_mma", fused_mma.is_legal, _fused_mma_is_preferred),
-    Strategy("fused_simt", fused_simt.is_legal, _fused_simt_is_preferred),
-    Strategy(IMPORTED, _always, _imported_is_preferred),
+    Strategy(
+        "fused_simd", fused_simd.is_legal, wherever_legal(lambda c: f"{c.rows} rows by packed weights in one kernel")
+    ),
+    # 1.2 to 2 times as fast as IREE's kernels on CUDA, whose own do not load on Vulkan.
+    Strategy("fused_mma", fused_mma.is_legal, wherever_legal(lambda c: f"{c.rows} rows on the matrix units")),
+    Strategy(
+        "fused_simt",
+        fused_simt.is_legal,
+        wherever_legal(lambda c: f"{c.rows} rows in one kernel that reads each weight once"),
+    ),
+    Strategy(IMPORTED, always, wherever_legal("IREE's own")),
 )
 
 
