@@ -60,6 +60,13 @@ class KernelText:
         if literal in ("inf", "-inf"):
             literal = "0x7F800000" if literal == "inf" else "0xFF800000"
         literal = f"dense<{literal}>" if dtype.startswith("vector") else literal
+        return self._literal(literal, dtype)
+
+    def lanes_constant(self, values: Sequence[float]) -> str:
+        """A constant vector of f32."""
+        return self._literal(f"dense<[{', '.join(f'{v:.9e}' for v in values)}]>", vector_type(len(values)))
+
+    def _literal(self, literal: str, dtype: str) -> str:
         key = (literal, dtype)
         if key not in self._constants:
             name = self._constants[key] = self._name(dtype)

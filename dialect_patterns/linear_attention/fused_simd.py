@@ -5,29 +5,32 @@
     hal.executable.source private @linear_attention_gated_delta_fused_simd_...      one for all equal nodes
     %out, %state = flow.dispatch @...[B](B?, T?, %query, %key, %value, %past, %decay, %beta)
 
-A workgroup does one key/value head and a tile of its columns, with the state on the stack (in the first-level cache)
-and four tokens to a pass over it. See ``simd_kernel`` for the maths, ``simd_tiling`` for the sizes.
+A workgroup does one key/value head, or some of its columns where heads are few. A call of up to four tokens reads the
+past state and writes the present one (``simd_direct``); a longer one keeps the state in the caches and goes over it in
+chunks of up to 16 tokens (``simd_blocks``, with the maths). ``simd_tiling`` has the sizes.
 
-Legal: on CPUs, for head sizes that are multiples of 4 and a tile of the state that fits on the stack. Cost per token
-and head: 3.25 dk dv multiply-adds (gated_delta), state read and written once a call. Source: NUMERICS sections 1, 6.
+Legal: on CPUs, for head sizes that are multiples of 4 and keys and queries that fit on the stack. Cost per token and
+head: 3.4 dk dv multiply-adds (gated_delta, d=128), state read and written once a call. Source: NUMERICS sections 1, 6.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from iree.compiler import ir
 
 from ..builder import Size
 from ..dispatch import Kernel, dispatch
 from ..kernel_text import Index, KernelText
-from ..node import Dim
+from ..node import Dim, TensorSpec
 from ..op import LoweringContext
 from ..select import Legality, No, Yes
 from ..target import Target
 from .contract import LinearAttention, output_specs
-from .simd_kernel import Body
-from .simd_tiling import Tiling, tiling
+from .simd_blocks import BlocksBody
+from .simd_direct import DirectBody
+from .simd_tiling import Blocks, Direct, tiling
 
 
 def is_legal(contract: LinearAttention, target: Target) -> Legality:
@@ -41,7 +44,7 @@ def is_legal(contract: LinearAttention, target: Target) -> Legality:
 def describe(contract: LinearAttention, target: Target) -> str:
     """What the report says about it."""
     x = tiling(contract, target.vector_bits)
-    assert isinstance(x, Tiling)
+    assert isinstance(x, Direct | Blocks)
     return f"one kernel: {x.tokens} tokens a pass over {x.columns} columns, vectors of {x.lanes}"
 
 
@@ -50,26 +53,36 @@ def emit_linear_attention_fused_simd(
 ) -> list[ir.Value]:
     """Emit output and present state; ``inputs`` have the contract's types."""
     kernel = linear_attention_kernel(contract, context.target)
-    return dispatch(context.builder, kernel, [value for value in inputs if value is not None], batch, tokens)
+    given = [value for value in inputs if value is not None]
+    return dispatch(context.builder, kernel, given, batch, tokens)[:2]
 
 
 def linear_attention_kernel(contract: LinearAttention, target: Target) -> Kernel:
-    """The kernel of a contract."""
+    """The kernel of a contract; where it has a third result, that is scratch memory."""
     x = tiling(contract, target.vector_bits)
-    assert isinstance(x, Tiling)
+    assert isinstance(x, Direct | Blocks)
+    groups = contract.dv // x.columns
+    outputs, output_axes = list[TensorSpec](output_specs(contract)), ["BT_", "B___"]
+    if isinstance(x, Blocks):
+        shape = (contract.batch, contract.kv_heads * groups, x.scratch_rows(contract), x.width)
+        outputs.append(TensorSpec(shape, "f32"))
+        output_axes.append("B___")
 
-    def write(k: KernelText, batch: Index, tokens: Index, memrefs: object) -> None:
+    def write(k: KernelText, batch: Index, tokens: Index, memrefs: Sequence[str]) -> None:
         del batch
-        Body(k, contract, x, tokens, list(memrefs)).write()  # type: ignore[call-overload]
+        if isinstance(x, Blocks):
+            BlocksBody(k, contract, x, tokens, memrefs).write()
+        else:
+            DirectBody(k, contract, x, memrefs).write()
 
     axes = ("BT_", "BT_", "BT_", "B___", "BT_", "BT_")
     given = [(s, a) for s, a in zip(contract.input_specs, axes, strict=True) if s is not None]
     return Kernel(
         name=_symbol(contract, target),
         inputs=tuple(spec for spec, _ in given),
-        outputs=output_specs(contract),
-        axes=(*(term for _, term in given), "BT_", "B___"),
-        workgroups=(contract.dv // x.columns, contract.kv_heads),
+        outputs=tuple(outputs),
+        axes=(*(term for _, term in given), *output_axes),
+        workgroups=(groups, contract.kv_heads),
         write=write,
     )
 

@@ -1,7 +1,7 @@
 """Keys and queries of a chunk for strategy ``fused_simd``: their products, and where sweeps over the state read them.
 
-With f32 and decays per head they are read from the operands. Else a chunk first copies them to the stack as f32; decays
-per key dimension are multiplied in then (m an element of a head, products over the tokens of the chunk):
+One chunk of f32 with decays per head reads them from the operands. Else a chunk first copies them to the stack as f32;
+decays per key dimension are multiplied in then (m an element of a head, products over the tokens of the chunk):
 
     key_i    = k_i  prod_{n<=i} a_n            query_i = q_i prod_{n<=i} a_n        for the sweeps
     last_j   = k_j  prod_{n>j}  a_n            total   = prod a_n                   for the update of the state
@@ -14,60 +14,34 @@ from collections.abc import Callable, Sequence
 
 from ..kernel_text import Index, KernelText
 from .contract import LinearAttention
-from .simd_tiling import Tiling, copies_rows
-
-
-class Gates:
-    """The scalar gates of a chunk: decays per head and update rates.
-
-    Attributes:
-        betas: Update rate of each token, None if the rule has none.
-    """
-
-    def __init__(self, k: KernelText, decays: Sequence[str] | None, betas: Sequence[str] | None, tokens: int) -> None:
-        self.betas = betas
-        self._k = k
-        self._spans: dict[tuple[int, int], str] = {}
-        if decays is not None:
-            for j in range(-1, tokens):
-                for i in range(j + 1, tokens):
-                    before = self._spans.get((j, i - 1))
-                    self._spans[j, i] = decays[i] if before is None else k.mulf(before, decays[i])
-
-    def span(self, j: int, i: int) -> str | None:
-        """The product of the decays after token j up to i, None for 1."""
-        return self._spans.get((j, i))
-
-    def times_span(self, value: str, j: int, i: int) -> str:
-        """``value`` times that product."""
-        span = self.span(j, i)
-        return value if span is None else self._k.mulf(span, value)
+from .simd_operands import Operands
 
 
 class Rows:
-    """Writes what concerns keys and queries; ``keys`` comes first in a chunk."""
+    """Writes what concerns keys and queries; ``keys`` comes first in a chunk.
+
+    Args:
+        k: Where to.
+        c: What the kernel computes.
+        o: Its operands.
+        tokens: Of the longest chunk.
+        lanes: Of a vector along dk.
+        copied: Whether keys and queries are copied to the stack.
+    """
 
     def __init__(
-        self,
-        k: KernelText,
-        c: LinearAttention,
-        x: Tiling,
-        batch: Index,
-        head: Index,
-        query: str,
-        key: str,
-        decay: str | None,
+        self, k: KernelText, c: LinearAttention, o: Operands, tokens: int, lanes: int, *, copied: bool
     ) -> None:
-        self._k, self._c, self._x, self._batch = k, c, x, batch
-        self._query, self._key, self._decay = query, key, decay
+        self._k, self._c, self._lanes, self._batch = k, c, lanes, o.batch
+        self._query, self._key, self._decay = o.query, o.key, o.decay
         self._per_key = c.decay == "key"
-        self._key_base = k.mul(k.div(head, c.kv_heads // c.k_heads), c.dk)
+        self._key_base = k.mul(k.div(o.head, c.kv_heads // c.k_heads), c.dk)
         inverse = max(1, c.kv_heads // c.q_heads)
-        self._query_head = k.mul(k.div(head, inverse), c.rows)
-        self._decay_base = k.mul(head, c.dk)
-        self._copied = copies_rows(c)
-        shape = [x.tokens, c.dk]
-        if self._copied:
+        self._query_head = k.mul(k.div(o.head, inverse), c.rows)
+        self._decay_base = k.mul(o.head, c.dk)
+        self._copied = copied
+        shape = [tokens, c.dk]
+        if copied:
             self._queries = k.alloca(shape)
             self._last = k.alloca(shape)
             self._decays = k.alloca(shape) if self._per_key else ""
@@ -101,6 +75,38 @@ class Rows:
     def _query_base(self, head: Index) -> Index:
         k = self._k
         return k.mul(k.add(self._query_head, head), self._c.dk)
+
+    def copy_keys(self, t: Index, tokens: int, also: Callable[[Index, int, list[str]], None], side: int) -> None:
+        """Copy the keys of a chunk; ``also(d, i, vectors)`` for squares of tokens from i by elements from d."""
+        self._copy(self._key, self._last, t, tokens, self._key_base, side, also)
+
+    def copy_queries(self, t: Index, tokens: int, head: Index) -> None:
+        """Copy the queries of a chunk for one head."""
+        lanes = self._lanes
+        self._copy(self._query, self._queries, t, tokens, self._query_base(head), lanes, lambda d, i, rows: None)
+
+    def _copy(
+        self,
+        operand: str,
+        copy: str,
+        t: Index,
+        tokens: int,
+        base: Index,
+        lanes: int,
+        also: Callable[[Index, int, list[str]], None],
+    ) -> None:
+        k = self._k
+
+        def body(d: str, _: list[str]) -> list[str]:
+            for first in range(0, tokens, lanes):
+                at = range(first, min(first + lanes, tokens))
+                rows = [k.load(operand, [self._batch, k.add(t, i), k.add(base, d)], lanes) for i in at]
+                for i, row in zip(at, rows, strict=True):
+                    k.store(row, copy, [i, d])
+                also(d, first, rows)
+            return []
+
+        k.loop(self._c.dk, [], body, step=lanes)
 
     # ---- products and copies ---------------------------------------------------------------------------------------
     def keys(self, t: Index, tokens: int) -> list[list[str]]:
@@ -137,7 +143,7 @@ class Rows:
 
     def queries(self, t: Index, tokens: int, head: Index) -> list[list[str]]:
         """Copy the queries of one head where needed; q_i . k_j for j <= i."""
-        k, lanes = self._k, self._x.row_lanes
+        k, lanes = self._k, self._lanes
         pairs = [(i, j) for i in range(tokens) for j in range(i + 1)]
         base = self._query_base(head)
 
@@ -167,7 +173,7 @@ class Rows:
 
     def _vectors(self, operand: str, t: Index, tokens: int, column: Index) -> list[str]:
         k = self._k
-        return [k.load(operand, [self._batch, k.add(t, i), column], self._x.row_lanes) for i in range(tokens)]
+        return [k.load(operand, [self._batch, k.add(t, i), column], self._lanes) for i in range(tokens)]
 
     def _read_decays(self, t: Index, tokens: int, d: str) -> list[str] | None:
         """The exponentials of the decays of some key elements, kept for the queries."""
@@ -182,7 +188,7 @@ class Rows:
 
     def _sums(self, count: int, body: Callable[[str, list[str]], Sequence[str]]) -> list[str]:
         """Loop over the key elements with ``count`` vector sums; the sums over their lanes."""
-        k, lanes = self._k, self._x.row_lanes
+        k, lanes = self._k, self._lanes
         zero = k.constant(0.0, f"vector<{lanes}xf32>")
         sums = k.loop(self._c.dk, [zero] * count, body, step=lanes)
         return k.sum_lanes(sums) if count else []

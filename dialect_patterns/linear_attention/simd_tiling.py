@@ -1,4 +1,9 @@
-"""How strategy ``fused_simd`` cuts a LinearAttention into workgroups, chunks of tokens and vectors."""
+"""How strategy ``fused_simd`` cuts a LinearAttention into workgroups, chunks of tokens and vectors.
+
+One chunk of few tokens reads the past state and writes the present one (:class:`Direct`, kernel ``simd_direct``).
+Longer calls keep the state in scratch memory, cut into panels of two vectors' width, and go over it in chunks of up to
+16 tokens (:class:`Blocks`, kernel ``simd_blocks``).
+"""
 
 from __future__ import annotations
 
@@ -6,23 +11,26 @@ from dataclasses import dataclass
 
 from .contract import LinearAttention
 
-_TOKENS = 4  # of a chunk: 3.25 multiply-adds a state element and token instead of 4, and 8 rows to read the state with
-_STACK_BYTES = 32 * 1024  # IREE refuses kernels with more
+PAIR_TOKENS = 4
+"""Tokens of the largest chunk whose scores are computed pair by pair, and of the longest call that is one chunk."""
+
+_BLOCK_TOKENS = 16  # of a chunk: the state is read from the second-level cache once, scores are 8 % of the operations
+_STACK_BYTES = 30 * 1024  # IREE refuses kernels with more than 32 KiB
 _MIN_LANES = 4
+_ENOUGH_WORKGROUPS = 16  # that keep the cores of most machines busy; more of a head means its scores more often
+_PANEL_VECTORS = 2
 
 
 @dataclass(frozen=True)
-class Tiling:
-    """Sizes of one kernel.
+class Direct:
+    """Sizes of a kernel for one chunk, without scratch memory.
 
     Attributes:
         lanes: Lanes of a vector along dv.
         row_lanes: Lanes of a vector along dk, for the products of keys and queries.
         vectors: Vectors side by side in the columns of a workgroup.
-        tokens: Tokens of a chunk.
+        tokens: Tokens of the call.
         unroll: Rows of the state in one iteration.
-        direct: Whether the call is one chunk, which reads the past state and writes the present one in place of an
-            array on the stack.
     """
 
     lanes: int
@@ -30,7 +38,6 @@ class Tiling:
     vectors: int
     tokens: int
     unroll: int
-    direct: bool
 
     @property
     def columns(self) -> int:
@@ -38,40 +45,94 @@ class Tiling:
         return self.lanes * self.vectors
 
 
+@dataclass(frozen=True)
+class Blocks:
+    """Sizes of a kernel that goes over the state in chunks of tokens.
+
+    Attributes:
+        lanes: Lanes of a vector along dv.
+        row_lanes: Lanes of a vector along dk.
+        vectors: Vectors of a panel.
+        panels: Panels of a workgroup.
+        tokens: Tokens of a chunk.
+        rows: Rows of a product in registers at once.
+    """
+
+    lanes: int
+    row_lanes: int
+    vectors: int
+    panels: int
+    tokens: int
+    rows: int
+
+    @property
+    def width(self) -> int:
+        """Columns of a panel."""
+        return self.lanes * self.vectors
+
+    @property
+    def columns(self) -> int:
+        """Columns of a workgroup."""
+        return self.width * self.panels
+
+    def scratch_rows(self, c: LinearAttention) -> int:
+        """Rows of a panel's width that a workgroup needs in scratch memory: the state, keys, updates."""
+        return (self.panels + 1) * c.dk + self.tokens * self.update_panels(c)
+
+    def update_panels(self, c: LinearAttention) -> int:
+        """Panels whose updates are kept at once: all where several query heads read them, one after the other."""
+        return self.panels if c.rows > 1 else 1
+
+
 def copies_rows(c: LinearAttention) -> bool:
-    """Whether keys and queries are copied to the stack: as f32, and times their decays where those are per key."""
+    """Whether one chunk copies keys and queries to the stack, as f32 and times their decays where those are per key."""
     return c.dtype != "f32" or c.decay == "key"
 
 
-def tiling(c: LinearAttention, vector_bits: int) -> Tiling | str:
+def tiling(c: LinearAttention, vector_bits: int) -> Direct | Blocks | str:
     """The sizes for a contract and a vector width, or why there are none."""
     most = max(vector_bits // 32, _MIN_LANES)
     lanes, row_lanes = _divisor(c.dv, most), _divisor(c.dk, most)
     for name, size, found in (("dv", c.dv, lanes), ("dk", c.dk, row_lanes)):
         if found < _MIN_LANES:
             return f"{name}={size} is not a multiple of {_MIN_LANES}"
-    direct = c.tokens is not None and 0 < c.tokens <= _TOKENS
-    tokens = c.tokens if direct and c.tokens is not None else _TOKENS
     registers = 32 if most >= 16 else 16
+    if c.tokens is not None and 0 < c.tokens <= PAIR_TOKENS:
+        if copies_rows(c) and _row_bytes(c, c.tokens) > _STACK_BYTES:
+            return _too_many_rows(c)
+        return _direct(c, lanes, row_lanes, registers)
+    return _blocks(c, lanes, row_lanes, registers)
+
+
+def _direct(c: LinearAttention, lanes: int, row_lanes: int, registers: int) -> Direct:
+    tokens = c.tokens or 1
     rows = tokens * (2 if c.has_delta and c.rows == 1 else 1)
-    unroll = 2 if c.dk % 2 == 0 else 1
-    free = _STACK_BYTES - _row_bytes(c, tokens)
-    while True:
-        vectors = min(8, c.dv // lanes, max(1, registers // 2 // rows))
-        while (c.dv // lanes) % vectors:
-            vectors -= 1
-        size = 4 * c.dk * lanes * vectors
-        while vectors > 1 and not direct and size > free:
-            vectors -= 1
-            if (c.dv // lanes) % vectors == 0:
-                size = 4 * c.dk * lanes * vectors
-        if direct and free >= 0:
-            return Tiling(lanes, row_lanes, vectors, tokens, unroll, direct)
-        if not direct and size <= free:
-            return Tiling(lanes, row_lanes, vectors, tokens, unroll, direct)
-        if lanes == _MIN_LANES:
-            return f"dk={c.dk} rows of the state do not fit on the stack of {_STACK_BYTES} bytes"
-        lanes //= 2
+    vectors = min(8, c.dv // lanes, max(1, registers // 2 // rows))
+    while (c.dv // lanes) % vectors:
+        vectors -= 1
+    return Direct(lanes, row_lanes, vectors, tokens, 2 if c.dk % 2 == 0 else 1)
+
+
+def _blocks(c: LinearAttention, lanes: int, row_lanes: int, registers: int) -> Blocks | str:
+    count = c.dv // lanes
+    vectors = _PANEL_VECTORS if count % _PANEL_VECTORS == 0 else 1
+    panels = count // vectors
+    groups = next((g for g in range(1, panels + 1) if panels % g == 0 and g * c.kv_heads >= _ENOUGH_WORKGROUPS), panels)
+    tokens = min(_BLOCK_TOKENS, lanes * vectors)
+    if c.decay == "key":
+        tokens = PAIR_TOKENS
+    if c.tokens is not None:
+        while tokens > max(c.tokens, PAIR_TOKENS):
+            tokens //= 2
+    while tokens > 1 and _row_bytes(c, tokens) > _STACK_BYTES:
+        tokens //= 2
+    if _row_bytes(c, tokens) > _STACK_BYTES:
+        return _too_many_rows(c)
+    return Blocks(lanes, row_lanes, vectors, panels // groups, tokens, registers * 3 // 4 // vectors)
+
+
+def _too_many_rows(c: LinearAttention) -> str:
+    return f"dk={c.dk} elements of keys and queries do not fit on the stack of {_STACK_BYTES} bytes"
 
 
 def _divisor(size: int, most: int) -> int:
@@ -80,7 +141,6 @@ def _divisor(size: int, most: int) -> int:
 
 
 def _row_bytes(c: LinearAttention, tokens: int) -> int:
-    """Bytes of the stack that everything but the state takes."""
-    arrays = (3 if c.decay == "key" else 1) + (1 if c.has_delta and c.decay == "key" else 0) + 1
-    rows = 4 * c.dk * tokens * arrays + (4 * c.dk if c.decay == "key" else 0) if copies_rows(c) else 0
-    return rows + (4 * c.dv * tokens if c.rows > 1 else 0)
+    """Bytes of the stack that copies of keys and queries and their scores take."""
+    arrays = 4 if c.decay == "key" else 2
+    return 4 * c.dk * (tokens * arrays + (c.decay == "key")) + 8 * tokens * max(tokens, 16)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import ml_dtypes
@@ -15,13 +16,25 @@ from state_ops import run
 from tolerances import check
 
 FUSED = LoweringOptions(strategy="fused_simd")
-RULES = [
+RULES = [replace(shape, dv=32) for shape in (
     Shape("linear"), Shape("gated"), Shape("gated", "key"), Shape("delta", beta="shared"), Shape("gated_delta"),
     Shape("gated_delta", "key"), Shape("gated_delta", "key", q_heads=2), Shape("delta", q_heads=2),
     Shape("gated", q_heads=2),
-]  # fmt: skip
-SIZES = [(32, 32), (64, 64), (80, 80), (96, 96), (128, 128), (192, 192), (256, 256), (128, 64), (20, 48), (4, 4)]
-EDGES = (0, 1, 2, 3, 4, 5, 7, 8, 9, 63, 64, 65, 130)
+)]  # fmt: skip
+SIZES = [
+    (32, 32),
+    (64, 64),
+    (80, 80),
+    (96, 96),
+    (128, 128),
+    (192, 192),
+    (256, 256),
+    (128, 64),
+    (20, 48),
+    (24, 8),
+    (4, 4),
+]
+EDGES = (0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 63, 64, 65, 130)
 
 
 def name_of(value: Any) -> str:
@@ -46,7 +59,7 @@ def test_tokens(shape: Shape) -> None:
 
 
 @pytest.mark.parametrize("shape", [RULES[2], RULES[4], RULES[6]], ids=name_of)
-@pytest.mark.parametrize("tokens", [1, 4, 6])
+@pytest.mark.parametrize("tokens", [1, 4, 6, 23])
 def test_static_tokens(shape: Shape, tokens: int) -> None:
     inputs = linear_attention(shape, 2, tokens)
     check(run_shape(shape, inputs, open_dims=False), expected(shape, inputs))
@@ -63,7 +76,7 @@ def test_adversarial_data(shape: Shape, data: str) -> None:
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_head_sizes(size: tuple[int, int]) -> None:
     shape = Shape("gated_delta", "key" if size[0] % 3 == 2 else "head", q_heads=2, dk=size[0], dv=size[1])
-    inputs = linear_attention(shape, 1, 11)
+    inputs = linear_attention(shape, 1, 27)
     check(run_shape(shape, inputs), expected(shape, inputs))
 
 
@@ -72,6 +85,14 @@ def test_com_microsoft_heads(heads: tuple[int, int, int]) -> None:
     shape = Shape(q_heads=heads[0], k_heads=heads[1], kv_heads=heads[2])
     inputs = linear_attention(shape, 2, 22)
     check(run_shape(shape, inputs, domain=MICROSOFT), expected(shape, inputs))
+
+
+@pytest.mark.parametrize("q_heads", [16, 32])
+def test_several_panels_of_a_workgroup(q_heads: int) -> None:
+    shape = Shape(q_heads=q_heads, k_heads=16, kv_heads=16, dv=64)
+    for dtype in (np.float32, ml_dtypes.bfloat16):
+        inputs = linear_attention(shape, 2, 37, dtype=dtype)
+        check(run_shape(shape, inputs), expected(shape, inputs))
 
 
 @pytest.mark.parametrize("state_dtype", [np.float32, None], ids=["f32-state", "same-state"])
@@ -137,6 +158,16 @@ def test_growth_of_an_empty_state(decay: str) -> None:
     inputs = linear_attention(shape, 1, 12, past=False)
     inputs[4] = np.full_like(inputs[4], 50.0)
     inputs[1][:, :11] = 0.0  # type: ignore[index]
+    check(run_shape(shape, inputs), expected(shape, inputs))
+
+
+def test_growth_that_only_short_chunks_stand() -> None:
+    shape = Shape(dv=32)
+    inputs = linear_attention(shape, 1, 48, past=False)
+    decay = np.array(inputs[4])
+    decay[:, 16:32] = 7.0  # e^112 over 16 tokens, e^28 over 4
+    inputs[4] = decay
+    inputs[1][:, :31] = 0.0  # type: ignore[index]
     check(run_shape(shape, inputs), expected(shape, inputs))
 
 
