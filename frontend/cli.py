@@ -64,7 +64,11 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--cpu-features", metavar="host|generic|...", help="a CPU's name or features such as +avx2,+fma (default: host)"
     )
-    add("--gpu-target", metavar="NAME", help="a GPU architecture, such as sm_89 or ada")
+    add(
+        "--gpu-target",
+        metavar="NAME",
+        help="a GPU architecture, such as sm_89 or ada; Vulkan: host, or a file of vulkaninfo --json",
+    )
     add("--batch", default="1", metavar="N|open", help="rows of a call (default: 1)")
     add("--max-context", metavar="N|open", help="tokens that the KV caches hold (default: the model's, at most 4096)")
     add("--prefill-blocks", metavar="N,N,...|open", help="sizes of the prefill entry points (default: by target)")

@@ -306,7 +306,7 @@ def _check_target(where: str, manifest: Manifest, device: Device) -> None:
     lanes, range_ = manifest.target.subgroup_size, subgroup_sizes(device)
     if lanes is not None and range_ is not None and not range_[0] <= lanes <= range_[1]:
         got = f"{range_[0]} to {range_[1]} on {device.description}"
-        hint = "compile with a --gpu-target for this device"
+        hint = "compile with a --gpu-target for this device, such as host"
         raise TargetError("compiled for another subgroup size", where=where, got=got, expected=lanes, hint=hint)
 
 

@@ -16,6 +16,7 @@ from linattn.dialect_patterns.registry import find_op
 from linattn.dialect_patterns.rewrite import lower_operators
 from linattn.dialect_patterns.target import Target
 from linattn.frontend.targets import TargetOptions, resolve_target, vulkan
+from linattn.frontend.targets.vulkan_device import Device
 from linattn.runtime.device import open_device
 
 FLAGS = {
@@ -28,7 +29,7 @@ FLAGS = {
 }
 HOST = resolve_target("cpu", TargetOptions()).capabilities
 # The Vulkan device of CI (lavapipe) with its subgroups of 8 threads, which the baseline does not use.
-LAVAPIPE = vulkan.Device(subgroup_size=8, max_threads=512, workgroup_memory=32_768, int64=True)
+LAVAPIPE = Device(subgroup_size=8, max_threads=512, workgroup_memory=32_768, int64=True)
 FLAGS["lavapipe"] = []
 TARGETS = {
     "cpu": HOST,

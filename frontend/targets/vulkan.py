@@ -7,36 +7,17 @@ mma.sync, which SPIR-V does not have).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from pathlib import Path
 
 from linattn.dialect_patterns.target import Target
 from linattn.runtime.errors import TargetError
 
 from .base import CompileTarget, TargetOptions
-
-
-@dataclass(frozen=True)
-class Device:
-    """What a family of devices offers. A kernel needs of it only what it uses.
-
-    Attributes:
-        subgroup_size: Threads of a subgroup, 0 to use no subgroup operations.
-        spirv: SPIR-V version.
-        max_threads: Threads of a workgroup.
-        workgroup_memory: Bytes of shared memory.
-        int64: Whether 64-bit integers can be computed with.
-        matrices: Whether there are cooperative matrices of 16 x 16 x 16, f16 with sums in f32.
-    """
-
-    subgroup_size: int = 0
-    spirv: str = "v1.3"
-    max_threads: int = 128
-    workgroup_memory: int = 16_384
-    int64: bool = False
-    matrices: bool = False
-
+from .vulkan_device import Device
+from .vulkan_profile import describe_device, host_profile, load_profile
 
 BASELINE = "baseline"
+HOST = "host"
 _NVIDIA = Device(32, "v1.6", 1024, 49_152, int64=True, matrices=True)
 DEVICES = {
     BASELINE: Device(int64=True),  # masks made with 64-bit integers do not compile without
@@ -51,35 +32,23 @@ IREE_NAMES = {"rdna1": 32, "rdna2": 32, "rdna3": 32, "rdna4": 32, "adreno": 64, 
 
 
 def resolve(options: TargetOptions) -> CompileTarget:
-    """Flags for a Vulkan GPU; ``--gpu-target`` defaults to ``baseline``.
+    """Flags for a Vulkan GPU; ``--gpu-target`` defaults to ``baseline``; ``host`` and profiles describe one device.
 
     Raises:
-        TargetError: if a CPU option is given or the architecture is not known.
+        TargetError: if a CPU option is given, the architecture is not known or a profile cannot be used.
     """
     if options.cpu_features is not None:
         raise TargetError("a CPU option for a GPU target", where="--cpu-features", hint="use --gpu-target")
-    asked = (options.gpu_target or BASELINE).lower()
+    given = options.gpu_target or BASELINE
+    asked = given.lower()
     if asked in DEVICES:
-        device = DEVICES[asked]
-        return CompileTarget(
-            name="vulkan",
-            device="vulkan",
-            description="baseline (Vulkan 1.3)" if asked == BASELINE else asked,
-            flags=(),
-            capabilities=Target(
-                "vulkan",
-                is_gpu=True,
-                subgroup_size=device.subgroup_size,
-                max_threads=device.max_threads,
-                workgroup_memory=device.workgroup_memory,
-                matrix_stride="chunks" if device.matrices else None,
-            ),
-            device_attribute=device_attribute(asked, device),
-            subgroup_size=device.subgroup_size or None,
-            prefill_blocks=(512, 64, 8) if device.subgroup_size else (64, 8),
-        )
+        return _by_data(asked, "baseline (Vulkan 1.3)" if asked == BASELINE else asked, DEVICES[asked])
+    if asked == HOST or asked.endswith(".json"):
+        profile = host_profile() if asked == HOST else load_profile(Path(given))
+        name, device, notes = describe_device(profile, f"--gpu-target {Path(given).name}")
+        return _by_data(HOST if asked == HOST else "profile", name, device, notes)
     if asked not in IREE_NAMES:
-        expected = ", ".join((*DEVICES, *IREE_NAMES))
+        expected = ", ".join((*DEVICES, *IREE_NAMES, HOST, "a file of vulkaninfo --json"))
         raise TargetError("unknown GPU", where="--gpu-target", got=repr(asked), expected=expected)
     return CompileTarget(
         name="vulkan",
@@ -88,6 +57,28 @@ def resolve(options: TargetOptions) -> CompileTarget:
         flags=("--iree-hal-target-device=vulkan", f"--iree-vulkan-target={asked}"),
         capabilities=Target("vulkan", is_gpu=True, subgroup_size=IREE_NAMES[asked]),
         subgroup_size=IREE_NAMES[asked],
+    )
+
+
+def _by_data(arch: str, description: str, device: Device, notes: tuple[str, ...] = ()) -> CompileTarget:
+    """The target for a device that our own data or its profile describes."""
+    return CompileTarget(
+        name="vulkan",
+        device="vulkan",
+        description=description,
+        flags=(),
+        capabilities=Target(
+            "vulkan",
+            is_gpu=True,
+            subgroup_size=device.subgroup_size,
+            max_threads=device.max_threads,
+            workgroup_memory=device.workgroup_memory,
+            matrix_stride="chunks" if device.matrices else None,
+        ),
+        device_attribute=device_attribute(arch, device),
+        subgroup_size=device.subgroup_size or None,
+        prefill_blocks=(512, 64, 8) if device.subgroup_size else (64, 8),
+        notes=notes,
     )
 
 

@@ -1,0 +1,26 @@
+"""What our own data says of a Vulkan device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a family of devices offers. A kernel needs of it only what it uses.
+
+    Attributes:
+        subgroup_size: Threads of a subgroup, 0 to use no subgroup operations.
+        spirv: SPIR-V version.
+        max_threads: Threads of a workgroup.
+        workgroup_memory: Bytes of shared memory.
+        int64: Whether 64-bit integers can be computed with.
+        matrices: Whether there are cooperative matrices of 16 x 16 x 16, f16 with sums in f32.
+    """
+
+    subgroup_size: int = 0
+    spirv: str = "v1.3"
+    max_threads: int = 128
+    workgroup_memory: int = 16_384
+    int64: bool = False
+    matrices: bool = False
