@@ -13,8 +13,8 @@ class TargetOptions:
 
     Attributes:
         cpu_features: ``host``, ``generic``, a CPU name such as ``znver4``, or features such as ``+avx2,+fma``.
-        gpu_target: A GPU architecture: ``sm_89`` for CUDA, ``ada`` or ``rdna3`` for Vulkan; or for Vulkan ``host`` or the
-            path of a device's profile.
+        gpu_target: A GPU architecture: ``sm_89`` for CUDA, ``ada`` or ``rdna3`` for Vulkan, or ``host`` or
+            the path of a device's profile.
     """
 
     cpu_features: str | None = None
