@@ -33,7 +33,8 @@ _THREADS = 128
 _KEYS = 64  # of the capacity, for each part
 _MAX_PARTS = 64
 _AHEAD = 4  # keys whose loads are under way
-_LOWEST = -1e30  # below every score, and exp(-inf - it) is 0
+LOWEST = -1e30
+"""Below every score, and exp(-inf - it) is 0."""
 
 
 @dataclass(frozen=True)
@@ -226,7 +227,7 @@ class _Parts:
                     result.append(value)
             return [*most, *total, *result]
 
-        initial = [k.constant(_LOWEST)] * c.rows + [k.constant(0.0)] * c.rows
+        initial = [k.constant(LOWEST)] * c.rows + [k.constant(0.0)] * c.rows
         initial += [k.constant(0.0, _WIDTH)] * (c.rows * loads)
         found = k.loop(Scalar.constant(0, "index"), each, _AHEAD, initial, step)
         mixed = found[2 * c.rows :]
@@ -322,7 +323,7 @@ def _emit_join(k: Kernel, c: Call) -> None:
     def highest(part: Scalar, carried: list[ir.Value]) -> list[ir.Value]:
         return [k.maximum(carried[0], k.load(stats, place(part) * 2))]
 
-    (top,) = k.loop(start, stop, 1, [k.constant(_LOWEST)], highest)
+    (top,) = k.loop(start, stop, 1, [k.constant(LOWEST)], highest)
     for first in range(0, vectors, k.group.threads):
         column = (k.thread() + first).minimum(vectors - 1)
 

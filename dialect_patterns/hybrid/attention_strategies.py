@@ -14,10 +14,13 @@ from .attention_simd import emit_attention_fused_simd
 from .attention_simd import is_legal as simd_is_legal
 from .attention_simt import emit_attention_fused_simt
 from .attention_simt import is_legal as simt_is_legal
+from .attention_simt_tiles import emit_attention_fused_simt_tiles
+from .attention_simt_tiles import is_legal as tiles_is_legal
 
 STRATEGIES = (
     Strategy("fused_simd", simd_is_legal, wherever_legal("one kernel over the keys that are seen")),
     Strategy("fused_simt", simt_is_legal, wherever_legal("two kernels over the filled rows")),
+    Strategy("fused_simt_tiles", tiles_is_legal, wherever_legal("one kernel over tiles of the keys that are seen")),
     Strategy("linalg", always, wherever_legal("portable, over all rows")),
 )
 
@@ -73,6 +76,10 @@ def emit_softmax_attention(
     if strategy == "fused_simt":
         y = emit_attention_fused_simt(
             b, target, q, k, v, first=visibility.first, scale=scale, softcap=softcap, left=visibility.left
+        )
+    elif strategy == "fused_simt_tiles":
+        y = emit_attention_fused_simt_tiles(
+            b, q, k, v, first=visibility.first, scale=scale, softcap=softcap, left=visibility.left
         )
     else:
         y = emit_attention(b, q, k, v, heads, scale=scale, softcap=softcap, visibility=visibility, mask=mask)

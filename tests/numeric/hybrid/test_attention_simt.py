@@ -1,4 +1,4 @@
-"""Attention of a few queries over a cache on a Vulkan device with subgroups (lavapipe in CI), against float64."""
+"""Attention of few and of many queries over a cache on a Vulkan device (lavapipe in CI), against float64."""
 
 from __future__ import annotations
 
@@ -32,17 +32,21 @@ def attention(
 
 
 @pytest.mark.parametrize(
-    ("dtype", "batch", "heads", "tokens", "size", "rows", "attributes", "positions"),
+    ("kernel", "dtype", "batch", "heads", "tokens", "size", "rows", "attributes", "positions"),
     [
-        (np.float32, 1, (4, 2), 1, 64, 300, {}, (0, 1, 63, 299)),
-        (np.float16, 2, (8, 2), 2, 32, 128, {}, (0, 5, 126)),
-        (np.float16, 1, (8, 2), 1, 256, 1024, {"local_window_size": 17, "softcap": 20.0}, (0, 5, 900)),
-        (np.float32, 1, (2, 2), 5, 12, 33, {"local_window_size": 3}, (0, 28)),
+        ("parts", np.float32, 1, (4, 2), 1, 64, 300, {}, (0, 1, 63, 299)),
+        ("parts", np.float16, 2, (8, 2), 2, 32, 128, {}, (0, 5, 126)),
+        ("parts", np.float16, 1, (8, 2), 1, 256, 1024, {"local_window_size": 17, "softcap": 20.0}, (0, 5, 900)),
+        ("parts", np.float32, 1, (2, 2), 5, 12, 33, {"local_window_size": 3}, (0, 28)),
+        ("tiles", np.float32, 1, (4, 2), 64, 64, 300, {}, (0, 1, 63, 236)),
+        ("tiles", np.float16, 2, (8, 2), 33, 32, 128, {}, (0, 5, 95)),
+        ("tiles", np.float32, 1, (4, 1), 70, 256, 512, {"local_window_size": 17, "softcap": 20.0}, (0, 5, 401)),
+        ("tiles", np.float32, 1, (2, 2), 9, 80, 40, {"local_window_size": 3}, (0, 31)),
     ],
 )
 def test_positions(
-    dtype: Any, batch: int, heads: tuple[int, int], tokens: int, size: int, rows: int, attributes: dict[str, Any],
-    positions: tuple[int, ...],
+    kernel: str, dtype: Any, batch: int, heads: tuple[int, int], tokens: int, size: int, rows: int,
+    attributes: dict[str, Any], positions: tuple[int, ...],
 ) -> None:  # fmt: skip
     rng = np.random.default_rng(rows)
     count, kv = heads
@@ -53,7 +57,7 @@ def test_positions(
     inputs = [q, k, v, *past, np.zeros(batch, np.int32), np.zeros((), np.int32)]
     given = {"num_heads": count, "kv_num_heads": kv, **attributes}
     run = CapacityRun("GroupQueryAttention", "com.microsoft", 1, inputs, outputs, given, (3, 4), TARGET)
-    assert "attention_fused_simt_parts" in run.lowered
+    assert f"attention_fused_simt_{kernel}" in run.lowered
     for first in positions:
         caches = [to_device(cache, TARGET) for cache in past]
         inputs[5], inputs[6] = np.full(batch, first + tokens - 1, np.int32), np.array(first + tokens, np.int32)

@@ -1,0 +1,293 @@
+"""Attention of many queries on GPUs: one kernel that goes over the keys that are seen, tile by tile.
+
+    for each tile of 32 keys:  s  = softcap(scale * q k^T), -inf where hidden     32 x 32, in the workgroup's memory
+                               m' = max(m, max s),  p = exp(s - m'),  l = exp(m - m') l + sum p
+                               o  = exp(m - m') o + p v                           in registers
+    y = o / l
+
+    %y = flow.dispatch @attention_fused_simt_tiles_...[%heads](%first, %q, %k, %v)
+
+A workgroup does 32 queries of one head and reads keys up to its last query's position only: what a cache holds beyond
+the filled rows, and half of a prompt's own keys, cost nothing. Slices of queries and keys pass through the workgroup's
+memory, the next ones under way; values come straight from the first-level cache. It needs no subgroup operations.
+
+Legal: on GPUs, for more queries than ``attention_simt`` takes, causal at one position, without a mask. Cost: 4 dk + dv
+multiply-adds a query and key seen. Source: FlashAttention-2 (Dao 2023).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from iree.compiler import ir
+
+from ..builder import Builder, Size, spec_of, tensor_type
+from ..scalar import Scalar
+from ..select import Legality, No, Yes
+from ..simt_kernel import MAX_GROUPS, Buffer, Group, Kernel, dispatch
+from ..target import Target
+from .attention_core import AttentionShape
+from .attention_simt import LOWEST, Call
+
+_WIDTH = 4  # f32 of a load
+_THREADS = 128
+_QUERIES = 32  # of a workgroup
+_KEYS = 32  # of a tile
+_SLICE = 8  # loads of a row that pass through the workgroup's memory at once
+_ROWS, _COLUMNS = 2, 4  # scores of a thread
+_COLUMN_GROUPS = _KEYS // _COLUMNS
+_SHARE = 4  # threads that share a row of scores
+_LEAST_GROUPS, _MOST_GROUPS = 4, 16  # threads along the columns of the values
+_UNROLL = 4  # keys whose values are under way
+_MAX_SIZE = 512
+
+
+def is_legal(shape: AttentionShape, target: Target) -> Legality:
+    """For any number of static rows."""
+    heads, tokens = shape.heads, shape.length
+    if not target.is_gpu:
+        return No(f"{target.name} is not a GPU")
+    if shape.masked:
+        return No("it has a mask")
+    if not shape.causal:
+        return No("it is not causal at one position for all rows of the batch")
+    if not tokens or not heads.batch or shape.keys is None:
+        return No("open sizes")
+    if heads.dk % _WIDTH or _groups(heads.dv) < _LEAST_GROUPS:
+        return No(f"head size {heads.dk} is not a multiple of {_WIDTH} or {heads.dv} not of {_WIDTH * _LEAST_GROUPS}")
+    if heads.batch * heads.q > MAX_GROUPS:
+        return No(f"more than {MAX_GROUPS} heads")
+    if heads.dv > _MAX_SIZE:
+        return No(f"a thread cannot hold its part of a head of {heads.dv}")
+    return Yes()
+
+
+def _groups(dv: int) -> int:
+    """Threads along the columns of the values: the largest power of two that divides their loads."""
+    loads = dv // _WIDTH if dv % _WIDTH == 0 else 0
+    return min(loads & -loads, _MOST_GROUPS)
+
+
+def emit_attention_fused_simt_tiles(
+    b: Builder, q: ir.Value, k: ir.Value, v: ir.Value, *,
+    first: Size, scale: float, softcap: float, left: int | None,
+) -> ir.Value:  # fmt: skip
+    """[B, Hq, T, dv] from q [B, Hq, T, dk] and the cache k, v [B, Hkv, S, d]; query i sees the keys up to first + i."""
+    batch, q_heads, tokens, dk = (size or 0 for size in spec_of(q).shape)
+    kv_heads, keys, dv = (size or 0 for size in spec_of(v).shape[1:])
+    types = spec_of(k).dtype, spec_of(v).dtype
+    c = Call(batch, kv_heads, q_heads // kv_heads, tokens, keys, dk, dv, *types, scale, softcap, left)
+    result = spec_of(q).dtype
+    q = b.cast(q, c.dtype)
+    numbers = [] if isinstance(first, int) else [first]
+
+    def body(kernel: Kernel) -> None:
+        given = Scalar.constant(first, "index") if isinstance(first, int) else kernel.number(0)
+        _Tiles(kernel, c, given, result).emit()
+
+    lead = f"at{first}_" if isinstance(first, int) else ""
+    name = f"attention_fused_simt_tiles_{lead}{c}_{result}"
+    outputs: list[tuple[ir.RankedTensorType, list[ir.Value]]] = [
+        (tensor_type([batch, q_heads, tokens, dv], result), [])
+    ]
+    tiles, heads = -(-tokens // _QUERIES), b.index(batch * q_heads)
+    return dispatch(name, Group(_THREADS, 0), tiles, heads, numbers, [q, k, v], outputs, body)[0]
+
+
+@dataclass
+class _Tiles:
+    """Emits the kernel of 32 queries of one head."""
+
+    k: Kernel
+    c: Call
+    first: Scalar
+    result: str
+
+    def emit(self) -> None:
+        """Emit everything."""
+        k, c = self.k, self.c
+        heads, vectors = c.batch * c.kv_heads, c.dk // _WIDTH
+
+        def count(elements: int) -> Scalar:
+            return Scalar.constant(elements, "index")
+
+        self.query = k.buffer(0, c.dtype, count(heads * c.rows * vectors), _WIDTH)
+        self.keys = k.buffer(1, c.dtype, count(heads * c.keys * vectors), _WIDTH)
+        self.values = k.buffer(2, c.value_dtype, count(heads * c.keys * c.dv // _WIDTH), _WIDTH)
+        self.output = k.buffer(3, self.result, count(heads * c.rows * c.dv // _WIDTH), _WIDTH)
+        self.slice = max(n for n in range(1, _SLICE + 1) if vectors % n == 0)
+        self.stride = self.slice | 1  # odd, against bank conflicts
+        self.tile_q, self.tile_k = (k.shared_chunks(n * self.stride) for n in (_QUERIES, _KEYS))
+        self.scores = k.shared(_QUERIES * (_KEYS + 1))
+        self.tops, self.sums = k.shared(_QUERIES * _SHARE), k.shared(_QUERIES * _SHARE)
+        self.factors = k.shared(_QUERIES)
+        self.head = k.item()
+        self.kv_head = self.head.divide_unsigned(c.group)[0]
+        self.start = k.tile() * _QUERIES
+        self.row, self.column = k.thread().divide_unsigned(_COLUMN_GROUPS)
+        self.own, self.share = k.thread().divide_unsigned(_SHARE)
+        self.groups = _groups(c.dv)
+        self.out_row, self.out_column = k.thread().divide_unsigned(self.groups)
+        self.out_rows = _QUERIES * self.groups // _THREADS
+        self.loads = c.dv // _WIDTH // self.groups
+        self._run()
+
+    def _run(self) -> None:
+        k, c = self.k, self.c
+        end = (self.first + self.start + _QUERIES).minimum(self.first + c.tokens)
+        begin = Scalar.constant(0, "index")
+        if c.left is not None:
+            begin = (self.first + self.start - c.left).maximum(0).divide_unsigned(_KEYS)[0] * _KEYS
+        self.last = end - 1
+
+        def tile(place: Scalar, carried: list[ir.Value]) -> list[ir.Value]:
+            self._write_scores(place, self._products(place))
+            top, total = self._softmax(carried[0], carried[1])
+            return [top, total, *self._mix(place, carried[2:])]
+
+        initial = [k.constant(LOWEST), k.constant(0.0)]
+        initial += [k.constant(0.0, _WIDTH)] * (self.out_rows * self.loads)
+        _, total, *mixed = k.loop(begin, end, _KEYS, initial, tile)
+        k.barrier()
+        k.when(self.share.equals(0), lambda: k.store(total, self.factors, self.own))
+        k.barrier()
+        for r in range(self.out_rows):
+            row = self.out_row * self.out_rows + r
+            factor = k.splat(k.div(k.constant(1.0), k.load(self.factors, row)), _WIDTH)
+            query = self.start + row
+
+            def write(r: int = r, query: Scalar = query, factor: ir.Value = factor) -> None:
+                for i in range(self.loads):
+                    place = (self.head * c.tokens + query) * (c.dv // _WIDTH) + (self.out_column + i * self.groups)
+                    k.store(k.mul(mixed[r * self.loads + i], factor), self.output, place)
+
+            k.when(query < c.tokens, write)
+
+    # ---- scores ----------------------------------------------------------------------------------------------------
+    def _fetch(self, buffer: Buffer, row: Scalar, count: int, bound: Scalar, part: Scalar) -> list[ir.Value]:
+        """This thread's loads of a slice of ``count`` rows from ``row`` on."""
+        k, vectors = self.k, self.c.dk // _WIDTH
+        found: list[ir.Value] = []
+        for line, place in self._places(count):
+            at = (row + line).minimum(bound)
+            base = self.head * self.c.tokens if buffer is self.query else self.kv_head * self.c.keys
+            found.append(k.load(buffer, (base + at) * vectors + part * self.slice + place))
+        return found
+
+    def _places(self, count: int) -> list[tuple[Scalar, Scalar]]:
+        """Row and place in a slice of each of this thread's loads."""
+        size = count * self.slice
+        return [(self.k.thread() + i).minimum(size - 1).divide_unsigned(self.slice) for i in range(0, size, _THREADS)]
+
+    def _products(self, place: Scalar) -> list[ir.Value]:
+        """This thread's 2 x 4 products of queries and keys."""
+        k, c = self.k, self.c
+        slices = c.dk // _WIDTH // self.slice
+        final = Scalar.constant(c.tokens - 1, "index")
+
+        def fetch(part: Scalar) -> list[ir.Value]:
+            queries = self._fetch(self.query, self.start, _QUERIES, final, part)
+            return [*queries, *self._fetch(self.keys, place, _KEYS, self.last, part)]
+
+        places_q, places_k = self._places(_QUERIES), self._places(_KEYS)
+
+        def step(part: Scalar, carried: list[ir.Value]) -> list[ir.Value]:
+            count = len(places_q) + len(places_k)
+            loaded, sums = carried[:count], list(carried[count:])
+            k.barrier()
+            for (line, spot), value in zip(places_q, loaded, strict=False):
+                k.store(k.widen(self.query, value), self.tile_q, line * self.stride + spot)
+            for (line, spot), value in zip(places_k, loaded[len(places_q) :], strict=True):
+                k.store(k.widen(self.keys, value), self.tile_k, line * self.stride + spot)
+            k.barrier()
+            following = fetch((part + 1).minimum(slices - 1)) if slices > 1 else loaded
+            for i in range(self.slice):
+                left = [k.load(self.tile_q, (self.row * _ROWS + r) * self.stride + i) for r in range(_ROWS)]
+                right = [
+                    k.load(self.tile_k, (self.column + j * _COLUMN_GROUPS) * self.stride + i) for j in range(_COLUMNS)
+                ]
+                for r in range(_ROWS):
+                    for j in range(_COLUMNS):
+                        sums[r * _COLUMNS + j] = k.fma(left[r], right[j], sums[r * _COLUMNS + j])
+            return [*following, *sums]
+
+        start = Scalar.constant(0, "index")
+        initial = [*fetch(start), *[k.constant(0.0, _WIDTH)] * (_ROWS * _COLUMNS)]
+        found = k.loop(start, Scalar.constant(slices, "index"), 1, initial, step)
+        totals: list[ir.Value] = []
+        for value in found[-_ROWS * _COLUMNS :]:
+            a, b, c_, d = k.elements(value)
+            totals.append(k.add(k.add(a, b), k.add(c_, d)))
+        return totals
+
+    def _write_scores(self, place: Scalar, products: list[ir.Value]) -> None:
+        """Scale, hide, and hand this thread's scores to the workgroup."""
+        k, c = self.k, self.c
+        for index, product in enumerate(products):
+            line = self.row * _ROWS + index // _COLUMNS
+            key = self.column + index % _COLUMNS * _COLUMN_GROUPS
+            score = k.mul(product, k.constant(c.scale))
+            if c.softcap:
+                score = k.mul(k.tanh(k.div(score, k.constant(c.softcap))), k.constant(c.softcap))
+            query = self.first + self.start + line
+            seen = (place + key <= query) & (place + key <= self.last)
+            if c.left is not None:
+                seen = seen & (query <= place + key + c.left)
+            k.store(k.select(seen, score, k.constant(float("-inf"))), self.scores, line * (_KEYS + 1) + key)
+        k.barrier()
+
+    def _softmax(self, top: ir.Value, total: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """Scores to weights; the next maximum and sum of this thread's row."""
+        k, each = self.k, _KEYS // _SHARE
+        places = [self.own * (_KEYS + 1) + self.share * each + i for i in range(each)]
+        scores = [k.load(self.scores, place) for place in places]
+        highest = scores[0]
+        for score in scores[1:]:
+            highest = k.maximum(highest, score)
+        mine = self.own * _SHARE + self.share
+        k.store(highest, self.tops, mine)
+        k.barrier()
+        new = top
+        for other in range(_SHARE):
+            new = k.maximum(new, k.load(self.tops, self.own * _SHARE + other))
+        part = k.constant(0.0)
+        for place, score in zip(places, scores, strict=True):
+            weight = k.exp(k.sub(score, new))
+            part = k.add(part, weight)
+            k.store(weight, self.scores, place)
+        shrink = k.exp(k.sub(top, new))
+        k.store(part, self.sums, mine)
+        k.when(self.share.equals(0), lambda: k.store(shrink, self.factors, self.own))
+        k.barrier()
+        total = k.mul(total, shrink)
+        for other in range(_SHARE):
+            total = k.add(total, k.load(self.sums, self.own * _SHARE + other))
+        return new, total
+
+    # ---- values ----------------------------------------------------------------------------------------------------
+    def _mix(self, place: Scalar, mixed: list[ir.Value]) -> list[ir.Value]:
+        """Add the weighted values of a tile to this thread's part of the outputs."""
+        k, c = self.k, self.c
+        rows = [self.out_row * self.out_rows + r for r in range(self.out_rows)]
+        shrink = [k.splat(k.load(self.factors, row), _WIDTH) for row in rows]
+        held = [k.mul(value, shrink[index // self.loads]) for index, value in enumerate(mixed)]
+
+        def step(key: Scalar, carried: list[ir.Value]) -> list[ir.Value]:
+            sums = list(carried)
+            at = [(place + key + u).minimum(self.last) + self.kv_head * c.keys for u in range(_UNROLL)]
+            values = [
+                [
+                    k.load(self.values, row * (c.dv // _WIDTH) + (self.out_column + i * self.groups))
+                    for i in range(self.loads)
+                ]
+                for row in at
+            ]
+            for u, stored in enumerate(values):
+                wide = [k.widen(self.values, value) for value in stored]
+                for r, row in enumerate(rows):
+                    weight = k.splat(k.load(self.scores, row * (_KEYS + 1) + key + u), _WIDTH)
+                    for i, value in enumerate(wide):
+                        sums[r * self.loads + i] = k.fma(weight, value, sums[r * self.loads + i])
+            return sums
+
+        return k.loop(Scalar.constant(0, "index"), Scalar.constant(_KEYS, "index"), _UNROLL, held, step)
