@@ -83,7 +83,7 @@ class Attention:
     def shape(self) -> core.AttentionShape:
         """What the strategy is chosen by."""
         causal = self.right == 0 and not self.ragged
-        return core.AttentionShape(self.heads, self.length, self.rows, self.masked, causal)
+        return core.AttentionShape(self.heads, self.length, self.rows, self.masked, causal, self.dtype)
 
 
 def _parse_heads(node: Node, q: TensorSpec, k: TensorSpec, v: TensorSpec) -> core.Heads:

@@ -62,6 +62,7 @@ class AttentionShape:
         keys: S, rows of keys: the capacity of a cache that has one.
         masked: Whether a mask or bias comes in memory.
         causal: Whether query i sees no key after ``first + i``, ``first`` the same for all rows of the batch.
+        dtype: Element type of the keys.
     """
 
     heads: Heads
@@ -69,6 +70,7 @@ class AttentionShape:
     keys: Dim
     masked: bool
     causal: bool
+    dtype: str
 
 
 @dataclass(frozen=True)

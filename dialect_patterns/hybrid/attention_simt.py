@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from iree.compiler import ir
 
 from ..builder import Builder, Size, spec_of, tensor_type
+from ..node import TensorSpec
 from ..scalar import Scalar
 from ..select import Legality, No, Yes
 from ..simt_kernel import MAX_GROUPS, Buffer, Group, Kernel, dispatch
@@ -141,15 +142,28 @@ def emit_attention_fused_simt(
     name = f"attention_fused_simt_parts_{lead}{c}_g{target.subgroup_size}"
     outputs: list[tuple[ir.RankedTensorType, list[ir.Value]]] = [(stats, []), (sums, [])]
     found = dispatch(name, group, c.parts, b.index(heads), numbers, [q, k, v], outputs, parts)
-    wide = min(target.max_threads, dv // _WIDTH)
-    y: list[tuple[ir.RankedTensorType, list[ir.Value]]] = [
-        (tensor_type([batch, q_heads, tokens, dv], spec_of(q).dtype), [])
-    ]
-    shape = f"{c.dtype}_h{heads}_p{c.parts}_r{c.rows}_d{dv}"
-    return dispatch(
-        f"attention_fused_simt_join_{shape}", Group(wide, 0), 1, b.index(heads * c.rows), [], found, y,
-        lambda kernel: _emit_join(kernel, c),
-    )[0]  # fmt: skip
+    return emit_join(b, target, c, c.parts, found, TensorSpec((batch, q_heads, tokens, dv), c.dtype))
+
+
+def emit_join(b: Builder, target: Target, c: Call, parts: int, found: list[ir.Value], result: TensorSpec) -> ir.Value:
+    """The outputs from their parts.
+
+    Args:
+        b: The builder.
+        target: To compile for.
+        c: What is computed.
+        parts: P.
+        found: Maxima and sums [B * Hkv, P, R, 2] and weighted values [B * Hkv, P, R, dv], f32.
+        result: Type of the outputs [B, Hq, T, dv].
+    """
+    heads, wide = c.batch * c.kv_heads, min(target.max_threads, c.dv // _WIDTH)
+    name = f"attention_fused_simt_join_{result.dtype}_h{heads}_p{parts}_r{c.rows}_d{c.dv}"
+    outputs: list[tuple[ir.RankedTensorType, list[ir.Value]]] = [(tensor_type(result.shape, result.dtype), [])]
+
+    def body(kernel: Kernel) -> None:
+        _emit_join(kernel, c, parts, result.dtype)
+
+    return dispatch(name, Group(wide, 0), 1, b.index(heads * c.rows), [], found, outputs, body)[0]
 
 
 @dataclass
@@ -307,18 +321,18 @@ class _Parts:
                 k.barrier()
 
 
-def _emit_join(k: Kernel, c: Call) -> None:
+def _emit_join(k: Kernel, c: Call, parts: int, dtype: str) -> None:
     """Join the parts of one row."""
     heads, vectors = c.batch * c.kv_heads, c.dv // _WIDTH
-    stats = k.buffer(0, "f32", Scalar.constant(heads * c.parts * c.rows * 2, "index"))
-    sums = k.buffer(1, "f32", Scalar.constant(heads * c.parts * c.rows * vectors, "index"), _WIDTH)
-    output = k.buffer(2, c.dtype, Scalar.constant(heads * c.rows * vectors, "index"), _WIDTH)
+    stats = k.buffer(0, "f32", Scalar.constant(heads * parts * c.rows * 2, "index"))
+    sums = k.buffer(1, "f32", Scalar.constant(heads * parts * c.rows * vectors, "index"), _WIDTH)
+    output = k.buffer(2, dtype, Scalar.constant(heads * c.rows * vectors, "index"), _WIDTH)
     head, row = k.item().divide_unsigned(c.rows)
 
     def place(part: Scalar) -> Scalar:
-        return (head * c.parts + part) * c.rows + row
+        return (head * parts + part) * c.rows + row
 
-    start, stop = Scalar.constant(0, "index"), Scalar.constant(c.parts, "index")
+    start, stop = Scalar.constant(0, "index"), Scalar.constant(parts, "index")
 
     def highest(part: Scalar, carried: list[ir.Value]) -> list[ir.Value]:
         return [k.maximum(carried[0], k.load(stats, place(part) * 2))]

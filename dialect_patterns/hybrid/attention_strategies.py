@@ -7,7 +7,7 @@ from dataclasses import replace
 from iree.compiler import ir
 
 from ..op import Choice, LoweringContext, LoweringOptions
-from ..select import Strategy, always, select, wherever_legal
+from ..select import Legality, No, Strategy, Yes, always, select, wherever_legal
 from ..target import Target
 from .attention_core import AttentionShape, Visibility, emit_attention, join_heads, split_heads
 from .attention_simd import emit_attention_fused_simd
@@ -17,10 +17,19 @@ from .attention_simt import is_legal as simt_is_legal
 from .attention_simt_tiles import emit_attention_fused_simt_tiles
 from .attention_simt_tiles import is_legal as tiles_is_legal
 
+
+def _tiles_are_preferred(shape: AttentionShape, target: Target, options: LoweringOptions) -> Legality:
+    """Unless IREE has matrix units for the products; see ``attention_simt_tiles`` for the times."""
+    del options
+    if target.matrix_units and shape.dtype != "f32":
+        return No("IREE's products on the matrix units are faster over a long cache")
+    return Yes("one kernel over tiles of the keys that are seen")
+
+
 STRATEGIES = (
     Strategy("fused_simd", simd_is_legal, wherever_legal("one kernel over the keys that are seen")),
     Strategy("fused_simt", simt_is_legal, wherever_legal("two kernels over the filled rows")),
-    Strategy("fused_simt_tiles", tiles_is_legal, wherever_legal("one kernel over tiles of the keys that are seen")),
+    Strategy("fused_simt_tiles", tiles_is_legal, _tiles_are_preferred),
     Strategy("linalg", always, wherever_legal("portable, over all rows")),
 )
 
@@ -79,7 +88,7 @@ def emit_softmax_attention(
         )
     elif strategy == "fused_simt_tiles":
         y = emit_attention_fused_simt_tiles(
-            b, q, k, v, first=visibility.first, scale=scale, softcap=softcap, left=visibility.left
+            b, target, q, k, v, first=visibility.first, scale=scale, softcap=softcap, left=visibility.left
         )
     else:
         y = emit_attention(b, q, k, v, heads, scale=scale, softcap=softcap, visibility=visibility, mask=mask)

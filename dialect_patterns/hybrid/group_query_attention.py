@@ -97,7 +97,7 @@ class GroupQueryAttention:
     @property
     def shape(self) -> core.AttentionShape:
         """What the strategy is chosen by."""
-        return core.AttentionShape(self.heads, self.length, self.rows, self.masked, not self.has_lengths)
+        return core.AttentionShape(self.heads, self.length, self.rows, self.masked, not self.has_lengths, self.dtype)
 
 
 def parse(node: Node) -> GroupQueryAttention:

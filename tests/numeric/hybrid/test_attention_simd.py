@@ -95,29 +95,37 @@ def test_positions(
     ],
 )
 def test_what_the_portable_form_does(heads: Heads, tokens: int | None, target: Target, reason: str) -> None:
-    choice = attention_strategies.choose(AttentionShape(heads, tokens, 99, False, True), "node", target)
+    choice = attention_strategies.choose(AttentionShape(heads, tokens, 99, False, True, "f32"), "node", target)
     assert choice.strategy == "linalg"
     assert reason in choice.rejected["fused_simd"]
 
 
-CACHED = AttentionShape(Heads(1, 4, 2, 64, 64), 1, 99, masked=False, causal=True)
+CACHED = AttentionShape(Heads(1, 4, 2, 64, 64), 1, 99, masked=False, causal=True, dtype="f32")
 
 
 @pytest.mark.parametrize(
-    ("change", "subgroup", "reason"),
+    ("change", "subgroup", "strategy", "reason"),
     [
-        ({}, 32, None),
-        ({}, 0, "subgroup"),
-        ({"masked": True}, 32, "mask"),
-        ({"causal": False}, 32, "causal"),
-        ({"length": 5}, 32, "10 queries"),
-        ({"keys": None}, 32, "open"),
-        ({"heads": Heads(1, 4, 2, 66, 64)}, 32, "66"),
+        ({}, 32, "fused_simt", ""),
+        ({}, 0, "fused_simt_tiles", "subgroup"),
+        ({"masked": True}, 32, "linalg", "mask"),
+        ({"causal": False}, 32, "linalg", "causal"),
+        ({"length": 5}, 32, "fused_simt_tiles", "10 queries"),
+        ({"keys": None}, 32, "linalg", "open"),
+        ({"heads": Heads(1, 4, 2, 66, 64)}, 32, "linalg", "66"),
     ],
 )
-def test_what_gpus_do(change: dict[str, object], subgroup: int, reason: str | None) -> None:
+def test_what_gpus_do(change: dict[str, object], subgroup: int, strategy: str, reason: str) -> None:
     target = Target("cuda", is_gpu=True, subgroup_size=subgroup)
     choice = attention_strategies.choose(replace(CACHED, **change), "node", target)  # type: ignore[arg-type]
-    assert choice.strategy == ("linalg" if reason else "fused_simt")
+    assert choice.strategy == strategy
     assert "not a CPU" in choice.rejected["fused_simd"]
-    assert reason is None or reason in choice.rejected["fused_simt"]
+    assert reason in choice.rejected.get("fused_simt", "")
+
+
+@pytest.mark.parametrize(("dtype", "strategy"), [("f32", "fused_simt_tiles"), ("f16", "linalg")])
+def test_prompts_where_there_are_matrix_units(dtype: str, strategy: str) -> None:
+    target = Target("cuda", is_gpu=True, subgroup_size=32, matrix_units=True)
+    choice = attention_strategies.choose(replace(CACHED, length=64, dtype=dtype), "node", target)
+    assert choice.strategy == strategy
+    assert ("matrix units" in choice.rejected.get("fused_simt_tiles", "")) == (strategy == "linalg")

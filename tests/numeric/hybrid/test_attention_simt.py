@@ -42,6 +42,8 @@ def attention(
         ("tiles", np.float16, 2, (8, 2), 33, 32, 128, {}, (0, 5, 95)),
         ("tiles", np.float32, 1, (4, 1), 70, 256, 512, {"local_window_size": 17, "softcap": 20.0}, (0, 5, 401)),
         ("tiles", np.float32, 1, (2, 2), 9, 80, 40, {"local_window_size": 3}, (0, 31)),
+        ("tiles", np.float32, 1, (4, 1), 8, 32, 1024, {}, (0, 130, 1016)),
+        ("tiles", np.float32, 1, (2, 1), 40, 32, 512, {"local_window_size": 200}, (0, 30, 472)),
     ],
 )
 def test_positions(
