@@ -22,7 +22,7 @@ MAX_GROUPS = 32_768
 """Workgroups along y; what is beyond goes to z. Devices offer at least 65,535 of either."""
 
 _CHUNK = 4  # f32 of 16 bytes
-_STORED = {"f32": "f32", "f16": "f16", "bf16": "i16"}
+_STORED = {"f32": "f32", "f16": "f16", "bf16": "i16", "i32": "i32"}
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class Buffer:
 
     Attributes:
         value: The memref.
-        dtype: Element type of the tensor: ``f32``, ``f16`` or ``bf16``.
+        dtype: Element type of the tensor: ``f32``, ``f16``, ``bf16``, or ``i32`` for what is no number yet.
         width: Elements of one load.
     """
 
@@ -388,7 +388,7 @@ class Kernel:
             "gpu.subgroup_mma_constant_matrix", results=[self.matrix_type("COp")], operands=operands
         ).result
 
-    def matrix_load(self, role: str, buffer: Buffer, start: Scalar, stride: int) -> ir.Value:
+    def matrix_load(self, role: str, buffer: Buffer, start: Scalar, stride: int, transposed: bool = False) -> ir.Value:
         """A factor of f16 from a buffer of chunks; ``role`` is AOp (left) or BOp (right).
 
         Args:
@@ -396,8 +396,11 @@ class Kernel:
             buffer: Rows of f16 in chunks.
             start: The chunk of its first element.
             stride: From row to row, in the unit of the target (see ``Target.matrix_stride``).
+            transposed: Whether the buffer has the factor's columns where it says rows.
         """
-        attributes = {"leadDimension": ir.IntegerAttr.get(ir.IndexType.get(), stride)}
+        attributes: dict[str, ir.Attribute] = {"leadDimension": ir.IntegerAttr.get(ir.IndexType.get(), stride)}
+        if transposed:
+            attributes["transpose"] = ir.Attribute.parse("unit")
         return ir.Operation.create(
             "gpu.subgroup_mma_load_matrix",
             results=[self.matrix_type(role)],
@@ -417,6 +420,14 @@ class Kernel:
         ir.Operation.create(
             "gpu.subgroup_mma_store_matrix", operands=[sums, buffer.value, start.value], attributes=attributes
         )
+
+    def chunk_of_f16(self, values: Sequence[ir.Value]) -> ir.Value:
+        """Eight f32 values, rounded to f16, as a chunk of 16 bytes."""
+        pairs = [self.join(values[i : i + 2]) for i in range(0, len(values), 2)]
+        rounded = [arith.TruncFOp(self.type(2, "f16"), pair).result for pair in pairs]
+        single = ir.Type.parse("vector<1xf32>")
+        words = [ir.Operation.create("vector.bitcast", results=[single], operands=[pair]).result for pair in rounded]
+        return self.join([vector.ExtractOp(word, [], [0]).result for word in words])
 
     def matrix_type(self, role: str) -> ir.Type:
         """The type of a factor (AOp, BOp) or of sums (COp)."""

@@ -77,6 +77,22 @@ class MatMulNBits:
         return self.block_size // self.per_word
 
     @property
+    def key(self) -> str:
+        """What the names of kernels say of the weights."""
+        bias = "_bias" if self.with_bias else ""
+        return f"{self.a.dtype}_{self.bits}bit_b{self.block_size}_z{self.zero_points}{bias}"
+
+    @property
+    def row_words(self) -> int:
+        """Words of a column's weights, the padding of the last block included."""
+        return self.blocks * self.block_words
+
+    @property
+    def padded_depth(self) -> int:
+        """K in whole blocks."""
+        return self.blocks * self.block_size
+
+    @property
     def default_zero(self) -> float:
         """The zero point where the node has none."""
         return float(1 << (self.bits - 1))

@@ -24,13 +24,14 @@ import numpy as np
 from iree.compiler import ir
 from iree.compiler.dialects import arith
 
-from ..builder import Builder, spec_of, tensor_type
+from ..builder import Builder, tensor_type
 from ..op import LoweringContext
 from ..scalar import Scalar
 from ..select import Legality, Yes
 from ..target import Target
-from .contract import INT8_MAX, WORD, MatMulNBits
+from .contract import WORD, MatMulNBits
 from .operands import Operands
+from .rounded import emit_a
 
 
 @dataclass(frozen=True)
@@ -120,30 +121,10 @@ def _emit_dequantised(b: Builder, contract: MatMulNBits, weights: _Weights, dtyp
     return b.collapse(b.map(f"{equation}->nkwp", dequantise, *operands, dtype=dtype), 1, 3)
 
 
-def _emit_rounded(b: Builder, a: ir.Value, block_size: int) -> ir.Value:
-    """``a`` [M, K], K a multiple of the block size, rounded to 127 steps a side in each block, f32."""
-    depth = spec_of(a).shape[1]
-    assert depth is not None
-    blocks = b.expand(a, 1, [depth // block_size, block_size])
-
-    def largest(so_far: Scalar, value: Scalar) -> Scalar:
-        return so_far.maximum(value.to("f32").abs())
-
-    def round_to_step(value: Scalar, bound: Scalar) -> Scalar:
-        step = bound / INT8_MAX
-        inverse = step.equals(0.0).select(b.constant(0.0, "f32"), INT8_MAX / bound)
-        return (value.to("f32") * inverse).round_even() * step
-
-    bound = b.reduce("mkj->mk", largest, blocks, initial=0.0)
-    return b.collapse(b.map("mkj,mk->mkj", round_to_step, blocks, bound, dtype="f32"), 1, 2)
-
-
 def emit_mat_mul_n_bits_dequantised(context: LoweringContext, contract: MatMulNBits, x: Operands) -> ir.Value:
     """Emit the product [M, N]: from packed weights for one row, from dequantised ones for more."""
     b = context.builder
-    a = b.pad_end(x.a, 1, contract.blocks * contract.block_size)
-    if contract.rounds_a:
-        a = _emit_rounded(b, a, contract.block_size)
+    a = emit_a(b, contract, x.a, "f32")
     weights = _emit_weights(b, contract, x)
     if b.dim(a, 0) == 1:
         y = _emit_block_products(b, contract, a, weights)

@@ -116,7 +116,7 @@ def product_kernel(contract: MatMulNBits, p: Plan) -> Kernel:
     a = [TensorSpec((c.rows, c.depth), dtype)]
     if not p.direct and is_arranged(c, p):
         a = arranged_specs(c, p, c.rows)
-    weights = [TensorSpec((c.columns, c.blocks * c.block_words), "i32"), TensorSpec((c.columns, c.blocks), dtype)]
+    weights = [TensorSpec((c.columns, c.row_words), "i32"), TensorSpec((c.columns, c.blocks), dtype)]
     if c.zero_points == "packed":
         weights.append(TensorSpec((c.columns, -(-c.blocks * c.bits // 8)), "i8"))
     elif c.zero_points == "float":

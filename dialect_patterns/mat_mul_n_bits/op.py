@@ -2,34 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from iree.compiler import ir
 
 from ..op import MICROSOFT, Choice, LoweringContext, LoweringOptions, Op
-from ..select import Legality, Strategy, Yes, select
+from ..select import Legality, Strategy, Yes, select, wherever_legal
 from ..target import Target
-from . import dequantised, fused_simd
+from . import dequantised, fused_mma, fused_simd, fused_simt, fused_tiled
 from .contract import MatMulNBits, output_types, parse
 from .operands import prepare
 
 
-def _fused_simd_is_preferred(contract: MatMulNBits, target: Target, options: LoweringOptions) -> Legality:
-    """Wherever it is legal."""
-    del options
-    return Yes(fused_simd.describe(contract, target))
+def _described(
+    strategy: Callable[[MatMulNBits, Target], str],
+) -> Callable[[MatMulNBits, Target, LoweringOptions], Legality]:
+    """The preference of a strategy that is taken wherever it is legal, in the words of its ``describe``."""
 
+    def preference(contract: MatMulNBits, target: Target, options: LoweringOptions) -> Legality:
+        del options
+        return Yes(strategy(contract, target))
 
-def _dequantised_is_preferred(contract: MatMulNBits, target: Target, options: LoweringOptions) -> Legality:
-    """What is left."""
-    del target, options
-    return Yes("one row from packed weights" if contract.rows == 1 else "weights dequantised to scratch")
+    return preference
 
 
 STRATEGIES = (
-    Strategy("fused_simd", fused_simd.is_legal, _fused_simd_is_preferred),
-    Strategy("dequantised", dequantised.is_legal, _dequantised_is_preferred),
+    Strategy("fused_simd", fused_simd.is_legal, _described(fused_simd.describe)),
+    Strategy("fused_mma", fused_mma.is_legal, _described(fused_mma.describe)),
+    Strategy("fused_simt", fused_simt.is_legal, _described(fused_simt.describe)),
+    Strategy("fused_tiled", fused_tiled.is_legal, _described(fused_tiled.describe)),
+    Strategy(
+        "dequantised",
+        dequantised.is_legal,
+        wherever_legal(lambda c: "one row from packed weights" if c.rows == 1 else "weights dequantised to scratch"),
+    ),
 )
+
+_EMITTERS = {
+    "fused_simd": fused_simd.emit_mat_mul_n_bits_fused_simd,
+    "fused_mma": fused_mma.emit_mat_mul_n_bits_fused_mma,
+    "fused_simt": fused_simt.emit_mat_mul_n_bits_fused_simt,
+    "fused_tiled": fused_tiled.emit_mat_mul_n_bits_fused_tiled,
+    "dequantised": dequantised.emit_mat_mul_n_bits_dequantised,
+}
 
 
 def choose(contract: MatMulNBits, target: Target, options: LoweringOptions) -> Choice:
@@ -45,10 +60,7 @@ def lower(context: LoweringContext, contract: MatMulNBits, operands: Sequence[ir
     assert a is not None
     leading = b.shape(a)[:-1]
     x = prepare(b, contract, operands)
-    if choose(contract, context.target, context.options).strategy == "fused_simd":
-        y = fused_simd.emit_mat_mul_n_bits_fused_simd(context, contract, x)
-    else:
-        y = dequantised.emit_mat_mul_n_bits_dequantised(context, contract, x)
+    y = _EMITTERS[choose(contract, context.target, context.options).strategy](context, contract, x)
     return [b.expand(y, 0, leading) if leading else b.collapse(y, 0, 1)]
 
 

@@ -41,7 +41,7 @@ def prepare(b: Builder, contract: MatMulNBits, operands: Sequence[ir.Value | Non
     a = b.refine(a, TensorSpec((*spec_of(a).shape[:-1], c.depth), c.a.dtype))
     rank = spec_of(a).rank
     a = b.collapse(a, 0, rank - 2) if rank > 1 else b.expand(a, 0, [1, c.depth])
-    view = tensor_type((c.columns, c.blocks * c.block_words), "i32")
+    view = tensor_type((c.columns, c.row_words), "i32")
     no_dims = {"operandSegmentSizes": ir.DenseI32ArrayAttr.get([1, 0, 0])}
     words = ir.Operation.create("flow.tensor.bitcast", results=[view], operands=[packed], attributes=no_dims).result
     zeros = operands[3] if c.zero_points != "default" else None

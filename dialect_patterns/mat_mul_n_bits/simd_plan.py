@@ -115,7 +115,7 @@ def plan(contract: MatMulNBits, target: Target) -> Plan | str:
 def arranged_bytes(c: MatMulNBits, instruction: DotInstruction | None) -> int:
     """Bytes of one row of A as the products take it: see ``simd_rows``."""
     if instruction is None:
-        return 4 * c.blocks * c.block_size
+        return 4 * c.padded_depth
     return c.blocks * (c.block_size + 8)
 
 

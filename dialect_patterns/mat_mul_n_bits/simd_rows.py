@@ -33,9 +33,9 @@ def is_arranged(c: MatMulNBits, p: Plan) -> bool:
 def arranged_specs(c: MatMulNBits, p: Plan, rows: Dim) -> list[TensorSpec]:
     """What a row becomes."""
     if p.instruction is None:
-        return [TensorSpec((rows, c.blocks * c.block_size), "f32")]
+        return [TensorSpec((rows, c.padded_depth), "f32")]
     factors = TensorSpec((rows, c.blocks), "f32")
-    return [TensorSpec((rows, c.blocks * c.block_words * groups(c)), "i32"), factors, factors]
+    return [TensorSpec((rows, c.row_words * groups(c)), "i32"), factors, factors]
 
 
 class RowWriter:

@@ -88,9 +88,7 @@ class TiledBody:
         self._in_fours(block, blocks, c.blocks, lambda at, count: self._unpack_factors(column, block, at, count))
         first = k.mul(block, c.block_words)
         words = k.mul(blocks, c.block_words)
-        self._in_fours(
-            first, words, c.blocks * c.block_words, lambda at, count: self._unpack_words(column, first, at, count)
-        )
+        self._in_fours(first, words, c.row_words, lambda at, count: self._unpack_words(column, first, at, count))
 
     def _in_fours(self, first: Index, size: Index, total: int, body: Callable[[Index, int], None]) -> None:
         """``body(offset, count)`` for ``size`` things from ``first`` on, the last of all having less than four."""

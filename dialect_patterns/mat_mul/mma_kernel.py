@@ -1,0 +1,285 @@
+"""A product on the matrix units as one GPU kernel, whatever its right factor is stored as.
+
+    hal.executable.source @... {
+      a workgroup: a tile of y; scf.for %k { tiles of both factors through the workgroup's memory, the next ones under
+        way; a subgroup: 16 x 16 products, gpu.subgroup_mma_compute, sums in f32 in its registers }
+      sums through the workgroup's memory, rounded, to y
+    }
+
+Tensor cores on CUDA and cooperative matrices on Vulkan are made of the same text. Rows of the tiles in the workgroup's
+memory are one chunk of 16 bytes longer than they need, against bank conflicts. Rows and columns beyond the end are read
+from the last one and not written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from iree.compiler import ir
+
+from ..scalar import Scalar
+from ..select import Legality, No, Yes
+from ..simt_kernel import Kernel
+from ..target import Target
+
+SIDE = 16
+"""Rows and columns of a matrix."""
+
+CHUNK = 8
+"""Elements of f16 in a chunk of 16 bytes."""
+
+VECTOR = 4
+"""Elements of f32 in a chunk; columns of one store."""
+
+_LEAST_ROWS = 9  # fewer are the business of fused_simt
+_ENOUGH_TILES = 100  # workgroups that keep a large GPU busy
+_MIN_DEPTH = 32
+_AHEAD = 2  # tiles that are under way while one is multiplied
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of a product.
+
+    Attributes:
+        rows: M; None where open.
+        depth: K.
+        columns: N.
+    """
+
+    rows: int | None
+    depth: int
+    columns: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the product is cut.
+
+    Attributes:
+        rows: Of a workgroup's tile.
+        columns: Of a workgroup's tile.
+        depth: K at once.
+        down: Subgroups along the rows.
+        across: Subgroups along the columns.
+        subgroup: Threads of a subgroup.
+        unit: f16 elements of one unit of a stride, and f32 ones.
+        transposed: Whether the right factor's tile lies in memory column by column.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    down: int
+    across: int
+    subgroup: int
+    unit: tuple[int, int]
+    transposed: bool
+
+    @property
+    def threads(self) -> int:
+        """Threads of a workgroup."""
+        return self.subgroup * self.down * self.across
+
+    @property
+    def memory(self) -> int:
+        """Chunks of the workgroup's memory: the tiles of both factors, and 16 rows of sums a subgroup."""
+        return self.rows * self.stride_a + self.chunks_b + self.down * self.across * SIDE * self.stride_y
+
+    @property
+    def stride_a(self) -> int:
+        """Chunks from row to row of the left tile."""
+        return self.depth // CHUNK + 1
+
+    @property
+    def stride_b(self) -> int:
+        """Chunks from row to row of the right tile, from column to column where it is transposed."""
+        return (self.depth if self.transposed else self.columns) // CHUNK + 1
+
+    @property
+    def chunks_b(self) -> int:
+        """Chunks of the right tile."""
+        return (self.columns if self.transposed else self.depth) * self.stride_b
+
+    @property
+    def stride_y(self) -> int:
+        """Chunks from row to row of a subgroup's sums."""
+        return self.columns // self.across // VECTOR + 1
+
+    def __str__(self) -> str:
+        return f"t{self.rows}x{self.columns}x{self.depth}s{self.down}x{self.across}"
+
+
+def plan_for(size: Size, target: Target, transposed: bool) -> Plan:
+    """The largest tiles of which there are enough; by measurement (H100)."""
+    rows, columns = size.rows or 0, size.columns
+    unit = (1, 1) if target.matrix_stride == "elements" else (CHUNK, VECTOR)
+    deep = 64 if size.depth % 64 == 0 else _MIN_DEPTH
+    tiles = -(-rows // 128) * -(-columns // 128)
+    if rows >= 128 and tiles >= _ENOUGH_TILES and target.max_threads >= 8 * target.subgroup_size:
+        return Plan(128, 128, _MIN_DEPTH, 2, 4, target.subgroup_size, unit, transposed)
+    if columns <= 32 or rows <= 32:
+        return Plan(32, 32, deep, 2, 2, target.subgroup_size, unit, transposed)
+    return Plan(64, 64, deep, 2, 2, target.subgroup_size, unit, transposed)
+
+
+def is_possible(size: Size, dtype: str, target: Target, transposed: bool, step: int) -> Legality:
+    """Whether a target multiplies such matrices.
+
+    Args:
+        size: Of the product.
+        dtype: Of the left factor and the result.
+        target: The machine.
+        transposed: See :class:`Plan`.
+        step: What must divide the columns.
+    """
+    if not target.is_gpu:
+        return No(f"{target.name} is not a GPU")
+    if target.matrix_stride is None or target.subgroup_size < SIDE:
+        return No(f"{target.name} is compiled for without products of 16x16 matrices")
+    if dtype != "f16":
+        return No(f"{dtype}, not f16")
+    if size.rows is None or size.rows < _LEAST_ROWS:
+        return No(f"{'?' if size.rows is None else size.rows} rows, less than {_LEAST_ROWS}")
+    if size.depth % _MIN_DEPTH or size.columns % step or not size.depth:
+        return No(f"K={size.depth} is not a multiple of {_MIN_DEPTH} or N={size.columns} of {step}")
+    if plan_for(size, target, transposed).memory * 16 > target.workgroup_memory:
+        return No(f"tiles do not fit in {target.workgroup_memory} bytes of a workgroup")
+    return Yes()
+
+
+class RightFactor(Protocol):
+    """What the right factor of a product is read from; its tiles lie in the workgroup's memory as f16."""
+
+    def start(self, product: Product) -> None:
+        """Emit what comes before the loop."""
+        ...
+
+    def load(self, step: Scalar) -> list[ir.Value]:
+        """Load this thread's part of the tile that belongs to a step of K."""
+        ...
+
+    def put(self, loaded: Sequence[ir.Value], step: Scalar) -> None:
+        """Write that part to the workgroup's memory."""
+        ...
+
+    def matrix(self, depth: int, across: Scalar) -> ir.Value:
+        """The matrix at ``depth`` matrices down and ``across`` matrices to the right of the tile in memory."""
+        ...
+
+    def finish(self, sums: ir.Value, column: Scalar) -> ir.Value:
+        """What becomes of four sums from column ``4 * column`` on."""
+        ...
+
+
+class Product:
+    """Emits the kernel: buffer 0 is the left factor, f16 [M, K].
+
+    Args:
+        k: Emits instructions.
+        size: Of the product; M is static.
+        plan: How it is cut.
+        right: The right factor.
+        output: Binding of the result, f16 [M, N].
+
+    Attributes:
+        thread: This thread's number in the workgroup.
+    """
+
+    def __init__(self, k: Kernel, size: Size, plan: Plan, right: RightFactor, output: int) -> None:
+        assert size.rows is not None
+        self.k, self.size, self.p, self.right, self.rows = k, size, plan, right, size.rows
+        self.high = plan.rows // plan.down // SIDE  # matrices of a subgroup
+        self.wide = plan.columns // plan.across // SIDE
+        self.a = k.chunks(0, Scalar.constant(self.rows * size.depth // CHUNK, "index"))
+        self.y = k.buffer(output, "f16", Scalar.constant(self.rows * size.columns // VECTOR, "index"), VECTOR)
+        self.tile_a = k.shared_chunks(plan.rows * plan.stride_a)
+        self.thread = k.thread()
+
+    def emit(self) -> None:
+        """Emit everything."""
+        k, p = self.k, self.p
+        self.right.start(self)
+        self.sums = k.shared_chunks(p.down * p.across * SIDE * p.stride_y)
+        self.subgroup, self.lane = self.thread.divide_unsigned(p.subgroup)
+        self.down, self.across = self.subgroup.divide_unsigned(p.across)
+        self.row = k.item() * p.rows
+        self.places_a = self.places(p.rows, p.depth // CHUNK)
+        self._write(self._products())
+
+    def places(self, rows: int, chunks: int) -> list[tuple[Scalar, Scalar]]:
+        """Row and chunk of each of this thread's loads of a tile."""
+        loads = range(0, rows * chunks, self.p.threads)
+        return [(self.thread + load).divide_unsigned(chunks) for load in loads]
+
+    def _load_a(self, step: Scalar) -> list[ir.Value]:
+        k, p = self.k, self.p
+        loads: list[ir.Value] = []
+        for row, chunk in self.places_a:
+            start = (self.row + row).minimum(self.rows - 1) * (self.size.depth // CHUNK)
+            loads.append(k.load(self.a, start + chunk + step * (p.depth // CHUNK)))
+        return loads
+
+    def _load(self, step: Scalar) -> list[ir.Value]:
+        """This thread's part of the tiles that belong to a step of K."""
+        return [*self._load_a(step), *self.right.load(step)]
+
+    def _products(self) -> list[ir.Value]:
+        """The sums of this thread's subgroup, row after row."""
+        k, p = self.k, self.p
+        steps = self.size.depth // p.depth
+        zero = Scalar.constant(0, "index")
+        ahead = [self._load(Scalar.constant(min(i, steps - 1), "index")) for i in range(_AHEAD)]
+        size, count = len(ahead[0]), len(ahead[0]) * _AHEAD
+
+        def step(index: Scalar, carried: list[ir.Value]) -> list[ir.Value]:
+            loaded, later, sums = carried[:size], carried[size:count], carried[count:]
+            k.barrier()
+            for (row, chunk), value in zip(self.places_a, loaded, strict=False):
+                k.store_as_is(value, self.tile_a, row * p.stride_a + chunk)
+            self.right.put(loaded[len(self.places_a) :], index)
+            k.barrier()
+            following = self._load((index + _AHEAD).minimum(steps - 1))
+            return [*later, *following, *self._step_products(sums)]
+
+        initial = [*(v for loads in ahead for v in loads), *[k.matrix_zero() for _ in range(self.high * self.wide)]]
+        return k.loop(zero, Scalar.constant(steps, "index"), 1, initial, step)[count:]
+
+    def _step_products(self, sums: list[ir.Value]) -> list[ir.Value]:
+        k, p = self.k, self.p
+        unit, chunks = p.unit[0], SIDE // CHUNK
+        for depth in range(p.depth // SIDE):
+            left = [
+                k.matrix_load("AOp", self.tile_a, (self.down * self.high + i) * (SIDE * p.stride_a) + depth * chunks,
+                              p.stride_a * CHUNK // unit)
+                for i in range(self.high)
+            ]  # fmt: skip
+            right = [self.right.matrix(depth, self.across * self.wide + j) for j in range(self.wide)]
+            pairs = [(a, b) for a in left for b in right]
+            sums = [k.matrix_multiply_add(a, b, s) for (a, b), s in zip(pairs, sums, strict=True)]
+        return sums
+
+    def _write(self, sums: list[ir.Value]) -> None:
+        """Sixteen rows of each subgroup at a time, through its part of the workgroup's memory."""
+        k, p = self.k, self.p
+        vectors = self.size.columns // VECTOR
+        base, width = self.subgroup * (SIDE * p.stride_y), self.wide * SIDE // VECTOR
+        for i in range(self.high):
+            k.barrier()
+            for j in range(self.wide):
+                start = base + j * (SIDE // VECTOR)
+                k.matrix_store(sums[i * self.wide + j], self.sums, start, p.stride_y * VECTOR // p.unit[1])
+            k.barrier()
+            for vector in range(0, SIDE * width, p.subgroup):
+                row, place = (self.lane + vector).divide_unsigned(width)
+                value = k.load(self.sums, base + row * p.stride_y + place)
+                row = self.row + (self.down * self.high + i) * SIDE + row
+                column = k.tile() * (p.columns // VECTOR) + self.across * width + place
+                valid = (row < self.rows) & (column < vectors)
+
+                def write(value: ir.Value = value, row: Scalar = row, column: Scalar = column) -> None:
+                    k.store(self.right.finish(value, column), self.y, row * vectors + column)
+
+                k.when(valid, write)

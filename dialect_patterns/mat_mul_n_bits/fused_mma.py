@@ -1,0 +1,137 @@
+"""Strategy ``fused_mma``: many rows times packed weights on the matrix units, as one GPU kernel.
+
+    %y = flow.dispatch @mat_mul_n_bits_fused_mma_...(%a, %words, %scales)
+
+The product is that of ``mat_mul.mma_kernel``; a tile of weights is unpacked in registers, (q - zero) * scale in f32,
+and written to the workgroup's memory as f16, column by column, as the words are in the model. So no weight lies
+unpacked in the device's memory, and one is unpacked once a row of tiles. Where ``accuracy_level`` 4 has A rounded, that
+is a dispatch before.
+
+Legal: f16 on GPUs with such products, for 9 static rows or more, if 32 divides K in whole blocks and 4 divides N.
+Cost: that of the f16 product, less the reads, plus about 4 instructions a weight and row of tiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from iree.compiler import ir
+
+from ..builder import tensor_type
+from ..mat_mul.mma_kernel import CHUNK, SIDE, VECTOR, Plan, Product, Size, is_possible, plan_for
+from ..op import LoweringContext
+from ..scalar import Scalar
+from ..select import Legality, No
+from ..simt_kernel import Group, Kernel, dispatch
+from ..target import Target
+from .contract import MatMulNBits
+from .operands import Operands
+from .rounded import emit_a
+from .simt_weights import PackedWeights, bound, readable
+
+_MAX_WIDTH = 4  # words of a load
+
+
+def _size(contract: MatMulNBits) -> Size:
+    return Size(contract.rows, contract.padded_depth, contract.columns)
+
+
+def is_legal(contract: MatMulNBits, target: Target) -> Legality:
+    """Where subgroups multiply matrices, for f16."""
+    words = readable(contract)
+    if isinstance(words, No):
+        return words
+    return is_possible(_size(contract), contract.a.dtype, target, transposed=True, step=VECTOR)
+
+
+def describe(contract: MatMulNBits, target: Target) -> str:
+    """What the report says about it."""
+    plan = plan_for(_size(contract), target, transposed=True)
+    return f"{contract.rows} rows on the matrix units, tiles of {plan.rows}x{plan.columns}"
+
+
+def emit_mat_mul_n_bits_fused_mma(context: LoweringContext, contract: MatMulNBits, x: Operands) -> ir.Value:
+    """Emit the product [M, N]."""
+    c, b, size = contract, context.builder, _size(contract)
+    plan = plan_for(size, context.target, transposed=True)
+    assert c.rows is not None
+
+    def body(k: Kernel) -> None:
+        right = _Packed(k, c, plan)
+        Product(k, size, plan, right, right.weights.output).emit()
+
+    outputs: list[tuple[ir.RankedTensorType, list[ir.Value]]] = [(tensor_type((c.rows, c.columns), "f16"), [])]
+    name = f"mat_mul_n_bits_fused_mma_{c.key}_{c.rows}x{c.depth}x{c.columns}_{plan}"
+    inputs, items = [emit_a(b, c, x.a, "f16"), *bound(c, x)], -(-c.rows // plan.rows)
+    group, tiles = Group(plan.threads, plan.subgroup), -(-c.columns // plan.columns)
+    return dispatch(name, group, tiles, b.index(items), [], inputs, outputs, body)[0]
+
+
+class _Packed:
+    """The right factor as packed weights [N, K].
+
+    Args:
+        k: Emits instructions.
+        contract: The node.
+        plan: How the product is cut.
+
+    Attributes:
+        weights: Their buffers.
+    """
+
+    def __init__(self, k: Kernel, contract: MatMulNBits, plan: Plan) -> None:
+        self.k, self.c, self.p = k, contract, plan
+        row = plan.depth // contract.per_word  # words of a column of a tile
+        least = max(1, CHUNK // contract.per_word)
+        width = min(_MAX_WIDTH, row, max(least, plan.columns * row // plan.threads))
+        self.weights = PackedWeights(k, contract, width)
+        self._loads = row // width  # of a column of a tile
+
+    def start(self, product: Product) -> None:
+        """Emit what comes before the loop."""
+        k, c, p = self.k, self.c, self.p
+        self.tile = k.shared_chunks(p.chunks_b)
+        self._places = product.places(p.columns, self._loads)
+        self._columns = [(k.tile() * p.columns + column).minimum(c.columns - 1) for column, _ in self._places]
+        self._size = len(self._places)
+        # With few bits there are fewer loads than threads.
+        self._partial = self._loads * p.columns < p.threads
+        self._takes_part = product.thread < self._loads * p.columns
+
+    def load(self, step: Scalar) -> list[ir.Value]:
+        """Load this thread's part of a tile."""
+        loads: list[ir.Value] = []
+        for column, (_, place) in zip(self._columns, self._places, strict=True):
+            loads += self.weights.load(column, step * self._loads + place)
+        return loads
+
+    def put(self, loaded: Sequence[ir.Value], step: Scalar) -> None:
+        """Unpack that part into the workgroup's memory."""
+        size = len(loaded) // self._size
+        chunks = self.weights.per_load // CHUNK
+
+        def write() -> None:
+            for i, (column, place) in enumerate(self._places):
+                part = list(loaded[i * size : (i + 1) * size])
+                values = self.weights.dequantise(part, self._columns[i], step * self._loads + place)
+                for j in range(chunks):
+                    chunk = self.k.chunk_of_f16(values[j * CHUNK : (j + 1) * CHUNK])
+                    self.k.store_as_is(chunk, self.tile, column * self.p.stride_b + place * chunks + j)
+
+        if self._partial:
+            self.k.when(self._takes_part, write)
+        else:
+            write()
+
+    def matrix(self, depth: int, across: Scalar) -> ir.Value:
+        """A matrix of the tile in memory."""
+        start = across * (SIDE * self.p.stride_b) + depth * (SIDE // CHUNK)
+        stride = self.p.stride_b * CHUNK // self.p.unit[0]
+        return self.k.matrix_load("BOp", self.tile, start, stride, transposed=True)
+
+    def finish(self, sums: ir.Value, column: Scalar) -> ir.Value:
+        """Add the bias."""
+        if not self.c.with_bias:
+            return sums
+        bias = [self.weights.bias(column * VECTOR + i) for i in range(VECTOR)]
+        return self.k.add(sums, self.k.join(bias))
