@@ -8,7 +8,8 @@
 
 A weight is unpacked once a row of tiles, in registers, and lies unpacked in the workgroup's memory only. A step of K is
 16 weights, so that the tiles fit in 16 KiB. Columns of the tile of weights are a chunk of 16 bytes longer than they
-need, and in an order in which neighbouring threads read neighbouring ones: no bank conflicts. Where ``accuracy_level`` 4 has A rounded, that is a dispatch before.
+need, and in an order in which neighbouring threads read neighbouring ones: no bank conflicts. Where ``accuracy_level``
+4 has A rounded, that is a dispatch before.
 
 Legal: on GPUs, for any number of rows, open ones too, if 4 divides N. Cost: all multiply-adds in f32; 12 reads of 16
 bytes from the workgroup's memory for 128 of them.
@@ -138,7 +139,7 @@ class _Product:
 
     def emit(self) -> None:
         """Emit everything."""
-        k, p = self.k, self.p
+        p = self.p
         self._share = _DEPTH // self._weights.per_load  # loads of a column
         self._places_a = self._places(p.rows * _CHUNKS, _CHUNKS)
         self._places_b = self._places(_COLUMNS * self._share, _COLUMNS)

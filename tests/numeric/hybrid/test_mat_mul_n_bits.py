@@ -188,9 +188,9 @@ func.func @main(%a: {a}) -> {y} attributes {{torch.onnx_meta.opset_version = 21 
 
 @pytest.mark.vulkan
 @pytest.mark.parametrize(("zeros", "tokens"), [("", 1), ("", 5), ("packed", 5)])
-def test_vulkan(zeros: str, tokens: int):
+def test_portable_form_on_vulkan(zeros: str, tokens: int):
     attributes = shape_attributes(128, 32, accuracy=4)
-    check(attributes, operands(attributes, (1, tokens), zeros=zeros), target="vulkan")
+    check(attributes, operands(attributes, (1, tokens), zeros=zeros), target="vulkan", options=PORTABLE)
 
 
 @pytest.mark.parametrize(

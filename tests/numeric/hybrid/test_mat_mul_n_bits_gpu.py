@@ -12,13 +12,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 from comparing import MICROSOFT
-from harness import TARGETS, compile_module, lowered, node_for, run_op, spec
+from harness import DTYPES, TARGETS, compile_module, lowered, node_for, run_op, spec
 from iree.compiler import ir
 from iree.compiler.api import Session
 from linattn.dialect_patterns.mat_mul import fused_mma as plain_mma
 from linattn.dialect_patterns.mat_mul_n_bits import fused_mma, fused_simt, fused_tiled
 from linattn.dialect_patterns.mat_mul_n_bits.contract import MatMulNBits
 from linattn.dialect_patterns.mat_mul_n_bits.op import choose, parse
+from linattn.dialect_patterns.node import TensorSpec
 from linattn.dialect_patterns.op import LoweringOptions
 from linattn.dialect_patterns.select import No, Yes
 from linattn.dialect_patterns.target import Target
@@ -33,12 +34,12 @@ vulkan = [pytest.mark.vulkan, pytest.mark.xdist_group("vulkan")]
 
 
 def contract(
-    rows: int | None, depth: int = 128, columns: int = 96, dtype: Any = np.float32, **kind: Any
-) -> MatMulNBits:
-    bits, block, accuracy, zeros = (kind.get(n, d) for n, d in (("bits", 4), ("block", 32), ("accuracy", 0), ("z", "")))
-    attributes = shape_attributes(depth, block, bits, accuracy, columns)
-    specs = [spec(a) for a in operands(attributes, (1, rows or 1), zeros=zeros, dtype=dtype)]
-    specs[0] = type(specs[0])((1, rows, depth), specs[0].dtype)
+    rows: int | None, depth: int = 128, columns: int = 96, dtype: Any = np.float32,
+    block: int = 32, accuracy: int = 0, zeros: str = "",
+) -> MatMulNBits:  # fmt: skip
+    attributes = shape_attributes(depth, block, 4, accuracy, columns)
+    inputs = operands(attributes, (1, 1), zeros=zeros, dtype=dtype)
+    specs = [TensorSpec((1, rows, depth), DTYPES[np.dtype(dtype).name]), *(spec(array) for array in inputs[1:])]
     return parse(node_for(MICROSOFT, OP, 1, specs, attributes, 1))
 
 
@@ -143,7 +144,7 @@ class TestMatrixUnits:
         (contract(64, dtype=np.float16), TARGETS["vulkan"], "fused_tiled"),
         (contract(64, depth=80, block=16, dtype=np.float16), CUDA, "fused_tiled"),
         (contract(64, columns=41), CUDA, "dequantised"),
-        (contract(1, depth=96, columns=41, z="packed"), CUDA, "dequantised"),
+        (contract(1, depth=96, columns=41, zeros="packed"), CUDA, "dequantised"),
     ],
 )
 def test_selection(case: MatMulNBits, target: Target, strategy: str) -> None:
@@ -160,7 +161,7 @@ def test_reasons() -> None:
         "fused_simt": "? rows, not 1 to 8",
         "fused_tiled": "N=42 is not a multiple of 4",
     }
-    bytes_left = choose(contract(1, depth=96, columns=41, z="packed"), CUDA, OPTIONS)
+    bytes_left = choose(contract(1, depth=96, columns=41, zeros="packed"), CUDA, OPTIONS)
     assert bytes_left.rejected["fused_simt"] == "the zero points, 41 x 2 bytes, are not whole words"
     assert choose(contract(1, accuracy=4), CUDA, OPTIONS).reason.endswith("A rounded on the way")
     assert choose(contract(1), CUDA, LoweringOptions("dequantised")).strategy == "dequantised"
@@ -172,7 +173,7 @@ def test_plans_fit(target: Target, depth: int, columns: int) -> None:
     for rows in (1, 8):
         for bits in (2, 4, 8):
             case = MatMulNBits(
-                "test", type(spec(np.zeros(1, np.float32)))((rows, depth), "f32"), columns, depth, bits, 16, "default",
+                "test", TensorSpec((rows, depth), "f32"), columns, depth, bits, 16, "default",
                 with_bias=False, rounds_a=True,
             )  # fmt: skip
             plan = fused_simt.plan_for(case, target)
