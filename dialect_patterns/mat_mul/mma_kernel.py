@@ -117,12 +117,14 @@ def plan_for(size: Size, target: Target, transposed: bool) -> Plan:
     rows, columns = size.rows or 0, size.columns
     unit = (1, 1) if target.matrix_stride == "elements" else (CHUNK, VECTOR)
     deep = 64 if size.depth % 64 == 0 else _MIN_DEPTH
-    tiles = -(-rows // 128) * -(-columns // 128)
-    if rows >= 128 and tiles >= _ENOUGH_TILES and target.max_threads >= 8 * target.subgroup_size:
-        return Plan(128, 128, _MIN_DEPTH, 2, 4, target.subgroup_size, unit, transposed)
+    shapes = [(128, 128, _MIN_DEPTH, 2, 4), (64, 64, deep, 2, 2), (64, 32, deep, 2, 2), (32, 32, deep, 2, 2)]
+    if rows < 128 or target.max_threads < 8 * target.subgroup_size:
+        shapes = shapes[1:]
     if columns <= 32 or rows <= 32:
-        return Plan(32, 32, deep, 2, 2, target.subgroup_size, unit, transposed)
-    return Plan(64, 64, deep, 2, 2, target.subgroup_size, unit, transposed)
+        shapes = shapes[-1:]
+    plans = [Plan(*shape, target.subgroup_size, unit, transposed) for shape in shapes]
+    busy = [p for p in plans if -(-rows // p.rows) * -(-columns // p.columns) >= _ENOUGH_TILES]
+    return (busy or plans[-1:])[0]
 
 
 def is_possible(size: Size, dtype: str, target: Target, transposed: bool, step: int) -> Legality:

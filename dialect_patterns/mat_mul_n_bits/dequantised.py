@@ -124,7 +124,7 @@ def _emit_dequantised(b: Builder, contract: MatMulNBits, weights: _Weights, dtyp
 def emit_mat_mul_n_bits_dequantised(context: LoweringContext, contract: MatMulNBits, x: Operands) -> ir.Value:
     """Emit the product [M, N]: from packed weights for one row, from dequantised ones for more."""
     b = context.builder
-    a = emit_a(b, contract, x.a, "f32")
+    a = emit_a(b, contract, x.a)
     weights = _emit_weights(b, contract, x)
     if b.dim(a, 0) == 1:
         y = _emit_block_products(b, contract, a, weights)

@@ -26,7 +26,7 @@ from ..simt_kernel import Group, Kernel, dispatch
 from ..target import Target
 from .contract import MatMulNBits
 from .operands import Operands
-from .rounded import emit_a
+from .rounded_simt import emit_a
 from .simt_weights import PackedWeights, bound, readable
 
 _MAX_WIDTH = 4  # words of a load

@@ -27,9 +27,9 @@ from ..scalar import Scalar
 from ..select import Legality, No
 from ..simt_kernel import Buffer, Group, Kernel, dispatch
 from ..target import Target
-from .contract import INT8_MAX, MatMulNBits
+from .contract import MatMulNBits
 from .operands import Operands
-from .rounded import emit_a
+from .rounded_simt import emit_a, inverse_and_step, largest_of, round_even
 from .simt_weights import PackedWeights, bound, readable
 
 _VECTOR = 4  # elements of A that are loaded at once
@@ -221,16 +221,13 @@ class _Product:
     def _rounded(self, values: list[ir.Value]) -> tuple[list[ir.Value], ir.Value]:
         """This thread's elements of a row as whole numbers, and what they count; see ``rounded``."""
         k, c = self.k, self.c
-        most = Scalar(values[0]).abs()
-        for value in values[1:]:
-            most = most.maximum(Scalar(value).abs())
+        most = largest_of(Scalar(values[0]).abs().value, values[1:])
         offset = 1
         while offset < c.block_words:
-            most = most.maximum(Scalar(k.shuffle_xor(most.value, offset)))
+            most = Scalar(most).maximum(Scalar(k.shuffle_xor(most, offset))).value
             offset *= 2
-        step = most / INT8_MAX
-        inverse = step.equals(0.0).select(Scalar.constant(0.0, "f32"), INT8_MAX / most)
-        return [(Scalar(value) * inverse).round_even().value for value in values], step.value
+        inverse, step = inverse_and_step(most)
+        return [round_even(k, k.mul(value, inverse)) for value in values], step
 
     def _add(
         self, sums: list[ir.Value], rows: list[list[ir.Value]], steps: list[ir.Value] | None,

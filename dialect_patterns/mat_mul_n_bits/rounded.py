@@ -13,20 +13,13 @@ from ..scalar import Scalar
 from .contract import INT8_MAX, MatMulNBits
 
 
-def emit_a(b: Builder, contract: MatMulNBits, a: ir.Value, dtype: str) -> ir.Value:
-    """``a`` [M, K] as [M, blocks * block size], rounded if the contract does, of ``dtype`` then; else of its own.
-
-    Args:
-        b: Emits the ops.
-        contract: The node.
-        a: [M, K].
-        dtype: Element type of rounded values: f32 holds them all, f16 all but for its own rounding.
-    """
+def emit_a(b: Builder, contract: MatMulNBits, a: ir.Value) -> ir.Value:
+    """``a`` [M, K] as [M, blocks * block size], rounded if the contract does, f32 then; else of its own type."""
     a = b.pad_end(a, 1, contract.padded_depth)
-    return _emit_rounded(b, a, contract.block_size, dtype) if contract.rounds_a else a
+    return _emit_rounded(b, a, contract.block_size) if contract.rounds_a else a
 
 
-def _emit_rounded(b: Builder, a: ir.Value, block_size: int, dtype: str) -> ir.Value:
+def _emit_rounded(b: Builder, a: ir.Value, block_size: int) -> ir.Value:
     """``a`` [M, K], K a multiple of the block size, rounded to 127 steps a side in each block."""
     depth = spec_of(a).shape[1]
     assert depth is not None
@@ -41,4 +34,4 @@ def _emit_rounded(b: Builder, a: ir.Value, block_size: int, dtype: str) -> ir.Va
         return (value.to("f32") * inverse).round_even() * step
 
     bound = b.reduce("mkj->mk", largest, blocks, initial=0.0)
-    return b.collapse(b.map("mkj,mk->mkj", round_to_step, blocks, bound, dtype=dtype), 1, 2)
+    return b.collapse(b.map("mkj,mk->mkj", round_to_step, blocks, bound, dtype="f32"), 1, 2)

@@ -16,6 +16,7 @@ from harness import DTYPES, TARGETS, compile_module, lowered, node_for, run_op, 
 from iree.compiler import ir
 from iree.compiler.api import Session
 from linattn.dialect_patterns.mat_mul import fused_mma as plain_mma
+from linattn.dialect_patterns.mat_mul import mma_kernel
 from linattn.dialect_patterns.mat_mul_n_bits import fused_mma, fused_simt, fused_tiled
 from linattn.dialect_patterns.mat_mul_n_bits.contract import MatMulNBits
 from linattn.dialect_patterns.mat_mul_n_bits.op import choose, parse
@@ -77,18 +78,21 @@ class TestFewRows:
 class TestTiles:
     pytestmark = vulkan
 
+    # Tiles of 64 x 128, 64 x 64, 32 x 64 and 16 x 64, whatever would be chosen.
     @pytest.mark.parametrize(
-        ("target", "bits", "block", "zeros", "depth", "columns", "tokens", "accuracy"),
+        ("plan", "target", "bits", "block", "zeros", "depth", "columns", "tokens", "accuracy"),
         [
-            ("vulkan", 4, 32, "", 128, 132, 70, 0),
-            ("lavapipe", 4, 16, "float", 88, 40, 20, 4),
-            ("vulkan", 2, 16, "packed", 88, 44, 12, 0),  # fewer words of a tile than threads
-            ("lavapipe", 8, 256, "packed", 400, 12, 40, 4),
+            (0, "vulkan", 4, 32, "", 128, 132, 70, 0),
+            (1, "lavapipe", 4, 16, "float", 88, 40, 20, 4),
+            (2, "vulkan", 2, 16, "packed", 88, 44, 12, 0),  # fewer words of a tile than threads
+            (3, "lavapipe", 8, 256, "packed", 400, 68, 40, 4),
         ],
     )
     def test_f32(
-        self, target: str, bits: int, block: int, zeros: str, depth: int, columns: int, tokens: int, accuracy: int
-    ):
+        self, plan: int, target: str, bits: int, block: int, zeros: str, depth: int, columns: int, tokens: int,
+        accuracy: int, monkeypatch: pytest.MonkeyPatch,
+    ):  # fmt: skip
+        monkeypatch.setattr(fused_tiled, "_PLANS", (fused_tiled._PLANS[plan],))
         attributes = shape_attributes(depth, block, bits, accuracy, columns)
         check(attributes, operands(attributes, (1, tokens), zeros=zeros, bias=tokens < 40), target=target)
 
@@ -110,18 +114,22 @@ class TestMatrixUnits:
         matrices.emulate(monkeypatch, plain_mma)
         matrices.emulate(monkeypatch, fused_mma)
 
+    # Two tiles each way of 64 x 64 and of 64 x 32, the last ones not full; then of 32 x 32.
     @pytest.mark.parametrize(
-        ("bits", "block", "zeros", "depth", "columns", "tokens", "accuracy"),
+        ("enough", "bits", "block", "zeros", "depth", "columns", "tokens", "accuracy"),
         [
-            (4, 32, "packed", 320, 72, 70, 4),  # two tiles each way, the last ones not full
-            (4, 16, "float", 90, 44, 20, 0),
-            (2, 32, "", 96, 40, 12, 0),  # fewer words of a tile than threads
-            (8, 32, "packed", 90, 36, 24, 0),
+            (4, 4, 32, "packed", 320, 72, 70, 4),
+            (5, 4, 32, "", 96, 72, 70, 4),
+            (100, 4, 16, "float", 90, 44, 20, 0),
+            (100, 2, 32, "", 96, 40, 12, 0),  # fewer words of a tile than threads
+            (100, 8, 32, "packed", 90, 36, 24, 0),
         ],
     )
     def test_packed_weights(
-        self, bits: int, block: int, zeros: str, depth: int, columns: int, tokens: int, accuracy: int
-    ):
+        self, enough: int, bits: int, block: int, zeros: str, depth: int, columns: int, tokens: int, accuracy: int,
+        monkeypatch: pytest.MonkeyPatch,
+    ):  # fmt: skip
+        monkeypatch.setattr(mma_kernel, "_ENOUGH_TILES", enough)
         attributes = shape_attributes(depth, block, bits, accuracy, columns)
         inputs = operands(attributes, (1, tokens), zeros=zeros, bias=tokens != 70, dtype=np.float16)
         check(attributes, inputs, target="lavapipe")
@@ -197,6 +205,6 @@ def test_compiles_for_cuda(rows: int, dtype: Any, monkeypatch: pytest.MonkeyPatc
     for op in module.body.operations:
         if op.operation.name == "func.func":
             op.operation.walk(lambda inner: (found.append(inner.name), ir.WalkResult.ADVANCE)[1])
-    assert found.count("flow.dispatch") == 1
-    assert ("linalg.generic" in found) == (rows > 8)
+    assert found.count("flow.dispatch") == (2 if rows > 8 else 1)
+    assert "linalg.generic" not in found
     assert len(compile_module(module, session, "cuda")) > 0

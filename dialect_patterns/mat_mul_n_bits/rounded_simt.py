@@ -1,0 +1,118 @@
+"""A as the GPU kernels of MatMulNBits want it: in whole blocks, and rounded to int8 where the contract says so.
+
+    %a = flow.dispatch @mat_mul_n_bits_rounded_...(%a)       a thread: the largest value of a block, then its elements
+
+For a block of ``step = max |a| / 127`` an element is round(a * (127 / max |a|)) * step, as ``rounded`` says it in
+linalg, whose kernels by IREE take 3 times as long. To round is to add and subtract 1.5 * 2^23: IREE makes some twenty
+instructions of ``math.roundeven``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from iree.compiler import ir
+from iree.compiler.dialects import arith
+
+from ..builder import Builder, spec_of, tensor_type
+from ..scalar import Scalar
+from ..simt_kernel import Buffer, Group, Kernel, dispatch
+from .contract import INT8_MAX, MatMulNBits
+
+_VECTOR = 4
+_KEPT = 8  # vectors of a block that stay in registers between the two passes
+_THREADS = 128
+_SHIFT = 1.5 * 2**23  # numbers from here on have no fraction
+_EXPONENT = 0x4B000000  # bits that they all have
+
+
+def emit_a(b: Builder, contract: MatMulNBits, a: ir.Value, dtype: str) -> ir.Value:
+    """``a`` [M, K] as [M, blocks * block size], rounded if the contract does, of ``dtype`` then; else of its own.
+
+    Args:
+        b: Emits the ops.
+        contract: The node.
+        a: [M, K].
+        dtype: Element type of rounded values: f32 holds them all, f16 all but for its own rounding.
+    """
+    c, a, rows = contract, b.pad_end(a, 1, contract.padded_depth), b.dim(a, 0)
+    if not c.rounds_a:
+        return a
+    source = spec_of(a).dtype
+
+    def body(k: Kernel) -> None:
+        count = k.number(0) if c.rows is None else Scalar.constant(c.rows, "index")
+        blocks = count * c.blocks
+        vectors = c.block_size // _VECTOR
+        given = k.buffer(0, source, blocks * vectors, _VECTOR)
+        result = k.buffer(1, dtype, blocks * vectors, _VECTOR)
+        block = k.item() * _THREADS + k.thread()
+        k.when(block < blocks, lambda: _round_block(k, given, result, block * vectors, vectors))
+
+    numbers = [] if isinstance(rows, int) else [rows]
+    outputs: list[tuple[ir.RankedTensorType, list[ir.Value]]] = [
+        (tensor_type((c.rows, c.padded_depth), dtype), numbers)
+    ]
+    items = b.index(b.floordiv(b.add(b.mul(rows, c.blocks), _THREADS - 1), _THREADS))
+    shape = f"{'x' if c.rows is None else c.rows}x{c.padded_depth}"
+    name = f"mat_mul_n_bits_rounded_{source}_{dtype}_b{c.block_size}_{shape}"
+    return dispatch(name, Group(_THREADS, 0), 1, items, numbers, [a], outputs, body)[0]
+
+
+def _round_block(k: Kernel, given: Buffer, result: Buffer, start: Scalar, vectors: int) -> None:
+    share = min(vectors, _KEPT)
+
+    def load(at: Scalar) -> list[list[ir.Value]]:
+        stored = [k.load(given, start + at + i) for i in range(share)]
+        return [k.elements(k.widen(given, vector)) for vector in stored]
+
+    def largest(at: Scalar, carried: list[ir.Value]) -> list[ir.Value]:
+        return [largest_of(carried[0], [e for vector in load(at) for e in vector])]
+
+    def write(values: list[list[ir.Value]], at: Scalar, inverse: ir.Value, step: ir.Value) -> None:
+        for i, vector in enumerate(values):
+            rounded = [k.mul(round_even(k, k.mul(e, inverse)), step) for e in vector]
+            k.store(k.join(rounded), result, start + at + i)
+
+    zero = Scalar.constant(0, "index")
+    if share == vectors:
+        values = load(zero)
+        most = largest_of(k.constant(0.0), [e for vector in values for e in vector])
+        write(values, zero, *inverse_and_step(most))
+        return
+    stop = Scalar.constant(vectors, "index")
+    (most,) = k.loop(zero, stop, share, [k.constant(0.0)], largest)
+    inverse, step = inverse_and_step(most)
+
+    def again(at: Scalar, carried: list[ir.Value]) -> list[ir.Value]:
+        write(load(at), at, inverse, step)
+        return carried
+
+    k.loop(zero, stop, share, [], again)
+
+
+def largest_of(so_far: ir.Value, values: Sequence[ir.Value]) -> ir.Value:
+    """The largest absolute value of f32 ``values`` and ``so_far``."""
+    most = Scalar(so_far)
+    for value in values:
+        most = most.maximum(Scalar(value).abs())
+    return most.value
+
+
+def inverse_and_step(most: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """What elements of a block are multiplied by to be whole numbers, and what these count, both f32.
+
+    Args:
+        most: The block's largest absolute value.
+    """
+    bound = Scalar(most)
+    inverse = bound.equals(0.0).select(Scalar.constant(0.0, "f32"), INT8_MAX / bound)
+    return inverse.value, (bound * (1 / INT8_MAX)).value
+
+
+def round_even(k: Kernel, value: ir.Value) -> ir.Value:
+    """The whole number that is nearest to ``value``, |value| < 2^22; halves to the even one."""
+    shifted = arith.BitcastOp(k.type(1, "i32"), k.add(value, k.constant(_SHIFT))).result
+    # These bits are set anyway; a compiler that does not know it cannot take the sum and the difference for nothing.
+    kept = (Scalar(shifted) | _EXPONENT).value
+    return k.sub(arith.BitcastOp(k.type(1), kept).result, k.constant(_SHIFT))
