@@ -113,15 +113,21 @@ class Plan:
 
 
 def plan_for(size: Size, target: Target, transposed: bool) -> Plan:
-    """The largest tiles of which there are enough; by measurement (H100)."""
+    """The largest tiles of which there are enough; by measurement (H100).
+
+    Where the right factor is transposed (packed, so that its loads are small), small tiles are deep ones.
+    """
     rows, columns = size.rows or 0, size.columns
     unit = (1, 1) if target.matrix_stride == "elements" else (CHUNK, VECTOR)
     deep = 64 if size.depth % 64 == 0 else _MIN_DEPTH
-    shapes = [(128, 128, _MIN_DEPTH, 2, 4), (64, 64, deep, 2, 2), (64, 32, deep, 2, 2), (32, 32, deep, 2, 2)]
+    deepest = 128 if transposed and size.depth % 128 == 0 else deep
+    shapes = [(128, 128, _MIN_DEPTH, 2, 4), (64, 64, deep, 2, 2)]
+    if transposed:
+        shapes.append((64, 32, deepest, 2, 2))
     if rows < 128 or target.max_threads < 8 * target.subgroup_size:
         shapes = shapes[1:]
     if columns <= 32 or rows <= 32:
-        shapes = shapes[-1:]
+        shapes = [(32, 32, deepest, 2, 2)]
     plans = [Plan(*shape, target.subgroup_size, unit, transposed) for shape in shapes]
     busy = [p for p in plans if -(-rows // p.rows) * -(-columns // p.columns) >= _ENOUGH_TILES]
     return (busy or plans[-1:])[0]

@@ -35,9 +35,8 @@ from .simt_weights import PackedWeights, bound, readable
 _VECTOR = 4  # elements of A that are loaded at once
 _MAX_ROWS = 8
 _THREADS = 128
-_MAX_ACROSS = 64
-_ENOUGH_TILES = 264  # workgroups that keep a large GPU busy
-_MAX_COLUMNS = 4  # of a thread
+_WORDS = 2  # of a column, for a thread
+_FEW_ROWS = 2  # up to which a thread waits for memory more than it computes
 _LOADED = 32  # elements of A whose loads are under way
 
 
@@ -104,18 +103,20 @@ def describe(contract: MatMulNBits, target: Target) -> str:
 
 
 def plan_for(contract: MatMulNBits, target: Target) -> Plan:
-    """As many columns a thread as leave enough workgroups; by measurement (H100)."""
+    """Two words of a column for a thread, and as many columns as leave enough workgroups; by measurement (H100)."""
     c, subgroup, rows = contract, target.subgroup_size, contract.rows or 1
-    across = 1
-    while across < min(_MAX_ACROSS, _THREADS, target.max_threads) and across < c.row_words:
+    most, across = min(_THREADS, target.max_threads), 1
+    while across < most and across * _WORDS < c.row_words:
         across *= 2
-    unroll = max(1, min(_LOADED // (c.per_word * rows), -(-c.row_words // across)))
-    while unroll & (unroll - 1):
-        unroll -= 1
-    plan = Plan(across, max(1, min(_THREADS, target.max_threads) // across), _MAX_COLUMNS, subgroup, unroll)
+    steps, unroll = -(-c.row_words // across), max(1, _LOADED // (c.per_word * rows))
+    while unroll > steps:
+        unroll //= 2
+    few = rows <= _FEW_ROWS
+    columns, enough = (4, 264) if few or not c.rounds_a else (8, 128)  # rounding wants to be shared
+    plan = Plan(across, max(1, most // across), columns, subgroup, unroll)
     if subgroup and plan.threads % subgroup:
         plan = replace(plan, subgroup=0)
-    while plan.columns > 1 and (c.columns < plan.tile * _ENOUGH_TILES or plan.memory(rows) > target.workgroup_memory):
+    while plan.columns > 1 and (c.columns < plan.tile * enough or plan.memory(rows) > target.workgroup_memory):
         plan = replace(plan, columns=plan.columns // 2)
     while plan.memory(rows) > target.workgroup_memory:
         plan = replace(plan, groups=plan.groups // 2) if plan.groups > 1 else replace(plan, across=plan.across // 2)
@@ -226,7 +227,7 @@ class _Product:
         while offset < c.block_words:
             most = Scalar(most).maximum(Scalar(k.shuffle_xor(most, offset))).value
             offset *= 2
-        inverse, step = inverse_and_step(most)
+        inverse, step = inverse_and_step(k, most)
         return [round_even(k, k.mul(value, inverse)) for value in values], step
 
     def _add(

@@ -223,6 +223,7 @@ class _Product:
         return k.loop(zero, Scalar.constant(steps, "index"), 1, initial, step)[count:]
 
     def _step_products(self, sums: list[ir.Value]) -> list[ir.Value]:
+        """Add the products of a step; as a loop, 8 x 8 sums take a quarter longer on NVIDIA's Vulkan."""
         k, p = self.k, self.p
         sums = list(sums)
         for chunk in range(_CHUNKS):
