@@ -8,7 +8,8 @@ unpacked in the device's memory, and one is unpacked once a row of tiles. Where 
 is a dispatch before.
 
 Legal: f16 on GPUs with such products, for 9 static rows or more, if 32 divides K in whole blocks and 4 divides N.
-Cost: that of the f16 product, less the reads, plus about 4 instructions a weight and row of tiles.
+Cost: that of the f16 product, less the reads, plus about 4 instructions a weight and row of tiles. On an H100 (CUDA)
+64 and 512 rows, K=1024 to N=3584, take 7.2 and 26.6 us; the portable form, which writes the weights first, 33 and 56.
 """
 
 from __future__ import annotations

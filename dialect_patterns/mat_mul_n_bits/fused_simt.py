@@ -12,7 +12,8 @@ for all its columns. With ``accuracy_level`` 4 the threads that share a block fi
 multiply whole numbers; without subgroup operations A is rounded in a dispatch before.
 
 Legal: on GPUs, for 1 to 8 static rows. Cost: the weights once, A once a tile of columns; about 3 instructions a weight
-of one row.
+of one row. On an H100 (CUDA, weights not in its caches) one row, 4 bits, K=1024 to N=3584 takes 3 us in f16, 3.4
+in f32 with A rounded, N=32000 11 us where memory alone takes 6.2; the portable form 74 and 637 us.
 """
 
 from __future__ import annotations

@@ -11,8 +11,9 @@ A weight is unpacked once a row of tiles, in registers, and lies unpacked in the
 need, and in an order in which neighbouring threads read neighbouring ones: no bank conflicts. Where ``accuracy_level``
 4 has A rounded, that is a dispatch before.
 
-Legal: on GPUs, for any number of rows, open ones too, if 4 divides N. Cost: all multiply-adds in f32; 16 reads of 16
-bytes from the workgroup's memory for 256 of them.
+Legal: on GPUs, for any number of rows, open ones too, if 4 divides N. Cost: all multiply-adds in f32, 16 reads of 16
+bytes from the workgroup's memory for 256 of them. On an H100 (Vulkan) 64 and 512 rows, K=1024 to N=3584, take 39 and
+134 us, 40 % of its rate for the latter; the portable form 190 and 353 us.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -83,6 +84,20 @@ def check(name: str, run: Program, length: int, tokens: int) -> None:
     assert session.position == length + tokens
 
 
+def check_int4(folder: Path, options: CompileOptions, lengths: Sequence[int]) -> None:
+    """Where nothing is rounded, int4 weights are as exact as any others: against ONNX Runtime run here."""
+    model = onnx.load(MODELS / "genai-int4-cpu" / "model.onnx")
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "accuracy_level":
+                attribute.i = 0
+    onnx.save(model, folder / "model.onnx")
+    run = Program.load(compile_model(folder / "model.onnx", options).module)
+    for length in lengths:
+        ids = expected(None)[f"ids_{length}"]
+        assert relative_norm(prefill(run, length), onnx_runtime_logits(model, ids)) < MODEL_LOGITS["f32"]
+
+
 @pytest.mark.usefixtures("shared_models")
 class TestCpu:
     @pytest.mark.parametrize("form", [STATIC, OPEN], ids=["static", "open"])
@@ -107,18 +122,7 @@ class TestCpu:
             assert relative_norm(logits, expected(name)[f"logits_{length}"]) < limit
 
     def test_int4_without_rounded_activations(self, tmp_path: Path) -> None:
-        """Where nothing is rounded, int4 weights are as exact as any others: against ONNX Runtime run here."""
-        model = onnx.load(MODELS / "genai-int4-cpu" / "model.onnx")
-        for node in model.graph.node:
-            for attribute in node.attribute:
-                if attribute.name == "accuracy_level":
-                    attribute.i = 0
-        onnx.save(model, tmp_path / "model.onnx")
-        options = CompileOptions(max_context=CONTEXT, prefill_blocks=(64, 8))
-        run = Program.load(compile_model(tmp_path / "model.onnx", options).module)
-        for length in LENGTHS:
-            ids = expected(None)[f"ids_{length}"]
-            assert relative_norm(prefill(run, length), onnx_runtime_logits(model, ids)) < MODEL_LOGITS["f32"]
+        check_int4(tmp_path, CompileOptions(max_context=CONTEXT, prefill_blocks=(64, 8)), LENGTHS)
 
     @pytest.mark.parametrize("form", [Form((8,), CONTEXT, 3), OPEN], ids=["static", "open"])
     def test_batch_of_three(self, form: Form) -> None:
@@ -138,6 +142,9 @@ class TestVulkan:
         run = program(name, "vulkan", Form((64,)))
         for length in (5, 65):
             check(name, run, length, 8)
+
+    def test_int4(self, tmp_path: Path) -> None:
+        check_int4(tmp_path, CompileOptions(target="vulkan", max_context=CONTEXT, prefill_blocks=(64,)), (5, 65))
 
 
 @pytest.mark.usefixtures("shared_models")
