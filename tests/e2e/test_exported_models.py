@@ -144,7 +144,7 @@ class TestVulkan:
             check(name, run, length, 8)
 
     def test_int4(self, tmp_path: Path) -> None:
-        check_int4(tmp_path, CompileOptions(target="vulkan", max_context=CONTEXT, prefill_blocks=(64,)), (5, 65))
+        check_int4(tmp_path, CompileOptions(target="vulkan", max_context=CONTEXT, prefill_blocks=(64,)), (65,))
 
 
 @pytest.mark.usefixtures("shared_models")
