@@ -1,7 +1,9 @@
 """A as MatMulNBits computes with it: filled up to whole blocks and, where the contract says so, rounded to int8.
 
-%bound = linalg.generic {max |a| of each block}                          // "mkj->mk"
-%a     = linalg.generic {round(a * (127 / bound)) * (bound / 127)}       // "mkj,mk->mkj"
+    %bound = linalg.generic {max |a| of each block}                          // "mkj->mk"
+    %a     = linalg.generic {round(a * (127 / bound)) * (bound / 127)}       // "mkj,mk->mkj"
+
+This is the portable form; ``rounded_simt`` is the GPU kernels' own.
 """
 
 from __future__ import annotations
