@@ -75,6 +75,12 @@ class Builder:
             return a - b
         return a if isinstance(b, int) and b == 0 else arith.SubIOp(self.index(a), self.index(b)).result
 
+    def ceil_div(self, a: Size, b: int) -> Size:
+        """Quotient of a size and a positive number, rounded up, folded when static."""
+        if isinstance(a, int):
+            return -(-a // b)
+        return arith.DivUIOp(self.index(self.add(a, b - 1)), self.index(b)).result
+
     def mul(self, a: Size, b: Size) -> Size:
         """Product of two sizes, folded when static."""
         if isinstance(a, int) and isinstance(b, int):

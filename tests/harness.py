@@ -34,7 +34,7 @@ FLAGS["lavapipe"] = []
 TARGETS = {
     "cpu": HOST,
     "vulkan": Target("vulkan", is_gpu=True),
-    "lavapipe": Target("vulkan", is_gpu=True, subgroup_size=8, max_threads=512),
+    "lavapipe": Target("vulkan", is_gpu=True, subgroup_size=8, max_threads=512, workgroup_memory=32_768),
 }
 DEVICE_ATTRIBUTES = {"lavapipe": vulkan.device_attribute("lavapipe", LAVAPIPE)}
 DEFAULTS = LoweringOptions()

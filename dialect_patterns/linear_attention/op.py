@@ -12,12 +12,13 @@ from ..builder import spec_of
 from ..op import MICROSOFT, Choice, LoweringContext, LoweringOptions, Op
 from ..select import Legality, No, Strategy, Yes, select
 from ..target import Target
-from . import chunked, fused_simd, fused_simt, recurrent
+from . import chunked, fused_simd, fused_simt, fused_simt_chunks, recurrent
 from .contract import LinearAttention, output_types, parse
 from .operands import prepare, present_state, refine_inputs
 
 _CHUNK_SIZES = (8, 16, 32, 64, 128)
 _MIN_TOKENS = 2
+_MIN_CHUNKED_TOKENS = 32
 
 
 def _chunked_is_preferred(contract: LinearAttention, target: Target, options: LoweringOptions) -> Legality:
@@ -50,8 +51,20 @@ def _fused_simt_is_preferred(contract: LinearAttention, target: Target, options:
     return Yes(f"T={tokens} in one kernel, the state in registers")
 
 
+def _fused_simt_chunks_is_preferred(contract: LinearAttention, target: Target, options: LoweringOptions) -> Legality:
+    """From a few chunks on, for which it was measured (H100)."""
+    del target
+    if options.chunk_size is not None:
+        return No(f"chunks of {options.chunk_size} tokens are asked for")
+    if contract.tokens is not None and contract.tokens < _MIN_CHUNKED_TOKENS:
+        return No(f"T={contract.tokens} is less than {_MIN_CHUNKED_TOKENS} tokens")
+    tokens = "?" if contract.tokens is None else contract.tokens
+    return Yes(f"T={tokens} in two kernels: chunks of {fused_simt_chunks.CHUNK} tokens, the state in registers")
+
+
 STRATEGIES = (
     Strategy("fused_simd", fused_simd.is_legal, _fused_simd_is_preferred),
+    Strategy("fused_simt_chunks", fused_simt_chunks.is_legal, _fused_simt_chunks_is_preferred),
     Strategy("fused_simt", fused_simt.is_legal, _fused_simt_is_preferred),
     Strategy("chunked", chunked.is_legal, _chunked_is_preferred),
     Strategy("recurrent", recurrent.is_legal, _recurrent_is_preferred),
@@ -115,6 +128,8 @@ def lower(
     if isinstance(x.tokens, int) and x.tokens == 0:
         output = b.full(0.0, [x.batch, 0, c.out_heads * c.dv], c.dtype)
         results = [output, present_state(b, c, x.batch, x.state)]
+    elif choice.strategy == "fused_simt_chunks":
+        results = fused_simt_chunks.emit_linear_attention_fused_simt_chunks(context, c, x)
     elif choice.strategy == "fused_simt":
         results = fused_simt.emit_linear_attention_fused_simt(context, c, x)
     elif choice.strategy == "recurrent":

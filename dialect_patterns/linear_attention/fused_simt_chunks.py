@@ -1,0 +1,114 @@
+"""Strategy ``fused_simt_chunks``: chunks of 16 tokens on GPUs, in two kernels.
+
+    %factors = flow.dispatch @..._factors_...[%chunks](%states, %T, %query, %key, %decay, %beta)   all chunks at once
+    %output, %present = flow.dispatch @..._chunks_...[%states](%states, %T, %query, %key, %value, %past, %factors)
+
+The recurrence waits for a sum over threads at every token, or every few; here a chunk waits once, and what does not
+depend on the state is computed beforehand, in parallel (``simt_chunk_factors``, then ``simt_chunk_state`` with the
+maths). All arithmetic is f32 and decays are multiplied, never divided, so it is as exact as the recurrence. Decays that
+grow by more than e^80 in a chunk make it go through token by token.
+
+Legal: on GPUs with subgroups of 8 threads or more, decays per head, one query head a state, dk a multiple of 32 and dv
+of 16, and where the workgroup's memory holds a chunk. Cost: 3 dk dv + 32 dv multiply-adds a token and head, every input
+once a tile of 16 columns. Source: NUMERICS sections 1 and 2 (substitution).
+"""
+
+from __future__ import annotations
+
+import math
+
+from iree.compiler import ir
+
+from ..builder import Size, tensor_type
+from ..op import LoweringContext
+from ..scalar import Scalar
+from ..select import Legality, No, Yes
+from ..simt_kernel import Group, Kernel, dispatch
+from ..target import Target
+from .contract import LinearAttention, output_specs
+from .operands import Operands
+from .simt_chunk_factors import Factors
+from .simt_chunk_operands import CHUNK, COLUMNS, LANES, THREADS, VECTORS, WIDTH, matrices
+from .simt_chunk_state import Chunks
+
+_MAX_VALUES = 64  # of a column for a thread
+
+
+def is_legal(contract: LinearAttention, target: Target) -> Legality:
+    """Where a column lies over 8 threads of a subgroup."""
+    c = contract
+    if not target.is_gpu:
+        return No(f"{target.name} is not a GPU")
+    if target.subgroup_size < LANES or target.subgroup_size > THREADS:
+        return No(f"{target.name} is compiled for without subgroups of {LANES} threads or more")
+    if c.decay == "key":
+        return No("decays per key cannot be applied to sums")
+    if c.rows > 1:
+        return No(f"{c.rows} query heads read one state")
+    if c.dk % (WIDTH * LANES) or c.dv % COLUMNS or c.dk // LANES > _MAX_VALUES:
+        return No(f"a {c.dk}x{c.dv} state does not divide into {WIDTH * LANES}x{COLUMNS}, or is too large for a thread")
+    if _memory(c) > target.workgroup_memory:
+        return No(f"{_memory(c)} bytes of the workgroup's memory, more than {target.workgroup_memory}")
+    return Yes()
+
+
+def _memory(c: LinearAttention) -> int:
+    """Bytes of the workgroup's memory of the second kernel."""
+    updates = CHUNK * (COLUMNS + 1) * (2 if c.has_delta else 1)
+    return 4 * (2 * CHUNK * c.dk + matrices(c) + VECTORS + updates)
+
+
+def emit_linear_attention_fused_simt_chunks(
+    context: LoweringContext, contract: LinearAttention, x: Operands
+) -> list[ir.Value]:
+    """Emit output and present state."""
+    b, c = context.builder, contract
+    states, tokens = b.mul(x.batch, c.kv_heads), x.tokens
+    chunks = b.ceil_div(tokens, CHUNK)
+    numbers = [size for size in (states, tokens) if not isinstance(size, int)]
+    group = Group(THREADS, context.target.subgroup_size)
+
+    def sizes(k: Kernel) -> tuple[Scalar, Scalar]:
+        given = iter(range(len(numbers)))
+        first, second = (
+            Scalar.constant(size, "index") if isinstance(size, int) else k.number(next(given))
+            for size in (states, tokens)
+        )
+        return first, second
+
+    def output(shape: list[Size], dtype: str) -> tuple[ir.RankedTensorType, list[ir.Value]]:
+        static = [size if isinstance(size, int) else None for size in shape]
+        return tensor_type(static, dtype), [size for size in shape if not isinstance(size, int)]
+
+    name = _name(c, x, context.target)
+    items = b.mul(states, chunks)
+    inputs = [value for value in (x.query, x.key, x.decay, x.beta) if value is not None]
+    (factors,) = dispatch(
+        f"{name}_factors", group, 1, b.index(items), numbers, inputs, [output([items, matrices(c) + VECTORS], "f32")],
+        lambda k: Factors(k, c, *sizes(k)).emit(),
+    )  # fmt: skip
+    result, present = output_specs(c)
+    outputs = [
+        output([x.batch, tokens, c.out_heads * c.dv], result.dtype),
+        output([x.batch, c.kv_heads, c.dk, c.dv], present.dtype),
+    ]
+    inputs = [value for value in (x.query, x.key, x.value, x.past, factors) if value is not None]
+    return dispatch(
+        f"{name}_chunks", group, c.dv // COLUMNS, b.index(states), numbers, inputs, outputs,
+        lambda k: Chunks(k, c, *sizes(k)).emit(),
+    )  # fmt: skip
+
+
+def _name(c: LinearAttention, x: Operands, target: Target) -> str:
+    """Spells everything that the kernels depend on; short, since IREE names files after it, twice."""
+    lead = "x".join("n" if not isinstance(size, int) else str(size) for size in (x.batch, x.tokens))
+    heads = str(c.kv_heads) if c.q_heads == c.k_heads == c.kv_heads else f"{c.q_heads}_{c.k_heads}_{c.kv_heads}"
+    types = c.dtype if c.dtype == c.state_dtype else f"{c.dtype}_{c.state_dtype}"
+    name = f"linear_attention_{c.rule}_fused_simt_{types}_{lead}_h{heads}_d{c.dk}x{c.dv}_g{target.subgroup_size}"
+    if c.beta == "shared":
+        name += "_shared_beta"
+    if not c.has_past:
+        name += "_no_past"
+    if c.scale != 1.0 / math.sqrt(c.dk):
+        name += f"_scale{c.scale.hex()}".replace(".", "p").replace("-", "m").replace("+", "")
+    return name

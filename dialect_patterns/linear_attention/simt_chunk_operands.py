@@ -1,0 +1,120 @@
+"""What both kernels of strategy ``fused_simt_chunks`` share: sizes, buffers, and where the factors of a chunk lie.
+
+The factors of a chunk of 16 tokens are f32: two matrices [16, 16] whose rows take 20 numbers (against bank conflicts),
+
+    solve = (I + A)^-1 diag(beta),  A_ij = beta_i D_ij (k_i . k_j), j < i      delta rules only
+    mix_ij = scale D_ij (q_i . k_j), j <= i                                      D_ij = a_{j+1} ... a_i
+
+then vectors of 16: scaled_i = scale pre_i, pre_i = a_0 ... a_i, rest_j = D_15,j, decays a_i and rates beta_i; then
+total = pre_15, and 1 if the chunk's decays grow by no more than e^80. Tokens after the last one have a = 1, beta = 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from iree.compiler import ir
+
+from ..scalar import Scalar
+from ..simt_kernel import Buffer, Kernel
+from .contract import LinearAttention
+
+CHUNK = 16
+"""Tokens of a chunk."""
+LANES = 8
+"""Threads that share a column of the state, or a product of two tokens."""
+THREADS = 128
+"""Threads of a workgroup."""
+COLUMNS = THREADS // LANES
+"""Columns of the state that a workgroup holds."""
+WIDTH = 4
+"""Elements of a load."""
+STRIDE = CHUNK + WIDTH
+"""Numbers from row to row of a matrix of factors."""
+SCALED, PRE, REST, DECAY, RATE, TOTAL, BOUNDED = 0, 16, 32, 48, 64, 80, 81
+"""Where the vectors of factors start, after the matrices."""
+VECTORS = 84
+"""Numbers of the vectors of factors."""
+MAX_GROWTH = 80.0
+"""Largest sum of positive log decays in a chunk whose products stay far from overflow."""
+
+
+def matrices(c: LinearAttention) -> int:
+    """Numbers of the matrices of factors."""
+    return CHUNK * STRIDE * (2 if c.has_delta else 1)
+
+
+def mix_start(c: LinearAttention) -> int:
+    """Where ``mix`` starts; ``solve`` is first."""
+    return matrices(c) - CHUNK * STRIDE
+
+
+@dataclass
+class ChunkOperands:
+    """The operands of one state and how to load from them.
+
+    Attributes:
+        k: Emits instructions.
+        c: What is computed.
+        tokens: T.
+        states: B * Hkv.
+    """
+
+    k: Kernel
+    c: LinearAttention
+    tokens: Scalar
+    states: Scalar
+
+    def __post_init__(self) -> None:
+        rows = self.states.divide_unsigned(self.c.kv_heads)[0] * self.tokens
+        self._next, self._rows = 0, rows
+
+    def buffer(self, elements: int, dtype: str, width: int, count: Scalar | None = None) -> Buffer:
+        """The next buffer: ``elements`` for each of ``count`` (by default each token of each batch row)."""
+        size = (self._rows if count is None else count) * (elements // width)
+        self._next += 1
+        return self.k.buffer(self._next - 1, dtype, size, width)
+
+    def bind_rows(self) -> None:
+        """Query and key, the first two buffers."""
+        c = self.c
+        self.query = self.buffer(c.q_heads * c.dk, c.dtype, WIDTH)
+        self.key = self.buffer(c.k_heads * c.dk, c.dtype, WIDTH)
+
+    def choose(self, state: Scalar) -> None:
+        """Which state is meant from now on."""
+        c = self.c
+        self.batch, self.head = state.divide_unsigned(c.kv_heads)
+        self._key_head = self.head.divide_unsigned(c.kv_heads // c.k_heads)[0]
+        self._query_head = self.head.divide_unsigned(c.kv_heads // c.q_heads)[0]
+
+    def row(self, t: Scalar) -> Scalar:
+        """The number of a token among those of all batch rows; the last one for a token after it."""
+        return self.batch * self.tokens + t.minimum(self.tokens - 1)
+
+    def load_key(self, t: Scalar, vector: Scalar) -> ir.Value:
+        """Some elements of the key of a token, as stored."""
+        return self.k.load(self.key, (self.row(t) * self.c.k_heads + self._key_head) * (self.c.dk // WIDTH) + vector)
+
+    def load_query(self, t: Scalar, vector: Scalar) -> ir.Value:
+        """Some elements of the query of a token, as stored."""
+        return self.k.load(
+            self.query, (self.row(t) * self.c.q_heads + self._query_head) * (self.c.dk // WIDTH) + vector
+        )
+
+    def scatter(self, values: list[ir.Value], lane: Scalar, apart: int) -> list[ir.Value]:
+        """Sums over the lanes: lane l gets those of the l-th eighth of the values.
+
+        Args:
+            values: Each lane's parts, a multiple of 8.
+            lane: This thread's number among the lanes.
+            apart: How far apart neighbouring lanes are in the subgroup.
+        """
+        k, half = self.k, LANES // 2
+        while half:
+            upper, middle = (lane & half) > 0, len(values) // 2
+            kept = [k.select(upper, b, a) for a, b in zip(values[:middle], values[middle:], strict=True)]
+            given = [k.select(upper, a, b) for a, b in zip(values[:middle], values[middle:], strict=True)]
+            values = [k.add(a, k.shuffle_xor(b, half * apart)) for a, b in zip(kept, given, strict=True)]
+            half //= 2
+        return values
