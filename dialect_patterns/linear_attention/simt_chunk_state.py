@@ -82,22 +82,26 @@ class Chunks:
         self.place = subgroup * self.apart + column
         self.column = k.tile() * COLUMNS + self.place
         state = [k.join([self._past(i, e) for e in range(WIDTH)]) for i in range(self.loads)]
+        types = [value.type for value in state]
+        found = k.choose(self.tokens > 0, lambda: self._chunks(state), lambda: state, types)
+        for i, value in enumerate(found):
+            for e, element in enumerate(k.elements(value)):
+                k.store(element, self.present, self._state_index(i, e))
+
+    def _chunks(self, state: list[ir.Value]) -> list[ir.Value]:
+        """All chunks; the last state."""
+        k, count, types = self.k, len(state), [value.type for value in state]
         zero = Scalar.constant(0, "index")
-        count = len(state)
 
         def chunk(t: Scalar, carried: list[ir.Value]) -> list[ir.Value]:
             state, loaded = carried[:count], carried[count:]
             own = self._unpack(t, loaded)
             following = self._fetch((t + CHUNK).minimum(self.tokens - 1))
             bounded = Scalar(k.load(self.vectors, self._vector(BOUNDED))) > 0.5
-            types = [value.type for value in state]
             state = k.choose(bounded, lambda: self._together(t, state, own), lambda: self._one_by_one(t, state), types)
             return [*state, *following]
 
-        found = k.loop(zero, self.tokens, CHUNK, [*state, *self._fetch(zero)], chunk)
-        for i, value in enumerate(found[:count]):
-            for e, element in enumerate(k.elements(value)):
-                k.store(element, self.present, self._state_index(i, e))
+        return k.loop(zero, self.tokens, CHUNK, [*state, *self._fetch(zero)], chunk)[:count]
 
     # ---- the state -------------------------------------------------------------------------------------------------
     def _state_index(self, load: int, element: int) -> Scalar:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 from data import Shape, causal_conv, linear_attention
-from harness import TARGETS, compile_module, lowered
+from harness import TARGETS, compile_module, lowered, node_for
 from iree.compiler import ir
 from iree.compiler.api import Session
 from linattn.dialect_patterns.causal_conv.op import choose as choose_conv
 from linattn.dialect_patterns.linear_attention.contract import parse
 from linattn.dialect_patterns.linear_attention.fused_simt import is_legal
+from linattn.dialect_patterns.linear_attention.fused_simt_chunks import is_legal as chunks_are_legal
 from linattn.dialect_patterns.op import LoweringOptions
 from linattn.dialect_patterns.select import No
 from linattn.dialect_patterns.target import Target
@@ -23,6 +25,7 @@ from state_ops import specs_of
 
 GPU = Target("vulkan", is_gpu=True, subgroup_size=32)
 PLAIN = Target("vulkan", is_gpu=True)
+LARGE = Target("vulkan", is_gpu=True, subgroup_size=32, workgroup_memory=49_152)
 OPTIONS = LoweringOptions()
 
 
@@ -30,6 +33,7 @@ OPTIONS = LoweringOptions()
 def _targets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(TARGETS, "gpu", GPU)
     monkeypatch.setitem(TARGETS, "plain", PLAIN)
+    monkeypatch.setitem(TARGETS, "large", LARGE)
 
 
 def emit(
@@ -57,7 +61,7 @@ def count(module: ir.Module) -> Counter[str]:
 
 
 @pytest.mark.parametrize("target", ["gpu", "plain"])
-@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize("tokens", [1, 20])
 def test_one_dispatch(target: str, tokens: int) -> None:
     shape = Shape(dk=64, dv=64)
     ops = count(emit("LinearAttention", linear_attention(shape, 1, tokens), shape.attributes, target, False))
@@ -66,6 +70,41 @@ def test_one_dispatch(target: str, tokens: int) -> None:
     assert (ops["gpu.shuffle"] > 0) == (target == "gpu")
     assert (ops["gpu.barrier"] > 0) == (target == "plain")
     assert ops["scf.for"] == (0 if tokens == 1 else 1)
+
+
+@pytest.mark.parametrize("open_dims", [True, False])
+def test_two_dispatches_for_many_tokens(open_dims: bool) -> None:
+    shape = Shape(q_heads=2, dk=64, dv=64)
+    module = emit("LinearAttention", linear_attention(shape, 1, 40), shape.attributes, "large", open_dims)
+    ops = count(module)
+    assert ops["flow.dispatch"] == ops["hal.executable.source"] == 2
+    assert ops["linalg.generic"] == 0
+    assert "_factors" in str(module)
+
+
+@pytest.mark.parametrize(
+    ("change", "target", "reason"),
+    [
+        ({"decay": "key"}, "large", "decays per key"),
+        ({"q_heads": 4}, "large", "2 query heads"),
+        ({"dk": 48}, "large", "a 48x64 state does not divide into 32x16"),
+        ({"dv": 24}, "large", "a 64x24 state"),
+        ({"dk": 1024}, "large", "too large for a thread"),
+        ({"dk": 512}, "large", "bytes of the workgroup's memory, more than 49152"),
+        ({"dk": 128}, "gpu", "more than 16384"),
+        ({}, "plain", "without subgroups"),
+        ({}, "cpu", "not a GPU"),
+    ],
+)
+def test_reasons_against_chunks(change: dict[str, Any], target: str, reason: str) -> None:
+    shape = replace(Shape(q_heads=2, dk=64, dv=64), **change)
+    inputs = linear_attention(shape, 1, 40)
+    contract = parse(
+        node_for("", "LinearAttention", 27, specs_of("LinearAttention", inputs, False), shape.attributes, 2)
+    )
+    legality = chunks_are_legal(contract, TARGETS[target])
+    assert isinstance(legality, No)
+    assert reason in legality.reason
 
 
 def test_one_dispatch_for_the_convolution() -> None:
