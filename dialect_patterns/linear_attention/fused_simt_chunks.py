@@ -27,11 +27,12 @@ from ..simt_kernel import Group, Kernel, dispatch
 from ..target import Target
 from .contract import LinearAttention, output_specs
 from .operands import Operands
-from .simt_chunk_factors import Factors
-from .simt_chunk_operands import CHUNK, COLUMNS, LANES, THREADS, VECTORS, WIDTH, matrices
+from .simt_chunk_factors import LANES, THREADS, Factors
+from .simt_chunk_operands import CHUNK, COLUMNS, VECTORS, WIDTH, ChunkPlan, matrices
 from .simt_chunk_state import Chunks
 
-_MAX_VALUES = 64  # of a column for a thread
+_MAX_VALUES = 64  # of the state for a thread
+_PLAN_COLUMNS = 2  # a load from the workgroup's memory costs as much as several multiply-adds
 
 
 def is_legal(contract: LinearAttention, target: Target) -> Legality:
@@ -45,11 +46,20 @@ def is_legal(contract: LinearAttention, target: Target) -> Legality:
         return No("decays per key cannot be applied to sums")
     if c.rows > 1:
         return No(f"{c.rows} query heads read one state")
-    if c.dk % (WIDTH * LANES) or c.dv % COLUMNS or c.dk // LANES > _MAX_VALUES:
-        return No(f"a {c.dk}x{c.dv} state does not divide into {WIDTH * LANES}x{COLUMNS}, or is too large for a thread")
+    if c.dk % (WIDTH * LANES) or c.dv % COLUMNS:
+        return No(f"a {c.dk}x{c.dv} state does not divide into {WIDTH * LANES}x{COLUMNS}")
+    p = plan_for(c, target)
+    if c.dk // p.lanes * p.columns > _MAX_VALUES or p.threads % p.subgroup:
+        return No(f"{p.threads} threads, {p.subgroup} a subgroup, cannot hold {COLUMNS} columns of {c.dk}")
     if _memory(c) > target.workgroup_memory:
         return No(f"{_memory(c)} bytes of the workgroup's memory, more than {target.workgroup_memory}")
     return Yes()
+
+
+def plan_for(c: LinearAttention, target: Target) -> ChunkPlan:
+    """As many threads a column as divide it."""
+    lanes = 2 * LANES if target.subgroup_size >= 2 * LANES and c.dk % (WIDTH * 2 * LANES) == 0 else LANES
+    return ChunkPlan(lanes, _PLAN_COLUMNS, target.subgroup_size)
 
 
 def _memory(c: LinearAttention) -> int:
@@ -66,7 +76,7 @@ def emit_linear_attention_fused_simt_chunks(
     states, tokens = b.mul(x.batch, c.kv_heads), x.tokens
     chunks = b.ceil_div(tokens, CHUNK)
     numbers = [size for size in (states, tokens) if not isinstance(size, int)]
-    group = Group(THREADS, context.target.subgroup_size)
+    p = plan_for(c, context.target)
 
     def sizes(k: Kernel) -> tuple[Scalar, Scalar]:
         given = iter(range(len(numbers)))
@@ -83,8 +93,9 @@ def emit_linear_attention_fused_simt_chunks(
     name = _name(c, x, context.target)
     items = b.mul(states, chunks)
     inputs = [value for value in (x.query, x.key, x.decay, x.beta) if value is not None]
+    outputs = [output([items, matrices(c) + VECTORS], "f32")]
     (factors,) = dispatch(
-        f"{name}_factors", group, 1, b.index(items), numbers, inputs, [output([items, matrices(c) + VECTORS], "f32")],
+        f"{name}_factors", Group(THREADS, p.subgroup), 1, b.index(items), numbers, inputs, outputs,
         lambda k: Factors(k, c, *sizes(k)).emit(),
     )  # fmt: skip
     result, present = output_specs(c)
@@ -94,8 +105,8 @@ def emit_linear_attention_fused_simt_chunks(
     ]
     inputs = [value for value in (x.query, x.key, x.value, x.past, factors) if value is not None]
     return dispatch(
-        f"{name}_chunks", group, c.dv // COLUMNS, b.index(states), numbers, inputs, outputs,
-        lambda k: Chunks(k, c, *sizes(k)).emit(),
+        f"{name}_chunks", Group(p.threads, p.subgroup), c.dv // COLUMNS, b.index(states), numbers, inputs, outputs,
+        lambda k: Chunks(k, c, p, *sizes(k)).emit(),
     )  # fmt: skip
 
 

@@ -18,24 +18,27 @@ from .simt_chunk_operands import (
     BOUNDED,
     CHUNK,
     DECAY,
-    LANES,
     MAX_GROWTH,
     PRE,
     RATE,
     REST,
     SCALED,
     STRIDE,
-    THREADS,
     TOTAL,
     VECTORS,
     WIDTH,
     ChunkOperands,
     matrices,
     mix_start,
+    scatter,
 )
 
 _TILE = 4  # tokens
 _TILES = CHUNK // _TILE
+LANES = 8
+"""Threads that share a product."""
+THREADS = _TILES * _TILES * LANES
+"""Threads of a workgroup."""
 
 
 class Factors:
@@ -142,7 +145,7 @@ class Factors:
 
         loads = Scalar.constant(c.dk // WIDTH // LANES, "index")
         sums = k.loop(zero, loads, 1, [k.constant(0.0)] * (kinds * _TILE * _TILE), step)
-        found = o.scatter(sums, lane, 1)
+        found = scatter(k, sums, lane, LANES, 1)
         each = len(found)
         for m, value in enumerate(found):  # this lane's sums are neighbours in a row of a tile
             kind, inside = (lane * each + m).divide_unsigned(_TILE * _TILE)

@@ -21,11 +21,7 @@ from .contract import LinearAttention
 
 CHUNK = 16
 """Tokens of a chunk."""
-LANES = 8
-"""Threads that share a column of the state, or a product of two tokens."""
-THREADS = 128
-"""Threads of a workgroup."""
-COLUMNS = THREADS // LANES
+COLUMNS = 16
 """Columns of the state that a workgroup holds."""
 WIDTH = 4
 """Elements of a load."""
@@ -47,6 +43,36 @@ def matrices(c: LinearAttention) -> int:
 def mix_start(c: LinearAttention) -> int:
     """Where ``mix`` starts; ``solve`` is first."""
     return matrices(c) - CHUNK * STRIDE
+
+
+@dataclass(frozen=True)
+class ChunkPlan:
+    """How the state of a workgroup lies over its threads.
+
+    Attributes:
+        lanes: Threads that share a column, each with every lanes-th group of 4 rows.
+        columns: Neighbouring columns of a thread, which share each load of a key or query.
+        subgroup: Threads of a subgroup.
+    """
+
+    lanes: int
+    columns: int
+    subgroup: int
+
+    @property
+    def threads(self) -> int:
+        """Threads of a workgroup."""
+        return COLUMNS // self.columns * self.lanes
+
+    @property
+    def own(self) -> int:
+        """Tokens of a chunk whose updates and outputs a thread computes, for its columns."""
+        return CHUNK // self.lanes
+
+    @property
+    def apart(self) -> int:
+        """How far apart neighbouring lanes are in a subgroup; between them are neighbouring columns."""
+        return self.subgroup // self.lanes
 
 
 @dataclass
@@ -102,19 +128,25 @@ class ChunkOperands:
             self.query, (self.row(t) * self.c.q_heads + self._query_head) * (self.c.dk // WIDTH) + vector
         )
 
-    def scatter(self, values: list[ir.Value], lane: Scalar, apart: int) -> list[ir.Value]:
-        """Sums over the lanes: lane l gets those of the l-th eighth of the values.
 
-        Args:
-            values: Each lane's parts, a multiple of 8.
-            lane: This thread's number among the lanes.
-            apart: How far apart neighbouring lanes are in the subgroup.
-        """
-        k, half = self.k, LANES // 2
-        while half:
-            upper, middle = (lane & half) > 0, len(values) // 2
-            kept = [k.select(upper, b, a) for a, b in zip(values[:middle], values[middle:], strict=True)]
-            given = [k.select(upper, a, b) for a, b in zip(values[:middle], values[middle:], strict=True)]
-            values = [k.add(a, k.shuffle_xor(b, half * apart)) for a, b in zip(kept, given, strict=True)]
-            half //= 2
-        return values
+def scatter(k: Kernel, values: list[ir.Value], lane: Scalar, lanes: int, apart: int) -> list[ir.Value]:
+    """Sums over the lanes: lane l gets the l-th of equal shares of the values.
+
+    Args:
+        k: Emits instructions.
+        values: Each lane's parts, a multiple of the lanes in number.
+        lane: This thread's number among the lanes.
+        lanes: How many, a power of two.
+        apart: How far apart neighbouring lanes are in the subgroup.
+    """
+    half = lanes // 2
+    while half:
+        upper, middle = (lane & half) > 0, len(values) // 2
+        kept = [k.select(upper, b, a) for a, b in zip(values[:middle], values[middle:], strict=True)]
+        given = [k.select(upper, a, b) for a, b in zip(values[:middle], values[middle:], strict=True)]
+        values = [
+            k.add(mine, k.join([k.shuffle_xor(e, half * apart) for e in k.elements(theirs)]))
+            for mine, theirs in zip(kept, given, strict=True)
+        ]
+        half //= 2
+    return values

@@ -89,7 +89,7 @@ def test_two_dispatches_for_many_tokens(open_dims: bool) -> None:
         ({"q_heads": 4}, "large", "2 query heads"),
         ({"dk": 48}, "large", "a 48x64 state does not divide into 32x16"),
         ({"dv": 24}, "large", "a 64x24 state"),
-        ({"dk": 1024}, "large", "too large for a thread"),
+        ({"dk": 1024}, "large", "cannot hold 16 columns of 1024"),
         ({"dk": 512}, "large", "bytes of the workgroup's memory, more than 49152"),
         ({"dk": 128}, "gpu", "more than 16384"),
         ({}, "plain", "without subgroups"),
