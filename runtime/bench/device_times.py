@@ -85,7 +85,7 @@ def zeros(shape: Sequence[int], dtype: str) -> str:
 
 
 def cuda_call_seconds(call: Callable[[], object], calls: int) -> list[float]:
-    """The same for CUDA: the kernels of calls in this process, as PyTorch's profiler (CUPTI) sees them.
+    """The same for CUDA: the kernels of calls in this process.
 
     Args:
         call: A synchronous call.
@@ -93,6 +93,22 @@ def cuda_call_seconds(call: Callable[[], object], calls: int) -> list[float]:
 
     Raises:
         TargetError: The kernels are not those of so many equal calls.
+    """
+    return [sum(seconds for _, seconds in kernels) for kernels in cuda_kernels(call, calls)]
+
+
+def cuda_kernels(call: Callable[[], object], calls: int) -> list[list[tuple[str, float]]]:
+    """The kernels of calls in this process, as PyTorch's profiler (CUPTI) sees them.
+
+    Args:
+        call: A synchronous call.
+        calls: How many.
+
+    Returns:
+        For each call its kernels in the order in which they ran: name and seconds. Copies and fills are left out.
+
+    Raises:
+        TargetError: PyTorch is not installed, or the kernels are not those of so many equal calls.
     """
     profiler = need("torch.profiler", "torch")
     with profiler.profile(activities=[profiler.ProfilerActivity.CUDA]) as recorded:
@@ -103,8 +119,9 @@ def cuda_call_seconds(call: Callable[[], object], calls: int) -> list[float]:
     if not kernels or len(kernels) % calls:
         raise TargetError("the recording is not complete", got=f"{len(kernels)} kernels", expected=f"of {calls} calls")
     kernels.sort(key=lambda event: event.time_range.start)
-    microseconds = np.array([event.time_range.elapsed_us() for event in kernels], np.float64)
-    return [float(total) for total in microseconds.reshape(calls, -1).sum(axis=1) * 1e-6]
+    found = [(str(event.name), float(event.time_range.elapsed_us()) * 1e-6) for event in kernels]
+    size = len(found) // calls
+    return [found[start : start + size] for start in range(0, len(found), size)]
 
 
 def tells_times(device: str) -> bool:

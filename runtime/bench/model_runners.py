@@ -12,11 +12,12 @@ from linattn.runtime.binding import Sizes
 from linattn.runtime.device import HostArray, has_worker_threads, numpy_dtype
 from linattn.runtime.errors import InputError
 from linattn.runtime.generate import token_input
-from linattn.runtime.manifest import Manifest, OutputSpec
+from linattn.runtime.manifest import Dim, EntryPoint, Manifest, OutputSpec
 from linattn.runtime.module import Module
 from linattn.runtime.program import Program, complete_inputs, read_manifest
-from linattn.runtime.state import state_shape
+from linattn.runtime.state import state_shape, zero_states
 
+from .device_times import cuda_kernels
 from .lazy import need
 from .machine import core_count, resident_bytes
 from .op_runners import open_ort, view_ort
@@ -95,6 +96,26 @@ class IreeModel(ModelRunner):
         """See `ModelRunner.step`."""
         return self._session.run({self._name: ids.astype(self._dtype)}, logits="last")[self._logits][0, -1]
 
+    def kernels(self, symbol: str, position: int, calls: int) -> list[list[tuple[str, float]]]:
+        """The kernels of calls of one entry point on a CUDA device, see `cuda_kernels`.
+
+        Args:
+            symbol: The entry point; of two that differ in the logits that they return the one with the last ones.
+            position: Tokens committed.
+            calls: How many calls, on inputs and states of zeros.
+        """
+        program = self._program
+        m, device = program.manifest, program.device
+        entry = next(entry for entry in m.entry_points if entry.symbol == symbol)
+        inputs = [np.zeros(profiled_shape(m, entry, spec.shape), numpy_dtype(spec.dtype)) for spec in m.inputs]
+        states, into = zero_states(m, device, m.batch or 1), zero_states(m, device, m.batch or 1)
+
+        def call() -> None:
+            program.call(entry, inputs, states, position, last=True, into=into)
+
+        call()  # the first call of a process allocates
+        return cuda_kernels(call, calls)
+
 
 class OrtModel(ModelRunner):
     """The ONNX model in ONNX Runtime on the CPU; states go back in as they came out, without a copy.
@@ -148,6 +169,13 @@ class OrtModel(ModelRunner):
         self._states = dict(zip((spec.name for spec in m.states), outputs[1:], strict=True))
         self._position += count
         return view_ort(outputs[0])[0, -1].copy()
+
+
+def profiled_shape(manifest: Manifest, entry: EntryPoint, shape: Sequence[Dim]) -> list[int]:
+    """A shape in numbers for calls of an entry point where only their time counts: open sizes are 1 row, 64 tokens."""
+    tokens, past = entry.tokens or 64, manifest.max_context or 0
+    sizes = {"batch": manifest.batch or 1, "tokens": tokens, "past": past, "total": past + tokens}
+    return [dim if isinstance(dim, int) else sizes.get(manifest.dims[dim], 1) for dim in shape]
 
 
 def logits_output(manifest: Manifest) -> OutputSpec:

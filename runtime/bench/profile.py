@@ -2,26 +2,33 @@
 
 IREE's own tools measure: `iree-benchmark-module` runs the entry point on inputs of zeros with its HAL profiling on,
 `iree-profile` reads what it wrote. The module says which ONNX node a dispatch comes from, its bytes and operations.
-CPU devices give the time from a dispatch's first to its last workgroup, GPUs their own timestamps.
+CPU devices give the time from a dispatch's first to its last workgroup, GPUs their own timestamps. IREE 3.13 has no
+such thing for CUDA: there PyTorch's profiler watches the calls of a subject.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from linattn.runtime.errors import TargetError
-from linattn.runtime.manifest import DISPATCHES_KEY, Dim, EntryPoint, Manifest
+from linattn.runtime.manifest import DISPATCHES_KEY, EntryPoint, Manifest
 from linattn.runtime.module import Module
 
 from .device_times import EVENTS, memory_arguments, run_tool, zeros
+from .model_runners import profiled_shape
+from .subjects import start
 
 CALLS = 12
 """Profiled calls of an entry point; the first two warm up."""
 WARMUP = 2
+
+Dispatches = list[tuple[str, float]]
+"""The dispatches of one call in their order: key and seconds."""
 
 
 def profile_entry(
@@ -47,7 +54,32 @@ def profile_entry(
         TargetError: The tools are missing, or the driver does not profile; one line says so.
     """
     symbol = entry.last or entry.symbol  # what a prompt runs
-    module = Module(path)
+    described = _described(Module(path), symbol)
+    if device.partition("://")[0] == "cuda":
+        calls = _watched(path, entry, position, device, described)
+    else:
+        calls = _recorded(path, manifest, entry, position, device, threads, folder)
+    return {"entry": symbol, "tokens": entry.tokens} | _rows(calls[WARMUP:] or calls, described)
+
+
+def _watched(
+    path: Path, entry: EntryPoint, position: int, device: str, described: Mapping[str, list[dict[str, Any]]]
+) -> list[Dispatches]:
+    """The kernels of calls in a subject's process; CUDA's names of them have no other signs than underscores."""
+    keys = {re.sub(r"\W", "_", key): key for key in described}
+    subject = start("profile", "model_runners:IreeModel", {"module": str(path), "device": device})
+    try:
+        calls: list[Dispatches] = subject.call("kernels", symbol=entry.symbol, position=position, calls=CALLS)
+    finally:
+        subject.close()
+    return [[(keys.get(name, name), seconds) for name, seconds in call] for call in calls]
+
+
+def _recorded(
+    path: Path, manifest: Manifest, entry: EntryPoint, position: int, device: str, threads: int | None, folder: Path
+) -> list[Dispatches]:
+    """The dispatches that IREE's profiler records."""
+    symbol = entry.last or entry.symbol
     output = folder / f"{symbol}.ireeprof"
     family = EVENTS.get(device.partition("://")[0], "dispatch-events")  # a driver that has none says so
     command = [
@@ -59,7 +91,7 @@ def profile_entry(
         f"--device_profiling_mode=queue-events,{family},executable-metadata",
         f"--device_profiling_output={output}",
         *_inputs(manifest, entry, position),
-        *memory_arguments(module, symbol),
+        *memory_arguments(Module(path), symbol),
     ]
     if manifest.parameters is not None:
         command.append(f"--parameters={manifest.parameters.scope}={path.parent / manifest.parameters.file}")
@@ -67,34 +99,31 @@ def profile_entry(
         command.append(f"--task_topology_group_count={threads}")
     run_tool("iree-benchmark-module", *command)
     lines = run_tool("iree-profile", "dispatch", "--dispatch_events", "--format=jsonl", str(output))
-    events = [event for line in lines.splitlines() if (event := json.loads(line))["type"].endswith("dispatch_event")]
-    if not events:
+    calls: dict[int, list[dict[str, Any]]] = {}
+    for line in lines.splitlines():
+        event = json.loads(line)
+        if event["type"].endswith("dispatch_event") and event.get("valid", True):
+            calls.setdefault(event["submission_id"], []).append(event)
+    if not calls:
         hint = "its driver records no dispatches in this release of IREE"
         raise TargetError("nothing was profiled", where=f"{device}: {symbol}", hint=hint)
-    return {"entry": symbol, "tokens": entry.tokens} | _rows(events, _described(module, symbol))
+    ordered = [sorted(calls[number], key=lambda event: event["command_index"]) for number in sorted(calls)]
+    return [[(event["key"], event["duration_ns"] * 1e-9) for event in events] for events in ordered]
 
 
 def _inputs(manifest: Manifest, entry: EntryPoint, position: int) -> list[str]:
     """Arguments of zeros in the order of the ABI."""
-    tokens, past = entry.tokens or 64, manifest.max_context or 0
-    sizes = {"batch": manifest.batch or 1, "tokens": tokens, "past": past, "total": past + tokens}
-
-    def size(dim: Dim) -> int:
-        return dim if isinstance(dim, int) else sizes.get(manifest.dims[dim], 1)
-
     specs = (*manifest.inputs, *manifest.states)
-    arguments = [zeros([size(dim) for dim in spec.shape], spec.dtype) for spec in specs]
+    arguments = [zeros(profiled_shape(manifest, entry, spec.shape), spec.dtype) for spec in specs]
     return [*arguments, f"--input={position}"] if manifest.takes_position else arguments
 
 
-def _rows(events: list[dict[str, Any]], described: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Events of all calls as rows of one call."""
-    calls = sorted({event["submission_id"] for event in events})
-    kept = set(calls[WARMUP:]) or set(calls)
+def _rows(calls: Sequence[Dispatches], described: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """The dispatches of several calls as rows of one call."""
     times: dict[tuple[str, int], list[float]] = {}
-    for event in events:
-        if event["submission_id"] in kept and event.get("valid", True):
-            times.setdefault((event["key"], event["command_index"]), []).append(event["duration_ns"] * 1e-9)
+    for call in calls:
+        for index, (key, seconds) in enumerate(call):
+            times.setdefault((key, index), []).append(seconds)
     rows: dict[str, dict[str, Any]] = {}
     for (key, _), seconds in times.items():
         row = rows.setdefault(key, {"key": key, "count": 0, "seconds": 0.0})
@@ -110,7 +139,7 @@ def _rows(events: list[dict[str, Any]], described: Mapping[str, list[dict[str, A
         row["nodes"] = list(dict.fromkeys(item["node"] for item in known if item["node"]))
         row["share"] = row["seconds"] / total if total else 0.0
     ordered = sorted(rows.values(), key=lambda row: -row["seconds"])
-    return {"calls": len(kept), "dispatch_s": total, "count": sum(r["count"] for r in ordered), "rows": ordered}
+    return {"calls": len(calls), "dispatch_s": total, "count": sum(r["count"] for r in ordered), "rows": ordered}
 
 
 def _described(module: Module, symbol: str) -> dict[str, list[dict[str, Any]]]:
