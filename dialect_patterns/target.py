@@ -21,6 +21,7 @@ class Target:
         workgroup_memory: Bytes of memory that a workgroup shares (GPU).
         max_threads: Threads of a workgroup (GPU).
         matrix_units: Whether 16-bit matrix products have units of their own.
+        thread_values: How much of a state a thread best holds for one token (GPU): more makes its loads wait.
     """
 
     name: str
@@ -31,4 +32,5 @@ class Target:
     workgroup_memory: int = 16_384
     max_threads: int = 128
     matrix_units: bool = False
+    thread_values: int = 128
     features: frozenset[str] = frozenset()

@@ -89,8 +89,11 @@ def plan_for(c: LinearAttention, target: Target) -> Plan | None:
     subgroup = target.subgroup_size
     if subgroup == 0:
         return make_plan(c, 8, 1, _THREADS, 2, 2, 0)
-    if c.tokens == 1:  # wide loads of the state count
-        return make_plan(c, min(8, subgroup), 4, subgroup, 1, 1, subgroup)
+    if c.tokens == 1:  # wide loads of the state count: 16 columns a workgroup
+        lanes, columns = min(8, subgroup), 4
+        while columns > 1 and c.dk // lanes * columns > target.thread_values:
+            columns //= 2
+        return make_plan(c, lanes, columns, subgroup * (4 // columns), 1, 1, subgroup)
     # Decays a key dimension would have to be multiplied with each other before they meet the state and could overflow.
     block = 2 if c.decay == "key" else 4
     return make_plan(c, min(16, subgroup), 2, max(subgroup, 64), 4, block, subgroup)

@@ -17,6 +17,7 @@ from linattn.dialect_patterns.causal_conv.op import choose as choose_conv
 from linattn.dialect_patterns.linear_attention.contract import parse
 from linattn.dialect_patterns.linear_attention.fused_simt import is_legal
 from linattn.dialect_patterns.linear_attention.fused_simt_chunks import is_legal as chunks_are_legal
+from linattn.dialect_patterns.linear_attention.fused_simt_plan import plan_for
 from linattn.dialect_patterns.op import LoweringOptions
 from linattn.dialect_patterns.select import No
 from linattn.dialect_patterns.target import Target
@@ -156,10 +157,10 @@ def compile_both(
         assert len(compile_module(module, session, "tested")) > 0
 
 
-def contract_of(shape: Shape) -> Any:
+def contract_of(shape: Shape, tokens: int = 4) -> Any:
     from harness import node_for
 
-    specs = specs_of("LinearAttention", linear_attention(shape, 1, 4), False)
+    specs = specs_of("LinearAttention", linear_attention(shape, 1, tokens), False)
     return parse(node_for("com.microsoft", "LinearAttention", 1, specs, shape.attributes, 2))
 
 
@@ -180,6 +181,14 @@ def test_refused_with_the_reason(shape: Shape, target: Target, reason: str) -> N
 def test_head_sizes_are_legal(size: int, target: Target) -> None:
     for dv in (size, 64):
         assert not isinstance(is_legal(contract_of(Shape(dk=size, dv=dv)), target), No)
+
+
+@pytest.mark.parametrize(
+    ("target", "plan"), [(("cuda", "sm_90"), "l8c4t32p1b1g32"), (("vulkan", "hopper"), "l8c2t64p1b1g32")]
+)
+def test_one_token_is_cut_as_the_target_likes(target: tuple[str, str], plan: str) -> None:
+    capabilities = resolve_target(target[0], TargetOptions(gpu_target=target[1])).capabilities
+    assert str(plan_for(contract_of(Shape(dk=128, dv=128), tokens=1), capabilities)) == plan
 
 
 def test_the_convolution_is_fused_unless_asked_otherwise() -> None:
