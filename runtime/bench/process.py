@@ -1,12 +1,15 @@
 """A subject in a process of its own: a fresh interpreter, started by spawning, that serves calls over a pipe.
 
-Subjects may not share a process (thread pools of one spin while another is timed) nor a crash.
+Subjects may not share a process (thread pools of one spin while another is timed) nor a crash. Such a process ends
+without tearing anything down: in a third of those that PyTorch's profiler had watched, glibc found a double free or
+the process crashed while CUDA's libraries went (H100, PyTorch 2.11, IREE 3.13).
 """
 
 from __future__ import annotations
 
 import importlib
 import multiprocessing
+import os
 import tempfile
 import traceback
 from collections.abc import Mapping
@@ -125,7 +128,8 @@ def _serve(pipe: Connection, factory: str, arguments: dict[str, Any], log: str) 
             try:
                 pipe.send(answer)
                 if runner is None:
-                    return
+                    break
                 method, arguments = pipe.recv()
             except (EOFError, OSError):
-                return
+                break
+    os._exit(0)
