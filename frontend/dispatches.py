@@ -28,8 +28,8 @@ def describe_dispatches(module: ir.Operation) -> dict[str, list[dict[str, Any]]]
 
     Returns:
         Function -> rows of ``key`` (the name at run time), ``node`` (of the ONNX graph; of a fused group the one that
-        gave it its form), ``bytes`` (of all operands and results; None where a size is open) and ``flop`` (None where
-        the name does not tell).
+        gave it its form), ``bytes`` (of all operands and results; None where a size is open), ``flop`` (None where
+        the name does not tell) and ``dtype`` (of the largest operand).
     """
     found: dict[str, list[dict[str, Any]]] = {}
     for operation in module.regions[0].blocks[0].operations:
@@ -71,11 +71,14 @@ def _row(op: ir.Operation) -> dict[str, Any]:
     node = _NODE.search(str(op.location))
     product = _PRODUCT.search(key)
     sizes = [_bytes(value.type) for value in (*op.operands, *op.results)]
+    tensors = [t for value in op.operands if isinstance(t := value.type, ir.RankedTensorType)]
+    largest = max(tensors, key=lambda t: _bytes(t) or 0, default=None)
     return {
         "key": key,
         "node": node[1] if node else "",
         "bytes": None if None in sizes else sum(size for size in sizes if size is not None),
         "flop": 2 * math.prod(int(size) for size in product[1].split("x")) if product else None,
+        "dtype": str(largest.element_type) if largest is not None else None,
     }
 
 

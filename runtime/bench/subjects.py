@@ -151,8 +151,8 @@ def raise_ceilings(
         note(f"measure the ceilings of {choice.label} again")
         with suppress(LinattnError):  # what was found before stays
             again, first = _look(choice, folder, True)["ceilings"], devices[choice.label]["ceilings"]
-            for key in ("copy_bytes_per_s", "fma_flop_per_s"):
-                first[key] = max(first[key], again[key])
+            for key in ("copy_bytes_per_s", "fma_flop_per_s", "matrix_flop_per_s"):
+                first[key] = max(first[key], again[key]) if first[key] else again[key]
 
 
 def _look(choice: TargetChoice, folder: Path, ceilings: bool) -> dict[str, Any]:

@@ -74,6 +74,8 @@ def _device_lines(devices: Mapping[str, Mapping[str, Any]]) -> list[str]:
         if ceilings:
             copy, fma = ceilings["copy_bytes_per_s"], ceilings["fma_flop_per_s"]
             line += f"; ceilings {rate_text(copy, 'B/s')}, {rate_text(fma, 'FLOP/s')}"
+            matrix = ceilings.get("matrix_flop_per_s")
+            line += f", {rate_text(matrix, 'FLOP/s')} in f16" if matrix else ""
         lines.append(line)
     return lines
 
@@ -170,7 +172,7 @@ def _profile_lines(result: Mapping[str, Any]) -> list[str]:
                     f"{row['share']:.1%}",
                     rate_text(row["bytes"], "B"),
                     _rate(row, "bytes", "B/s", ceilings.get("copy_bytes_per_s")),
-                    _rate(row, "flop", "FLOP/s", ceilings.get("fma_flop_per_s")),
+                    _rate(row, "flop", "FLOP/s", _compute_ceiling(row, ceilings)),
                 )
             )
         where = f" at position {profile['position']}" if profile["position"] else ""
@@ -188,6 +190,12 @@ def _rate(row: Mapping[str, Any], amount: str, unit: str, ceiling: float | None)
         return "-"
     value = row[amount] / row["seconds"]
     return rate_text(value, unit) + (f" {value / ceiling:.0%}" if ceiling else "")
+
+
+def _compute_ceiling(row: Mapping[str, Any], ceilings: Mapping[str, float]) -> float | None:
+    """The rate that a dispatch is held against: that of matrix products in 16 bits where it computes such."""
+    matrix = ceilings.get("matrix_flop_per_s") if row["dtype"] in ("f16", "bf16") else None
+    return matrix or ceilings.get("fma_flop_per_s")
 
 
 def _cut(text: str, width: int) -> str:
