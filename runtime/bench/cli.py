@@ -26,7 +26,8 @@ _EPILOG = """Examples:
   linattn-bench op --op linear_attention --heads 16 --dim 128 --tokens 1,64,1024 --peers onnxruntime --plot out.png
   linattn-bench op --op causal_conv --channels 6144 --taps 4 --tokens 1,512 --json out.json
   linattn-bench model model.onnx --prefill 512 --decode 128 --targets cpu --peers onnxruntime
-  linattn-bench model model.onnx --prefill 512 --profile --json profile.json"""
+  linattn-bench model model.onnx --prefill 512 --profile --json profile.json
+  linattn-bench plot laptop.json server.json -o tokens.png"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,6 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = _parser().parse_args(argv)
     try:
+        if arguments.command == "plot":
+            _plot(arguments)
+            return 0
         _check_files(arguments)
         result = _run_op(arguments) if arguments.command == "op" else _run_model(arguments)
         _write(arguments, result)
@@ -61,9 +65,15 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="op|model")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="op|model|plot")
     _op_options(commands.add_parser("op", help="one operator over token counts"))
     _model_options(commands.add_parser("model", help="prefill and decode of whole models"))
+    plot = commands.add_parser(
+        "plot", help="a picture of results written with --json, models of several machines in one"
+    )
+    plot.add_argument("results", nargs="+", metavar="RESULT.json", help="one of op, or some of model")
+    plot.add_argument("-o", "--output", required=True, metavar="FILE.png", help="file to write; needs matplotlib")
+    plot.add_argument("--debug", action="store_true", help="show a traceback with an error")
     return parser
 
 
@@ -218,7 +228,23 @@ def _write(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
     if arguments.plot and result["kind"] != "profile":
         from .plot import draw
 
-        draw(result, Path(arguments.plot))
+        draw([result], Path(arguments.plot))
+
+
+def _plot(arguments: argparse.Namespace) -> None:
+    from .plot import check, draw
+
+    check(Path(arguments.output))
+    results: list[dict[str, Any]] = []
+    for path in arguments.results:
+        try:
+            results.append(json.loads(Path(path).read_text()))
+            missing = [key for key in ("kind", "method", "rows") if key not in results[-1]]
+        except (ValueError, TypeError) as error:
+            raise InputError("not a result of linattn-bench", where=path, got=str(error)) from error
+        if missing:
+            raise InputError("not a result of linattn-bench", where=path, hint=f"it has no {missing[0]!r}")
+    draw(results, Path(arguments.output))
 
 
 def _finite(value: Any) -> Any:

@@ -14,7 +14,10 @@ from .table import time_text
 SUFFIXES = (".png", ".svg", ".pdf")
 _OURS = ("#1f5fbf", "#2a9d8f", "#7b4fb5", "#c2410c", "#3f7f1f", "#b83280")
 _PEERS = ("#6b7280", "#a8a29e", "#c0a062", "#94a3b8")
+_PHASES = ("prefill", "decode")
 _INK, _GRID, _WRONG = "#1f2937", "#e5e7eb", "#c81e1e"
+_WIDE = 30
+"""Ratio of the longest bar to the shortest above which they stand on a log axis."""
 
 
 def check(path: Path) -> None:
@@ -29,13 +32,23 @@ def check(path: Path) -> None:
     need("matplotlib", "linattn[bench]")
 
 
-def draw(result: Mapping[str, Any], path: Path) -> None:
-    """Draws a result.
+def draw(results: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draws a result, or several of whole models in one picture.
 
     Args:
-        result: As `run_op` or `run_model` returns it.
+        results: As `run_op` or `run_model` returns them, or read back from their JSON.
         path: File to write; its suffix decides the kind.
+
+    Raises:
+        InputError: A result that has no picture, or several that do not go together.
     """
+    kinds = {result["kind"] for result in results}
+    if kinds - {"op", "model"} or (len(results) > 1 and kinds != {"model"}):
+        raise InputError("no picture", got=", ".join(sorted(kinds)), expected="one result of op, or some of model")
+    if kinds == {"model"}:
+        lengths = {tuple(result["method"][phase] for phase in _PHASES) for result in results}
+        if len(lengths) > 1:
+            raise InputError("results of different lengths", expected="the same --prefill and --decode in all of them")
     need("matplotlib", "linattn[bench]").use("Agg")
     pyplot = need("matplotlib.pyplot", "linattn[bench]")
     style = {
@@ -43,7 +56,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
         "ytick.color": _INK, "axes.spines.top": False, "axes.spines.right": False,
     }  # fmt: skip
     with pyplot.rc_context(style):
-        figure = _draw_op(pyplot, result) if result["kind"] == "op" else _draw_model(pyplot, result)
+        figure = _draw_op(pyplot, results[0]) if kinds == {"op"} else _draw_models(pyplot, results)
         figure.savefig(path, dpi=150, bbox_inches="tight", facecolor="white")
         pyplot.close(figure)
 
@@ -131,29 +144,41 @@ def _draw_speed(axis: Any, rows: Sequence[Mapping[str, Any]], colors: Mapping[st
     axis.set_axisbelow(True)
 
 
-def _draw_model(pyplot: Any, result: Mapping[str, Any]) -> Any:
+def _draw_models(pyplot: Any, results: Sequence[Mapping[str, Any]]) -> Any:
     """Bars of tokens per second, prefill on the left and decode on the right."""
-    rows: list[dict[str, Any]] = result["rows"]
-    colors = _colors(rows)
-    method = result["method"]
-    figure, axes = pyplot.subplots(1, 2, figsize=(10.5, 1.9 + 0.55 * len(rows)), sharey=True, layout="constrained")
-    for axis, phase in zip(axes, ("prefill", "decode"), strict=True):
-        values = [row[phase]["tokens_per_s"] for row in rows]
-        bars = axis.barh(range(len(rows)), values, 0.7, color=[colors[row["subject"]] for row in rows])
-        rates = {row["subject"]: row[phase]["tokens_per_s"] for row in rows}
-        labels = [_bar_text(row, phase, rates.get(row["reference"])) for row in rows]
+    rows = [(result, row) for result in results for row in result["rows"]]
+    colors = _colors([row for _, row in rows])
+    height = 1.5 + 0.4 * len(results) + 0.55 * len(rows)
+    figure, axes = pyplot.subplots(1, 2, figsize=(10.5, height), sharey=True, layout="constrained")
+    for axis, phase in zip(axes, _PHASES, strict=True):
+        values = [row[phase]["tokens_per_s"] for _, row in rows]
+        bars = axis.barh(range(len(rows)), values, 0.7, color=[colors[row["subject"]] for _, row in rows])
+        labels = [_bar_text(row, phase, _reference_rate(result, row, phase)) for result, row in rows]
         axis.bar_label(bars, labels, padding=4, fontsize=9)
-        axis.set_title(f"{phase}, {method[phase]} tokens", loc="left", fontsize=10, fontweight="bold")
+        axis.set_title(f"{phase}, {results[0]['method'][phase]} tokens", loc="left", fontsize=10, fontweight="bold")
         axis.set_xlabel("tokens/s")
+        if max(values) > _WIDE * min(values):
+            axis.set_xscale("log")
+            axis.set_xlim(min(values) / 3, max(values) * 8)
+        else:
+            axis.set_xlim(0, max(values) * 1.35)
         axis.xaxis.set_major_formatter("{x:,.0f}")
-        axis.set_xlim(0, max(values) * 1.35)
         axis.grid(True, axis="x", color=_GRID, linewidth=0.8)
         axis.set_axisbelow(True)
-    axes[0].set_yticks(range(len(rows)), [_model_label(row) for row in rows])
+    several = len(results) > 1
+    axes[0].set_yticks(range(len(rows)), [_model_label(row, result if several else None) for result, row in rows])
     axes[0].invert_yaxis()
-    names = ", ".join(model["name"] for model in result["models"])
-    figure.suptitle(f"{names}\n{_where_text(result)}", fontsize=10, ha="left", x=0.01)
+    about = [f"{_names(result)}{': ' if several else chr(10)}{_where_text(result)}" for result in results]
+    figure.suptitle("\n".join(about), fontsize=8 if several else 10, ha="left", x=0.01)
     return figure
+
+
+def _reference_rate(result: Mapping[str, Any], row: Mapping[str, Any], phase: str) -> float | None:
+    return next((r[phase]["tokens_per_s"] for r in result["rows"] if r["subject"] == row["reference"]), None)
+
+
+def _names(result: Mapping[str, Any]) -> str:
+    return ", ".join(model["name"] for model in result["models"])
 
 
 def _tick_time(seconds: float, _: int) -> str:
@@ -168,7 +193,11 @@ def _bar_text(row: Mapping[str, Any], phase: str, reference: float | None) -> st
     return text if reference is None else f"{text}  ({value / reference:.2f}x)"
 
 
-def _model_label(row: Mapping[str, Any]) -> str:
+def _model_label(row: Mapping[str, Any], result: Mapping[str, Any] | None) -> str:
+    """The subject, and under it what it ran and where (of several results) or its error."""
+    if result is not None:
+        device = result["devices"].get(row["target"])
+        return f"{row['subject']}\n{_names(result)}, {device['name'] if device else result['machine']['cpu']}"
     error = f"\nlogits error {row['error']['logits']:.0e}" if row["error"] else ""
     return f"{row['subject']}{error}"
 

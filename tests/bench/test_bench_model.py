@@ -57,8 +57,26 @@ def test_plot(result: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from linattn.runtime.bench.plot import draw
 
-    draw(result, tmp_path / "m.png")
+    draw([result], tmp_path / "m.png")
     assert (tmp_path / "m.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_plot_of_several_results(result: dict[str, Any], bench: Bench, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    one, other = tmp_path / "one.json", tmp_path / "other.json"
+    one.write_text(json.dumps(result))
+    other.write_text(json.dumps(result | {"method": result["method"] | {"seed": 1}}))
+    status, _, err = bench("plot", one, other, "-o", tmp_path / "both.png")
+    assert (status, err) == (0, "")
+    assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
+    other.write_text(json.dumps(result | {"method": result["method"] | {"prefill": 6}}))
+    status, _, err = bench("plot", one, other, "-o", tmp_path / "both.png")
+    assert status == 2
+    assert "results of different lengths" in err
+    other.write_text("[]")
+    status, _, err = bench("plot", other, "-o", tmp_path / "both.png")
+    assert status == 2
+    assert "not a result of linattn-bench" in err
 
 
 def test_wrong_logits_are_flagged(bench: Bench, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

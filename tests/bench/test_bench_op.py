@@ -92,7 +92,7 @@ def test_plot(result: dict[str, Any], tmp_path: Path) -> None:
         if not peers:
             rows = [row | {"speedup": None, "peer": None} for row in rows]
             rows[0]["status"] = "wrong"
-        draw(result | {"rows": rows}, tmp_path / f"{peers}.png")
+        draw([result | {"rows": rows}], tmp_path / f"{peers}.png")
         assert (tmp_path / f"{peers}.png").read_bytes().startswith(b"\x89PNG")
 
 
