@@ -63,7 +63,7 @@ def call_seconds(
     with tempfile.TemporaryDirectory(prefix="linattn-bench-") as name:
         folder = Path(name)
         recording = folder / "calls.ireeprof"
-        arguments = [_argument(folder / f"{i}.bin", array, dtype) for i, (array, dtype) in enumerate(inputs)]
+        arguments = [argument(folder / f"{i}.bin", array, dtype) for i, (array, dtype) in enumerate(inputs)]
         command = [f"--module={module}", f"--device={uri}", f"--function={function}", *arguments, *memory]
         command += [f"--benchmark_min_time={calls}x", f"--device_profiling_mode={events}"]
         command += [f"--task_topology_group_count={threads}"] if threads is not None else []
@@ -158,7 +158,8 @@ def per_call(text: str, calls: int) -> list[float]:
     return [float(total) for total in nanoseconds.reshape(calls, -1).sum(axis=1) * 1e-9]
 
 
-def _argument(file: Path, array: HostArray, dtype: str) -> str:
+def argument(file: Path, array: HostArray, dtype: str) -> str:
+    """Argument of `iree-benchmark-module` for an array, which goes to a file."""
     file.write_bytes(np.ascontiguousarray(array).tobytes())
     return f"{zeros(array.shape, dtype)}=@{file}"
 

@@ -21,7 +21,7 @@ from linattn.runtime.program import read_manifest
 from .cases import relative_error
 from .lazy import compiler_side, need
 from .machine import describe_machine, versions
-from .model_runners import logits_output
+from .model_runners import logits_output, vocabulary_of
 from .op_bench import FORMAT
 from .options import DEFAULT, MODEL_PEERS, ModelOptions
 from .process import Subject
@@ -231,7 +231,7 @@ def _profile(
                 absent.add(entrant.name, error)
                 continue
             facts = {"subject": entrant.name, "kind": "linattn", "target": entrant.target, "status": "ok"}
-            rows.append(facts | {"position": start} | profile)
+            rows.append(facts | profile)
     if not rows:
         raise TargetError("nothing could be profiled", hint="; ".join(row["reason"] for row in absent.rows))
     return rows
@@ -243,8 +243,7 @@ def _measure(
     """Warms up and collects logits, then lets the subjects take turns; those that fail become absent."""
     if not entrants:
         return entrants
-    shape = logits_output(entrants[0].manifest).shape
-    vocabulary = shape[-1] if isinstance(shape[-1], int) else 256
+    vocabulary = vocabulary_of(entrants[0].manifest)
     random = np.random.default_rng(options.seed)
     prompt = [int(token) for token in random.integers(0, vocabulary, options.prefill)]
     forced = [int(token) for token in random.integers(0, vocabulary, min(CHECKED_STEPS, options.decode))]

@@ -12,9 +12,9 @@ from linattn.runtime.binding import Sizes
 from linattn.runtime.device import HostArray, has_worker_threads, numpy_dtype
 from linattn.runtime.errors import InputError
 from linattn.runtime.generate import token_input
-from linattn.runtime.manifest import Dim, EntryPoint, Manifest, OutputSpec
+from linattn.runtime.manifest import EntryPoint, Manifest, OutputSpec
 from linattn.runtime.module import Module
-from linattn.runtime.program import Program, complete_inputs, read_manifest
+from linattn.runtime.program import Program, block_inputs, complete_inputs, read_manifest
 from linattn.runtime.state import state_shape, zero_states
 
 from .device_times import cuda_kernels
@@ -102,12 +102,12 @@ class IreeModel(ModelRunner):
         Args:
             symbol: The entry point; of two that differ in the logits that they return the one with the last ones.
             position: Tokens committed.
-            calls: How many calls, on inputs and states of zeros.
+            calls: How many calls, on `profiled_inputs` and states of zeros.
         """
         program = self._program
         m, device = program.manifest, program.device
         entry = next(entry for entry in m.entry_points if entry.symbol == symbol)
-        inputs = [np.zeros(profiled_shape(m, entry, spec.shape), numpy_dtype(spec.dtype)) for spec in m.inputs]
+        inputs = profiled_inputs(m, entry, position)
         states, into = zero_states(m, device, m.batch or 1), zero_states(m, device, m.batch or 1)
 
         def call() -> None:
@@ -171,11 +171,32 @@ class OrtModel(ModelRunner):
         return view_ort(outputs[0])[0, -1].copy()
 
 
-def profiled_shape(manifest: Manifest, entry: EntryPoint, shape: Sequence[Dim]) -> list[int]:
-    """A shape in numbers for calls of an entry point where only their time counts: open sizes are 1 row, 64 tokens."""
-    tokens, past = entry.tokens or 64, manifest.max_context or 0
-    sizes = {"batch": manifest.batch or 1, "tokens": tokens, "past": past, "total": past + tokens}
-    return [dim if isinstance(dim, int) else sizes.get(manifest.dims[dim], 1) for dim in shape]
+def profiled_inputs(manifest: Manifest, entry: EntryPoint, position: int) -> list[HostArray]:
+    """Inputs for calls of an entry point where only their time counts: random tokens, everything else as it must be.
+
+    Args:
+        manifest: The module's.
+        entry: The entry point; one that takes any number of tokens gets 64.
+        position: Tokens committed.
+    """
+    tokens, batch = entry.tokens or 64, manifest.batch or 1
+    sizes = Sizes(manifest, past=position, batch=batch, tokens=tokens, total=position + tokens)
+    random, vocabulary = np.random.default_rng(0), vocabulary_of(manifest)
+    feeds: dict[str, HostArray] = {}
+    for spec in manifest.inputs:
+        shape = [dim if isinstance(dim, int) else sizes.get(manifest.dims[dim]) or 1 for dim in spec.shape]
+        if spec.role == "tokens":
+            feeds[spec.name] = random.integers(0, vocabulary, shape).astype(spec.dtype)
+        elif spec.role == "other":
+            feeds[spec.name] = np.zeros(shape, numpy_dtype(spec.dtype))
+    feeds = complete_inputs(manifest, feeds, sizes, batch, position, tokens)
+    return block_inputs(manifest, feeds, position, 0, tokens)
+
+
+def vocabulary_of(manifest: Manifest) -> int:
+    """How many tokens there are; 256 where the shape of the logits does not tell."""
+    size = logits_output(manifest).shape[-1]
+    return size if isinstance(size, int) else 256
 
 
 def logits_output(manifest: Manifest) -> OutputSpec:

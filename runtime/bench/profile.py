@@ -1,6 +1,6 @@
 """`linattn-bench model --profile`: what each dispatch of an entry point takes, in a table.
 
-IREE's own tools measure: `iree-benchmark-module` runs the entry point on inputs of zeros with its HAL profiling on,
+IREE's own tools measure: `iree-benchmark-module` runs the entry point on random tokens with its HAL profiling on,
 `iree-profile` reads what it wrote. The module says which ONNX node a dispatch comes from, its bytes and operations.
 CPU devices give the time from a dispatch's first to its last workgroup, GPUs their own timestamps. IREE 3.13 has no
 such thing for CUDA: there PyTorch's profiler watches the calls of a subject.
@@ -18,9 +18,10 @@ from typing import Any
 from linattn.runtime.errors import TargetError
 from linattn.runtime.manifest import DISPATCHES_KEY, EntryPoint, Manifest
 from linattn.runtime.module import Module
+from linattn.runtime.state import state_shape
 
-from .device_times import EVENTS, memory_arguments, run_tool, zeros
-from .model_runners import profiled_shape
+from .device_times import EVENTS, argument, memory_arguments, run_tool, zeros
+from .model_runners import profiled_inputs
 from .subjects import start
 
 CALLS = 12
@@ -46,7 +47,7 @@ def profile_entry(
         folder: For the profile's file.
 
     Returns:
-        `entry`, `tokens`, `calls` (profiled), `dispatch_s` (the sum), `count` (dispatches of a call) and `rows`,
+        `entry`, `tokens`, `position`, `calls` (profiled), `dispatch_s` (the sum), `count` (dispatches of a call) and `rows`,
         the slowest first: `key`, `count` (a call), `seconds` (a call), `share`, `bytes`, `flop` (a call; None where
         unknown), `dtype` (of the largest operand) and `nodes`.
 
@@ -54,12 +55,13 @@ def profile_entry(
         TargetError: The tools are missing, or the driver does not profile; one line says so.
     """
     symbol = entry.last or entry.symbol  # what a prompt runs
+    position = position if manifest.max_context is not None else 0  # an open cache starts empty
     described = _described(Module(path), symbol)
     if device.partition("://")[0] == "cuda":
         calls = _watched(path, entry, position, device, described)
     else:
         calls = _recorded(path, manifest, entry, position, device, threads, folder)
-    return {"entry": symbol, "tokens": entry.tokens} | _rows(calls[WARMUP:] or calls, described)
+    return {"entry": symbol, "tokens": entry.tokens, "position": position} | _rows(calls[WARMUP:] or calls, described)
 
 
 def _watched(
@@ -90,7 +92,7 @@ def _recorded(
         "--benchmark_format=json",
         f"--device_profiling_mode=queue-events,{family},executable-metadata",
         f"--device_profiling_output={output}",
-        *_inputs(manifest, entry, position),
+        *_inputs(manifest, entry, position, folder),
         *memory_arguments(Module(path), symbol),
     ]
     if manifest.parameters is not None:
@@ -111,10 +113,13 @@ def _recorded(
     return [[(event["key"], event["duration_ns"] * 1e-9) for event in events] for events in ordered]
 
 
-def _inputs(manifest: Manifest, entry: EntryPoint, position: int) -> list[str]:
-    """Arguments of zeros in the order of the ABI."""
-    specs = (*manifest.inputs, *manifest.states)
-    arguments = [zeros(profiled_shape(manifest, entry, spec.shape), spec.dtype) for spec in specs]
+def _inputs(manifest: Manifest, entry: EntryPoint, position: int, folder: Path) -> list[str]:
+    """Arguments in the order of the ABI; the states are zeros."""
+    arrays = zip(manifest.inputs, profiled_inputs(manifest, entry, position), strict=True)
+    arguments = [argument(folder / f"{i}.bin", array, spec.dtype) for i, (spec, array) in enumerate(arrays)]
+    for spec in manifest.states:
+        shape = state_shape(manifest, spec, manifest.batch or 1, manifest.max_context or 0)
+        arguments.append(zeros(shape, spec.dtype))
     return [*arguments, f"--input={position}"] if manifest.takes_position else arguments
 
 
