@@ -16,6 +16,7 @@ from .hybrid import (
     skip_simplified_layer_normalization,
 )
 from .linear_attention import op as linear_attention
+from .mat_mul import joined
 from .mat_mul import op as mat_mul
 from .mat_mul_n_bits import op as mat_mul_n_bits
 from .op import Op
@@ -35,6 +36,7 @@ OPS: tuple[Op, ...] = (
     *skip_simplified_layer_normalization.OPS,
     *rms_normalization.OPS,
     *mat_mul.OPS,
+    *joined.OPS,
 )
 
 

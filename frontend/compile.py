@@ -27,6 +27,7 @@ from .dims import find_roles
 from .entry_points import ModuleOptions, ModulePlan, plan_module
 from .importer import Signature, Weights, import_entry_point
 from .iree import Compiler
+from .joined_products import join_products
 from .last_position import LEAST_TOKENS, keep_last
 from .model import LoadedModel, load_model
 from .parameters import PARAMETER_SCOPE, write_parameters
@@ -239,7 +240,7 @@ def _plan(
         sizes = plan.sizes(entry)
         specialized = specialize(model.proto, sizes, plan.state_types, plan.capacity_pairs)
         check_contracts(specialized.proto.graph, specialized.types, versions)
-        graphs.append(specialized)
+        graphs.append(join_products(specialized, versions, target.capabilities, _lowering_options(options)))
     return plan, graphs
 
 

@@ -8,7 +8,8 @@
     }
 
 Neighbouring threads read neighbouring columns, so that a row of a tile is whole sectors of memory. Such a product is as
-fast as memory is; the threads are as many as keep enough loads under way.
+fast as memory is; the threads are as many as keep enough loads under way. Several products of one ``a`` are one kernel
+too (``joined.py``): a workgroup looks which of them its tile belongs to, or computes a gated pair.
 
 Legal: on GPUs, for 1 to 8 static rows, if 4 divides K and N. Cost: b once, a once a tile of columns.
 Source: ONNX schema MatMul-13.
@@ -16,6 +17,7 @@ Source: ONNX schema MatMul-13.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from iree.compiler import ir
@@ -24,7 +26,7 @@ from ..builder import tensor_type
 from ..op import LoweringContext
 from ..scalar import Scalar
 from ..select import Legality, No, Yes
-from ..simt_kernel import Group, Kernel, dispatch
+from ..simt_kernel import Buffer, Group, Kernel, dispatch
 from ..target import Target
 from .contract import MatMul
 
@@ -82,8 +84,14 @@ def is_legal(contract: MatMul, target: Target) -> Legality:
     return Yes()
 
 
-def plan_for(contract: MatMul, target: Target) -> Plan:
-    """The widest tiles of which there are enough, and threads for a few groups of rows each; by measurement (H100)."""
+def plan_for(contract: MatMul, target: Target, weights: int = 1) -> Plan:
+    """The widest tiles of which there are enough, and threads for a few groups of rows each; by measurement (H100).
+
+    Args:
+        contract: The product.
+        target: The machine.
+        weights: Matrices that a thread multiplies with.
+    """
     subgroup = target.subgroup_size
     vectors, groups = contract.columns // _WIDTH, contract.depth // _WIDTH
     lanes = 4
@@ -93,7 +101,8 @@ def plan_for(contract: MatMul, target: Target) -> Plan:
     while groups % (2 * plan.across) == 0 and groups // plan.across > _LEAST_GROUPS:
         across = 2 * plan.across
         wider = Plan(lanes, across, subgroup if subgroup and lanes * across % subgroup == 0 else 0)
-        if wider.threads > target.max_threads or wider.memory(contract.rows or 1) > target.workgroup_memory:
+        memory = wider.memory(weights * (contract.rows or 1))
+        if wider.threads > target.max_threads or memory > target.workgroup_memory:
             break
         plan = wider
     return plan
@@ -101,62 +110,117 @@ def plan_for(contract: MatMul, target: Target) -> Plan:
 
 def emit_mat_mul_fused_simt(context: LoweringContext, contract: MatMul, a: ir.Value, b: ir.Value) -> ir.Value:
     """Emit the product."""
-    c, plan = contract, plan_for(contract, context.target)
+    return emit_products(context, [contract], a, [b], False)[0]
+
+
+def emit_products(
+    context: LoweringContext, products: Sequence[MatMul], a: ir.Value, weights: Sequence[ir.Value], gated: bool
+) -> list[ir.Value]:
+    """Emit products of one ``a`` as one kernel.
+
+    Args:
+        context: Where, and for what.
+        products: What each computes; all legal.
+        a: Their left operand.
+        weights: The right operand of each.
+        gated: Whether there are two, of equal columns, and the one result is silu(first) * second.
+    """
+    c = products[0]
     assert c.rows is not None
-    sizes = [size or 0 for size in c.a.shape[:-1]] + [c.columns]
-    tiles = -(-c.columns // plan.tile)
-    name = f"mat_mul_fused_simt_{c.a.dtype}_{c.rows}x{c.depth}x{c.columns}_l{plan.lanes}r{plan.across}g{plan.subgroup}"
+    columns = [product.columns for product in products]
+    outputs = columns[:1] if gated else columns
+    plan = plan_for(max(products, key=lambda product: product.columns), context.target, 2 if gated else 1)
+    tiles = [-(-count // plan.tile) for count in outputs]
+    kind = "_gated" if gated else "_of" + "_".join(map(str, columns)) if len(columns) > 1 else ""
+    name = f"mat_mul_fused_simt_{c.a.dtype}_{c.rows}x{c.depth}x{sum(columns)}{kind}"
+    name += f"_l{plan.lanes}r{plan.across}g{plan.subgroup}"
 
     def body(k: Kernel) -> None:
-        _Product(k, c, c.rows or 0, plan).emit()
+        _Products(k, c.a.dtype, c.rows or 0, c.depth, plan).emit(columns, tiles, gated)
 
     one = context.builder.index(1)
-    outputs: list[tuple[ir.RankedTensorType, list[ir.Value]]] = [(tensor_type(sizes, c.a.dtype), [])]
-    return dispatch(name, Group(plan.threads, plan.subgroup), tiles, one, [], [a, b], outputs, body)[0]
+    lead = [size or 0 for size in c.a.shape[:-1]]
+    results: list[tuple[ir.RankedTensorType, list[ir.Value]]] = [
+        (tensor_type([*lead, count], c.a.dtype), []) for count in outputs
+    ]
+    group = Group(plan.threads, plan.subgroup)
+    return dispatch(name, group, sum(tiles), one, [], [a, *weights], results, body)
 
 
 @dataclass
-class _Product:
-    """Emits the kernel."""
+class _Products:
+    """Emits the kernel.
+
+    Attributes:
+        k: Emits instructions.
+        dtype: Of all operands.
+        rows: M.
+        depth: K.
+        p: How it is cut.
+    """
 
     k: Kernel
-    c: MatMul
+    dtype: str
     rows: int
+    depth: int
     p: Plan
 
-    def emit(self) -> None:
-        """Emit everything."""
-        k, c, p = self.k, self.c, self.p
-        dtype, vectors = c.a.dtype, c.columns // _WIDTH
+    def emit(self, columns: Sequence[int], tiles: Sequence[int], gated: bool) -> None:
+        """Emit everything.
 
-        def count(elements: int) -> Scalar:
-            return Scalar.constant(elements, "index")
+        Args:
+            columns: N of each right operand.
+            tiles: Workgroups of each result.
+            gated: See :func:`emit_products`.
+        """
+        k, p, count = self.k, self.p, len(columns)
+        self.a = k.buffer(0, self.dtype, self._count(self.rows * self.depth // _WIDTH), _WIDTH)
+        b = [k.buffer(1 + i, self.dtype, self._count(self.depth * n // _WIDTH), _WIDTH) for i, n in enumerate(columns)]
+        y = [
+            k.buffer(1 + count + i, self.dtype, self._count(self.rows * n)) for i, n in enumerate(columns[: len(tiles)])
+        ]
+        self.across, self.lane = k.thread().divide_unsigned(p.lanes)
+        self.scratch = k.shared(p.partial * self.rows * p.tile * (2 if gated else 1))
+        tile = k.tile()
+        if len(tiles) == 1:
+            self._emit_tile(b, y[0], columns[0], tile)
+            return
+        start = 0
+        for weight, output, n, number in zip(b, y, columns, tiles, strict=True):
+            first = start
 
-        self.a = k.buffer(0, dtype, count(self.rows * c.depth // _WIDTH), _WIDTH)
-        self.b = k.buffer(1, dtype, count(c.depth * vectors), _WIDTH)
-        self.y = k.buffer(2, dtype, count(self.rows * c.columns))
-        across, lane = k.thread().divide_unsigned(p.lanes)
-        column = k.tile() * p.lanes + lane
+            def one(weight: Buffer = weight, output: Buffer = output, n: int = n, first: int = first) -> None:
+                self._emit_tile([weight], output, n, tile - first)
+
+            start += number
+            k.when((tile >= first) & (tile < start), one)
+
+    def _count(self, elements: int) -> Scalar:
+        return Scalar.constant(elements, "index")
+
+    def _emit_tile(self, b: Sequence[Buffer], y: Buffer, columns: int, tile: Scalar) -> None:
+        p, vectors = self.p, columns // _WIDTH
+        column = tile * p.lanes + self.lane
         if vectors % p.lanes:  # threads beyond the last column compute it again and write nothing
             column = column.minimum(vectors - 1)
-        sums = self._sums(across, column)
-        self._write(self._shared_sums(sums, across, lane))
+        self._share([sums for weight in b for sums in self._sums(weight, vectors, column)])
+        self._write(y, columns, tile, len(b) > 1)
 
-    def _sums(self, across: Scalar, column: Scalar) -> list[ir.Value]:
+    def _sums(self, b: Buffer, vectors: int, column: Scalar) -> list[ir.Value]:
         """This thread's part of each row's sums."""
-        k, c, p = self.k, self.c, self.p
-        groups, vectors = c.depth // _WIDTH // p.across, c.columns // _WIDTH
+        k, p = self.k, self.p
+        groups = self.depth // _WIDTH // p.across
         unroll = max(u for u in range(1, _UNROLL + 1) if groups % u == 0)
 
         def step(index: Scalar, carried: list[ir.Value]) -> list[ir.Value]:
-            places = [(index + u) * p.across + across for u in range(unroll)]
-            weights = [
-                [k.load(self.b, (place * _WIDTH + r) * vectors + column) for r in range(_WIDTH)] for place in places
+            places = [(index + u) * p.across + self.across for u in range(unroll)]
+            weights = [[k.load(b, (place * _WIDTH + r) * vectors + column) for r in range(_WIDTH)] for place in places]
+            inputs = [
+                [k.load(self.a, place + m * (self.depth // _WIDTH)) for m in range(self.rows)] for place in places
             ]
-            inputs = [[k.load(self.a, place + m * (c.depth // _WIDTH)) for m in range(self.rows)] for place in places]
             sums = list(carried)
             for four, given in zip(weights, inputs, strict=True):
-                wide = [k.widen(self.b, weight) for weight in four]
+                wide = [k.widen(b, weight) for weight in four]
                 for m, stored in enumerate(given):
                     for factor, weight in zip(k.elements(k.widen(self.a, stored)), wide, strict=True):
                         sums[m] = k.fma(k.splat(factor, _WIDTH), weight, sums[m])
@@ -168,21 +232,16 @@ class _Product:
             return step(start, zero)
         return k.loop(start, Scalar.constant(groups, "index"), unroll, zero, step)
 
-    def _shared_sums(self, sums: list[ir.Value], across: Scalar, lane: Scalar) -> tuple[list[ir.Value], Scalar, int]:
-        """The sums over the workgroup, spread over its threads.
-
-        Returns:
-            For each of a thread's elements the sum; the first element's number; and the step to the next one.
-        """
+    def _share(self, sums: list[ir.Value]) -> None:
+        """Puts this thread's sums, or those of its subgroup, into the workgroup's memory."""
         k, p = self.k, self.p
         if p.subgroup:
             offset = p.lanes
             while offset < p.subgroup:
                 sums = [k.join([k.add(e, k.shuffle_xor(e, offset)) for e in k.elements(s)]) for s in sums]
                 offset *= 2
-        size = self.rows * p.tile
-        scratch = k.shared(p.partial * size)
-        place, first = across, None
+        size = len(sums) * p.tile
+        place, first = self.across, None
         if p.subgroup:
             place, inside = k.thread().divide_unsigned(p.subgroup)
             first = inside < p.lanes
@@ -190,35 +249,41 @@ class _Product:
         def put() -> None:
             for m, value in enumerate(sums):
                 for i, element in enumerate(k.elements(value)):
-                    k.store(element, scratch, place * size + (m * p.tile + i) + lane * _WIDTH)
+                    k.store(element, self.scratch, place * size + (m * p.tile + i) + self.lane * _WIDTH)
 
         if first is None or p.lanes == p.subgroup:
             put()
         else:
             k.when(first, put)
         k.barrier()
-        totals: list[ir.Value] = []
-        for start in range(0, size, p.threads):
-            element = (k.thread() + start).minimum(size - 1)
-            found = [k.load(scratch, element + part * size) for part in range(p.partial)]
-            while len(found) > 1:
-                found = [
-                    k.add(found[i], found[i + 1]) if i + 1 < len(found) else found[i] for i in range(0, len(found), 2)
-                ]
-            totals.append(found[0])
-        return totals, k.thread(), p.threads
 
-    def _write(self, totals: tuple[list[ir.Value], Scalar, int]) -> None:
-        k, c, p = self.k, self.c, self.p
-        values, first, step = totals
+    def _write(self, y: Buffer, columns: int, tile: Scalar, gated: bool) -> None:
+        """The sums over the workgroup, spread over its threads."""
+        k, p = self.k, self.p
         size = self.rows * p.tile
-        for i, value in enumerate(values):
-            element = first + i * step
-            row, inside = element.divide_unsigned(p.tile)
-            column = k.tile() * p.tile + inside
-            valid = (element < size) & (column < c.columns)
+        for start in range(0, size, p.threads):
+            element = k.thread() + start
+            inside = element.minimum(size - 1)
+            value = self._total(inside, 2 * size if gated else size)
+            if gated:
+                value = k.mul(self._silu(value), self._total(inside + size, 2 * size))
+            row, place = element.divide_unsigned(p.tile)
+            column = tile * p.tile + place
+            valid = (element < size) & (column < columns)
 
             def write(value: ir.Value = value, row: Scalar = row, column: Scalar = column) -> None:
-                k.store(value, self.y, row * c.columns + column)
+                k.store(value, y, row * columns + column)
 
             k.when(valid, write)
+
+    def _total(self, element: Scalar, size: int) -> ir.Value:
+        """The sum of an element's ``partial`` parts, of ``size`` elements each."""
+        k = self.k
+        found = [k.load(self.scratch, element + part * size) for part in range(self.p.partial)]
+        while len(found) > 1:
+            found = [k.add(found[i], found[i + 1]) if i + 1 < len(found) else found[i] for i in range(0, len(found), 2)]
+        return found[0]
+
+    def _silu(self, value: ir.Value) -> ir.Value:
+        k = self.k
+        return k.div(value, k.add(k.constant(1.0), k.exp(k.neg(value))))

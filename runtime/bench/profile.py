@@ -47,9 +47,9 @@ def profile_entry(
         folder: For the profile's file.
 
     Returns:
-        `entry`, `tokens`, `position`, `calls` (profiled), `dispatch_s` (the sum), `count` (dispatches of a call) and `rows`,
-        the slowest first: `key`, `count` (a call), `seconds` (a call), `share`, `bytes`, `flop` (a call; None where
-        unknown), `dtype` (of the largest operand) and `nodes`.
+        `entry`, `tokens`, `position`, `calls` (profiled), `dispatch_s` (the sum), `count` (dispatches of a call) and
+        `rows`, the slowest first: `key`, `count` (a call), `seconds` (a call), `share`, `bytes`, `flop` (a call; None
+        where unknown), `dtype` (of the largest operand) and `nodes`.
 
     Raises:
         TargetError: The tools are missing, or the driver does not profile; one line says so.

@@ -51,6 +51,42 @@ def test_few_rows(target: str, dtype: Any, rows: int, depth: int, columns: int) 
     assert error(got, want) <= BENIGN[np.dtype(dtype).name]
 
 
+@pytest.mark.vulkan
+@pytest.mark.xdist_group("vulkan")
+@pytest.mark.parametrize(
+    ("target", "dtype", "rows", "depth", "columns"),
+    [
+        ("vulkan", np.float32, 1, 64, (36, 4, 132)),
+        ("lavapipe", np.float16, 3, 256, (1100, 16, 16, 8)),
+        ("lavapipe", ml_dtypes.bfloat16, 8, 128, (20, 20)),
+    ],
+)
+def test_joined(target: str, dtype: Any, rows: int, depth: int, columns: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(depth)
+    a = rng.standard_normal((1, rows, depth)).astype(dtype)
+    b = [rng.standard_normal((depth, count)).astype(dtype) for count in columns]
+    got = run_op("JoinedMatMul", [a, *b], domain="linattn", version=1, num_outputs=len(b), target=target)
+    for y, weight in zip(got, b, strict=True):
+        assert y.dtype == dtype
+        assert error(y, a.astype(np.float64) @ weight.astype(np.float64)) <= BENIGN[np.dtype(dtype).name]
+
+
+@pytest.mark.vulkan
+@pytest.mark.xdist_group("vulkan")
+@pytest.mark.parametrize(
+    ("target", "dtype", "rows", "depth", "columns"),
+    [("vulkan", np.float32, 2, 64, 36), ("lavapipe", np.float16, 1, 256, 2100), ("lavapipe", np.float32, 8, 128, 20)],
+)
+def test_gated(target: str, dtype: Any, rows: int, depth: int, columns: int) -> None:
+    rng = np.random.default_rng(columns)
+    a = (rng.standard_normal((1, rows, depth)) * 0.3).astype(dtype)
+    gate, up = ((rng.standard_normal((depth, columns)) * 0.3).astype(dtype) for _ in range(2))
+    gate[:, 0] = -300 * np.sign(a[0, 0])  # far out, where the exponential overflows
+    (got,) = run_op("GatedMatMul", [a, gate, up], domain="linattn", version=1, target=target)
+    g, u = (a.astype(np.float64) @ weight.astype(np.float64) for weight in (gate, up))
+    assert error(got, g * (1 + np.tanh(g / 2)) / 2 * u) <= BENIGN[np.dtype(dtype).name]
+
+
 def test_selection() -> None:
     options = LoweringOptions(strategy="recurrent")  # of the state operators, not of this one
     assert choose(contract(1, 64, 64), CUDA, options).strategy == "fused_simt"

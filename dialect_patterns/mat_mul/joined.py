@@ -1,0 +1,79 @@
+"""Products of one left operand as one kernel: nodes that the frontend makes of a graph's MatMul nodes.
+
+    linattn.JoinedMatMul(a, b_1, ..., b_n) -> (a b_1, ..., a b_n)
+    linattn.GatedMatMul(a, b, c) -> silu(a b) * (a c)
+
+A decode step is many small products; on a GPU each dispatch costs microseconds beside its work. Weights stay as they
+are, since other entry points read them one by one. Rounding: sums in f32, rounded once, at the end.
+
+Legal: where ``fused_simt`` is what every one of the products gets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from iree.compiler import ir
+
+from ..node import Node, TensorSpec
+from ..op import Choice, LoweringContext, LoweringOptions, Op
+from ..target import Target
+from . import op
+from .contract import MatMul
+from .contract import output_types as product_types
+from .fused_simt import emit_products
+
+DOMAIN = "linattn"
+JOINED, GATED = "JoinedMatMul", "GatedMatMul"
+MOST = 8
+"""Products of a kernel: each reads a buffer and writes one, and drivers offer only so many."""
+
+
+@dataclass(frozen=True)
+class Products:
+    """Contract.
+
+    Attributes:
+        products: Each by itself; they share ``a``.
+        gated: Whether the one output is silu(first) * second.
+    """
+
+    products: tuple[MatMul, ...]
+    gated: bool
+
+
+def can_join(products: Sequence[MatMul], gated: bool, target: Target, options: LoweringOptions) -> bool:
+    """Whether products that share their left operand may be one kernel."""
+    choices = [op.choose(product, target, options).strategy for product in products]
+    equal = len({product.columns for product in products}) == 1
+    return set(choices) == {"fused_simt"} and 2 <= len(products) <= MOST and (equal or not gated)
+
+
+def parse(node: Node) -> Products:
+    """View the node."""
+    a = node.required(0, "a")
+    products = [MatMul(node.where, a, node.required(i, "b"), i in node.weights) for i in range(1, len(node.inputs))]
+    return Products(tuple(products), node.op_type == GATED)
+
+
+def output_types(contract: Products) -> Sequence[TensorSpec | None]:
+    """The outputs' types."""
+    types = [spec for product in contract.products for spec in product_types(product)]
+    return types[:1] if contract.gated else types
+
+
+def choose(contract: Products, target: Target, options: LoweringOptions) -> Choice:
+    """There is one way."""
+    count, rows = len(contract.products), contract.products[0].rows
+    what = "a gated pair" if contract.gated else f"{count} products"
+    return Choice("fused_simt", f"{what} of {rows} rows in one kernel that reads each weight once")
+
+
+def lower(context: LoweringContext, contract: Products, operands: Sequence[ir.Value | None]) -> list[ir.Value]:
+    """Emit the node."""
+    a, *weights = [value for value in operands if value is not None]
+    return emit_products(context, contract.products, a, weights, contract.gated)
+
+
+OPS = tuple(Op(DOMAIN, name, 1, parse, output_types, lower, choose) for name in (JOINED, GATED))

@@ -1,0 +1,62 @@
+"""Products of one value become one node, on GPUs and for few rows only, and never where a part is read elsewhere."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import onnx
+from linattn.dialect_patterns.op import LoweringOptions
+from linattn.dialect_patterns.target import Target
+from linattn.frontend.joined_products import join_products
+from linattn.frontend.schema import infer_types
+from linattn.frontend.specialize import SpecializedGraph
+from onnx import TensorProto, helper, numpy_helper
+
+GPU = Target("vulkan", is_gpu=True, subgroup_size=32)
+DEPTH = 64
+
+
+def graph(rows: int = 1, outputs: tuple[str, ...] = ("q", "k", "y")) -> SpecializedGraph:
+    """q and k from x; y = silu(x gate) * (x up) of another value of the same size."""
+    sizes = {"wq": 32, "wk": 8, "wgate": 16, "wup": 16}
+    nodes = [
+        helper.make_node("MatMul", ["x", "wq"], ["q"], "q"),
+        helper.make_node("Neg", ["x"], ["z"], "neg"),
+        helper.make_node("MatMul", ["z", "wup"], ["up"], "up"),
+        helper.make_node("MatMul", ["z", "wgate"], ["gate"], "gate"),
+        helper.make_node("Sigmoid", ["gate"], ["s"], "sigmoid"),
+        helper.make_node("Mul", ["gate", "s"], ["silu"], "silu"),
+        helper.make_node("Mul", ["silu", "up"], ["y"], "last"),
+        helper.make_node("MatMul", ["x", "wk"], ["k"], "k"),
+    ]
+    weights = [numpy_helper.from_array(np.ones((DEPTH, n), np.float32), name) for name, n in sizes.items()]
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, rows, DEPTH])
+    results = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs]
+    model = helper.make_model(helper.make_graph(nodes, "g", [x], results, weights))
+    return SpecializedGraph(model, infer_types(model))
+
+
+def joined(source: SpecializedGraph, target: Target = GPU) -> onnx.GraphProto:
+    before = source.proto.SerializeToString()
+    result = join_products(source, {"": 21}, target, LoweringOptions()).proto.graph
+    assert source.proto.SerializeToString() == before
+    return result
+
+
+def test_products_of_one_value_and_a_gated_pair() -> None:
+    nodes = joined(graph()).node
+    assert [node.op_type for node in nodes] == ["JoinedMatMul", "Neg", "GatedMatMul"]
+    assert (list(nodes[0].input), list(nodes[0].output)) == (["x", "wq", "wk"], ["q", "k"])
+    assert (list(nodes[2].input), list(nodes[2].output)) == (["z", "wgate", "wup"], ["y"])
+
+
+def test_the_gate_is_read_elsewhere() -> None:
+    for outputs in (("q", "k", "y", "gate"), ("q", "k", "y", "silu")):
+        kinds = Counter(node.op_type for node in joined(graph(outputs=outputs)).node)
+        assert (kinds["JoinedMatMul"], kinds["GatedMatMul"], kinds["Mul"]) == (2, 0, 2)
+
+
+def test_left_alone() -> None:
+    for source, target in ((graph(), Target("cpu", vector_bits=256)), (graph(rows=9), GPU)):
+        assert Counter(node.op_type for node in joined(source, target).node)["MatMul"] == 4
