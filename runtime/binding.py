@@ -205,12 +205,14 @@ def block_mask(manifest: Manifest, spec: InputSpec, mask: HostArray, past: int, 
     if axis is None:
         return cut(manifest, spec, mask, start, size)
     committed = past + start
-    old, new = np.split(_slice(mask, axis, 0, committed + size), [committed], axis)
     if manifest.max_context is None:
-        return np.concatenate([old, new], axis)
-    hole = list(mask.shape)
-    hole[axis] = manifest.max_context - committed
-    return np.concatenate([old, np.zeros(hole, mask.dtype), new], axis)
+        return _slice(mask, axis, 0, committed + size)
+    shape = list(mask.shape)
+    shape[axis] = manifest.max_context + size
+    block = np.zeros(shape, mask.dtype)
+    _slice(block, axis, 0, committed)[...] = _slice(mask, axis, 0, committed)
+    _slice(block, axis, manifest.max_context, shape[axis])[...] = _slice(mask, axis, committed, committed + size)
+    return block
 
 
 def positions(manifest: Manifest, spec: InputSpec, sizes: Sizes, past: int, mask: HostArray | None) -> HostArray:
@@ -226,7 +228,9 @@ def positions(manifest: Manifest, spec: InputSpec, sizes: Sizes, past: int, mask
         steps = np.maximum(np.cumsum(mask != 0, axis=1) - 1, 0)[:, -shape[axis] :]
     else:
         steps = steps.reshape([-1] + [1] * (len(shape) - 1 - axis))
-    return np.broadcast_to(steps, shape).astype(numpy_dtype(spec.dtype))
+    found = np.empty(shape, numpy_dtype(spec.dtype))
+    found[...] = steps
+    return found
 
 
 def cut(manifest: Manifest, spec: InputSpec, array: HostArray, start: int, size: int) -> HostArray:
