@@ -12,6 +12,9 @@ from .device import HostArray
 from .errors import InputError, StateError
 from .session import Session
 
+_INFINITY = 0x7C00
+"""The bits of an f16 that is infinite; NaN have larger ones."""
+
 
 def token_input(session: Session) -> str:
     """Name of the input that takes the token ids.
@@ -58,10 +61,26 @@ def greedy(session: Session, ids: ArrayLike, count: int) -> Iterator[int | tuple
         yield tokens[0] if len(tokens) == 1 else tuple(tokens)
 
 
+def index_of_largest(logits: HostArray) -> int:
+    """Index of the largest element of a vector, as numpy's `argmax` finds it: the first of equals, or the first NaN.
+
+    NumPy takes f16 one by one, 0.2 ms for 32,000; the bits of numbers order like integers, and those are compared
+    many at a time.
+    """
+    if logits.dtype != np.float16 or not logits.size:
+        return int(logits.argmax())
+    bits = np.ascontiguousarray(logits).view(np.int16)
+    keys = bits ^ ((bits >> 15) & 0x7FFF)
+    best = int(keys.argmax())
+    if keys[best] == 0 or keys[best] > _INFINITY or keys.min() < ~_INFINITY:  # two zeros are equal; or there are NaN
+        return int(logits.argmax())
+    return best
+
+
 def _largest(logits: HostArray) -> HostArray:
     """Index of the largest logit of each row, [B, 1, V] -> [B, 1]."""
     rows = logits[:, -1, :]
-    best = np.argmax(rows, axis=-1)
+    best = np.array([index_of_largest(row) for row in rows])
     chosen: Sequence[Any] = [row[index] for row, index in zip(rows, best, strict=True)]
     if any(value != value for value in chosen):
         raise StateError("the logits are NaN", hint="reset the session and check the inputs")

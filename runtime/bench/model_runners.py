@@ -11,7 +11,7 @@ import numpy as np
 from linattn.runtime.binding import Sizes
 from linattn.runtime.device import HostArray, has_worker_threads, numpy_dtype
 from linattn.runtime.errors import InputError
-from linattn.runtime.generate import token_input
+from linattn.runtime.generate import index_of_largest, token_input
 from linattn.runtime.manifest import EntryPoint, Manifest, OutputSpec
 from linattn.runtime.module import Module
 from linattn.runtime.program import Program, block_inputs, complete_inputs, read_manifest
@@ -59,12 +59,12 @@ class ModelRunner:
         """
         self.reset()
         start = time.perf_counter()
-        tokens = [int(self.step(np.array([prompt])).argmax())]
+        tokens = [index_of_largest(self.step(np.array([prompt])))]
         prefill = time.perf_counter() - start
         steps: list[float] = []
         for _ in range(count):
             start = time.perf_counter()
-            tokens.append(int(self.step(np.array([[tokens[-1]]])).argmax()))
+            tokens.append(index_of_largest(self.step(np.array([[tokens[-1]]]))))
             steps.append(time.perf_counter() - start)
         return {"prefill_s": prefill, "steps_s": steps, "tokens": tokens, "memory_bytes": resident_bytes()}
 
