@@ -62,6 +62,14 @@ def test_any_cut_is_the_whole(target: str, cuts: list[int]) -> None:
     check_states(session)
 
 
+@pytest.mark.parametrize("strategy", ["recurrent", "chunked"])
+def test_portable_strategies_by_force(strategy: str) -> None:
+    options = CompileOptions(batch=2, max_context=48, prefill_blocks=(16,), strategy=strategy)
+    session = Program.load(compile_model(build(), options).module).session()
+    assert error(run(session, [33, 7]), reference()["logits"]) < BENIGN["float32"]
+    check_states(session)
+
+
 @pytest.mark.parametrize("target", ["cpu", pytest.param("vulkan", marks=pytest.mark.vulkan)])
 @pytest.mark.parametrize("tokens", [16, 23, 40])
 def test_last_logits_without_the_others(target: str, tokens: int) -> None:
