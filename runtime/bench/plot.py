@@ -53,7 +53,7 @@ def draw(results: Sequence[Mapping[str, Any]], path: Path) -> None:
     pyplot = need("matplotlib.pyplot", "linattn[bench]")
     style = {
         "font.size": 9, "axes.edgecolor": "#9ca3af", "axes.labelcolor": _INK, "text.color": _INK, "xtick.color": _INK,
-        "ytick.color": _INK, "axes.spines.top": False, "axes.spines.right": False,
+        "ytick.color": _INK, "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none",
     }  # fmt: skip
     with pyplot.rc_context(style):
         figure = _draw_op(pyplot, results[0]) if kinds == {"op"} else _draw_models(pyplot, results)
@@ -174,7 +174,11 @@ def _draw_models(pyplot: Any, results: Sequence[Mapping[str, Any]]) -> Any:
 
 
 def _reference_rate(result: Mapping[str, Any], row: Mapping[str, Any], phase: str) -> float | None:
-    return next((r[phase]["tokens_per_s"] for r in result["rows"] if r["subject"] == row["reference"]), None)
+    """The rate to compare with: that of the reference, where it ran on the same target."""
+    rates = {
+        other["subject"]: other[phase]["tokens_per_s"] for other in result["rows"] if other["target"] == row["target"]
+    }
+    return rates.get(row["reference"])
 
 
 def _names(result: Mapping[str, Any]) -> str:
