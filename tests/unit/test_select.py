@@ -14,7 +14,11 @@ from state_ops import specs_of
 
 CPU = Target("cpu", vector_bits=256)
 PORTABLE = Target("other")
-NEITHER = {"fused_simd": "the target is not a CPU with vectors", "fused_simt": "other is not a GPU"}
+NEITHER = {
+    "fused_simd": "the target is not a CPU with vectors",
+    "fused_simt_chunks": "other is not a GPU",
+    "fused_simt": "other is not a GPU",
+}
 UNITS = Target("gpu", is_gpu=True, matrix_units=True)
 
 
@@ -49,9 +53,8 @@ def test_cpus_with_vectors_have_one_kernel(tokens: int | None) -> None:
 
 def test_forced() -> None:
     assert choose(contract(512), CPU, LoweringOptions(strategy="recurrent")).strategy == "recurrent"
-    with pytest.raises(
-        LoweringError, match=r"unknown strategy, got 'fast', expected fused_simd or fused_simt or chunked or recurrent"
-    ):
+    expected = "fused_simd or fused_simt_chunks or fused_simt or chunked or recurrent"
+    with pytest.raises(LoweringError, match=rf"unknown strategy, got 'fast', expected {expected}"):
         choose(contract(512), CPU, LoweringOptions(strategy="fast"))
 
 
