@@ -24,9 +24,10 @@ from .device_times import EVENTS, argument, memory_arguments, run_tool, zeros
 from .model_runners import profiled_inputs
 from .subjects import start
 
-CALLS = 12
-"""Profiled calls of an entry point; the first two warm up."""
-WARMUP = 2
+CALLS = 10
+"""Calls of an entry point that count."""
+WARMUP_SECONDS = 1.0
+"""Calls before them: a GPU takes its time to raise its clocks for Vulkan, to three times as fast on an H100."""
 
 Dispatches = list[tuple[str, float]]
 """The dispatches of one call in their order: key and seconds."""
@@ -61,7 +62,7 @@ def profile_entry(
         calls = _watched(path, entry, position, device, described)
     else:
         calls = _recorded(path, manifest, entry, position, device, threads, folder)
-    return {"entry": symbol, "tokens": entry.tokens, "position": position} | _rows(calls[WARMUP:] or calls, described)
+    return {"entry": symbol, "tokens": entry.tokens, "position": position} | _rows(calls[-CALLS:], described)
 
 
 def _watched(
@@ -71,7 +72,7 @@ def _watched(
     keys = {re.sub(r"\W", "_", key): key for key in described}
     subject = start("profile", "model_runners:IreeModel", {"module": str(path), "device": device})
     try:
-        calls: list[Dispatches] = subject.call("kernels", symbol=entry.symbol, position=position, calls=CALLS)
+        calls: list[Dispatches] = subject.call("kernels", symbol=entry.symbol, position=position, calls=2 * CALLS)
     finally:
         subject.close()
     return [[(keys.get(name, name), seconds) for name, seconds in call] for call in calls]
@@ -89,6 +90,7 @@ def _recorded(
         f"--device={device}",
         f"--function={symbol}",
         f"--benchmark_min_time={CALLS}x",
+        f"--benchmark_min_warmup_time={WARMUP_SECONDS}",
         "--benchmark_format=json",
         f"--device_profiling_mode=queue-events,{family},executable-metadata",
         f"--device_profiling_output={output}",
