@@ -38,6 +38,7 @@ def call_seconds(
     inputs: Sequence[tuple[HostArray, str]],
     memory: Sequence[str],
     calls: int,
+    warmup: int = 0,
     threads: int | None = None,
 ) -> list[float]:
     """How long all dispatches of a call took, for each of several calls in a process of their own.
@@ -49,6 +50,7 @@ def call_seconds(
         inputs: Its arguments, each with the name of its element type.
         memory: Arguments of `memory_arguments`.
         calls: How many.
+        warmup: Calls before them.
         threads: CPU worker threads; None: as IREE decides.
 
     Returns:
@@ -65,11 +67,11 @@ def call_seconds(
         recording = folder / "calls.ireeprof"
         arguments = [argument(folder / f"{i}.bin", array, dtype) for i, (array, dtype) in enumerate(inputs)]
         command = [f"--module={module}", f"--device={uri}", f"--function={function}", *arguments, *memory]
-        command += [f"--benchmark_min_time={calls}x", f"--device_profiling_mode={events}"]
+        command += [f"--benchmark_min_time={warmup + calls}x", f"--device_profiling_mode={events}"]
         command += [f"--task_topology_group_count={threads}"] if threads is not None else []
         run_tool("iree-benchmark-module", *command, f"--device_profiling_output={recording}")
         text = run_tool("iree-profile", "dispatch", "--format=jsonl", "--dispatch_events", str(recording))
-    return per_call(text, calls)
+    return per_call(text, warmup + calls)[warmup:]
 
 
 def memory_arguments(module: Module, function: str) -> list[str]:

@@ -36,6 +36,8 @@ from .timing import summarize
 FORMAT = 1
 _LEAST_PROFILED, _MOST_PROFILED = 3, 200
 """Calls of a turn under the profiler."""
+_WARM_SECONDS, _MOST_WARMING = 1.0, 20_000
+"""Seconds and calls before them on GPUs."""
 
 
 @dataclass
@@ -265,7 +267,10 @@ def _take_turn(entrant: _Entrant, options: OpOptions, first: bool) -> None:
     samples["overhead"] += subject.call("time", key="overhead", seconds=min(seconds, 0.05), warmup=warmup)
     if entrant.is_timed:
         calls = min(max(int(seconds / min(samples["call"])), _LEAST_PROFILED), _MOST_PROFILED)
-        samples["kernel"] += subject.call("kernel", key="call", calls=calls)
+        # An idle GPU takes its time to raise its clocks for Vulkan, and each turn is a process of its own.
+        is_gpu = entrant.choice is not None and entrant.choice.name != "cpu"
+        warmup = min(int(_WARM_SECONDS / min(samples["call"])), _MOST_WARMING) if is_gpu else 0
+        samples["kernel"] += subject.call("kernel", key="call", calls=calls, warmup=warmup)
     if entrant.is_chained and options.chain > 1:
         samples["chain"] += subject.call("time", key="chain", seconds=seconds, warmup=warmup)
 

@@ -91,12 +91,12 @@ class IreeRunner(Runner):
         into = module.new_results(symbol)
         self._calls[key] = lambda: module.call(symbol, arrays, dtypes, into)
 
-    def kernel(self, key: str, calls: int) -> list[float]:
-        """Seconds of the dispatches alone by the device's clock, for each of so many calls."""
+    def kernel(self, key: str, calls: int, warmup: int) -> list[float]:
+        """Seconds of the dispatches alone by the device's clock, for each of so many calls after others."""
         if self._device.driver == "cuda":
             return cuda_call_seconds(self._calls[key], calls)
         module, symbol, inputs, memory = self._timed[key]
-        return call_seconds(module, self._device.uri, symbol, inputs, memory, calls, self._threads)
+        return call_seconds(module, self._device.uri, symbol, inputs, memory, calls, warmup, self._threads)
 
     def results(self, key: str) -> dict[str, HostArray]:
         """See `Runner.results`."""
