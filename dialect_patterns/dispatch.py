@@ -29,7 +29,8 @@ class Kernel:
         name: Symbol; spells the operator and all that the body depends on.
         inputs: Types of the operands.
         outputs: Types of the results.
-        axes: For each input and output the letters of its dimensions, ``B`` and ``T`` for these two.
+        axes: For each input and output the letters of its dimensions, ``B`` and ``T`` for these two, ``R`` for a
+            number of tiles of rows.
         workgroups: Workgroups along x, along y for each batch row.
         write: Writes the body, given the names of B, T and of the operands' and results' memrefs.
     """
@@ -42,11 +43,13 @@ class Kernel:
     write: Callable[[KernelText, int | str, int | str, Sequence[str]], None]
 
 
-def dispatch(b: Builder, kernel: Kernel, operands: Sequence[ir.Value], batch: Size, tokens: Size) -> list[ir.Value]:
+def dispatch(
+    b: Builder, kernel: Kernel, operands: Sequence[ir.Value], batch: Size, tokens: Size, tiles: Size = 1
+) -> list[ir.Value]:
     """Emit the call, and the executable unless the module has it; the results as builtin tensors."""
     _ensure_executable(kernel)
     i32 = ir.IntegerType.get_signless(32)
-    sizes = {"B": batch, "T": tokens}
+    sizes = {"B": batch, "T": tokens, "R": tiles}
     constants = [
         ir.Operation.create("arith.index_cast", results=[i32], operands=[b.index(sizes[letter])]).result
         for letter in _open_letters(kernel)
@@ -80,14 +83,14 @@ def dispatch(b: Builder, kernel: Kernel, operands: Sequence[ir.Value], batch: Si
 
 
 def _open_letters(kernel: Kernel) -> list[str]:
-    """Which of B and T are open in some operand or result."""
+    """Which of B, T and R are open in some operand or result."""
     found = {
         letter
         for spec, term in zip((*kernel.inputs, *kernel.outputs), kernel.axes, strict=True)
         for size, letter in zip(spec.shape, term, strict=True)
         if size is None
     }
-    return [letter for letter in "BT" if letter in found]
+    return [letter for letter in "BTR" if letter in found]
 
 
 def _ensure_executable(kernel: Kernel) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..target import Target
+from ..workers import slowest_share
 from .contract import MatMulNBits
 from .simd_dot import DotInstruction, dot_instruction
 
@@ -19,7 +20,6 @@ _ROW_BLOCK = 64
 _SLAB_BYTES = 19 * 1024
 _MAX_COLUMNS = 512  # of a workgroup
 _START = 12  # columns that would take as long as the start of a workgroup
-_WORKERS = (2, 4, 8, 16)  # threads to be good for
 
 
 @dataclass(frozen=True)
@@ -137,19 +137,4 @@ def _workgroup_columns(c: MatMulNBits, tile: int, row_blocks: int) -> int:
     """Columns of a workgroup: many, since each arranges A or starts anew, but so that workers end at the same time."""
     tiles = -(-c.columns // tile)
     sizes = range(1, min(tiles, _MAX_COLUMNS // tile) + 1)
-    return tile * min(sizes, key=lambda size: _waste(tiles, size, tile, row_blocks))
-
-
-def _waste(tiles: int, size: int, tile: int, row_blocks: int) -> float:
-    """What the slowest worker does with ``size`` tiles a workgroup, by a fair share; mean over numbers of workers."""
-    workgroups = -(-tiles // size) * row_blocks
-    slowest = [_most_workgroups(workgroups, workers) * (size * tile + _START) * workers for workers in _WORKERS]
-    return sum(slowest) / len(slowest) / (tiles * tile * row_blocks)
-
-
-def _most_workgroups(workgroups: int, workers: int) -> int:
-    """Of one worker: once there are 8 a worker, IREE's workers (3.13) take 8 at a time."""
-    batch = 8 if workgroups >= 8 * workers else 1
-    batches, rest = divmod(workgroups, batch)
-    each, more = divmod(batches, workers)
-    return (each + 1) * batch if more else each * batch + rest
+    return tile * min(sizes, key=lambda size: slowest_share(-(-tiles // size) * row_blocks, size * tile + _START))

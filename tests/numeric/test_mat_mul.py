@@ -20,9 +20,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from tests.tolerances import BENIGN, error
 
-# Rows around tiles of 6; K around blocks of 256 and unrolling by 4; N around panels of 16 and 8.
+# Rows around tiles of 6 and chunks of 32 tiles; K around blocks of 256 and unrolling by 4; N around panels of 16 and 8.
 SHAPES = [
     *((rows, 256, 48) for rows in (1, 2, 3, 5, 6, 7, 12, 13, 64)),
+    *((rows, 260, 24) for rows in (191, 193, 200, 385)),
     *((7, depth, 96) for depth in (64, 255, 257, 258, 300, 512, 1030)),
     *((1, depth, 96) for depth in (255, 258, 1030)),
     *((7, 300, columns) for columns in (16, 17, 31, 33, 72, 100)),
@@ -77,13 +78,14 @@ def test_vectors_of_128_bits() -> None:
     check(Program.load(compiled.module), model, SHAPES, np.float32)
 
 
-def test_open_rows() -> None:
+@pytest.mark.parametrize("dtype", [np.float32, np.float16], ids=["f32", "f16"])
+def test_open_rows(dtype: type) -> None:
     """The number of rows is known at run time only."""
     kinds = [(0, 300, 33), (0, 520, 64)]
-    model = build(kinds, np.float32, "rows")
+    model = build(kinds, dtype, "rows")
     program = Program.load(compile_model(model, CompileOptions()).module)
-    for rows in (1, 5, 6, 13):
-        check(program, model, [(rows, *kind[1:]) for kind in kinds], np.float32)
+    for rows in (1, 5, 6, 13, 200):
+        check(program, model, [(rows, *kind[1:]) for kind in kinds], dtype)
 
 
 def test_weights_are_stored_once(tmp_path: Path) -> None:

@@ -1,0 +1,54 @@
+"""The body of strategy ``fused_simd`` for few rows: one tile, read where it is, by a group of panels.
+
+for each panel:  acc[r, :] += a[r, k] * b[k, :]         streaming through the weights once
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..kernel_text import Index, KernelText, vector_type
+from .simd_edges import store_rows
+from .simd_plan import VECTORS, Plan
+
+
+def write_direct(k: KernelText, p: Plan, memrefs: Sequence[str]) -> None:
+    """The whole body.
+
+    Args:
+        k: Where to.
+        p: Sizes of the product.
+        memrefs: The rows [M, K], the weights [panels, K, W], and y [M, N].
+    """
+    a, b, y = memrefs
+    first = k.mul(k.op("hal.interface.workgroup.id[0] : index", "index"), p.group)
+    end = k.add(first, p.group)
+
+    def panel(index: Index, _: list[str]) -> list[str]:
+        store_rows(k, p, y, p.tile, 0, index, _products(k, p, a, b, index))
+        return []
+
+    k.loop(end if p.panels % p.group == 0 else k.minimum(end, p.panels), [], panel, start=first)
+
+
+def _products(k: KernelText, p: Plan, a: str, b: str, panel: Index) -> list[str]:
+    """The vectors of each row, row after row."""
+    sets = max(1, min(p.unroll, 4 // p.tile))  # sums side by side: one multiply-add takes as long as several
+    size = p.tile * VECTORS
+
+    def step(at: Index, sums: list[str]) -> list[str]:
+        for u in range(p.unroll):
+            depth = k.add(at, u)
+            weights = [k.load(b, [panel, depth, v * p.lanes], p.lanes) for v in range(VECTORS)]
+            for i in range(p.tile):
+                value = k.splat(k.load(a, [i, depth]), p.lanes)
+                for v, weight in enumerate(weights):
+                    place = (u % sets) * size + i * VECTORS + v
+                    sums[place] = k.fma(value, weight, sums[place])
+        return sums
+
+    sums = k.loop(p.depth, [k.constant(0.0, vector_type(p.lanes))] * (sets * size), step, step=p.unroll)
+    totals = sums[:size]
+    for other in range(size, len(sums), size):
+        totals = [k.addf(x, y) for x, y in zip(totals, sums[other : other + size], strict=True)]
+    return totals

@@ -1,0 +1,121 @@
+"""How strategy ``fused_simd`` cuts a MatMul into workgroups, blocks and tiles."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..workers import slowest_share
+
+VECTORS = 2
+"""Vectors side by side in a panel."""
+
+LINE = 64
+"""Bytes of a cache line."""
+
+_BLOCK_BYTES = 16 << 10  # of a panel in f32: half of a first-level cache
+_SUMS_BYTES = 12 << 10  # with a block, less than the 32 KiB of stack that IREE allows
+_GROUP_BYTES = 1 << 17  # of weights a workgroup reads where the rows are few
+_MAX_GROUP = 32  # panels of a workgroup where they are many
+_START = 1.0  # tiles by panels that would take as long as the start of a workgroup
+_FIRST = 0.5  # and as the first touch of a block's weights
+_LATENCY = 10  # multiply-adds that are under way at once
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes of one kernel.
+
+    Attributes:
+        rows: M, None where open.
+        depth: K.
+        columns: N.
+        lanes: Lanes of a vector.
+        tile: Rows of a tile.
+        block: Rows of the weights in a block; K where the rows are few.
+        group: Panels of a workgroup.
+        unroll: Rows of the weights in one iteration.
+        chunk: Tiles of a workgroup; 0 where the rows are few, one tile, and read where they are.
+    """
+
+    rows: int | None
+    depth: int
+    columns: int
+    lanes: int
+    tile: int
+    block: int
+    group: int
+    unroll: int
+    chunk: int
+
+    @property
+    def width(self) -> int:
+        """Columns of a panel."""
+        return panel_width(self.lanes)
+
+    @property
+    def panels(self) -> int:
+        """Panels of the weights, the last one filled up with zeros."""
+        return -(-self.columns // self.width)
+
+    @property
+    def direct(self) -> bool:
+        """Whether all rows are one tile."""
+        return self.chunk == 0
+
+    @property
+    def tiles(self) -> int | None:
+        """Tiles of all rows, None where open."""
+        return None if self.rows is None else -(-self.rows // self.tile)
+
+
+def panel_width(lanes: int) -> int:
+    """Columns of a panel."""
+    return lanes * VECTORS
+
+
+def plan(rows: int | None, depth: int, columns: int, vector_bits: int, weight_bytes: int) -> Plan:
+    """The sizes for a product.
+
+    Args:
+        rows: M, None where open.
+        depth: K.
+        columns: N.
+        vector_bits: Width of a SIMD register.
+        weight_bytes: Of one weight.
+    """
+    lanes = max(vector_bits // 32, 4)
+    width = panel_width(lanes)
+    panels = -(-columns // width)
+    most = 12 if vector_bits >= 512 else 6  # with two vectors each, most of 32 or 16 registers
+    if rows is not None and rows <= most:
+        group = min(panels, max(1, _GROUP_BYTES // (depth * width * weight_bytes)))
+        return Plan(rows, depth, columns, lanes, rows, depth, group, _unroll(depth, depth), 0)
+    tile = most if rows is None else _tile(rows, most)
+    blocks = -(-depth * width * 4 // _BLOCK_BYTES)
+    block = -(-depth // blocks)
+    block += -block % lanes if blocks > 1 else 0
+    longest = max(1, _SUMS_BYTES // (tile * width * 4))
+    group, chunk = _share(panels, -(-rows // tile) if rows else longest, longest)
+    return Plan(rows, depth, columns, lanes, tile, block, group, _unroll(depth, block), chunk)
+
+
+def _unroll(depth: int, block: int) -> int:
+    return next(u for u in (4, 2, 1) if depth % u == 0 and block % u == 0)
+
+
+def _tile(rows: int, most: int) -> int:
+    """Rows of a tile: few tiles, little filled up; small ones wait for their sums."""
+    return min(range(2, most + 1), key=lambda tile: -(-rows // tile) * max(tile * VECTORS, _LATENCY + 1))
+
+
+def _share(panels: int, tiles: int, longest: int) -> tuple[int, int]:
+    """Panels and tiles of a workgroup such that workers end at the same time."""
+    fewest = -(-tiles // longest)
+    chunks = sorted({-(-tiles // count) for count in range(fewest, fewest + 4)}, reverse=True)
+    options = [(group, chunk) for chunk in chunks for group in range(1, min(panels, _MAX_GROUP) + 1)]
+
+    def slowest(option: tuple[int, int]) -> float:
+        group, chunk = option
+        return slowest_share(-(-panels // group) * -(-tiles // chunk), _START + group * (chunk + _FIRST))
+
+    return min(options, key=slowest)

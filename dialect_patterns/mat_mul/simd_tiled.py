@@ -1,0 +1,166 @@
+"""The body of strategy ``fused_simd`` for many rows: a chunk of tiles of rows by a group of panels.
+
+    for each panel:  for each block of K:           weights: f32, where they are; 16 bits, widened once to the stack
+      for each tile of rows:  acc[r, :] += a[r, k] * b[k, :]        R x 2 vectors in registers
+
+A block of a panel stays in the first-level cache while the tiles stream past it; sums wait on the stack for the next
+block. The weights of the next block are asked for meanwhile: read from memory in the first tile only, they would stop
+the products for longer than the other tiles of 64 rows take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from ..kernel_text import Index, KernelText, vector_type
+from .simd_edges import store_rows
+from .simd_plan import LINE, VECTORS, Plan
+
+
+class TiledBody:
+    """Writes the body.
+
+    Args:
+        k: Where to.
+        p: Its sizes.
+        rows: M.
+        memrefs: The rows as ``simd_rows`` arranges them, the weights [panels, K, W], and y [M, N].
+    """
+
+    def __init__(self, k: KernelText, p: Plan, rows: Index, memrefs: Sequence[str]) -> None:
+        self.k, self.p, self.rows = k, p, rows
+        self.a, self.b, self.y = memrefs
+        self.sums = k.alloca([p.chunk * p.tile, p.width]) if p.block < p.depth else ""
+        self.wide = k.alloca([p.block, p.width]) if k.element_type(self.b) != "f32" else ""
+        self.vector = vector_type(p.lanes)
+        tiles = p.tiles if p.tiles is not None else k.div(k.add(rows, p.tile - 1), p.tile)
+        self.first, self.count = self._range("1", p.chunk, tiles)
+        self.panel, self.panels = self._range("0", p.group, p.panels)
+
+    def _range(self, axis: str, size: int, total: Index) -> tuple[Index, Index]:
+        """First and number of what a workgroup does of ``total`` things along one axis of the grid."""
+        k = self.k
+        if size == total:
+            return 0, size
+        first = k.mul(k.op(f"hal.interface.workgroup.id[{axis}] : index", "index"), size)
+        whole = isinstance(total, int) and total % size == 0
+        return first, size if whole else k.minimum(k.sub(total, first), size)
+
+    def write(self) -> None:
+        """The whole body."""
+        k, p = self.k, self.p
+        whole = p.depth // p.block * p.block
+
+        def panel(index: Index) -> None:
+            at = k.add(self.panel, index)
+            self._loop(whole, p.block, lambda start: self._block(at, start, p.block))
+            if p.depth > whole:
+                self._block(at, whole, p.depth - whole)
+
+        self._loop(self.panels, 1, panel)
+
+    def _loop(self, stop: Index, step: int, body: Callable[[Index], None]) -> None:
+        def once(index: Index, _: list[str]) -> list[str]:
+            body(index)
+            return []
+
+        if stop == step:
+            body(0)
+        else:
+            self.k.loop(stop, [], once, step=step)
+
+    def _block(self, panel: Index, start: Index, size: int) -> None:
+        """All tiles by one block of one panel."""
+        k = self.k
+        if self.wide:
+
+            def widen(row: Index) -> None:
+                for v in range(VECTORS):
+                    column = v * self.p.lanes
+                    k.store(k.load(self.b, [panel, k.add(start, row), column], self.p.lanes), self.wide, [row, column])
+
+            self._loop(size, 1, widen)
+        self._loop(self.count, 1, lambda tile: self._tile(panel, start, size, tile))
+
+    def _tile(self, panel: Index, start: Index, size: int, tile: Index) -> None:
+        k, p = self.k, self.p
+        waiting = [[k.add(k.mul(tile, p.tile), i), v * p.lanes] for i in range(p.tile) for v in range(VECTORS)]
+        zero = k.constant(0.0, self.vector)
+        initial = [zero] * len(waiting)
+        if self.sums and start != 0:
+            initial = k.when(
+                k.less(0, start),
+                [self.vector] * len(waiting),
+                lambda: [k.load(self.sums, place, p.lanes) for place in waiting],
+                lambda: initial,
+            )
+        place = k.add(self.first, tile)
+        sums = self._products(panel, start, size, tile, place, initial)
+
+        def keep() -> list[str]:
+            for value, at in zip(sums, waiting, strict=True):
+                k.store(value, self.sums, at)
+            return []
+
+        def finish() -> list[str]:
+            store_rows(k, p, self.y, self.rows, k.mul(place, p.tile), panel, sums)
+            return []
+
+        stop = k.add(start, size)
+        if isinstance(stop, int):
+            (finish if stop == p.depth else keep)()
+        elif p.depth % p.block:
+            keep()
+        else:
+            k.when(k.less(stop, p.depth), [], keep, finish)
+
+    def _products(
+        self, panel: Index, start: Index, size: int, tile: Index, place: Index, initial: Sequence[str]
+    ) -> list[str]:
+        """``initial`` and the products of one tile by one block."""
+        k, p = self.k, self.p
+        base = k.mul(start, p.tile)
+        line = self._next_lines(size, tile)
+
+        def step(at: Index, sums: list[str]) -> list[str]:
+            for offset in line(at):
+                k.prefetch(self.b, [panel, k.add(start, k.add(size, offset)), 0])
+            for u in range(p.unroll):
+                depth = k.add(at, u)
+                weights = [self._weight(panel, start, depth, v) for v in range(VECTORS)]
+                for i in range(p.tile):
+                    value = k.splat(k.load(self.a, [place, k.add(base, k.add(depth, i * size))]), p.lanes)
+                    for v, weight in enumerate(weights):
+                        sums[i * VECTORS + v] = k.fma(value, weight, sums[i * VECTORS + v])
+            return sums
+
+        return k.loop(size, initial, step, step=p.unroll)
+
+    def _weight(self, panel: Index, start: Index, depth: Index, v: int) -> str:
+        if self.wide:
+            return self.k.load(self.wide, [depth, v * self.p.lanes], self.p.lanes)
+        return self.k.load(self.b, [panel, self.k.add(start, depth), v * self.p.lanes], self.p.lanes)
+
+    def _next_lines(self, size: int, tile: Index) -> Callable[[Index], list[Index]]:
+        """Which rows of the next block an iteration asks for, so that all tiles together ask for all."""
+        k, p = self.k, self.p
+        rows = max(1, LINE // (p.width * k.element_bytes(self.b)))  # of the weights in a line
+        steps = -(-size // p.unroll)
+        tiles = p.chunk
+        lines = -(-size // rows)
+        each = -(-lines // tiles)  # of a tile
+        if each <= steps:
+            every = steps // each  # iterations for a line
+
+            def one(at: Index) -> list[Index]:
+                line = k.add(k.mul(tile, each), k.div(at, every * p.unroll))
+                return [k.mul(line, rows)]
+
+            return one
+        many = -(-each // steps)
+
+        def several(at: Index) -> list[Index]:
+            line = k.add(k.mul(tile, each), k.mul(k.div(at, p.unroll), many))
+            return [k.mul(k.add(line, i), rows) for i in range(many)]
+
+        return several
