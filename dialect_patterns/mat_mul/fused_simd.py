@@ -5,7 +5,7 @@
     %packed = util.global.load @weight.panels16 : tensor<N/16 x K x 16>      once for all entry points
     %y = flow.dispatch @mat_mul_fused_simd_...(%a, %packed)                  few rows (decode)
 
-    %tiles = flow.dispatch @mat_mul_rows_...(%a)                             many rows (prefill): f32, tile by tile
+    %tiles = flow.dispatch @mat_mul_rows_...(%a)                             many rows (prefill): f32, in tiles
     %y = flow.dispatch @mat_mul_fused_simd_...(%tiles, %packed)
 
 One row reads each weight once, in the order of memory. IREE's own product of one row reaches less than half of the
@@ -103,7 +103,7 @@ def rows_kernel(contract: MatMul, p: Plan) -> Kernel:
         write_rows(k, p, rows, *memrefs)
 
     return Kernel(
-        name=f"mat_mul_rows_{dtype}_{_dim(p.rows)}x{p.depth}_t{p.tile}b{p.block}",
+        name=f"mat_mul_rows_{dtype}_{_dim(p.rows)}x{p.depth}_t{p.tile}",
         inputs=(TensorSpec((p.rows, p.depth), dtype),),
         outputs=(_arranged(p),),
         axes=("T_", "R_"),

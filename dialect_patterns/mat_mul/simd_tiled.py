@@ -119,7 +119,6 @@ class TiledBody:
     ) -> list[str]:
         """``initial`` and the products of one tile by one block."""
         k, p = self.k, self.p
-        base = k.mul(start, p.tile)
         line = self._next_lines(size, tile)
 
         def step(at: Index, sums: list[str]) -> list[str]:
@@ -128,8 +127,9 @@ class TiledBody:
             for u in range(p.unroll):
                 depth = k.add(at, u)
                 weights = [self._weight(panel, start, depth, v) for v in range(VECTORS)]
+                elements = k.mul(k.add(start, depth), p.tile)
                 for i in range(p.tile):
-                    value = k.splat(k.load(self.a, [place, k.add(base, k.add(depth, i * size))]), p.lanes)
+                    value = k.splat(k.load(self.a, [place, k.add(elements, i)]), p.lanes)
                     for v, weight in enumerate(weights):
                         sums[i * VECTORS + v] = k.fma(value, weight, sums[i * VECTORS + v])
             return sums
