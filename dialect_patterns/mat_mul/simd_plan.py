@@ -14,7 +14,8 @@ LINE = 64
 
 _BLOCK_BYTES = 16 << 10  # of a panel in f32: half of a first-level cache
 _SUMS_BYTES = 12 << 10  # with a block, less than the 32 KiB of stack that IREE allows
-_GROUP_BYTES = 1 << 17  # of weights a workgroup reads where the rows are few
+_GROUP_BYTES = 1 << 19  # of weights a workgroup reads at most where the rows are few
+_START_BYTES = 1 << 13  # that would take as long as its start
 _MAX_GROUP = 32  # panels of a workgroup where they are many
 _START = 1.0  # tiles by panels that would take as long as the start of a workgroup
 _FIRST = 0.5  # and as the first touch of a block's weights
@@ -88,7 +89,7 @@ def plan(rows: int | None, depth: int, columns: int, vector_bits: int, weight_by
     panels = -(-columns // width)
     most = 12 if vector_bits >= 512 else 6  # with two vectors each, most of 32 or 16 registers
     if rows is not None and rows <= most:
-        group = min(panels, max(1, _GROUP_BYTES // (depth * width * weight_bytes)))
+        group = _group(panels, depth * width * weight_bytes)
         return Plan(rows, depth, columns, lanes, rows, depth, group, _unroll(depth, depth), 0)
     tile = most if rows is None else _tile(rows, most)
     blocks = -(-depth * width * 4 // _BLOCK_BYTES)
@@ -106,6 +107,16 @@ def _unroll(depth: int, block: int) -> int:
 def _tile(rows: int, most: int) -> int:
     """Rows of a tile: few tiles, little filled up; small ones wait for their sums."""
     return min(range(2, most + 1), key=lambda tile: -(-rows // tile) * max(tile * VECTORS, _LATENCY + 1))
+
+
+def _group(panels: int, panel_bytes: int) -> int:
+    """Panels of a workgroup of few rows."""
+    most = min(panels, max(1, _GROUP_BYTES // panel_bytes))
+
+    def slowest(group: int) -> float:
+        return slowest_share(-(-panels // group), _START_BYTES + group * panel_bytes)
+
+    return min(range(1, most + 1), key=slowest)
 
 
 def _share(panels: int, tiles: int, longest: int) -> tuple[int, int]:

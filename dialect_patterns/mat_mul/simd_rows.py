@@ -2,8 +2,8 @@
 
     [tiles, K x tile]: the elements of all rows of a tile side by side; the last row stands for those beyond it
 
-So a tile streams through the caches as one piece of memory. Rows where they are lie a multiple of 4 KiB apart more often
-than not, which makes them share a few lines of the first-level cache.
+So a tile streams through the caches as one piece of memory. Where they are, rows lie a multiple of 4 KiB apart more
+often than not, and would share a few lines of the first-level cache.
 """
 
 from __future__ import annotations
