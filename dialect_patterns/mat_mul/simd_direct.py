@@ -12,8 +12,8 @@ from .simd_edges import store_rows
 from .simd_plan import LINE, VECTORS, Plan
 
 _AHEAD = 1024
-"""Bytes of 16-bit weights that are asked for ahead: widening fills the window of instructions, and the machine sees less
-far ahead by itself. 8 % (f16) and 20 % (bf16) faster on Zen 2; with f32 it would be 10 % slower."""
+"""Bytes of 16-bit weights that are asked for ahead: widening fills the window of instructions, and the machine sees
+less far ahead by itself. 8 % (f16) and 20 % (bf16) faster on Zen 2; with f32 it would be 10 % slower."""
 
 
 def write_direct(k: KernelText, p: Plan, memrefs: Sequence[str]) -> None:
