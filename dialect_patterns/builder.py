@@ -328,8 +328,9 @@ class Builder:
         """Permute dimensions: result dimension i is source dimension ``permutation[i]``."""
         if list(permutation) == list(range(len(permutation))):
             return value
-        letters = "abcdefghij"[: len(permutation)]
-        return self.map(f"{letters}->{''.join(letters[p] for p in permutation)}", lambda x: x, value)
+        sizes = self.shape(value)
+        empty = self.empty([sizes[p] for p in permutation], spec_of(value).dtype)
+        return cast(Any, linalg).transpose(value, outs=[empty], permutation=list(permutation)).result[0]
 
     def slice(self, value: ir.Value, offsets: Sequence[Size], sizes: Sequence[Size]) -> ir.Value:
         """A rectangular part."""

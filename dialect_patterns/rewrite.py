@@ -7,33 +7,19 @@ the node into the module's contract, casts operands to builtin tensors, lets the
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from iree.compiler import ir, rewrite
 
-from .builder import Builder, spec_of, tensor_type
-from .node import Node, TensorSpec
+from .node import Node
 from .op import IMPORTED, LoweringContext, weight_symbol
 from .registry import find_op
+from .torch_values import from_builtin, spec_from_torch, to_builtin
 
 DOMAIN, VERSION, NODE = "linattn.domain", "linattn.version", "linattn.node"
 _ONNX_ATTRIBUTE = "torch.onnx."
-_VTENSOR = re.compile(r"!torch\.vtensor<\[([^\]]*)\],([a-z0-9]+)>")
-
-
-def spec_from_torch(torch_type: ir.Type) -> TensorSpec | None:
-    """Shape and dtype of a ``!torch.vtensor`` type, None for ``!torch.none``."""
-    text = str(torch_type)
-    if text == "!torch.none":
-        return None
-    match = _VTENSOR.fullmatch(text)
-    if match is None:
-        raise AssertionError(f"not a tensor with known rank: {text}")
-    dims = tuple(None if d == "?" else int(d) for d in match[1].split(",") if d)
-    return TensorSpec(dims, re.sub(r"^[su]i", "i", match[2]))
 
 
 def _attribute_value(attribute: ir.Attribute) -> object:
@@ -63,25 +49,6 @@ def node_of(op: ir.Operation) -> Node:
         used_outputs=tuple(str(result.type) != "!torch.none" for result in op.results),
         weights=frozenset(i for i, operand in enumerate(op.operands) if weight_symbol(operand) is not None),
     )
-
-
-def to_builtin(value: ir.Value) -> ir.Value | None:
-    """A torch tensor as a builtin tensor with signless elements; None for ``!torch.none``."""
-    spec = spec_from_torch(value.type)
-    if spec is None:
-        return None
-    result = tensor_type(spec.shape, spec.dtype)
-    return ir.Operation.create("torch_c.to_builtin_tensor", results=[result], operands=[value]).result
-
-
-def from_builtin(value: ir.Value, torch_type: ir.Type) -> ir.Value:
-    """A builtin tensor as the given torch type, with the static dimensions that type has."""
-    spec = spec_from_torch(torch_type)
-    assert spec is not None
-    if spec_of(value).dtype != spec.dtype:
-        raise AssertionError(f"{spec_of(value)} returned for {spec}")
-    refined = Builder().refine(value, spec)
-    return ir.Operation.create("torch_c.from_builtin_tensor", results=[torch_type], operands=[refined]).result
 
 
 def lower_operators(module: ir.Module, context: LoweringContext) -> int:

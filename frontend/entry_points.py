@@ -247,7 +247,7 @@ def _known_sizes(
         if weight is None or weight.rank != 3 or None in weight.shape:
             return {}
         channels, _, taps = weight.shape
-        return {1: channels or 0, 2: (taps or 1) - 1}
+        return {1: channels or 0, 2: ((taps or 1) - 1) * view.attr("dilation", 1)}
     declared = types[node.input[3]]
     return {i: d for i, d in enumerate(dim_names(declared)) if i and isinstance(d, int)}
 

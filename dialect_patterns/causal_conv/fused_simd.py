@@ -6,7 +6,9 @@
     hal.executable.source private @causal_conv_fused_simd_...         one for all equal nodes
     %out, %state = flow.dispatch @...[B](B?, T?, %input, %weight, %bias, %past)
 
-A workgroup does some channels of a batch row; see ``simd_kernel``. Nothing is padded or copied in memory.
+A workgroup does some channels of a batch row; see ``simd_kernel``. Nothing is padded or copied in memory. Where the
+node's input is a transpose of [B, T, C], a kernel takes that and leaves its output so, and the transposes around the
+node vanish: see ``simd_channels``.
 
 Legal: on CPUs, sequence last, with a state (k > 1) that fits in a few vectors. Cost per element: k multiply-adds, one
 read, one write. Source: ONNX schema CausalConvWithState-27.
@@ -14,24 +16,29 @@ read, one write. Source: ONNX schema CausalConvWithState-27.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from iree.compiler import ir
 
-from ..builder import Size
 from ..dispatch import Kernel, dispatch
 from ..kernel_text import Index, KernelText
 from ..node import Dim, TensorSpec
 from ..op import LoweringContext
 from ..select import Legality, No, Yes
 from ..target import Target
+from ..workers import slowest_share
 from .contract import CausalConv
 from .direct import Operands
+from .simd_channels import ChannelsBody
 from .simd_kernel import Body, write_one_token
 
 _MAX_STATE = 256  # elements of the state of the channels of one vector, and of one channel
 _MIN_LANES = 4
 _ELEMENTS = 8192  # of the input a workgroup
+_MAX_UNROLLED = 16  # tokens of state of which code for rows is made one by one
+_MAX_ROW = 512  # channels of a workgroup that takes rows
+_STACK_BYTES = 24 << 10  # for their weights and past state
+_START = 1000  # elements that would take as long as the start of a workgroup
 
 
 def is_legal(contract: CausalConv, target: Target) -> Legality:
@@ -49,21 +56,36 @@ def is_legal(contract: CausalConv, target: Target) -> Legality:
     return Yes()
 
 
+def takes_rows(contract: CausalConv, target: Target) -> bool:
+    """Whether there is a kernel for input and output [B, T, C], for nodes that stand between two transposes."""
+    c, lanes = contract, max(target.vector_bits // 32, _MIN_LANES)
+    fits = c.channels % lanes == 0 and c.state_length <= _MAX_UNROLLED
+    return isinstance(is_legal(c, target), Yes) and fits and c.input.shape[2] != 1
+
+
 def emit_causal_conv_fused_simd(context: LoweringContext, contract: CausalConv, x: Operands) -> list[ir.Value]:
     """Emit output and present state."""
-    b, c = context.builder, contract
-    kernel = causal_conv_kernel(c, context.target)
-    one = c.input.shape[2] == 1
-    value, past = x.input, x.past
-    batch: Size = b.dim(value, 0)
-    if one:
-        value, past = b.collapse(value, 1, 2), b.collapse(past, 1, 2)
+    return _emit(context, contract, causal_conv_kernel(contract, context.target), x)
+
+
+def emit_causal_conv_rows(context: LoweringContext, contract: CausalConv, x: Operands) -> list[ir.Value]:
+    """Emit output and present state for ``x.input`` [B, T, C]; the output is [B, T, C] too."""
+    return _emit(context, contract, rows_kernel(contract, context.target), x)
+
+
+def _emit(context: LoweringContext, c: CausalConv, kernel: Kernel, x: Operands) -> list[ir.Value]:
+    b = context.builder
+    flat, flat_state = (spec.rank == 2 for spec in kernel.outputs)
+    batch = b.dim(x.input, 0)
+    value = b.collapse(x.input, 1, 2) if flat else x.input
     operands = [value, b.collapse(x.weight, 0, 2), *([x.bias] if x.bias is not None else [])]
-    operands += [past] if c.has_past else []
-    results = dispatch(b, kernel, operands, batch, x.tokens)
-    if one:
-        results = [b.expand(results[0], 1, [c.channels, 1]), b.expand(results[1], 1, [c.channels, c.state_length])]
-    return results
+    operands += [b.collapse(x.past, 1, 2) if flat_state else x.past] if c.has_past else []
+    output, state = dispatch(b, kernel, operands, batch, x.tokens)
+    if flat:
+        output = b.expand(output, 1, [c.channels, 1])
+    if flat_state:
+        state = b.expand(state, 1, [c.channels, c.state_length])
+    return [output, state]
 
 
 def causal_conv_kernel(contract: CausalConv, target: Target) -> Kernel:
@@ -73,15 +95,6 @@ def causal_conv_kernel(contract: CausalConv, target: Target) -> Kernel:
     one = tokens == 1
     lanes = _lanes(c, target)
     channels = _channels(c, lanes)
-    if one:
-        value = TensorSpec((batch, c.channels), dtype)
-        state = TensorSpec((batch, c.channels * c.state_length), dtype)
-        axes = ("B_", "B_")
-    else:
-        value, state, axes = c.input, c.state_spec, ("B_T", "B__")
-    given = [(value, axes[0]), (TensorSpec((c.channels * c.kernel,), dtype), "_")]
-    given += [(TensorSpec((c.channels,), dtype), "_")] if c.has_bias else []
-    given += [(state, axes[1])] if c.has_past else []
 
     def write(k: KernelText, batch: Index, tokens: Index, memrefs: Sequence[str]) -> None:
         del batch
@@ -90,14 +103,52 @@ def causal_conv_kernel(contract: CausalConv, target: Target) -> Kernel:
         else:
             Body(k, c, channels, lanes, tokens, memrefs).write()
 
+    if one:
+        value, state = (TensorSpec((batch, c.channels), dtype), "B_"), (_flat_state(c), "B_")
+    else:
+        value, state = (c.input, "B_T"), (c.state_spec, "B__")
+    return _kernel(c, _symbol(c, target), value, state, channels, write)
+
+
+def rows_kernel(contract: CausalConv, target: Target) -> Kernel:
+    """The kernel of a contract for input and output [B, T, C]."""
+    c, lanes = contract, max(target.vector_bits // 32, _MIN_LANES)
+    batch, _, tokens = c.input.shape
+    most = min(_MAX_ROW, _STACK_BYTES // (4 * (c.kernel + c.state_length)))
+    sizes = [size for size in range(lanes, max(most, lanes) + 1, lanes) if c.channels % size == 0]
+    channels = min(sizes, key=lambda size: slowest_share(c.channels // size, size * (tokens or 256) + _START))
+
+    def write(k: KernelText, batch: Index, tokens: Index, memrefs: Sequence[str]) -> None:
+        del batch
+        ChannelsBody(k, c, channels, lanes, tokens, memrefs).write()
+
+    value = TensorSpec((batch, tokens, c.channels), c.input.dtype), "BT_"
+    return _kernel(c, f"{_symbol(c, target)}_rows", value, (_flat_state(c), "B_"), channels, write)
+
+
+def _kernel(
+    c: CausalConv,
+    name: str,
+    value: tuple[TensorSpec, str],
+    state: tuple[TensorSpec, str],
+    channels: int,
+    write: Callable[[KernelText, Index, Index, Sequence[str]], None],
+) -> Kernel:
+    given = [value, (TensorSpec((c.channels * c.kernel,), c.input.dtype), "_")]
+    given += [(TensorSpec((c.channels,), c.input.dtype), "_")] if c.has_bias else []
+    given += [state] if c.has_past else []
     return Kernel(
-        name=_symbol(c, target),
+        name=name,
         inputs=tuple(spec for spec, _ in given),
-        outputs=(value, state),
-        axes=(*(term for _, term in given), *axes),
+        outputs=(value[0], state[0]),
+        axes=(*(term for _, term in given), value[1], state[1]),
         workgroups=(c.channels // channels, 1),
         write=write,
     )
+
+
+def _flat_state(c: CausalConv) -> TensorSpec:
+    return TensorSpec((c.input.shape[0], c.channels * c.state_length), c.input.dtype)
 
 
 def _lanes(c: CausalConv, target: Target) -> int:

@@ -7,12 +7,16 @@ from dataclasses import replace
 
 from iree.compiler import ir
 
+from ..node import TensorSpec
 from ..op import MICROSOFT, Choice, LoweringContext, LoweringOptions, Op
 from ..select import Strategy, select, wherever_legal
 from ..target import Target
+from ..torch_values import before_transpose
 from . import direct, fused_simd, fused_simt
 from .contract import CausalConv, output_types, parse
-from .direct import emit_causal_conv_direct, prepare
+from .direct import Operands, emit_causal_conv_direct, prepare
+
+_SWAPPED = (0, 2, 1)
 
 _PREFERRED = wherever_legal("one kernel, state update included")
 STRATEGIES = (
@@ -42,12 +46,24 @@ def lower(context: LoweringContext, contract: CausalConv, operands: Sequence[ir.
     if isinstance(x.tokens, int) and x.tokens == 0:
         results = [x.input, x.past]
     elif (strategy := choose(c, context.target, context.options).strategy) == "fused_simd":
-        results = fused_simd.emit_causal_conv_fused_simd(context, c, x)
+        results = _lower_on_cpu(context, c, x, operands[0])
     elif strategy == "fused_simt":
         results = fused_simt.emit_causal_conv_fused_simt(context, c, x, x.past if c.has_past else None)
     else:
         results = emit_causal_conv_direct(context, c, x)
     return [results[i] if i < 2 and used else None for i, used in enumerate(c.used_outputs)]
+
+
+def _lower_on_cpu(context: LoweringContext, c: CausalConv, x: Operands, given: ir.Value | None) -> list[ir.Value]:
+    """With or without the transposes that models put around the node, whose input as it was is ``given``."""
+    b = context.builder
+    rows = before_transpose(given, _SWAPPED) if given is not None and fused_simd.takes_rows(c, context.target) else None
+    if rows is None:
+        return fused_simd.emit_causal_conv_fused_simd(context, c, x)
+    batch, channels, tokens = c.input.shape
+    rows = b.refine(rows, TensorSpec((batch, tokens, channels), c.input.dtype))
+    output, state = fused_simd.emit_causal_conv_rows(context, c, replace(x, input=rows))
+    return [b.transpose(output, _SWAPPED), state]
 
 
 OPS = tuple(

@@ -17,7 +17,8 @@ from ..kernel_text import Index, KernelText
 from .contract import CausalConv
 
 
-def _activate(k: KernelText, c: CausalConv, value: str) -> str:
+def activate(k: KernelText, c: CausalConv, value: str) -> str:
+    """The activation of a vector."""
     if c.activation != "silu":
         return value
     lanes = k.lanes(value)
@@ -25,7 +26,7 @@ def _activate(k: KernelText, c: CausalConv, value: str) -> str:
     return k.divf(value, k.addf(one, k.exp(k.negate(value))))
 
 
-def _own_channels(k: KernelText, channels: int) -> tuple[Index, Index]:
+def own_channels(k: KernelText, channels: int) -> tuple[Index, Index]:
     """The batch row of this workgroup and its first channel."""
     batch = k.op("hal.interface.workgroup.id[1] : index", "index")
     group = k.op("hal.interface.workgroup.id[0] : index", "index")
@@ -39,7 +40,7 @@ def write_one_token(k: KernelText, c: CausalConv, channels: int, lanes: int, mem
     bias = next(given) if c.has_bias else None
     past = next(given) if c.has_past else None
     output, state = next(given), next(given)
-    batch, first = _own_channels(k, channels)
+    batch, first = own_channels(k, channels)
     length, dtype = c.state_length, c.input.dtype
 
     def strided(vector: str, start: int, step: int) -> str:
@@ -60,7 +61,7 @@ def write_one_token(k: KernelText, c: CausalConv, channels: int, lanes: int, mem
             factor = strided(weights, j, c.kernel)
             total = k.mulf(tap, factor) if total is None else k.fma(tap, factor, total)
         assert total is not None
-        k.store(_activate(k, c, total), output, [batch, at])
+        k.store(activate(k, c, total), output, [batch, at])
         moved = [
             lanes * length + i if j + 1 == length else i * length + j + 1 for i in range(lanes) for j in range(length)
         ]
@@ -82,7 +83,7 @@ class Body:
         self.bias = next(given) if c.has_bias else None
         self.past = next(given) if c.has_past else None
         self.output, self.state = next(given), next(given)
-        self.batch, self.first = _own_channels(k, channels)
+        self.batch, self.first = own_channels(k, channels)
         self.head = -(-c.state_length // lanes) * lanes  # tokens whose vectors need the past state
         self.copy = k.alloca([c.state_length + self.head + lanes])
         self.result = k.alloca([self.head])
@@ -119,7 +120,7 @@ class Body:
                 tap = read(j * c.dilation)
                 total = k.mulf(tap, weight) if total is None else k.fma(tap, weight, total)
             assert total is not None
-            return _activate(k, c, total)
+            return activate(k, c, total)
 
         def from_copy(t: Index) -> str:
             return compute(lambda shift: k.load(self.copy, [k.add(t, shift)], lanes))
