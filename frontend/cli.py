@@ -62,7 +62,9 @@ def _parser() -> argparse.ArgumentParser:
     add("-o", "--output", metavar="OUT", help="module to write (default: MODEL's name, the target and .vmfb)")
     add("--dim", action="append", default=[], metavar="NAME=N", help="bind a symbolic dim of the model; repeatable")
     add(
-        "--cpu-features", metavar="host|generic|...", help="a CPU's name or features such as +avx2,+fma (default: host)"
+        "--cpu-features",
+        metavar="host|generic|...",
+        help="a CPU's name or features such as +avx2,+fma,+f16c (default: host)",
     )
     add(
         "--gpu-target",

@@ -12,7 +12,7 @@ class TargetOptions:
     """What the user may say about the machine.
 
     Attributes:
-        cpu_features: ``host``, ``generic``, a CPU name such as ``znver4``, or features such as ``+avx2,+fma``.
+        cpu_features: ``host``, ``generic``, a CPU name such as ``znver4``, or features such as ``+avx2,+fma,+f16c``.
         gpu_target: A GPU architecture: ``sm_89`` for CUDA, ``ada`` or ``rdna3`` for Vulkan, or ``host`` or
             the path of a device's profile.
     """

@@ -60,6 +60,8 @@ def resolve(options: TargetOptions) -> CompileTarget:
     elif re.fullmatch(r"[+-][\w.]+(,[+-][\w.]+)*", asked):
         flags = (f"--iree-llvmcpu-target-cpu-features={asked}", "--iree-llvmcpu-target-cpu=generic")
         features = _named_features(asked.split(","))
+        if "avx2" in features and "f16c" not in features:
+            notes = ("without f16c, f16 models are slow: add +f16c, which every CPU with avx2 has",)
     elif re.fullmatch(r"[a-z][\w.-]*", asked):
         flags, features = (f"--iree-llvmcpu-target-cpu={asked}",), NAMED.get(asked, frozenset[str]())
         if asked not in NAMED:
@@ -69,7 +71,7 @@ def resolve(options: TargetOptions) -> CompileTarget:
             "not understood",
             where="--cpu-features",
             got=repr(asked),
-            expected="host | generic | a CPU name such as znver4 | features such as +avx2,+fma",
+            expected="host | generic | a CPU name such as znver4 | features such as +avx2,+fma,+f16c",
         )
     return CompileTarget(
         name="cpu",

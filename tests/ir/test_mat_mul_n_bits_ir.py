@@ -63,7 +63,7 @@ def test_choice() -> None:
     assert (chosen.strategy, chosen.rejected) == ("fused_simd", {})
     assert chosen.reason == "products of bytes as weights are unpacked, 8 columns a tile"
     many = choose(contract(None, accuracy=0), AVX2, LoweringOptions("fused_simd"))
-    assert many.reason == "products of f32 of 64 rows with unpacked tiles, 16 columns a tile"
+    assert many.reason == "products of f32 of 66 rows with unpacked tiles, 16 columns a tile"
     few = choose(contract(1, columns=3), AVX2, LoweringOptions())
     assert few.strategy == "dequantised"
     gpu_only = dict.fromkeys(("fused_mma", "fused_simt", "fused_tiled"), "cpu is not a GPU")
