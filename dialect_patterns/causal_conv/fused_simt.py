@@ -8,7 +8,8 @@
     %output, %present = flow.dispatch @...[%workgroups](%B, %T, %input, %weight, %bias, %past)
 
 The first B * C * T threads write the output in the order it has in memory, the others the state, as stored. Either
-layout is a pair of strides. Open B and T are numbers of the dispatch.
+layout is a pair of strides. Open B and T are numbers of the dispatch. Where the node's input is a transpose of
+[B, T, C], the kernel takes that and leaves its output so, and the transposes around the node vanish.
 
 Legal: on GPUs, for up to 32 taps. Cost per element: k loads, of which all but one hit the cache, and k multiply-adds.
 Source: ONNX schema CausalConvWithState-27.
@@ -42,10 +43,23 @@ def is_legal(contract: CausalConv, target: Target) -> Legality:
     return Yes("one kernel, state update included")
 
 
+def takes_rows(contract: CausalConv) -> bool:
+    """Whether a kernel for input and output [B, T, C] is worth it, for nodes that stand between two transposes."""
+    return not contract.channels_last and contract.input.shape[2] != 1
+
+
 def emit_causal_conv_fused_simt(
-    context: LoweringContext, contract: CausalConv, x: Operands, past: ir.Value | None
+    context: LoweringContext, contract: CausalConv, x: Operands, past: ir.Value | None, *, rows: bool = False
 ) -> list[ir.Value]:
-    """Emit output and present state; ``past`` is None where the node has none."""
+    """Emit output and present state.
+
+    Args:
+        context: Builder and target.
+        contract: What to compute.
+        x: The operands.
+        past: The past state, None where the node has none.
+        rows: Whether the input is [B, T, C] for a contract of [B, C, T]; then the output is so too.
+    """
     b, c = context.builder, contract
     batch = b.dim(x.input, 0)
     inputs = [x.input, x.weight, *(value for value in (x.bias, past) if value is not None)]
@@ -65,9 +79,10 @@ def emit_causal_conv_fused_simt(
             Scalar.constant(size, "index") if isinstance(size, int) else k.number(next(given))
             for size in (batch, x.tokens)
         ]
-        _Convolution(k, c, known[0], known[1], past is not None).emit()
+        _Convolution(k, c, known[0], known[1], past is not None, rows or c.channels_last).emit()
 
-    results = dispatch(_name(c, batch, x.tokens, past), Group(_THREADS, 0), 1, _groups(b, c, batch, x.tokens), numbers,
+    name = _name(c, batch, x.tokens, past) + ("_rows" if rows else "")
+    results = dispatch(name, Group(_THREADS, 0), 1, _groups(b, c, batch, x.tokens), numbers,
                        inputs, outputs, body)  # fmt: skip
     return results if c.state_length else [*results, x.past]
 
@@ -89,13 +104,23 @@ def _name(c: CausalConv, batch: Size, tokens: Size, past: ir.Value | None) -> st
 
 @dataclass
 class _Convolution:
-    """Emits the kernel."""
+    """Emits the kernel.
+
+    Attributes:
+        k: Emits instructions.
+        c: What to compute.
+        batch: B.
+        tokens: T.
+        has_past: Whether there is a past state.
+        rows: Whether the channels of input and output are side by side; for the state the contract says it.
+    """
 
     k: Kernel
     c: CausalConv
     batch: Scalar
     tokens: Scalar
     has_past: bool
+    rows: bool
 
     def emit(self) -> None:
         """Emit everything."""
@@ -118,37 +143,43 @@ class _Convolution:
             inside = (element >= count) & (state < states)
             k.when(inside, lambda: self._emit_state(state, rest[1]))
 
-    def _place(self, element: Scalar, length: Scalar | int) -> tuple[Scalar, Scalar, Scalar]:
+    def _place(self, element: Scalar, length: Scalar | int, *, rows: bool) -> tuple[Scalar, Scalar, Scalar]:
         """Row, channel and position along the sequence of an element of a tensor that is ``length`` long."""
-        inner, outer = (self.c.channels, length) if self.c.channels_last else (length, self.c.channels)
+        inner, outer = (self.c.channels, length) if rows else (length, self.c.channels)
         rest, first = element.divide_unsigned(inner)
         batch, second = rest.divide_unsigned(outer)
-        return (batch, first, second) if self.c.channels_last else (batch, second, first)
+        return (batch, first, second) if rows else (batch, second, first)
 
-    def _index(self, batch: Scalar, channel: Scalar, position: Scalar, length: Scalar | int) -> Scalar:
+    def _index(self, batch: Scalar, channel: Scalar, position: Scalar, length: Scalar | int, *, rows: bool) -> Scalar:
         """The inverse of :meth:`_place`."""
-        if self.c.channels_last:
+        if rows:
             return (batch * length + position) * self.c.channels + channel
         return (batch * self.c.channels + channel) * length + position
+
+    def _load_input(self, batch: Scalar, channel: Scalar, position: Scalar) -> ir.Value:
+        return self.k.load(self.input, self._index(batch, channel, position, self.tokens, rows=self.rows))
+
+    def _load_past(self, batch: Scalar, channel: Scalar, position: Scalar) -> ir.Value:
+        if self.past is None:
+            return self.k.stored_zero(self.input)
+        place = self._index(batch, channel, position, self.c.state_length, rows=self.c.channels_last)
+        return self.k.load(self.past, place)
 
     def _padded(self, batch: Scalar, channel: Scalar, position: Scalar) -> ir.Value:
         """The element of past state and input joined, as stored.
 
         Loads from both and selects: Mesa's lavapipe (22.3) gets a sum over values of branches wrong.
         """
-        k, length = self.k, self.c.state_length
+        length = self.c.state_length
         if not length:
-            return k.load(self.input, self._index(batch, channel, position, self.tokens))
-        new = k.load(self.input, self._index(batch, channel, (position - length).maximum(0), self.tokens))
-        if self.past is None:
-            old = k.stored_zero(self.input)
-        else:
-            old = k.load(self.past, self._index(batch, channel, position.minimum(length - 1), length))
+            return self._load_input(batch, channel, position)
+        new = self._load_input(batch, channel, (position - length).maximum(0))
+        old = self._load_past(batch, channel, position.minimum(length - 1))
         return (position < length).select(Scalar(old), Scalar(new)).value
 
     def _emit_output(self, element: Scalar, output: Buffer) -> None:
         k, c = self.k, self.c
-        batch, channel, position = self._place(element, self.tokens)
+        batch, channel, position = self._place(element, self.tokens, rows=self.rows)
         total: ir.Value | None = None
         if self.bias is not None:
             total = k.widen(self.bias, k.load(self.bias, channel))
@@ -163,16 +194,16 @@ class _Convolution:
 
     def _emit_state(self, element: Scalar, present: Buffer) -> None:
         k, length = self.k, self.c.state_length
-        batch, channel, place = self._place(element, length)
+        batch, channel, place = self._place(element, length, rows=self.c.channels_last)
         position = self.tokens + place
 
-        def old() -> list[ir.Value]:
-            if self.past is None:
-                return [k.stored_zero(present)]
-            return [k.load(self.past, self._index(batch, channel, position, length))]
-
         def new() -> list[ir.Value]:  # a branch of its own: without tokens there is nothing to load
-            return [k.load(self.input, self._index(batch, channel, position - length, self.tokens))]
+            return [self._load_input(batch, channel, position - length)]
 
-        (value,) = k.choose(position < length, old, new, [k.stored_zero(present).type])
+        (value,) = k.choose(
+            position < length,
+            lambda: [self._load_past(batch, channel, position)],
+            new,
+            [k.stored_zero(present).type],
+        )
         k.store_as_is(value, present, element)

@@ -45,24 +45,31 @@ def lower(context: LoweringContext, contract: CausalConv, operands: Sequence[ir.
 
     if isinstance(x.tokens, int) and x.tokens == 0:
         results = [x.input, x.past]
-    elif (strategy := choose(c, context.target, context.options).strategy) == "fused_simd":
-        results = _lower_on_cpu(context, c, x, operands[0])
-    elif strategy == "fused_simt":
-        results = fused_simt.emit_causal_conv_fused_simt(context, c, x, x.past if c.has_past else None)
-    else:
+    elif (strategy := choose(c, context.target, context.options).strategy) == "direct":
         results = emit_causal_conv_direct(context, c, x)
+    else:
+        results = _lower_fused(context, c, x, operands[0], strategy)
     return [results[i] if i < 2 and used else None for i, used in enumerate(c.used_outputs)]
 
 
-def _lower_on_cpu(context: LoweringContext, c: CausalConv, x: Operands, given: ir.Value | None) -> list[ir.Value]:
+def _lower_fused(
+    context: LoweringContext, c: CausalConv, x: Operands, given: ir.Value | None, strategy: str
+) -> list[ir.Value]:
     """With or without the transposes that models put around the node, whose input as it was is ``given``."""
-    b = context.builder
-    rows = before_transpose(given, _SWAPPED) if given is not None and fused_simd.takes_rows(c, context.target) else None
-    if rows is None:
+    b, simd = context.builder, strategy == "fused_simd"
+    past = x.past if c.has_past else None
+    takes_rows = fused_simd.takes_rows(c, context.target) if simd else fused_simt.takes_rows(c)
+    rows = before_transpose(given, _SWAPPED) if given is not None and takes_rows else None
+    if rows is None and simd:
         return fused_simd.emit_causal_conv_fused_simd(context, c, x)
+    if rows is None:
+        return fused_simt.emit_causal_conv_fused_simt(context, c, x, past)
     batch, channels, tokens = c.input.shape
-    rows = b.refine(rows, TensorSpec((batch, tokens, channels), c.input.dtype))
-    output, state = fused_simd.emit_causal_conv_rows(context, c, replace(x, input=rows))
+    x = replace(x, input=b.refine(rows, TensorSpec((batch, tokens, channels), c.input.dtype)))
+    if simd:
+        output, state = fused_simd.emit_causal_conv_rows(context, c, x)
+    else:
+        output, state = fused_simt.emit_causal_conv_fused_simt(context, c, x, past, rows=True)
     return [b.transpose(output, _SWAPPED), state]
 
 

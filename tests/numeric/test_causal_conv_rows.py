@@ -79,8 +79,9 @@ def check_all(program: Program, cases: list[tuple[Any, ...]], dtype: Any) -> Non
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["f32", "f16", "bf16"])
-def test_between_transposes(dtype: Any) -> None:
-    module = compile_model(build(CASES, dtype), CompileOptions()).module
+@pytest.mark.parametrize("target", ["cpu", pytest.param("vulkan", marks=pytest.mark.vulkan)])
+def test_between_transposes(target: str, dtype: Any) -> None:
+    module = compile_model(build(CASES, dtype), CompileOptions(target=target)).module
     assert b"_rows" in module
     assert b"_transpose_" not in module
     check_all(Program.load(module), CASES, dtype)
