@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import harness
 import ml_dtypes
 import numpy as np
 import pytest
@@ -93,6 +94,21 @@ def test_several_panels_of_a_workgroup(q_heads: int) -> None:
     for dtype in (np.float32, ml_dtypes.bfloat16):
         inputs = linear_attention(shape, 2, 37, dtype=dtype)
         check(run_shape(shape, inputs), expected(shape, inputs))
+
+
+@pytest.mark.parametrize("bits", [128, 512])
+def test_other_vectors(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As other CPUs take it; what vectors this machine lacks, LLVM makes of those that it has."""
+    name = f"cpu{bits}"
+    for table, value in (
+        (harness.TARGETS, replace(harness.HOST, vector_bits=bits)), (harness.FLAGS, harness.FLAGS["cpu"]),
+        (harness.DRIVERS, "cpu"),
+    ):  # fmt: skip
+        monkeypatch.setitem(table, name, value)  # type: ignore[arg-type]
+    shape = Shape(q_heads=2, dk=64, dv=64)
+    for tokens in (39, 1):
+        inputs = linear_attention(shape, 1, tokens)
+        check(run_shape(shape, inputs, target=name, open_dims=False), expected(shape, inputs))
 
 
 @pytest.mark.parametrize("state_dtype", [np.float32, None], ids=["f32-state", "same-state"])
