@@ -78,6 +78,13 @@ def test_vectors_of_128_bits() -> None:
     check(Program.load(compiled.module), model, SHAPES, np.float32)
 
 
+@pytest.mark.parametrize(("features", "bits"), [("znver4", 512), ("x86-64-v3", 256), ("generic", 128)])
+def test_fits_on_the_stack(features: str, bits: int) -> None:
+    """The largest chunks and blocks of each width of vectors compile: IREE refuses more than 32 KiB."""
+    compiled = compile_model(build([(500, 1100, 300)], np.float16), CompileOptions(cpu_features=features))
+    assert f"mat_mul_fused_simd_f16_500x300x1100_v{bits}".encode() in compiled.module
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float16], ids=["f32", "f16"])
 def test_open_rows(dtype: type) -> None:
     """The number of rows is known at run time only."""
