@@ -123,7 +123,8 @@ class TiledBody:
 
         def step(at: Index, sums: list[str]) -> list[str]:
             for offset in line(at):
-                k.prefetch(self.b, [panel, k.add(start, k.add(size, offset)), 0])
+                for column in range(0, p.width, LINE // k.element_bytes(self.b)):
+                    k.prefetch(self.b, [panel, k.add(start, k.add(size, offset)), column])
             for u in range(p.unroll):
                 depth = k.add(at, u)
                 weights = [self._weight(panel, start, depth, v) for v in range(VECTORS)]
@@ -142,13 +143,11 @@ class TiledBody:
         return self.k.load(self.b, [panel, self.k.add(start, depth), v * self.p.lanes], self.p.lanes)
 
     def _next_lines(self, size: int, tile: Index) -> Callable[[Index], list[Index]]:
-        """Which rows of the next block an iteration asks for, so that all tiles together ask for all."""
+        """Which rows of the next block an iteration asks for, so that all tiles together ask for all, once a line."""
         k, p = self.k, self.p
         rows = max(1, LINE // (p.width * k.element_bytes(self.b)))  # of the weights in a line
         steps = -(-size // p.unroll)
-        tiles = p.chunk
-        lines = -(-size // rows)
-        each = -(-lines // tiles)  # of a tile
+        each = -(-size // (rows * p.chunk))  # of a tile
         if each <= steps:
             every = steps // each  # iterations for a line
 
