@@ -16,7 +16,7 @@ from typing import Any
 
 from iree.compiler import ir
 
-from .builder import Builder, Size, tensor_type
+from .builder import Builder, Size, spec_of, tensor_type
 from .kernel_text import KernelText
 from .node import TensorSpec
 
@@ -46,7 +46,10 @@ class Kernel:
 def dispatch(
     b: Builder, kernel: Kernel, operands: Sequence[ir.Value], batch: Size, tokens: Size, tiles: Size = 1
 ) -> list[ir.Value]:
-    """Emit the call, and the executable unless the module has it; the results as builtin tensors."""
+    """Emit the call, and the executable unless the module has it; the results as builtin tensors.
+
+    Sizes that the kernel leaves open may be known here: calls of several sizes share such a kernel.
+    """
     _ensure_executable(kernel)
     i32 = ir.IntegerType.get_signless(32)
     sizes = {"B": batch, "T": tokens, "R": tiles}
@@ -55,22 +58,30 @@ def dispatch(
         for letter in _open_letters(kernel)
     ]
 
-    def dims(specs: Sequence[TensorSpec], axes: Sequence[str]) -> list[ir.Value]:
-        return [
-            b.index(sizes[letter])
-            for spec, term in zip(specs, axes, strict=True)
-            for size, letter in zip(spec.shape, term, strict=True)
-            if size is None
-        ]
+    def known(spec: TensorSpec, term: str) -> list[Size]:
+        return [sizes[letter] if size is None else size for size, letter in zip(spec.shape, term, strict=True)]
+
+    def dims(shape: Sequence[int | None], values: Sequence[Size]) -> list[ir.Value]:
+        return [b.index(value) for size, value in zip(shape, values, strict=True) if size is None]
 
     count = len(kernel.inputs)
     workload = [b.index(batch)]
     arguments = [*constants, *operands]
-    argument_dims, result_dims = dims(kernel.inputs, kernel.axes[:count]), dims(kernel.outputs, kernel.axes[count:])
+    argument_dims = [
+        dim
+        for operand, spec, term in zip(operands, kernel.inputs, kernel.axes[:count], strict=True)
+        for dim in dims(spec_of(operand).shape, known(spec, term))
+    ]
+    shapes = [known(spec, term) for spec, term in zip(kernel.outputs, kernel.axes[count:], strict=True)]
+    results = [
+        TensorSpec(tuple(size if isinstance(size, int) else None for size in shape), spec.dtype)
+        for spec, shape in zip(kernel.outputs, shapes, strict=True)
+    ]
+    result_dims = [dim for spec, shape in zip(results, shapes, strict=True) for dim in dims(spec.shape, shape)]
     entry = ir.Attribute.parse(f"@{kernel.name}::@{kernel.name}")
     call = ir.Operation.create(
         "flow.dispatch",
-        results=[tensor_type(spec.shape, spec.dtype) for spec in kernel.outputs],
+        results=[tensor_type(spec.shape, spec.dtype) for spec in results],
         operands=[*workload, *arguments, *argument_dims, *result_dims],
         attributes={
             "entry_points": ir.ArrayAttr.get([entry]),

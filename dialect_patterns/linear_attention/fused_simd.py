@@ -7,7 +7,7 @@
 
 A workgroup does one key/value head, or some of its columns where heads are few. A call of up to four tokens reads the
 past state and writes the present one (``simd_direct``); a longer one keeps the state in the caches and goes over it in
-chunks of up to 16 tokens (``simd_blocks``, with the maths). ``simd_tiling`` has the sizes.
+chunks of up to 16 tokens (``simd_blocks``, with the maths), in one kernel for all sizes. ``simd_tiling`` has the sizes.
 
 Legal: on CPUs, for head sizes that are multiples of 4 and keys and queries that fit on the stack. Cost per token and
 head: 3.4 dk dv multiply-adds (gated_delta, d=128), state read and written once a call. Source: NUMERICS sections 1, 6.
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 from iree.compiler import ir
 
@@ -30,20 +31,20 @@ from ..target import Target
 from .contract import LinearAttention, output_specs
 from .simd_blocks import BlocksBody
 from .simd_direct import DirectBody
-from .simd_tiling import Blocks, Direct, tiling
+from .simd_tiling import PAIR_TOKENS, Blocks, Direct, tiling
 
 
 def is_legal(contract: LinearAttention, target: Target) -> Legality:
     """On CPUs, for head sizes that vectors divide."""
     if target.is_gpu or not target.vector_bits:
         return No("the target is not a CPU with vectors")
-    found = tiling(contract, target.vector_bits)
+    found = tiling(_shared(contract), target.vector_bits)
     return No(found) if isinstance(found, str) else Yes()
 
 
 def describe(contract: LinearAttention, target: Target) -> str:
     """What the report says about it."""
-    x = tiling(contract, target.vector_bits)
+    x = tiling(_shared(contract), target.vector_bits)
     assert isinstance(x, Direct | Blocks)
     return f"one kernel: {x.tokens} tokens a pass over {x.columns} columns, vectors of {x.lanes}"
 
@@ -52,9 +53,15 @@ def emit_linear_attention_fused_simd(
     context: LoweringContext, contract: LinearAttention, inputs: list[ir.Value | None], batch: Size, tokens: Size
 ) -> list[ir.Value]:
     """Emit output and present state; ``inputs`` have the contract's types."""
-    kernel = linear_attention_kernel(contract, context.target)
+    kernel = linear_attention_kernel(_shared(contract), context.target)
     given = [value for value in inputs if value is not None]
     return dispatch(context.builder, kernel, given, batch, tokens)[:2]
+
+
+def _shared(contract: LinearAttention) -> LinearAttention:
+    """The contract without its number of tokens, where calls of all sizes take one kernel."""
+    few = contract.tokens is not None and contract.tokens <= PAIR_TOKENS
+    return contract if few else replace(contract, tokens=None)
 
 
 def linear_attention_kernel(contract: LinearAttention, target: Target) -> Kernel:

@@ -124,10 +124,7 @@ class BlocksBody:
     def _chunk_sizes(self) -> list[int]:
         """Tokens of the chunks that a call may need, largest first."""
         most = self.x.tokens
-        known = isinstance(self.total, int)
-        rest = self.total % most if isinstance(self.total, int) else most
-        pairs = [PAIR_TOKENS] if most > PAIR_TOKENS and (not known or rest >= PAIR_TOKENS) else []
-        return [most, *pairs, *([1] if most > 1 else [])]
+        return [most, *([PAIR_TOKENS] if most > PAIR_TOKENS else []), *([1] if most > 1 else [])]
 
     def _step(self, t: str, sizes: list[int]) -> str:
         """One chunk, the largest one that fits; returns where the next one starts."""

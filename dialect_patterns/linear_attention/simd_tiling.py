@@ -121,9 +121,6 @@ def _blocks(c: LinearAttention, lanes: int, row_lanes: int, registers: int) -> B
     tokens = min(_BLOCK_TOKENS, lanes * vectors)
     if c.decay == "key":
         tokens = PAIR_TOKENS
-    if c.tokens is not None:
-        while tokens > max(c.tokens, PAIR_TOKENS):
-            tokens //= 2
     while tokens > 1 and _row_bytes(c, tokens) > _STACK_BYTES:
         tokens //= 2
     if _row_bytes(c, tokens) > _STACK_BYTES:
