@@ -14,6 +14,8 @@ from .node import Node, TensorSpec
 from .target import Target
 
 MICROSOFT = "com.microsoft"
+INTERNAL = "linattn"
+"""Domain of nodes that the frontend makes; models cannot contain them."""
 
 IMPORTED = "imported"
 """The strategy that leaves a node to IREE's importer; not an operator's own to emit."""

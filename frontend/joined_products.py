@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import onnx
-from linattn.dialect_patterns.mat_mul.joined import DOMAIN, GATED, JOINED, MOST, can_join
-from linattn.dialect_patterns.op import LoweringOptions
+from linattn.dialect_patterns.mat_mul.joined import GATED, JOINED, MOST, can_join
+from linattn.dialect_patterns.op import INTERNAL, LoweringOptions
 from linattn.dialect_patterns.target import Target
 
 from .schema import check_contracts, domain_of
@@ -32,7 +32,7 @@ def join_products(
         return graph
     model = onnx.ModelProto()
     model.CopyFrom(graph.proto)
-    model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
+    model.opset_import.append(onnx.helper.make_opsetid(INTERNAL, 1))
     contracts = check_contracts(model.graph, graph.types, versions)
     weights = {tensor.name for tensor in model.graph.initializer}
     products: dict[str, list[onnx.NodeProto]] = {}
@@ -89,7 +89,7 @@ def _replace(
     """Put one node where the first of the products was; every input of it is known there."""
     names = [node.name for node in gone]
     inputs = [products[0].input[0], *(node.input[1] for node in products)]
-    node = onnx.helper.make_node(op_type, inputs, outputs, f"{products[0].name}.joined", domain=DOMAIN)
+    node = onnx.helper.make_node(op_type, inputs, outputs, f"{products[0].name}.joined", domain=INTERNAL)
     place = next(i for i, other in enumerate(graph.node) if other.name in names)
     kept = [other for other in graph.node if other.name not in names]
     kept.insert(place, node)

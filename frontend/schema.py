@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import onnx
 from linattn.dialect_patterns.node import Node, TensorSpec
+from linattn.dialect_patterns.op import INTERNAL
 from linattn.dialect_patterns.registry import OPS, find_op
 from linattn.runtime.errors import LinattnError, UnsupportedModelError
 
@@ -146,7 +147,8 @@ def node_view(
 
 def is_supported(domain: str, op_type: str, version: int) -> bool:
     """Whether a pattern of ours or IREE's importer lowers the operator."""
-    return find_op(domain, op_type, version) is not None or (domain == "" and op_type in IMPORTER_OPS)
+    ours = domain != INTERNAL and find_op(domain, op_type, version) is not None
+    return ours or (domain == "" and op_type in IMPORTER_OPS)
 
 
 def check_supported(nodes: Sequence[onnx.NodeProto], versions: Mapping[str, int]) -> None:

@@ -17,14 +17,13 @@ from dataclasses import dataclass
 from iree.compiler import ir
 
 from ..node import Node, TensorSpec
-from ..op import Choice, LoweringContext, LoweringOptions, Op
+from ..op import INTERNAL, Choice, LoweringContext, LoweringOptions, Op
 from ..target import Target
 from . import op
 from .contract import MatMul
 from .contract import output_types as product_types
 from .fused_simt import emit_products
 
-DOMAIN = "linattn"
 JOINED, GATED = "JoinedMatMul", "GatedMatMul"
 MOST = 8
 """Products of a kernel: each reads a buffer and writes one, and drivers offer only so many."""
@@ -76,4 +75,4 @@ def lower(context: LoweringContext, contract: Products, operands: Sequence[ir.Va
     return emit_products(context, contract.products, a, weights, contract.gated)
 
 
-OPS = tuple(Op(DOMAIN, name, 1, parse, output_types, lower, choose) for name in (JOINED, GATED))
+OPS = tuple(Op(INTERNAL, name, 1, parse, output_types, lower, choose) for name in (JOINED, GATED))

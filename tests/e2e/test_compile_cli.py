@@ -42,6 +42,12 @@ def rename(op_type: str, new: str) -> Edit:
     return edit
 
 
+def internal_op(model: onnx.ModelProto) -> None:
+    node(model, "Softplus").domain = "linattn"
+    node(model, "Softplus").op_type = "JoinedMatMul"
+    model.opset_import.append(onnx.helper.make_opsetid("linattn", 1))
+
+
 def huge_initializer(model: onnx.ModelProto) -> None:
     model.graph.initializer[0].dims[0] = 1 << 45
 
@@ -52,6 +58,7 @@ BAD_MODELS: list[tuple[str, Edit, str]] = [
     ("mismatched heads", attribute("LinearAttention", "q_num_heads", 3), r"q_num_heads|heads"),
     ("2^32 heads", attribute("LinearAttention", "kv_num_heads", 1 << 32), r"kv_num_heads|heads"),
     ("unknown op", rename("Softplus", "SoftFoo"), r"SoftFoo.*not supported"),
+    ("an op of the compiler's own", internal_op, r"linattn.JoinedMatMul is not supported"),
     ("unknown activation", attribute("CausalConvWithState", "activation", "gelu"), r"activation.*gelu"),
     ("impossible shape", huge_initializer, r"shape"),
 ]
