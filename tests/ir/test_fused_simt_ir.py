@@ -139,6 +139,30 @@ def test_compiles_beyond_our_targets(target: str, dtype: Any, monkeypatch: pytes
     compile_both(flags, None, Target(target, is_gpu=True, subgroup_size=subgroup), dtype, monkeypatch)
 
 
+CHUNK_TARGETS = [("cuda", np.float32), ("vulkan", np.float16), ("rocm", ml_dtypes.bfloat16), ("metal", np.float16)]
+
+
+@pytest.mark.parametrize(("target", "dtype"), CHUNK_TARGETS, ids=lambda x: x if isinstance(x, str) else x.__name__)
+def test_chunks_compile(target: str, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    if target in OTHER_FLAGS:
+        flags, subgroup = OTHER_FLAGS[target]
+        capabilities, device = Target(target, is_gpu=True, subgroup_size=subgroup, workgroup_memory=32_768), None
+    else:
+        resolved = resolve_target(target, TargetOptions(gpu_target={"cuda": "sm_89", "vulkan": "ada"}[target]))
+        flags, capabilities, device = resolved.flags, resolved.capabilities, resolved.device_attribute
+    monkeypatch.setitem(TARGETS, "tested", capabilities)
+    shape = Shape("gated_delta", q_heads=2, dk=128, dv=64)
+    session = Session()
+    session.set_flags("--iree-input-type=none", *flags)
+    module = emit(
+        "LinearAttention", linear_attention(shape, 1, 40, dtype=dtype), shape.attributes, "tested", session=session
+    )
+    assert "_factors" in str(module)
+    if device is not None:
+        module.operation.attributes["hal.device.targets"] = ir.Attribute.parse(device, session.context)
+    assert len(compile_module(module, session, "tested")) > 0
+
+
 def compile_both(
     flags: tuple[str, ...], device: str | None, target: Target, dtype: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
