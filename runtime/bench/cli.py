@@ -140,6 +140,7 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     add("--repeats", type=int, default=3, metavar="N", help="turns of each subject (default: 3)")
     add("--strategies", default=DEFAULT, metavar="NAME,...", help="lowerings to force; default: linattn's choice")
     add("--peers", default="onnxruntime", metavar="onnxruntime", help="peers, or none (default: onnxruntime)")
+    add("--all-logits", action="store_true", help="of a prompt the logits of all positions, not of the last one only")
     add(
         "--profile",
         action="store_true",
@@ -215,6 +216,7 @@ def _run_model(arguments: argparse.Namespace) -> dict[str, Any]:
         threads=arguments.threads,
         seed=arguments.seed,
         ceilings=not arguments.no_ceilings,
+        all_logits=arguments.all_logits,
         profile=arguments.profile,
     )
     return run_model(options, _progress(arguments.quiet))

@@ -77,7 +77,9 @@ def run_model(options: ModelOptions, note: Note) -> dict[str, Any]:
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": describe_machine(),
         "versions": versions(),
-        "method": {key: getattr(options, key) for key in ("prefill", "decode", "repeats", "threads", "seed")},
+        "method": {
+            key: getattr(options, key) for key in ("prefill", "decode", "repeats", "threads", "seed", "all_logits")
+        },
     }
     with tempfile.TemporaryDirectory(prefix="linattn-bench-") as name:
         folder = Path(name)
@@ -196,7 +198,7 @@ def _start_all(entrants: list[_Entrant], options: ModelOptions, absent: Absences
         arguments: dict[str, Any] = {"threads": options.threads}
         if entrant.kind == "linattn":
             factory, arguments["module"] = "model_runners:IreeModel", str(entrant.path)
-            arguments["device"] = entrant.device
+            arguments |= {"device": entrant.device, "all_logits": options.all_logits}
         else:
             bare = dataclasses.replace(entrant.manifest, nodes=())
             factory, arguments["model"], arguments["manifest"] = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from linattn.runtime.binding import Sizes
@@ -76,15 +76,19 @@ class IreeModel(ModelRunner):
         module: Path of the `.vmfb`.
         device: Where to run it; None: where it was compiled for.
         threads: CPU worker threads; None: as IREE decides.
+        all_logits: Whether a call gives the logits of all positions; else of the last one only.
     """
 
-    def __init__(self, module: str, device: str | None = None, threads: int | None = None) -> None:
+    def __init__(
+        self, module: str, device: str | None = None, threads: int | None = None, *, all_logits: bool = False
+    ) -> None:
         where = device or read_manifest(Module(Path(module))).target.device
         start = time.perf_counter()
         self._program = Program.load(module, device, threads=threads if has_worker_threads(where) else None)
         self.load_s = time.perf_counter() - start
         self._session = self._program.session(batch=1)
         self._name = token_input(self._session)
+        self._wanted: Literal["all", "last"] = "all" if all_logits else "last"
         self._logits = logits_output(self._program.manifest).name
         self._dtype = next(spec.dtype for spec in self._program.inputs if spec.name == self._name)
 
@@ -94,7 +98,7 @@ class IreeModel(ModelRunner):
 
     def step(self, ids: HostArray) -> HostArray:
         """See `ModelRunner.step`."""
-        return self._session.run({self._name: ids.astype(self._dtype)}, logits="last")[self._logits][0, -1]
+        return self._session.run({self._name: ids.astype(self._dtype)}, logits=self._wanted)[self._logits][0, -1]
 
     def kernels(self, symbol: str, position: int, calls: int) -> list[list[tuple[str, float]]]:
         """The kernels of calls of one entry point on a CUDA device, see `cuda_kernels`.

@@ -62,6 +62,7 @@ class ModelOptions:
         threads: CPU threads of every subject; None: each one's own default.
         seed: Of the prompt.
         ceilings: Whether to measure the machine's ceilings.
+        all_logits: Whether a prompt gives the logits of all positions, as in ONNX Runtime; else of the last one only.
         profile: Instead of timing whole calls, show what each dispatch takes.
     """
 
@@ -75,4 +76,5 @@ class ModelOptions:
     threads: int | None = None
     seed: int = 0
     ceilings: bool = True
+    all_logits: bool = False
     profile: bool = False

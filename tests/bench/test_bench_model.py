@@ -8,9 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from linattn.runtime.bench import model_bench
 from linattn.runtime.bench.cli import main
+from linattn.runtime.bench.model_runners import IreeModel
 
 Bench = Callable[..., tuple[int, str, str]]
 QUICK = ("--prefill", "5", "--decode", "3", "--repeats", "2", "--no-ceilings")
@@ -51,6 +53,30 @@ def test_json(result: dict[str, Any]) -> None:
             assert row["error"]["positions"] == 4
             assert row["greedy"] == {"equal": 4, "of": 4}
     assert "fused_simd" in result["rows"][0]["strategy"]
+
+
+@pytest.mark.parametrize(("all_logits", "wanted"), [(True, "all"), (False, "last")])
+def test_logits_that_are_asked_for(
+    all_logits: bool, wanted: str, compiled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = IreeModel(str(compiled), all_logits=all_logits)
+    asked: list[str] = []
+    run = runner._session.run
+
+    def recorded(inputs: Any, logits: Any) -> Any:
+        asked.append(logits)
+        return run(inputs, logits=logits)
+
+    monkeypatch.setattr(runner._session, "run", recorded)
+    assert runner.step(np.array([[1, 2]])).ndim == 1
+    assert asked == [wanted]
+
+
+def test_all_logits_is_an_option(compiled: Path, tmp_path: Path) -> None:
+    file = tmp_path / "m.json"
+    options = [*QUICK, "--quiet", "--repeats", "1", "--peers", "none"]
+    assert main(["model", str(compiled), *options, "--all-logits", "--json", str(file)]) == 0
+    assert json.loads(file.read_text())["method"]["all_logits"] is True
 
 
 def test_plot(result: dict[str, Any], tmp_path: Path) -> None:
