@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from data import DATA, HARD_DATA, Shape, linear_attention
+from linattn.dialect_patterns import simt_kernel
 from linattn.dialect_patterns.linear_attention.reference import reference
 from linattn.dialect_patterns.op import MICROSOFT, LoweringOptions
 from state_ops import run
@@ -110,3 +111,10 @@ def test_split_is_whole() -> None:
 def test_a_scale_and_no_past_state() -> None:
     inputs = linear_attention(RULES[2], 2, 20, past=False)
     check(run_chunks(RULES[2], inputs, scale=0.5), expected(RULES[2], inputs, scale=0.5))
+
+
+def test_more_chunks_than_workgroups_along_y(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(simt_kernel, "MAX_GROUPS", 8)
+    shape = Shape("gated", q_heads=1, k_heads=1, kv_heads=1, dk=32, dv=16)
+    inputs = linear_attention(shape, 13, 20)  # 13 states, 26 chunks, in rows of 8
+    check(run_chunks(shape, inputs, open_dims=False), expected(shape, inputs))
