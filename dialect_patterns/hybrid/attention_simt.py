@@ -96,17 +96,24 @@ class Call:
         return f"{types}_{sizes}{window}_{factors}"
 
 
+def why_not_by_position(shape: AttentionShape) -> str:
+    """Why the position alone does not tell which rows of a cache are seen, or how many there are; empty if it does."""
+    if shape.masked:
+        return "it has a mask"
+    if not shape.causal:
+        return "it is not causal at one position for all rows of the batch"
+    return "open sizes" if None in (shape.length, shape.heads.batch, shape.keys) else ""
+
+
 def is_legal(shape: AttentionShape, target: Target) -> Legality:
     """For a few static rows, where a subgroup can share a key."""
     heads, tokens = shape.heads, shape.length
     if not target.subgroup_size:
         return No(f"{target.name} is compiled for without subgroup operations")
-    if shape.masked:
-        return No("it has a mask")
-    if not shape.causal:
-        return No("it is not causal at one position for all rows of the batch")
-    if tokens is None or heads.batch is None or shape.keys is None:
-        return No("open sizes")
+    if reason := why_not_by_position(shape):
+        return No(reason)
+    assert tokens is not None
+    assert heads.batch is not None
     if not 1 <= heads.group * tokens <= _MAX_ROWS:
         return No(f"{heads.group * tokens} queries a key head, not 1 to {_MAX_ROWS}")
     if heads.dk % _WIDTH or heads.dv % _WIDTH:

@@ -32,7 +32,7 @@ from ..select import Legality, No, Yes
 from ..simt_kernel import MAX_GROUPS, Buffer, Group, Kernel, dispatch
 from ..target import Target
 from .attention_core import AttentionShape
-from .attention_simt import LOWEST, Call, emit_join
+from .attention_simt import LOWEST, Call, emit_join, why_not_by_position
 
 _WIDTH = 4  # f32 of a load
 _THREADS = 128
@@ -51,15 +51,13 @@ _PART_KEYS = 128  # of the capacity, at least, for each part
 
 def is_legal(shape: AttentionShape, target: Target) -> Legality:
     """For any number of static rows."""
-    heads, tokens = shape.heads, shape.length
+    heads = shape.heads
     if not target.is_gpu:
         return No(f"{target.name} is not a GPU")
-    if shape.masked:
-        return No("it has a mask")
-    if not shape.causal:
-        return No("it is not causal at one position for all rows of the batch")
-    if not tokens or not heads.batch or shape.keys is None:
-        return No("open sizes")
+    if reason := why_not_by_position(shape):
+        return No(reason)
+    if not shape.length or not heads.batch:
+        return No("there is no query")
     if heads.dk % _WIDTH or _groups(heads.dv) < _LEAST_GROUPS:
         return No(f"head size {heads.dk} is not a multiple of {_WIDTH} or {heads.dv} not of {_WIDTH * _LEAST_GROUPS}")
     if heads.batch * heads.kv > MAX_GROUPS:

@@ -18,8 +18,6 @@ column tile and S once; 4 dk dv multiply-adds a token and head. Source: ONNX sch
 
 from __future__ import annotations
 
-import math
-
 from iree.compiler import ir
 
 from ..builder import Size, tensor_type
@@ -30,8 +28,8 @@ from ..simt_kernel import Kernel, dispatch
 from ..target import Target
 from .contract import LinearAttention, output_specs
 from .fused_simt_kernel import Recurrence
-from .fused_simt_plan import MAX_ROWS, Plan, plan_for
-from .operands import Operands
+from .fused_simt_plan import MAX_ROWS, plan_for
+from .operands import Operands, kernel_name
 
 
 def is_legal(contract: LinearAttention, target: Target) -> Legality:
@@ -67,23 +65,6 @@ def emit_linear_attention_fused_simt(
         tokens = x.tokens if isinstance(x.tokens, int) else k.number(next(given))
         Recurrence(k, c, plan, count, tokens).emit()
 
-    name = _name(c, plan, x)
+    name = kernel_name(c, x, str(plan))
     tiles = -(-c.dv // plan.tile)
     return dispatch(name, plan.group, tiles, b.index(states), numbers, inputs, outputs, body)
-
-
-def _name(c: LinearAttention, plan: Plan, x: Operands) -> str:
-    """Spells everything that the kernel depends on; short, since IREE names files after it, twice."""
-    lead = "x".join("n" if not isinstance(size, int) else str(size) for size in (x.batch, x.tokens))
-    heads = str(c.kv_heads) if c.q_heads == c.k_heads == c.kv_heads else f"{c.q_heads}_{c.k_heads}_{c.kv_heads}"
-    types = c.dtype if c.dtype == c.state_dtype else f"{c.dtype}_{c.state_dtype}"
-    name = f"linear_attention_{c.rule}_fused_simt_{types}_{lead}_h{heads}_d{c.dk}x{c.dv}_{plan}"
-    if c.decay == "key":
-        name += "_key_decay"
-    if c.beta == "shared":
-        name += "_shared_beta"
-    if not c.has_past:
-        name += "_no_past"
-    if c.scale != 1.0 / math.sqrt(c.dk):
-        name += f"_scale{c.scale.hex()}".replace(".", "p").replace("-", "m").replace("+", "")
-    return name

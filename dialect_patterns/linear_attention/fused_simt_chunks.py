@@ -15,8 +15,6 @@ once a tile of 16 columns. Source: NUMERICS sections 1 and 2 (substitution).
 
 from __future__ import annotations
 
-import math
-
 from iree.compiler import ir
 
 from ..builder import Size, tensor_type
@@ -26,7 +24,7 @@ from ..select import Legality, No, Yes
 from ..simt_kernel import Group, Kernel, dispatch
 from ..target import Target
 from .contract import LinearAttention, output_specs
-from .operands import Operands
+from .operands import Operands, kernel_name
 from .simt_chunk_factors import LANES, THREADS, Factors
 from .simt_chunk_operands import CHUNK, COLUMNS, VECTORS, WIDTH, ChunkPlan, matrices
 from .simt_chunk_state import Chunks
@@ -90,7 +88,7 @@ def emit_linear_attention_fused_simt_chunks(
         static = [size if isinstance(size, int) else None for size in shape]
         return tensor_type(static, dtype), [size for size in shape if not isinstance(size, int)]
 
-    name = _name(c, x, context.target)
+    name = kernel_name(c, x, f"g{p.subgroup}")
     items = b.mul(states, chunks)
     inputs = [value for value in (x.query, x.key, x.decay, x.beta) if value is not None]
     outputs = [output([items, matrices(c) + VECTORS], "f32")]
@@ -108,18 +106,3 @@ def emit_linear_attention_fused_simt_chunks(
         f"{name}_chunks", Group(p.threads, p.subgroup), c.dv // COLUMNS, b.index(states), numbers, inputs, outputs,
         lambda k: Chunks(k, c, p, *sizes(k)).emit(),
     )  # fmt: skip
-
-
-def _name(c: LinearAttention, x: Operands, target: Target) -> str:
-    """Spells everything that the kernels depend on; short, since IREE names files after it, twice."""
-    lead = "x".join("n" if not isinstance(size, int) else str(size) for size in (x.batch, x.tokens))
-    heads = str(c.kv_heads) if c.q_heads == c.k_heads == c.kv_heads else f"{c.q_heads}_{c.k_heads}_{c.kv_heads}"
-    types = c.dtype if c.dtype == c.state_dtype else f"{c.dtype}_{c.state_dtype}"
-    name = f"linear_attention_{c.rule}_fused_simt_{types}_{lead}_h{heads}_d{c.dk}x{c.dv}_g{target.subgroup_size}"
-    if c.beta == "shared":
-        name += "_shared_beta"
-    if not c.has_past:
-        name += "_no_past"
-    if c.scale != 1.0 / math.sqrt(c.dk):
-        name += f"_scale{c.scale.hex()}".replace(".", "p").replace("-", "m").replace("+", "")
-    return name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -63,3 +64,26 @@ def prepare(b: Builder, contract: LinearAttention, values: Sequence[ir.Value | N
 def present_state(b: Builder, contract: LinearAttention, batch: Size, state: ir.Value) -> ir.Value:
     """The carried state [B * Hkv, dk, dv] in f32 as the operator's second output; the one rounding of a call."""
     return b.expand(b.cast(state, contract.state_dtype), 0, [batch, contract.kv_heads])
+
+
+def kernel_name(c: LinearAttention, x: Operands, plan: str) -> str:
+    """The name of a GPU kernel: all that it depends on; short, since IREE names files after it, twice.
+
+    Args:
+        c: What it computes.
+        x: The operands, for open sizes.
+        plan: How the work is cut.
+    """
+    lead = "x".join("n" if not isinstance(size, int) else str(size) for size in (x.batch, x.tokens))
+    heads = str(c.kv_heads) if c.q_heads == c.k_heads == c.kv_heads else f"{c.q_heads}_{c.k_heads}_{c.kv_heads}"
+    types = c.dtype if c.dtype == c.state_dtype else f"{c.dtype}_{c.state_dtype}"
+    name = f"linear_attention_{c.rule}_fused_simt_{types}_{lead}_h{heads}_d{c.dk}x{c.dv}_{plan}"
+    if c.decay == "key":
+        name += "_key_decay"
+    if c.beta == "shared":
+        name += "_shared_beta"
+    if not c.has_past:
+        name += "_no_past"
+    if c.scale != 1.0 / math.sqrt(c.dk):
+        name += f"_scale{c.scale.hex()}".replace(".", "p").replace("-", "m").replace("+", "")
+    return name
