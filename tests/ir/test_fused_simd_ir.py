@@ -74,6 +74,16 @@ def test_equal_nodes_share_an_executable() -> None:
     assert re.fullmatch(r"linear_attention_gated_delta_fused_simd_f32_.*_16x8_b1t4_.*", symbols[0])
 
 
+def test_prompts_of_all_sizes_share_an_executable() -> None:
+    shape, found = Shape(), []
+    for tokens in (8, 64):
+        module = emit("LinearAttention", linear_attention(shape, 1, tokens), shape.attributes, False)
+        symbols = [op.attributes["sym_name"] for op in module.body.operations if "sym_name" in op.attributes]
+        found.append(ir.StringAttr(symbols[0]).value)
+        assert f"tensor<1x{tokens}x16xf32>" in str(module)  # the results' sizes stay known
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize(
     ("sizes", "target", "reason"),
     [

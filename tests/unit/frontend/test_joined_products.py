@@ -6,6 +6,7 @@ from collections import Counter
 
 import numpy as np
 import onnx
+import pytest
 from linattn.dialect_patterns.op import LoweringOptions
 from linattn.dialect_patterns.target import Target
 from linattn.frontend.joined_products import join_products
@@ -55,6 +56,15 @@ def test_the_gate_is_read_elsewhere() -> None:
     for outputs in (("q", "k", "y", "gate"), ("q", "k", "y", "silu")):
         kinds = Counter(node.op_type for node in joined(graph(outputs=outputs)).node)
         assert (kinds["JoinedMatMul"], kinds["GatedMatMul"], kinds["Mul"]) == (2, 0, 2)
+
+
+@pytest.mark.parametrize("part", ["gate", "up", "s", "silu"])
+def test_another_node_reads_a_part(part: str) -> None:
+    source = graph()
+    source.proto.graph.node.append(helper.make_node("Neg", [part], ["other"], "other"))
+    source.proto.graph.output.append(helper.make_tensor_value_info("other", TensorProto.FLOAT, None))
+    kinds = Counter(node.op_type for node in joined(SpecializedGraph(source.proto, infer_types(source.proto))).node)
+    assert (kinds["JoinedMatMul"], kinds["GatedMatMul"], kinds["Mul"]) == (2, 0, 2)
 
 
 def test_left_alone() -> None:
