@@ -70,6 +70,19 @@ class Call:
     softcap: float
     left: int | None
 
+    @staticmethod
+    def of(q: ir.Value, k: ir.Value, v: ir.Value, scale: float, softcap: float, left: int | None) -> Call:
+        """The call for q [B, Hq, T, dk] and the cache k, v [B, Hkv, S, d], all sizes static."""
+        batch, q_heads, tokens, dk = (size or 0 for size in spec_of(q).shape)
+        kv_heads, keys, dv = (size or 0 for size in spec_of(v).shape[1:])
+        types = spec_of(k).dtype, spec_of(v).dtype
+        return Call(batch, kv_heads, q_heads // kv_heads, tokens, keys, dk, dv, *types, scale, softcap, left)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the outputs, [B, Hq, T, dv]."""
+        return (self.batch, self.kv_heads * self.group, self.tokens, self.dv)
+
     @property
     def rows(self) -> int:
         """R, the queries of a key head."""
@@ -130,15 +143,12 @@ def emit_attention_fused_simt(
     first: Size, scale: float, softcap: float, left: int | None,
 ) -> ir.Value:  # fmt: skip
     """[B, Hq, T, dv] from q [B, Hq, T, dk] and the cache k, v [B, Hkv, S, d]; query i sees the keys up to first + i."""
-    batch, q_heads, tokens, dk = (size or 0 for size in spec_of(q).shape)
-    kv_heads, keys, dv = (size or 0 for size in spec_of(v).shape[1:])
-    types = spec_of(k).dtype, spec_of(v).dtype
-    c = Call(batch, kv_heads, q_heads // kv_heads, tokens, keys, dk, dv, *types, scale, softcap, left)
+    c = Call.of(q, k, v, scale, softcap, left)
     q = b.cast(q, c.dtype)
-    heads, lanes = batch * kv_heads, c.lanes(target)
+    heads, lanes = c.batch * c.kv_heads, c.lanes(target)
     group = Group(max(_THREADS, target.subgroup_size), target.subgroup_size)
     stats = tensor_type([heads, c.parts, c.rows, 2], "f32")
-    sums = tensor_type([heads, c.parts, c.rows, dv], "f32")
+    sums = tensor_type([heads, c.parts, c.rows, c.dv], "f32")
     numbers = [] if isinstance(first, int) else [first]
 
     def parts(kernel: Kernel) -> None:
@@ -149,7 +159,7 @@ def emit_attention_fused_simt(
     name = f"attention_fused_simt_parts_{lead}{c}_g{target.subgroup_size}"
     outputs: list[tuple[ir.RankedTensorType, list[ir.Value]]] = [(stats, []), (sums, [])]
     found = dispatch(name, group, c.parts, b.index(heads), numbers, [q, k, v], outputs, parts)
-    return emit_join(b, target, c, c.parts, found, TensorSpec((batch, q_heads, tokens, dv), c.dtype))
+    return emit_join(b, target, c, c.parts, found, TensorSpec(c.shape, c.dtype))
 
 
 def emit_join(b: Builder, target: Target, c: Call, parts: int, found: list[ir.Value], result: TensorSpec) -> ir.Value:

@@ -78,13 +78,10 @@ def emit_attention_fused_simt_tiles(
     first: Size, scale: float, softcap: float, left: int | None,
 ) -> ir.Value:  # fmt: skip
     """[B, Hq, T, dv] from q [B, Hq, T, dk] and the cache k, v [B, Hkv, S, d]; query i sees the keys up to first + i."""
-    batch, q_heads, tokens, dk = (size or 0 for size in spec_of(q).shape)
-    kv_heads, keys, dv = (size or 0 for size in spec_of(v).shape[1:])
-    types = spec_of(k).dtype, spec_of(v).dtype
-    c = Call(batch, kv_heads, q_heads // kv_heads, tokens, keys, dk, dv, *types, scale, softcap, left)
-    heads, result = batch * kv_heads, spec_of(q).dtype
+    c = Call.of(q, k, v, scale, softcap, left)
+    heads, result = c.batch * c.kv_heads, spec_of(q).dtype
     blocks = -(-c.rows // _QUERIES)
-    parts = max(1, min(_ENOUGH_GROUPS // (heads * blocks), keys // _PART_KEYS))
+    parts = max(1, min(_ENOUGH_GROUPS // (heads * blocks), c.keys // _PART_KEYS))
     q = b.cast(q, c.dtype)
     numbers = [] if isinstance(first, int) else [first]
 
@@ -94,8 +91,8 @@ def emit_attention_fused_simt_tiles(
 
     lead = f"at{first}_" if isinstance(first, int) else ""
     name = f"attention_fused_simt_tiles_{lead}{c}_p{parts}_{result}"
-    y = TensorSpec((batch, q_heads, tokens, dv), result)
-    specs = [y] if parts == 1 else [TensorSpec((heads, parts, c.rows, size), "f32") for size in (2, dv)]
+    y = TensorSpec(c.shape, result)
+    specs = [y] if parts == 1 else [TensorSpec((heads, parts, c.rows, size), "f32") for size in (2, c.dv)]
     outputs: list[tuple[ir.RankedTensorType, list[ir.Value]]] = [(tensor_type(s.shape, s.dtype), []) for s in specs]
     group = Group(_THREADS, 0)
     found = dispatch(name, group, blocks * parts, b.index(heads), numbers, [q, k, v], outputs, body)
