@@ -16,7 +16,7 @@ from .device import DTYPE_NAMES, numpy_dtype
 from .errors import TargetError
 from .manifest_reader import Reader, bad
 
-FORMAT = 1
+FORMAT = 2
 REFLECTION_KEY = "linattn.manifest"
 DISPATCHES_KEY = "linattn.dispatches"
 """Reflection attribute with a table of the module's dispatches, for profiling; nothing at run time depends on it."""
