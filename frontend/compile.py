@@ -25,7 +25,7 @@ from linattn.runtime.manifest import Target as ManifestTarget
 from .choices import describe_choices
 from .dims import find_roles
 from .entry_points import ModuleOptions, ModulePlan, plan_module
-from .importer import Signature, Weights, import_entry_point
+from .importer import Signature, import_entry_point
 from .iree import Compiler
 from .joined_products import join_products
 from .last_position import LEAST_TOKENS, keep_last
@@ -36,6 +36,7 @@ from .schema import check_contracts, check_supported, domain_of, infer_types
 from .specialize import SpecializedGraph, specialize
 from .states import find_states
 from .targets import CompileTarget, TargetOptions, resolve_target
+from .weights import Weights
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ def compile_model(
             raise
     with progress.stage("write"):
         if options.params is not None:
-            write_parameters(options.params, weights.stored)
+            write_parameters(options.params, weights.archive())
         if partial is not None and output is not None:
             os.replace(partial, output)
         report.output = str(output or "in memory")

@@ -7,107 +7,20 @@ returned in the buffers that they came in.
 
 from __future__ import annotations
 
-import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
 
-import numpy as np
 import onnx
 from iree.compiler import ir
 from iree.compiler.dialects import func
 from iree.compiler.extras import onnx_importer
 from linattn.dialect_patterns.rewrite import DOMAIN, NODE, VERSION
-from onnx import numpy_helper
 
-from .schema import DTYPES, domain_of, is_weight
+from .schema import domain_of, is_weight
 from .specialize import SpecializedGraph
-
-
-@dataclass
-class Weights:
-    """The weights of the module, each a global of its own.
-
-    Attributes:
-        module: The module they are added to.
-        arrays: Initializer name -> values, for weights outside the graph.
-        parameter_scope: Scope of IREE parameters if the weights lie in a file of their own, else None.
-        names: Initializer name -> symbol, of the globals made so far.
-        stored: Symbol -> values, of the globals made so far.
-    """
-
-    module: ir.Module
-    arrays: Mapping[str, np.ndarray[Any, Any]]
-    parameter_scope: str | None = None
-    names: dict[str, str] = field(default_factory=dict[str, str])
-    stored: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict[str, "np.ndarray[Any, Any]"])
-    _types: dict[str, ir.RankedTensorType] = field(default_factory=dict[str, ir.RankedTensorType])
-
-    def load(self, tensor: onnx.TensorProto) -> ir.Value:
-        """Read a weight at the current insertion point, as a builtin tensor."""
-        if tensor.name not in self.names:
-            symbol = self.names[tensor.name] = f"{len(self.names)}." + re.sub(r"[^\w.]", "_", tensor.name)
-            array = self.arrays.get(tensor.name)
-            if array is None:
-                array = numpy_helper.to_array(tensor)
-            self._define(symbol, np.ascontiguousarray(array), ir.Type.parse(DTYPES[tensor.data_type]))
-        return self._read(self.names[tensor.name])
-
-    def repacked(
-        self, symbol: str, layout: str, repack: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]
-    ) -> ir.Value:
-        """See :class:`linattn.dialect_patterns.op.WeightStore`."""
-        name = f"{symbol}.{layout}"
-        if name not in self.stored:
-            self._define(name, np.ascontiguousarray(repack(self.stored[symbol])), self._types[symbol].element_type)
-        return self._read(name)
-
-    def drop_unused(self) -> None:
-        """Forget the weights that nothing in the module reads any more; IREE drops their globals."""
-        used: set[str] = set()
-
-        def visit(op: ir.Operation) -> ir.WalkResult:
-            if op.name == "util.global.load" and _is_read(op):
-                used.add(ir.FlatSymbolRefAttr(op.attributes["global"]).value)
-            return ir.WalkResult.ADVANCE
-
-        self.module.operation.walk(visit)
-        for symbol in [symbol for symbol in self.stored if symbol not in used]:
-            del self.stored[symbol]
-
-    def _read(self, symbol: str) -> ir.Value:
-        reference = ir.FlatSymbolRefAttr.get(symbol)
-        return ir.Operation.create(
-            "util.global.load", results=[self._types[symbol]], attributes={"global": reference}
-        ).result
-
-    def _define(self, symbol: str, array: np.ndarray[Any, Any], element: ir.Type) -> None:
-        value_type = self._types[symbol] = ir.RankedTensorType.get(list(array.shape), element)
-        self.stored[symbol] = array
-        if self.parameter_scope is not None:
-            text = f'#flow.parameter.named<"{self.parameter_scope}"::"{symbol}"> : {value_type}'
-            value = ir.Attribute.parse(text)
-        else:
-            value = ir.DenseResourceElementsAttr.get_from_buffer(
-                array.view(np.uint8).reshape(-1) if array.size else b"", symbol, value_type, alignment=64
-            )
-        with ir.InsertionPoint.at_block_begin(self.module.body):
-            ir.Operation.create(
-                "util.global",
-                attributes={
-                    "sym_name": ir.StringAttr.get(symbol),
-                    "sym_visibility": ir.StringAttr.get("private"),
-                    "type": ir.TypeAttr.get(value_type),
-                    "initial_value": value,
-                },
-            )
-
-
-def _is_read(op: ir.Operation) -> bool:
-    """Whether something but unused casts reads a result of ``op``."""
-    users = [use.owner.operation for result in op.results for use in result.uses]
-    return any(not user.name.startswith("torch_c.") or _is_read(user) for user in users)
+from .weights import Weights
 
 
 class _EntryPointImporter(onnx_importer.NodeImporter):
