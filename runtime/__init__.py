@@ -3,10 +3,22 @@
 `Program.load("model.vmfb").session().run({"input_ids": ids})["logits"]` is the short form; README.md has the rest.
 """
 
+from .discover import FoundDevice, devices
 from .errors import InputError, LinattnError, StateError, TargetError
 from .generate import greedy
 from .manifest import Manifest
 from .program import Program
 from .session import Session
 
-__all__ = ["InputError", "LinattnError", "Manifest", "Program", "Session", "StateError", "TargetError", "greedy"]
+__all__ = [
+    "FoundDevice",
+    "InputError",
+    "LinattnError",
+    "Manifest",
+    "Program",
+    "Session",
+    "StateError",
+    "TargetError",
+    "devices",
+    "greedy",
+]

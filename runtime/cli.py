@@ -12,6 +12,7 @@ from typing import cast
 import numpy as np
 
 from .device import HostArray, numpy_dtype
+from .discover import FoundDevice, devices
 from .errors import InputError, LinattnError
 from .generate import greedy, token_input
 from .program import Program
@@ -20,7 +21,8 @@ _EPILOG = """A .vmfb is code: run only what you trust.
 Examples:
   linattn-run model.vmfb --ids 1,2,3 --generate 32
   linattn-run model.vmfb --input ids.npy --output-dir out
-  linattn-run model.vmfb --input q=q.npy k=k.npy v=v.npy past_state=state.npy"""
+  linattn-run model.vmfb --input q=q.npy k=k.npy v=v.npy past_state=state.npy
+  linattn-run --list-devices"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,15 +34,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0, or 2 after an error (one line on stderr).
     """
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if options.model is None and not options.list_devices:
+        parser.error("the following arguments are required: MODEL.vmfb")
     try:
-        _run(options)
+        if options.list_devices:
+            print("\n".join(describe_devices(devices())))
+        else:
+            _run(options)
     except (LinattnError, OSError) as error:
         if options.debug:
             raise
         print(f"linattn-run: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
+
+
+def describe_devices(found: Sequence[FoundDevice]) -> list[str]:
+    """A line a device: the one that is taken (`*`), then the others with their reasons."""
+    lines: list[str] = []
+    for row in found:
+        parts = [f"{row.uri} ({row.name})" if row.uri else "", row.why_not or ""]
+        lines.append(f"{' ' if row.why_not else '*'} {row.target:6}  {': '.join(part for part in parts if part)}")
+    return lines
 
 
 def read_inputs(program: Program, texts: Sequence[str], ids: str | None) -> dict[str, HostArray]:
@@ -82,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", metavar="MODEL.vmfb", help="the compiled model")
+    parser.add_argument("model", metavar="MODEL.vmfb", nargs="?", help="the compiled model")
     parser.add_argument(
         "--device", metavar="URI", help="cpu, cuda, vulkan or an IREE device URI (default: as compiled)"
     )
@@ -94,6 +111,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output-dir", metavar="DIR", help="save each output as DIR/NAME.npy")
     parser.add_argument("--threads", metavar="N", type=int, help="CPU worker threads (default: one for each core)")
     parser.add_argument("--parameters", metavar="FILE.irpa", help="weights, if not beside the model")
+    parser.add_argument(
+        "--list-devices", action="store_true", help="show the devices of this machine, best first, and do nothing else"
+    )
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
     return parser
 

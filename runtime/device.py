@@ -1,10 +1,8 @@
-"""Devices and device arrays; with `module.py` the only file of the package that touches `iree.runtime`.
+"""Devices and device arrays; with `drivers.py` and `module.py` the only files that touch `iree.runtime`.
 
 Facts about IREE 3.13.0 that shape this file (each has a test):
 
 * `iree.runtime.DeviceArray` can cache its first host copy (iree#18870); `Device.to_host` reads the device every time.
-* The Vulkan driver replays a command buffer that IREE keeps from call to call without looking whether the buffers that
-  it copies between are still the same; keeping native command buffers is switched off.
 * Vulkan devices are named by UUID, not by number; `vulkan://1` is the second device listed, resolved here.
 """
 
@@ -12,7 +10,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import threading
 import time
 from collections.abc import Sequence
@@ -25,6 +22,7 @@ import iree.runtime.flags as _untyped_flags  # pyright: ignore[reportMissingType
 import numpy as np
 from numpy.typing import NDArray
 
+from .drivers import CPU_DRIVERS, DRIVER_ERRORS, DRIVERS, INSTALL_HINTS, list_devices, one_line
 from .errors import InputError, TargetError
 
 try:  # iree.runtime brings ml_dtypes along; without it bfloat16 arrays are seen as their uint16 bits
@@ -37,18 +35,9 @@ except ImportError:  # pragma: no cover
 _rt: Any = cast(Any, _untyped_rt)
 _flags: Any = cast(Any, _untyped_flags)
 
-_flags.parse_flags("--vulkan_cached_bda_replay_instances=0")  # of the process, before its first Vulkan driver
-
 HostArray = NDArray[Any]
 
 _DEVICE_URIS = {"cpu": "local-task", "cuda": "cuda", "vulkan": "vulkan"}
-_DRIVERS = ("local-task", "local-sync", "cuda", "vulkan", "hip")
-CPU_DRIVERS = ("local-task", "local-sync")
-"""IREE drivers that run on the CPU."""
-_INSTALL_HINTS = {
-    "vulkan": "install a Vulkan driver (Debian and Ubuntu: apt-get install mesa-vulkan-drivers libvulkan1)",
-    "cuda": "install the NVIDIA driver (libcuda.so)",
-}
 _HAL_TYPES = {
     "bool": "BOOL_8",
     "int8": "SINT_8",
@@ -322,8 +311,8 @@ def open_device(name: str, threads: int | None = None) -> Device:
     global _worker_threads
     uri = _DEVICE_URIS.get(name, name)
     driver, _, path = uri.partition("://")
-    if driver not in _DRIVERS:
-        expected = f"cpu | cuda | vulkan | an IREE URI ({', '.join(_DRIVERS)})"
+    if driver not in DRIVERS:
+        expected = f"cpu | cuda | vulkan | an IREE URI ({', '.join(DRIVERS)})"
         raise TargetError("unknown device", got=repr(name), expected=expected)
     if threads is not None and (not has_worker_threads(uri) or threads < 1):
         expected = "a positive number" if has_worker_threads(uri) else f"none: {driver} has no worker threads to set"
@@ -348,38 +337,6 @@ def has_worker_threads(name: str) -> bool:
     return _DEVICE_URIS.get(name, name).partition("://")[0] == "local-task"
 
 
-def list_devices(driver: str) -> list[tuple[str, str]]:
-    """`(URI, description)` of each device that a driver finds; empty where the driver cannot start."""
-    try:
-        found = cast(list[dict[str, Any]], _rt.get_driver(driver).query_available_devices())
-    except (RuntimeError, ValueError, NotImplementedError):
-        return []
-    return [(f"{driver}://{info['path']}" if info["path"] else driver, str(info["name"])) for info in found]
-
-
-def subgroup_sizes(device: Device) -> tuple[int, int] | None:
-    """Least and most lanes of a subgroup on a Vulkan device (lavapipe: 8, 8); None if unknown or another driver."""
-    if device.driver != "vulkan":
-        return None
-    try:
-        driver = _rt.get_driver("vulkan")
-        path = device.uri.partition("://")[2]
-        infos = cast(list[dict[str, Any]], driver.query_available_devices())
-        ids = [info["device_id"] for info in infos if not path or info["path"] == path]
-        text = str(driver.dump_device_info(ids[0]))
-    except (RuntimeError, ValueError, LookupError):
-        return None
-    match = re.search(r"minSubgroupSize=(\d+) maxSubgroupSize=(\d+)", text)
-    return (int(match.group(1)), int(match.group(2))) if match else None
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of an IREE error, without source positions and cut to 200 characters."""
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
-    text = re.sub(r"\S*\.(?:c|cc|h):\d+: ", "", text)
-    return text if len(text) <= 200 else text[:197] + "..."
-
-
 def _open(uri: str, driver: str, path: str) -> Device:
     found = list_devices(driver)
     if path.isdecimal():
@@ -389,7 +346,7 @@ def _open(uri: str, driver: str, path: str) -> Device:
     threads = _threads()
     try:
         hal_device = _rt.get_driver(driver).create_device_by_uri(uri)
-    except (RuntimeError, ValueError, NotImplementedError) as error:
+    except DRIVER_ERRORS as error:
         raise _missing(uri, driver, found, error) from error
     if driver in CPU_DRIVERS:
         return Device(uri, hal_device, f"{os.cpu_count()} CPU threads")
@@ -424,7 +381,7 @@ def _missing(uri: str, driver: str, found: list[tuple[str, str]], error: BaseExc
         listed = ", ".join(f"{found_uri} ({name})" for found_uri, name in found)
         return TargetError("no such device", got=uri, expected=listed)
     reason = f" ({one_line(error)})" if error else ""
-    hint = _INSTALL_HINTS.get(driver, "name another device") + reason
+    hint = INSTALL_HINTS.get(driver, "name another device") + reason
     return TargetError("no such device", got=uri, hint=hint)
 
 

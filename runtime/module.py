@@ -1,4 +1,4 @@
-"""Loaded modules and their calls; with `device.py` the only file of the package that touches `iree.runtime`.
+"""Loaded modules and their calls; with `drivers.py` and `device.py` the only files that touch `iree.runtime`.
 
 Facts about IREE 3.13.0 that shape this file (each has a test):
 
@@ -18,7 +18,8 @@ from typing import Any, cast
 
 import iree.runtime as _untyped_rt  # pyright: ignore[reportMissingTypeStubs]
 
-from .device import CPU_DRIVERS, Device, DeviceArray, has_worker_threads, one_line
+from .device import Device, DeviceArray, has_worker_threads
+from .drivers import CPU_DRIVERS, one_line
 from .errors import TargetError
 from .manifest import RESULTS_KEY
 

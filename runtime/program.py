@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from . import binding
 from .binding import Sizes
-from .device import CPU_DRIVERS, Device, DeviceArray, HostArray, open_device, subgroup_sizes
+from .device import Device, DeviceArray, HostArray, open_device
+from .drivers import CPU_DRIVERS, subgroup_sizes
 from .errors import StateError, TargetError
 from .manifest import REFLECTION_KEY, EntryPoint, InputSpec, Manifest, OutputSpec, StateSpec
 from .module import Module
@@ -303,7 +304,7 @@ def _check_target(where: str, manifest: Manifest, device: Device) -> None:
         hint = "leave the device out, or compile with --target for this one"
         got = f"device {device.uri}"
         raise TargetError(f"compiled for {manifest.target.name}", where=where, got=got, expected=wanted, hint=hint)
-    lanes, range_ = manifest.target.subgroup_size, subgroup_sizes(device)
+    lanes, range_ = manifest.target.subgroup_size, subgroup_sizes(device.uri)
     if lanes is not None and range_ is not None and not range_[0] <= lanes <= range_[1]:
         got = f"{range_[0]} to {range_[1]} on {device.description}"
         hint = "compile with a --gpu-target for this device, such as host"

@@ -15,7 +15,8 @@ from typing import Any, cast
 
 import iree.runtime as _untyped_rt  # pyright: ignore[reportMissingTypeStubs]
 import numpy as np
-from linattn.runtime.device import Device, DeviceArray, list_devices, open_device
+from linattn.runtime.device import Device, DeviceArray, open_device
+from linattn.runtime.drivers import list_devices
 from linattn.runtime.errors import TargetError
 from linattn.runtime.module import Module
 from linattn.runtime.program import read_manifest

@@ -17,7 +17,8 @@ from linattn.frontend import CompileOptions, compile_model
 from linattn.runtime import InputError, Program, TargetError
 from linattn.runtime.bench.cases import AttentionCase
 from linattn.runtime.bench.op_models import build_op
-from linattn.runtime.device import DTYPE_NAMES, Device, list_devices, numpy_dtype, open_device, subgroup_sizes
+from linattn.runtime.device import DTYPE_NAMES, Device, numpy_dtype, open_device
+from linattn.runtime.drivers import list_devices, subgroup_sizes
 from linattn.runtime.module import Module
 from tiny_hybrid import FLAGS, Hybrid, reference
 
@@ -169,7 +170,7 @@ def test_vulkan_by_number(device: Device) -> None:
         pytest.skip("for Vulkan")
     first = open_device("vulkan://0")
     assert first.uri == list_devices("vulkan")[0][0]
-    sizes = subgroup_sizes(first)
+    sizes = subgroup_sizes(first.uri)
     assert sizes is not None
     assert 1 <= sizes[0] <= sizes[1] <= 128
 
