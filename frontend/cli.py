@@ -77,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--chunk-size", metavar="N", help="tokens a chunk in chunk-parallel lowerings, a power of two")
     add("--strategy", metavar="NAME", help="force one lowering of the two operators; fails where it is not legal")
     add("--params", metavar="FILE.irpa", help="write the weights to this file instead of into the module")
+    add("--plain-abi", action="store_true", help="functions that iree-run-module and C programs can call as they are")
     add("--dump-ir", metavar="DIR", help="keep the IR after each stage")
     add("--report", metavar="FILE.json", help="write what was found and chosen as JSON")
     add("--quiet", action="store_true", help="show neither progress nor the report")
@@ -102,6 +103,7 @@ def _run(arguments: argparse.Namespace) -> None:
         chunk_size=_positive(chunk, "--chunk-size") if chunk else None,
         strategy=arguments.strategy,
         params=Path(arguments.params) if arguments.params else None,
+        plain_abi=arguments.plain_abi,
         dump_ir=Path(arguments.dump_ir) if arguments.dump_ir else None,
     )
     model = Path(arguments.model)

@@ -22,6 +22,7 @@ from linattn.runtime.errors import LoweringError, UnsupportedModelError
 from linattn.runtime.manifest import REFLECTION_KEY, RESULTS_KEY, EntryPoint, Manifest, Parameters
 from linattn.runtime.manifest import Target as ManifestTarget
 
+from .abi import describe_abi
 from .choices import describe_choices
 from .dims import find_roles
 from .entry_points import ModuleOptions, ModulePlan, plan_module
@@ -54,6 +55,8 @@ class CompileOptions:
         chunk_size: Tokens a chunk of the chunk-parallel forms; None for the default.
         strategy: Forces one strategy on the two state operators.
         params: Write the weights to this ``.irpa`` file instead of into the module.
+        plain_abi: Functions return every output and state as ordinary results, as any caller of IREE expects; without
+            it those of fixed sizes take memory for them, which saves our runtime an allocation a call.
         dump_ir: Folder for the IR after each stage.
     """
 
@@ -67,6 +70,7 @@ class CompileOptions:
     chunk_size: int | None = None
     strategy: str | None = None
     params: Path | None = None
+    plain_abi: bool = False
     dump_ir: Path | None = None
 
 
@@ -122,7 +126,9 @@ def compile_model(
     manifest = _manifest(model, plan, report, target, options)
     compiler = Compiler(target.flags, options.dump_ir)
     # IREE 3.13 cannot tell the memory of functions that loop over tokens, and fails.
-    is_static = options.strategy != "recurrent" and all(_is_static(graph) for graph in functions.values())
+    can_take = options.strategy != "recurrent" and all(_is_static(graph) for graph in functions.values())
+    signature = dataclasses.replace(plan.signature(), takes_results=can_take and not options.plain_abi)
+    report.abi = describe_abi(plan, signature, functions)
     with progress.stage(f"import {len(functions)} entry points"), compiler.building():
         module = ir.Module.create()
         if target.device_attribute is not None:
@@ -130,8 +136,7 @@ def compile_model(
         weights = Weights(module, model.weights, PARAMETER_SCOPE if options.params else None)
         for symbol, graph in functions.items():
             reflection = {REFLECTION_KEY: manifest.to_json()} if symbol == plan.entry_points[0].symbol else {}
-            signature = dataclasses.replace(plan.signature(), takes_results=is_static)
-            if is_static:
+            if signature.takes_results:
                 reflection[RESULTS_KEY] = json.dumps([_result(name, signature, graph) for name in signature.results])
             import_entry_point(symbol, graph, signature, weights, reflection)
         compiler.dump(module, "import")
@@ -141,7 +146,7 @@ def compile_model(
             lower_operators(module, context)
             weights.drop_unused()
             compiler.dump(module, "lower-operators")
-        compiler.convert_torch(module, takes_workspace=is_static)
+        compiler.convert_torch(module, takes_workspace=signature.takes_results)
         compiler.dump(module, "linalg")
     with progress.stage(f"generate code for {target.name} ({target.description})"):
         partial = Path(f"{output}.partial") if output else None

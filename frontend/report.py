@@ -51,6 +51,7 @@ class CompileReport:
         stages: Stage -> seconds.
         others: What was chosen for operators of which a model has many, a line a choice.
         notes: Things the user should know.
+        abi: Function -> its arguments and results, see :func:`~linattn.frontend.abi.describe_abi`; not in the text.
     """
 
     model: str = ""
@@ -64,6 +65,7 @@ class CompileReport:
     stages: dict[str, float] = field(default_factory=dict[str, float])
     others: list[str] = field(default_factory=list[str])
     notes: list[str] = field(default_factory=list[str])
+    abi: dict[str, dict[str, list[dict[str, str]]]] = field(default_factory=dict[str, dict[str, list[dict[str, str]]]])
 
     def to_dict(self) -> dict[str, object]:
         """For ``--report FILE.json``."""
