@@ -6,6 +6,29 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class Limits:
+    """What a driver takes of one dispatch; the defaults are what every GPU driver of IREE's takes.
+
+    Attributes:
+        bindings: Buffers.
+        constants: 32-bit push constants.
+        memory: Bytes of memory that a workgroup shares, however they are asked for.
+        declared: How many of them the code may declare by itself.
+        threads: Threads of a workgroup.
+        sizes: Threads of a workgroup along x, y and z.
+        counts: Workgroups along x, y and z.
+    """
+
+    bindings: int = 16
+    constants: int = 32
+    memory: int = 16_384
+    declared: int = 16_384
+    threads: int = 128
+    sizes: tuple[int, int, int] = (128, 128, 64)
+    counts: tuple[int, int, int] = (65_535, 65_535, 65_535)
+
+
+@dataclass(frozen=True)
 class Target:
     """Capabilities of the machine to compile for.
 
@@ -18,10 +41,11 @@ class Target:
         matrix_stride: Where subgroups multiply 16 x 16 matrices of f16 with sums in f32: what the stride between rows
             of such a matrix counts in memory of 16-byte chunks, ``chunks`` (SPIR-V) or ``elements`` (NVVM). None where
             there are no such products.
-        workgroup_memory: Bytes of memory that a workgroup shares (GPU).
-        max_threads: Threads of a workgroup (GPU).
+        workgroup_memory: Bytes of a workgroup's memory that a kernel may use (GPU).
+        max_threads: Threads of a workgroup that a kernel may use (GPU).
         matrix_units: Whether 16-bit matrix products have units of their own.
         thread_values: How much of a state a thread best holds for one token (GPU): more makes its loads wait.
+        limits: What the driver takes of any dispatch, IREE's own included.
     """
 
     name: str
@@ -34,3 +58,4 @@ class Target:
     matrix_units: bool = False
     thread_values: int = 128
     features: frozenset[str] = frozenset()
+    limits: Limits = Limits()

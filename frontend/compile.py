@@ -124,7 +124,7 @@ def compile_model(
         plan, functions = _functions(plan, graphs)
     report = describe_choices(model, plan, graphs, versions, _lowering_options(options), target)
     manifest = _manifest(model, plan, report, target, options)
-    compiler = Compiler(target.flags, options.dump_ir)
+    compiler = Compiler(target, options.dump_ir)
     # IREE 3.13 cannot tell the memory of functions that loop over tokens, and fails.
     can_take = options.strategy != "recurrent" and all(_is_static(graph) for graph in functions.values())
     signature = dataclasses.replace(plan.signature(), takes_results=can_take and not options.plain_abi)

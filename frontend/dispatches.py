@@ -42,9 +42,18 @@ def describe_dispatches(module: ir.Operation) -> dict[str, list[dict[str, Any]]]
     return found
 
 
-def attach_dispatches(module: ir.Operation) -> None:
-    """Write the table into the reflection attributes of the function that carries the manifest."""
+def attach_dispatches(module: ir.Operation) -> dict[str, list[str]]:
+    """Write the table into the reflection attributes of the function that carries the manifest.
+
+    Returns:
+        Name of a dispatch -> the nodes that it came from.
+    """
     table = describe_dispatches(module)
+    nodes: dict[str, list[str]] = {}
+    for row in (row for rows in table.values() for row in rows):
+        known = nodes.setdefault(row["key"], [])
+        if row["node"] and row["node"] not in known:
+            known.append(row["node"])
     for operation in module.regions[0].blocks[0].operations:
         attributes = operation.attributes
         if operation.operation.name != "util.func" or "iree.reflection" not in attributes:
@@ -54,7 +63,8 @@ def attach_dispatches(module: ir.Operation) -> None:
         if REFLECTION_KEY in entries:
             entries[DISPATCHES_KEY] = ir.StringAttr.get(json.dumps(table, separators=(",", ":")))
             attributes["iree.reflection"] = ir.DictAttr.get(entries)
-            return
+            break
+    return nodes
 
 
 def _collect(operation: ir.Operation, rows: list[dict[str, Any]]) -> None:

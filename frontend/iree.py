@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ from iree.compiler.api import Invocation, Output, Session, ctypes_dl
 from iree.compiler.passmanager import PassManager
 from linattn.runtime.errors import LoweringError
 
+from .dispatch_limits import DispatchLimits
 from .dispatches import attach_dispatches
+from .targets import CompileTarget
 
 _TORCH_PIPELINE = "builtin.module(func.func(convert-torch-onnx-to-torch),torch-to-iree{externalize-transients=%s})"
 _NAMED = re.compile(r'loc\("([^"]*)"')
@@ -36,13 +38,14 @@ class Compiler:
     """One compilation: a context, a module in it, and IREE's flags.
 
     Args:
-        flags: IREE compiler flags, as for ``iree-compile``.
+        target: What to compile for.
         dump: Folder for the IR after each stage, or None.
     """
 
-    def __init__(self, flags: Sequence[str], dump: Path | None = None) -> None:
+    def __init__(self, target: CompileTarget, dump: Path | None = None) -> None:
+        self._target = target
         self._session = Session()
-        self._session.set_flags("--iree-input-type=none", *flags)
+        self._session.set_flags("--iree-input-type=none", *target.flags)
         self.context: ir.Context = self._session.context
         # A session loads no dialects by itself, and building ops of a dialect that is not loaded corrupts memory.
         self.context.load_all_available_dialects()
@@ -96,16 +99,19 @@ class Compiler:
         """Generate code; returns the module's bytes, or writes them to ``output`` and returns nothing.
 
         Raises:
-            LoweringError: if IREE fails.
+            LoweringError: if IREE fails, or a dispatch breaks a limit of the target's driver.
         """
         invocation = Invocation(self._session)
         invocation.import_module(module.operation)
-        if not _execute(invocation, "ToPhase", "flow"):
-            raise self._failure("IREE could not compile the model")
+        self._run(invocation, "ToPhase", "flow")
         with self.building():
-            attach_dispatches(module.operation)
-        if not (_execute(invocation, "FromPhase", "flow", "ToPhase", "end")):
-            raise self._failure("IREE could not compile the model")
+            nodes = attach_dispatches(module.operation)
+        limits = DispatchLimits(self._target.capabilities, self._target.description, nodes)
+        self._run(invocation, "FromPhase", "flow", "ToPhase", "executable-targets")
+        limits.check_kernels(module.operation)
+        self._run(invocation, "FromPhase", "executable-targets", "ToPhase", "hal")
+        limits.check_counts(module.operation)
+        self._run(invocation, "FromPhase", "hal", "ToPhase", "end")
         if output is None:
             memory = Output.open_membuffer()
             invocation.output_vm_bytecode(memory)
@@ -115,6 +121,10 @@ class Compiler:
         file.keep()
         file.close()
         return b""
+
+    def _run(self, invocation: Invocation, *phases: str) -> None:
+        if not _execute(invocation, *phases):
+            raise self._failure("IREE could not compile the model")
 
     def _failure(self, what: str) -> LoweringError:
         message, location = self._errors[0] if self._errors else ("no diagnostic", "")

@@ -6,10 +6,11 @@ microseconds beside its work. Two products that end in silu(gate) * up become on
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import onnx
-from linattn.dialect_patterns.mat_mul.joined import GATED, JOINED, MOST, can_join
+from linattn.dialect_patterns.mat_mul.joined import GATED, JOINED, can_join, most_products
 from linattn.dialect_patterns.op import INTERNAL, LoweringOptions
 from linattn.dialect_patterns.target import Target
 
@@ -40,7 +41,7 @@ def join_products(
         if node.op_type == "MatMul" and domain_of(node) == "" and node.input[1] in weights:
             products.setdefault(node.input[0], []).append(node)
     for nodes in products.values():
-        for some in [nodes[i : i + MOST] for i in range(0, len(nodes), MOST)]:
+        for some in _groups(nodes, most_products(target)):
             found = [contracts[node.name] for node in some]
             tail = _gated(model.graph, some)
             if tail and can_join(found, True, target, options):
@@ -50,6 +51,13 @@ def join_products(
             elif can_join(found, False, target, options):
                 _replace(model.graph, JOINED, some, some, [node.output[0] for node in some])
     return SpecializedGraph(model, graph.types)
+
+
+def _groups(nodes: Sequence[onnx.NodeProto], most: int) -> list[Sequence[onnx.NodeProto]]:
+    """The nodes in as few groups of at most that many as will do, of equal sizes as far as they go."""
+    count = -(-len(nodes) // most)
+    bounds = [len(nodes) * i // count for i in range(count + 1)]
+    return [nodes[start:stop] for start, stop in itertools.pairwise(bounds)]
 
 
 def _gated(graph: onnx.GraphProto, products: Sequence[onnx.NodeProto]) -> list[onnx.NodeProto]:

@@ -25,8 +25,7 @@ from .contract import output_types as product_types
 from .fused_simt import emit_products
 
 JOINED, GATED = "JoinedMatMul", "GatedMatMul"
-MOST = 8
-"""Products of a kernel: each reads a buffer and writes one, and drivers offer only so many."""
+_MOST = 8
 
 
 @dataclass(frozen=True)
@@ -42,11 +41,16 @@ class Products:
     gated: bool
 
 
+def most_products(target: Target) -> int:
+    """Products of a kernel: beside ``a``, each reads a buffer and writes one, and drivers take only so many."""
+    return min(_MOST, (target.limits.bindings - 1) // 2)
+
+
 def can_join(products: Sequence[MatMul], gated: bool, target: Target, options: LoweringOptions) -> bool:
     """Whether products that share their left operand may be one kernel."""
     choices = [op.choose(product, target, options).strategy for product in products]
     equal = len({product.columns for product in products}) == 1
-    return set(choices) == {"fused_simt"} and 2 <= len(products) <= MOST and (equal or not gated)
+    return set(choices) == {"fused_simt"} and 2 <= len(products) <= most_products(target) and (equal or not gated)
 
 
 def parse(node: Node) -> Products:

@@ -13,10 +13,15 @@ import platform
 import re
 from pathlib import Path
 
-from linattn.dialect_patterns.target import Target
+from linattn.dialect_patterns.target import Limits, Target
 from linattn.runtime.errors import TargetError
 
 from .base import CompileTarget, TargetOptions
+
+# IREE 3.13's loader of CPU code (executable_library.h); a workgroup is one thread with a stack.
+_ANY = 2**32 - 1
+_COUNTS = (_ANY, _ANY, 65_535)
+LIMITS = Limits(64, 64, memory=_ANY, declared=_ANY, threads=_ANY, sizes=_COUNTS, counts=_COUNTS)
 
 _DEVICE_FLAGS = ("--iree-hal-target-device=local", "--iree-hal-local-target-device-backends=llvm-cpu")
 
@@ -78,7 +83,7 @@ def resolve(options: TargetOptions) -> CompileTarget:
         device="local-task",
         description=f"{platform.machine()} {asked}",
         flags=_DEVICE_FLAGS + flags,
-        capabilities=Target("cpu", vector_bits=_vector_bits(features), features=features),
+        capabilities=Target("cpu", vector_bits=_vector_bits(features), features=features, limits=LIMITS),
         notes=notes,
     )
 

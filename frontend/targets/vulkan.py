@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from linattn.dialect_patterns.target import Target
+from linattn.dialect_patterns.target import Limits, Target
 from linattn.runtime.errors import TargetError
 
 from .base import CompileTarget, TargetOptions
@@ -77,6 +77,15 @@ def _by_data(arch: str, description: str, device: Device, notes: tuple[str, ...]
             workgroup_memory=device.workgroup_memory,
             matrix_stride="chunks" if device.matrices else None,
             thread_values=_THREAD_VALUES,
+            limits=Limits(
+                bindings=device.storage_buffers,
+                constants=device.push_constants // 4,
+                memory=device.workgroup_memory,
+                declared=device.workgroup_memory,
+                threads=device.max_threads,
+                sizes=(device.max_threads, device.max_threads, 64),
+                counts=device.counts,
+            ),
         ),
         device_attribute=device_attribute(arch, device),
         subgroup_size=device.subgroup_size or None,

@@ -14,6 +14,9 @@ class Device:
         spirv: SPIR-V version.
         max_threads: Threads of a workgroup.
         workgroup_memory: Bytes of shared memory.
+        storage_buffers: Buffers of a dispatch.
+        push_constants: Bytes of them.
+        counts: Workgroups along x, y and z.
         int64: Whether 64-bit integers can be computed with.
         matrices: Whether there are cooperative matrices of 16 x 16 x 16, f16 with sums in f32.
     """
@@ -22,5 +25,8 @@ class Device:
     spirv: str = "v1.3"
     max_threads: int = 128
     workgroup_memory: int = 16_384
+    storage_buffers: int = 30  # Vulkan's roadmap of 2022, which began with Vulkan 1.3; the core asks for 4
+    push_constants: int = 128
+    counts: tuple[int, int, int] = (65_535, 65_535, 65_535)
     int64: bool = False
     matrices: bool = False

@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import pytest
 from linattn.dialect_patterns.op import LoweringOptions
-from linattn.dialect_patterns.target import Target
+from linattn.dialect_patterns.target import Limits, Target
 from linattn.frontend.joined_products import join_products
 from linattn.frontend.schema import infer_types
 from linattn.frontend.specialize import SpecializedGraph
@@ -70,3 +70,23 @@ def test_another_node_reads_a_part(part: str) -> None:
 def test_left_alone() -> None:
     for source, target in ((graph(), Target("cpu", vector_bits=256)), (graph(rows=9), GPU)):
         assert Counter(node.op_type for node in joined(source, target).node)["MatMul"] == 4
+
+
+@pytest.mark.parametrize(
+    ("bindings", "sizes"),
+    [(16, [5, 6, 6]), (17, [5, 6, 6]), (30, [5, 6, 6]), (5, [1, 2, 2, 2, 2, 2, 2, 2, 2])],
+    ids=str,
+)
+def test_many_products_are_joined_in_groups_that_fit(bindings: int, sizes: list[int]) -> None:
+    """Of `a`, a weight and a result each; groups of equal size share a kernel."""
+    products = 17
+    nodes = [helper.make_node("MatMul", ["x", f"w{i}"], [f"y{i}"], f"m{i}") for i in range(products)]
+    weights = [numpy_helper.from_array(np.ones((DEPTH, 16), np.float32), f"w{i}") for i in range(products)]
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 1, DEPTH])
+    results = [helper.make_tensor_value_info(f"y{i}", TensorProto.FLOAT, None) for i in range(products)]
+    model = helper.make_model(helper.make_graph(nodes, "g", [x], results, weights))
+    target = Target("vulkan", is_gpu=True, subgroup_size=32, limits=Limits(bindings=bindings))
+    found = joined(SpecializedGraph(model, infer_types(model)), target).node
+    assert [name for node in found for name in node.output] == [f"y{i}" for i in range(products)]
+    assert all(len(node.input) + len(node.output) <= bindings for node in found)
+    assert [len(node.output) for node in found] == sizes

@@ -1,0 +1,188 @@
+"""Every dispatch of a finished module against what the target's driver takes, IREE's own dispatches included.
+
+A module that breaks a limit compiles and does not load, or worse. Two looks into IREE's pipeline: at the executables
+when their code is there and not yet serialised (bindings, constants, threads, memory), and at the host code when the
+numbers of workgroups are computed (those that are constants by then).
+
+Source: IREE 3.13, ``native_executable.c`` of the CUDA driver, ``executable.c`` of the Vulkan driver,
+``executable_library.h``; Vulkan 1.3, section Limits.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from iree.compiler import ir
+from linattn.dialect_patterns.target import Limits, Target
+from linattn.runtime.errors import LoweringError
+
+_CONSTANTS = re.compile(r"constants = (\d+)")
+_BINDING = "#hal.pipeline.binding<"
+_SHARED_SPACE = 3  # of NVVM
+_NAMED_NODES = 3
+_ARRAY = re.compile(r"(?:array|vector)<(\d+)\s*x\s*((?:\d+\s*x\s*)*)(.*)>$")
+_SCALAR = re.compile(r"[a-z]+(\d+)$")
+
+
+class DispatchLimits:
+    """Checks a module on its way through IREE's compiler.
+
+    Args:
+        target: Whose driver.
+        description: The target, for errors.
+        nodes: Name of a dispatch -> nodes of the ONNX graph that it came from.
+    """
+
+    def __init__(self, target: Target, description: str, nodes: Mapping[str, Sequence[str]]) -> None:
+        self._limits: Limits = target.limits
+        self._description = description
+        self._nodes = nodes
+
+    def check_kernels(self, module: ir.Operation) -> None:
+        """Check each kernel's bindings, constants, threads and memory.
+
+        Args:
+            module: After the phase ``executable-targets``.
+
+        Raises:
+            LoweringError: if one has more of something than the driver takes.
+        """
+        for export, code in _exports(module):
+            name = _name(export)
+            layout = str(export.attributes["layout"])
+            constants = _CONSTANTS.search(layout)
+            self._check(name, "bindings", layout.count(_BINDING), self._limits.bindings)
+            self._check(name, "push constants", int(constants[1]) if constants else 0, self._limits.constants)
+            if "workgroup_size" in export.attributes:
+                sizes = [ir.IntegerAttr(size).value for size in ir.ArrayAttr(export.attributes["workgroup_size"])]
+                threads = 1
+                for size, limit, axis in zip(sizes, self._limits.sizes, "xyz", strict=True):
+                    threads *= size
+                    self._check(name, f"threads of a workgroup along {axis}", size, limit)
+                self._check(name, "threads of a workgroup", threads, self._limits.threads)
+            declared, asked = shared_memory(code), 0
+            if "workgroup_local_memory" in export.attributes:
+                # CUDA: IREE asks at the launch for as many bytes again as the code declares; both are taken.
+                asked = ir.IntegerAttr(export.attributes["workgroup_local_memory"]).value
+            self._check(name, "declared bytes of shared memory", declared, self._limits.declared)
+            self._check(name, "bytes of shared memory", declared + asked, self._limits.memory)
+
+    def check_counts(self, module: ir.Operation) -> None:
+        """Check the numbers of workgroups that are known.
+
+        Args:
+            module: After the phase ``hal``.
+
+        Raises:
+            LoweringError: if a dispatch has more workgroups than the driver takes.
+        """
+        found: list[tuple[str, list[int | None]]] = []
+
+        def visit(op: ir.Operation) -> ir.WalkResult:
+            if op.name == "hal.command_buffer.dispatch":
+                found.append((_called(op), [_constant(value) for value in _counts(op)]))
+            return ir.WalkResult.ADVANCE
+
+        module.walk(visit)
+        for name, counts in found:
+            for count, limit, axis in zip(counts, self._limits.counts, "xyz", strict=True):
+                if count is not None:
+                    self._check(name, f"workgroups along {axis}", count, limit)
+
+    def _check(self, name: str, what: str, got: int, limit: int) -> None:
+        if got <= limit:
+            return
+        nodes = self._nodes.get(name, ())
+        named = ", ".join(f"'{node}'" for node in nodes[:_NAMED_NODES])
+        more = f" and {len(nodes) - _NAMED_NODES} more" if len(nodes) > _NAMED_NODES else ""
+        raise LoweringError(
+            f"the dispatch {name} does not run on the target: {what}",
+            where=f"node {named}{more}" if named else None,
+            got=got,
+            expected=f"at most {limit} ({self._description})",
+            hint="name the GPU with --gpu-target if it offers more; else report the model",
+        )
+
+
+def _exports(module: ir.Operation) -> Iterator[tuple[ir.Operation, list[ir.Operation]]]:
+    """The exports of all executables, each with the operations of its code at the top level."""
+    for executable in _inside(module, "hal.executable"):
+        for variant in _inside(executable, "hal.executable.variant"):
+            code = [op for inner in _inside(variant, "builtin.module") for op in _code(inner)]
+            for export in _inside(variant, "hal.executable.export"):
+                yield export, code
+
+
+def _inside(parent: ir.Operation, name: str) -> list[ir.Operation]:
+    return [op for op in _operations(parent) if op.name == name]
+
+
+def _code(module: ir.Operation) -> list[ir.Operation]:
+    """Globals and functions of a module of LLVM's or SPIR-V's dialect."""
+    return [op for one in _inside(module, "spirv.module") or [module] for op in _operations(one)]
+
+
+def _operations(parent: ir.Operation) -> list[ir.Operation]:
+    return [op.operation for region in parent.regions for block in region.blocks for op in block.operations]
+
+
+def shared_memory(code: Sequence[ir.Operation]) -> int:
+    """Bytes of a workgroup's memory that the globals of a kernel's code declare."""
+    total = 0
+    for op in code:
+        if op.name == "spirv.GlobalVariable":
+            pointer = str(op.attributes["type"])  # !spirv.ptr<T, Workgroup>
+            if pointer.endswith(", Workgroup>"):
+                total += type_bytes(pointer.removeprefix("!spirv.ptr<").removesuffix(", Workgroup>"))
+        elif op.name == "llvm.mlir.global" and ir.IntegerAttr(op.attributes["addr_space"]).value == _SHARED_SPACE:
+            total += type_bytes(str(op.attributes["global_type"]))
+    return total
+
+
+def type_bytes(text: str) -> int:
+    """Size of a type of LLVM's or SPIR-V's dialect: scalars, vectors, arrays, structures of one member.
+
+    >>> type_bytes("!spirv.struct<(!spirv.array<512 x vector<4xf32>>)>")
+    8192
+    >>> type_bytes("!llvm.array<1 x array<18 x f16>>")
+    36
+    """
+    text = re.sub(r",\s*stride=\d+", "", text.strip()).replace("!spirv.", "").replace("!llvm.", "")
+    structure = re.match(r"struct<\((.*?)(?: \[\d+\])?\)(?:, \w+)*>$", text)
+    if structure:
+        return type_bytes(structure[1])
+    array = _ARRAY.match(text)
+    if array:
+        inner = int(array[1])
+        for size in re.findall(r"\d+", array[2]):
+            inner *= int(size)
+        return inner * type_bytes(array[3])
+    scalar = _SCALAR.match(text)
+    assert scalar, f"no size known of {text}"
+    return -(-int(scalar[1]) // 8)
+
+
+def _name(op: ir.Operation) -> str:
+    return ir.StringAttr(op.attributes["sym_name"]).value
+
+
+def _counts(op: ir.Operation) -> list[ir.Value]:
+    """The operands of a dispatch that are its numbers of workgroups, after command buffer, executable and ordinal."""
+    return [op.operands[i] for i in range(3, 6)]
+
+
+def _called(op: ir.Operation) -> str:
+    """Name of the export that a dispatch calls; of its executable where the ordinal is not looked up."""
+    owner: Any = op.operands[2].owner
+    if getattr(owner, "name", "") == "hal.executable.lookup.function":
+        return str(owner.attributes["entry_point"]).rpartition("::@")[2].strip('"')
+    return str(op.location)
+
+
+def _constant(value: ir.Value) -> int | None:
+    owner: Any = value.owner
+    if getattr(owner, "name", "") == "arith.constant":
+        return ir.IntegerAttr(owner.attributes["value"]).value
+    return None
