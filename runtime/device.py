@@ -3,6 +3,8 @@
 Facts about IREE 3.13.0 that shape this file (each has a test):
 
 * `iree.runtime.DeviceArray` can cache its first host copy (iree#18870); `Device.to_host` reads the device every time.
+* A forked child has the devices but not their threads: a call would wait for ever, and so would freeing a device, at
+  the interpreter's end too. `_forget_in_child` leaves them alone for good.
 * Vulkan devices are named by UUID, not by number; `vulkan://1` is the second device listed, resolved here.
 """
 
@@ -22,8 +24,18 @@ import iree.runtime.flags as _untyped_flags  # pyright: ignore[reportMissingType
 import numpy as np
 from numpy.typing import NDArray
 
-from .drivers import CPU_DRIVERS, DRIVER_ERRORS, DRIVERS, INSTALL_HINTS, list_devices, one_line
+from .drivers import (
+    CPU_DRIVERS,
+    DRIVER_ERRORS,
+    DRIVERS,
+    INSTALL_HINTS,
+    get_driver,
+    is_of_parent,
+    list_devices,
+    one_line,
+)
 from .errors import InputError, TargetError
+from .owned import Owned, check_process, never_free
 
 try:  # iree.runtime brings ml_dtypes along; without it bfloat16 arrays are seen as their uint16 bits
     import ml_dtypes  # pyright: ignore[reportMissingTypeStubs, reportMissingImports, reportUnusedImport]  # noqa: F401
@@ -92,14 +104,17 @@ class DeviceArray:
         return math.prod(self.shape) * numpy_dtype(self.dtype).itemsize
 
 
-class Device:
+class Device(Owned):
     """One opened device; get it from `open_device`, which opens each device once per process."""
+
+    _copy_hint = "open_device returns the one there is"
 
     def __init__(self, uri: str, hal_device: Any, description: str) -> None:
         self.uri = uri
         self.description = description
-        self.hal_device = hal_device
-        self._allocator: Any = hal_device.allocator
+        self.pid = os.getpid()
+        self._hal_device = hal_device
+        self._hal_allocator: Any = hal_device.allocator
         self._staging: Any = None
         self._staging_lock = threading.Lock()
         # Software drivers need the core that polling would take.
@@ -109,6 +124,21 @@ class Device:
     def driver(self) -> str:
         """Name of the IREE driver: `local-task`, `local-sync`, `cuda`, `vulkan` or `hip`."""
         return self.uri.partition("://")[0]
+
+    @property
+    def hal_device(self) -> Any:
+        """IREE's device, in the process that opened it.
+
+        Raises:
+            TargetError: This process was forked from that one.
+        """
+        check_process(self.pid, self.uri)
+        return self._hal_device
+
+    @property
+    def _allocator(self) -> Any:
+        check_process(self.pid, self.uri)
+        return self._hal_allocator
 
     def __repr__(self) -> str:
         return f"Device({self.uri!r}, {self.description!r})"
@@ -295,6 +325,20 @@ _worker_threads: int | None = None
 _open_lock = threading.Lock()
 
 
+def _forget_in_child() -> None:
+    global _open_lock, _worker_threads
+    _open_lock = threading.Lock()  # another thread of the parent may have held it
+    for device in _open_devices.values():
+        never_free(device._hal_device)  # pyright: ignore[reportPrivateUsage]
+    _open_devices.clear()
+    _started.clear()
+    _worker_threads = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_in_child)
+
+
 def open_device(name: str, threads: int | None = None) -> Device:
     """Opens a device, or returns it where this process has opened it already.
 
@@ -317,6 +361,9 @@ def open_device(name: str, threads: int | None = None) -> Device:
     if threads is not None and (not has_worker_threads(uri) or threads < 1):
         expected = "a positive number" if has_worker_threads(uri) else f"none: {driver} has no worker threads to set"
         raise InputError("cannot be set", where="threads", got=threads, expected=expected)
+    if is_of_parent(driver):
+        hint = "start this process with multiprocessing's 'spawn' method, or let the child alone open the GPU"
+        raise TargetError("a GPU's driver was started before this process was forked", where=uri, hint=hint)
     with _open_lock:
         if driver == "local-task" and "local-task" not in _started:
             _worker_threads = threads
@@ -345,7 +392,7 @@ def _open(uri: str, driver: str, path: str) -> Device:
         uri, path = found[int(path)][0], ""
     threads = _threads()
     try:
-        hal_device = _rt.get_driver(driver).create_device_by_uri(uri)
+        hal_device = get_driver(driver).create_device_by_uri(uri)
     except DRIVER_ERRORS as error:
         raise _missing(uri, driver, found, error) from error
     if driver in CPU_DRIVERS:

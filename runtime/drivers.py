@@ -6,16 +6,21 @@ Facts about IREE 3.13.0 that shape this file:
 * Vulkan lists devices that it cannot open; ``feature_tier`` of `dump_device_info` says so, with what they miss.
 * The Vulkan driver replays a command buffer that IREE keeps from call to call without looking whether the buffers that
   it copies between are still the same; keeping native command buffers is switched off.
+* A forked child has its parent's drivers but not their threads: freeing one waits for ever, so the child keeps them for
+  good. The CPU's can be started anew; no GPU's driver promises that.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from typing import Any, cast
 
 import iree.runtime as _untyped_rt  # pyright: ignore[reportMissingTypeStubs]
 import iree.runtime.flags as _untyped_flags  # pyright: ignore[reportMissingTypeStubs]
+
+from .owned import never_free
 
 _rt: Any = cast(Any, _untyped_rt)
 _flags: Any = cast(Any, _untyped_flags)
@@ -31,6 +36,43 @@ INSTALL_HINTS = {
     "vulkan": "install a Vulkan driver (Debian and Ubuntu: apt-get install mesa-vulkan-drivers libvulkan1)",
     "cuda": "install the NVIDIA driver (libcuda.so)",
 }
+
+
+_started: set[str] = set()
+_of_parent: set[str] = set()
+
+
+def get_driver(name: str) -> Any:
+    """IREE's driver of a name, started once for a process.
+
+    Raises:
+        RuntimeError: It cannot start; see `DRIVER_ERRORS` for what else IREE may raise.
+    """
+    if is_of_parent(name):
+        raise RuntimeError("started before this process was forked")
+    _started.add(name)
+    return _rt.get_driver(name)
+
+
+def is_of_parent(name: str) -> bool:
+    """Whether a driver cannot be used since the parent, of which this process was forked, had started it."""
+    return name in _of_parent and name not in CPU_DRIVERS
+
+
+def _forget_in_child() -> None:
+    for name in _started:
+        try:
+            never_free(_rt.get_driver(name))
+        except DRIVER_ERRORS:  # it never started
+            continue
+    _rt._binding.disable_leak_checker()  # which would report just these at the end
+    _rt._binding.clear_hal_driver_cache()
+    _of_parent.update(_started)
+    _started.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_in_child)
 
 
 @dataclass(frozen=True)
@@ -69,7 +111,7 @@ def find_devices(driver: str) -> list[Listed]:
     Raises:
         RuntimeError: The driver cannot start; see `DRIVER_ERRORS` for what else IREE may raise.
     """
-    infos = cast(list[dict[str, Any]], _rt.get_driver(driver).query_available_devices())
+    infos = cast(list[dict[str, Any]], get_driver(driver).query_available_devices())
     return [
         Listed(f"{driver}://{info['path']}" if info["path"] else driver, str(info["name"]), int(info["device_id"]))
         for info in infos
@@ -87,7 +129,7 @@ def list_devices(driver: str) -> list[tuple[str, str]]:
 def vulkan_facts(device: Listed) -> VulkanFacts:
     """What a Vulkan device says about itself; nothing where the driver does not tell."""
     try:
-        text = str(_rt.get_driver("vulkan").dump_device_info(device.number))
+        text = str(get_driver("vulkan").dump_device_info(device.number))
     except DRIVER_ERRORS:
         return VulkanFacts()
     kind = re.search(r"^type: (\S+)$", text, re.MULTILINE)

@@ -4,12 +4,15 @@ Facts about IREE 3.13.0 that shape this file (each has a test):
 
 * A `VmContext` must not be entered by two threads at once, so every call of a module holds the module's lock.
 * A module at an unaligned address computes zeros (iree#13887), so bytes are copied.
+* `VmModule.mmap` wants to write to the file, and closes the map by a call of Python: where an exception travels at that
+  time, it is replaced by a SystemError. So the map is made here, and goes with the last reference to it.
 * A CPU worker wakes the caller before it is done; see `_let_workers_finish`.
 """
 
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import threading
 from collections.abc import Mapping, Sequence
@@ -20,8 +23,9 @@ import iree.runtime as _untyped_rt  # pyright: ignore[reportMissingTypeStubs]
 
 from .device import Device, DeviceArray, has_worker_threads
 from .drivers import CPU_DRIVERS, one_line
-from .errors import TargetError
+from .errors import StateError, TargetError
 from .manifest import RESULTS_KEY
+from .owned import Owned, check_process
 
 _rt: Any = cast(Any, _untyped_rt)
 
@@ -30,7 +34,7 @@ _NO_PRIORITY: Any = os.sched_param(0) if hasattr(os, "SCHED_BATCH") else None
 """What Linux's ordinary scheduling policies want to be told; None on other systems."""
 
 
-class Module:
+class Module(Owned):
     """A module loaded on a device; calls from several threads are let in one at a time.
 
     Args:
@@ -40,8 +44,11 @@ class Module:
         TargetError: The file is damaged.
     """
 
+    _copy_hint = "load it again: modules of one file share its memory"
+
     def __init__(self, source: Path | bytes) -> None:
         self._device: Device | None = None
+        self._closed = False
         self.where = str(source) if isinstance(source, Path) else "module bytes"
         self._lock = threading.Lock()
         self._workspace: tuple[int, Any] = (0, None)
@@ -53,7 +60,7 @@ class Module:
         self._context: Any = None
         try:
             if isinstance(source, Path):
-                self._module: Any = _rt.VmModule.mmap(self._instance, str(source))
+                self._module: Any = _rt.VmModule.wrap_buffer(self._instance, _map(source))
             else:  # always copies: a module at an unaligned address computes zeros (iree#13887)
                 self._module = _rt.VmModule.copy_buffer(self._instance, source)
         except (RuntimeError, ValueError, OSError) as error:
@@ -72,6 +79,37 @@ class Module:
         """Where it has been linked."""
         assert self._device is not None, "link comes first"
         return self._device
+
+    def check_usable(self) -> None:
+        """Refuses whatever would use the device from here on, or wait for a lock in vain.
+
+        Raises:
+            StateError: It has been closed.
+            TargetError: This process was forked from the one that loaded it.
+        """
+        if self._device is not None:
+            check_process(self._device.pid, self._device.uri)
+        if self._closed:
+            raise StateError("the program is closed", where=self.where, hint="load it again")
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether another process, of which this one was forked, has loaded it."""
+        return self._device is not None and self._device.pid != os.getpid()
+
+    def close(self) -> None:
+        """Waits for the call under way and lets go of code, weights and file; twice is fine.
+
+        In a forked child nothing is waited for and nothing let go of: what the parent put on the device stays there.
+        """
+        if self.is_foreign:
+            self._closed = True
+            return
+        with self._lock:
+            self._closed = True
+            self._context = self._module = self._semaphore = None
+            self._workspace = 0, None
+            self.functions.clear()
 
     def link(self, device: Device, parameters: tuple[str, Path] | None) -> None:
         """Loads the code (and the weights) onto a device; called once, before the first call.
@@ -116,6 +154,7 @@ class Module:
         Raises:
             TargetError: The call failed on the device, or the number of results is another one.
         """
+        self.check_usable()
         packed = _rt.VmVariantList(len(arguments))
         for argument in arguments:
             if isinstance(argument, int):
@@ -196,6 +235,15 @@ class Module:
             buffer = self.device.empty([size], "uint8").view.get_buffer()
             self._workspace = size, buffer
         return buffer.ref
+
+
+def _map(path: Path) -> mmap.mmap:
+    """The file's bytes, read into memory at once where the system can."""
+    with path.open("rb") as file:
+        if hasattr(mmap, "MAP_POPULATE"):
+            flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
+            return mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ)
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def _let_workers_finish() -> bool:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import os
 import threading
+import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from . import binding
 from .binding import Sizes
@@ -17,6 +18,7 @@ from .drivers import CPU_DRIVERS, subgroup_sizes
 from .errors import StateError, TargetError
 from .manifest import REFLECTION_KEY, EntryPoint, InputSpec, Manifest, OutputSpec, StateSpec
 from .module import Module
+from .owned import Owned
 from .state import next_states, read_state, state_shape, upload_state
 
 if TYPE_CHECKING:
@@ -27,11 +29,14 @@ _KEPT_INPUTS = 64
 _SMALL_OUTPUT = 1 << 19  # elements; below it the device writes to the host's memory sooner than a copy is submitted
 
 
-class Program:
+class Program(Owned):
     """A loaded model; immutable, so threads may share it (calls are let in one at a time).
 
-    Get it from `Program.load`.
+    Get it from `Program.load`. Its memory is freed when nobody holds it or a session of it any more, or by `close`,
+    which the end of a `with` block calls.
     """
+
+    _copy_hint = "threads may share it; another process must load it again"
 
     def __init__(self, module: Module, manifest: Manifest) -> None:
         self._module = module
@@ -40,6 +45,8 @@ class Program:
         self._inputs: dict[tuple[int, tuple[int, ...]], DeviceArray] = {}
         self._outputs: dict[str, list[DeviceArray]] = {}
         self._lock = threading.RLock()
+        self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+        self._sessions_lock = threading.Lock()
         self._result_dtypes = [*(output.dtype for output in manifest.outputs), *returned]
 
     @staticmethod
@@ -75,6 +82,41 @@ class Program:
         module.link(opened, _find_parameters(module.where, manifest, path, parameters))
         return Program(module, manifest)
 
+    def close(self) -> None:
+        """Frees the code, the weights and the states of all sessions, once the call under way has ended.
+
+        Every later call of the program or of a session of it raises a StateError; closing twice is fine. In a child
+        process that was forked it frees nothing: the memory is the parent's.
+        """
+        if self._module.is_foreign:  # a lock may be held by a thread that is not in this process
+            self._module.close()
+            return
+        with self._lock:
+            self._module.close()
+            self._inputs.clear()
+            self._outputs.clear()
+            with self._sessions_lock:
+                for session in self._sessions:
+                    session.release()
+
+    def __enter__(self) -> Self:
+        """The program, to be closed at the end of the block."""
+        self.check_usable()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Closes it."""
+        self.close()
+
+    def check_usable(self) -> None:
+        """Refuses whatever would use the device in vain.
+
+        Raises:
+            StateError: The program has been closed.
+            TargetError: This process was forked from the one that loaded it.
+        """
+        self._module.check_usable()
+
     @property
     def manifest(self) -> Manifest:
         """What the module says about itself."""
@@ -108,7 +150,11 @@ class Program:
         """
         from .session import Session
 
-        return Session(self, batch)
+        self.check_usable()
+        session = Session(self, batch)
+        with self._sessions_lock:
+            self._sessions.add(session)
+        return session
 
     def run(self, inputs: Mapping[str, Any]) -> dict[str, HostArray]:
         """Runs the graph once, without a session: everything in and out by ONNX name and in ONNX shape.
@@ -127,6 +173,7 @@ class Program:
             StateError: P+T is more than the capacity.
             TargetError: The call failed on the device.
         """
+        self.check_usable()
         m = self._manifest
         optional = {spec.name for spec in m.inputs if spec.role in ("attention_mask", "position_ids")}
         required = [spec.name for spec in m.inputs if spec.name not in optional]
@@ -164,6 +211,7 @@ class Program:
 
     def exclusive(self) -> AbstractContextManager[object]:
         """No other thread's call runs inside, so that the outputs of one's own call stay as they are."""
+        self.check_usable()
         return self._lock
 
     def call(
@@ -193,7 +241,9 @@ class Program:
         """
         m = self._manifest
         symbol = entry.last if last and entry.last else entry.symbol
+        self.check_usable()
         with self._lock:  # the inputs' buffers are used again in the next call
+            self.check_usable()  # another thread may have closed it by now
             arguments: list[DeviceArray | int] = [self._input(i, array) for i, array in enumerate(inputs)]
             arguments += states
             if m.takes_position:

@@ -14,6 +14,7 @@ from .binding import Sizes
 from .device import DeviceArray, HostArray, numpy_dtype
 from .errors import InputError, StateError
 from .manifest import InputSpec, OutputSpec
+from .owned import Owned
 from .program import block_inputs, check_room, complete_inputs
 from .state import read_state, state_shape, zero_states
 
@@ -24,7 +25,7 @@ _COMPACT_BYTES = 16 << 20
 _SPARE_STATES = 2
 
 
-class Session:
+class Session(Owned):
     """The states of one sequence, or of B rows of equal length.
 
     A call commits every state or none: when `run` raises, position and states are as they were. A session is for one
@@ -32,6 +33,8 @@ class Session:
 
     Get it from `Program.session`.
     """
+
+    _copy_hint = "start another one with program.session(); fork(), which is to branch a sequence, does not exist yet"
 
     def __init__(self, program: Program, batch: int | None = None) -> None:
         manifest = program.manifest
@@ -124,6 +127,10 @@ class Session:
     def states(self) -> dict[str, HostArray]:
         """Copies of all states by the name of their past input; see `state`."""
         return {spec.name: self.state(spec.name) for spec in self._manifest.states}
+
+    def release(self) -> None:
+        """Frees the states; the program calls it when it closes, after which a session has no use of them."""
+        self._arrays, self._spare, self._mask = [], [], None
 
     def _run(self, inputs: Mapping[str, Any], last: bool) -> dict[str, HostArray]:
         m, past = self._manifest, self._position
@@ -255,6 +262,7 @@ class Session:
 
     @contextmanager
     def _exclusive(self) -> Generator[None]:
+        self._program.check_usable()
         if not self._busy.acquire(blocking=False):
             raise StateError("the session is in use by another thread", hint="use one session per thread")
         try:

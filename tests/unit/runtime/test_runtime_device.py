@@ -108,7 +108,7 @@ except Exception as error:
 @pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="for Linux")
 def test_a_caller_waits_without_taking_the_cpu_of_a_worker(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     module, seen = Module.__new__(Module), list[int]()
-    module._device, module._lock, module._result_specs = device, threading.Lock(), {"f": None}
+    module._device, module._lock, module._closed, module._result_specs = device, threading.Lock(), False, {"f": None}
 
     def invoke(function: str, packed: object, results: object) -> None:
         seen.append(os.sched_getscheduler(0))
