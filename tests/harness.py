@@ -7,6 +7,7 @@ from typing import Any
 
 import iree.runtime as rt
 import numpy as np
+import pytest
 from iree.compiler import ir
 from iree.compiler.api import Invocation, Output, Session
 from linattn.dialect_patterns.builder import Builder
@@ -39,6 +40,19 @@ TARGETS = {
 DEVICE_ATTRIBUTES = {"lavapipe": vulkan.device_attribute("lavapipe", LAVAPIPE)}
 DEFAULTS = LoweringOptions()
 DRIVERS = {"cpu": "cpu", "vulkan": "vulkan", "lavapipe": "vulkan"}
+# CPUs by what --cpu-features names them: vectors of 128 bits (without fused multiply-adds), 256 and 512 bits, and those
+# whose instructions for products of bytes are others. What a kernel does depends on these, not on the machine at hand.
+CPUS = {
+    "cpu128": "x86-64-v2",
+    "cpu256": "x86-64-v3",
+    "cpu512": "x86-64-v4",
+    "cpu256vnni": "alderlake",
+    "cpu512vnni": "cascadelake",
+}
+WIDTHS = ["cpu128", "cpu256", "cpu512"]
+for _name, _features in CPUS.items():
+    _cpu = resolve_target("cpu", TargetOptions(cpu_features=_features))
+    FLAGS[_name], TARGETS[_name], DRIVERS[_name] = list(_cpu.flags), _cpu.capabilities, "cpu"
 DTYPES = {
     "float32": "f32",
     "float16": "f16",
@@ -50,6 +64,13 @@ DTYPES = {
     "int8": "i8",
 }
 TORCH = {"i64": "si64", "i32": "si32", "i8": "ui8"}
+
+
+def skip_unless_it_runs(target: str) -> None:
+    """Call between compiling and running: a test for a CPU that has more than this one ends there."""
+    missing = TARGETS[target].features - HOST.features if target in CPUS else frozenset[str]()
+    if missing:
+        pytest.skip(f"compiled, not run: this CPU lacks {', '.join(sorted(missing))}")
 
 
 def spec(array: np.ndarray | None, open_dims: bool = False) -> TensorSpec | None:
@@ -101,8 +122,9 @@ def module_text(
     inputs: Sequence[TensorSpec | None],
     outputs: Sequence[TensorSpec | None],
     attributes: Mapping[str, Any],
+    name: str = "main",
 ) -> str:
-    """The function ``main`` around one imported operator, as the importer would leave it."""
+    """The function ``name`` around one imported operator, as the importer would leave it."""
     given = [(i, s) for i, s in enumerate(inputs) if s is not None]
     wanted = [(i, s) for i, s in enumerate(outputs) if s is not None]
     operands = ", ".join("%none" if s is None else f"%a{i}" for i, s in enumerate(inputs))
@@ -112,7 +134,7 @@ def module_text(
     arguments = ", ".join(f"%a{i}: {torch_type(s)}" for i, s in given)
     types = ", ".join(torch_type(s) for _, s in wanted)
     return f"""
-func.func @main({arguments}) -> ({types})
+func.func @{name}({arguments}) -> ({types})
     attributes {{torch.onnx_meta.opset_version = {max(version, 17)} : si64}} {{
   %none = torch.constant.none
   {results} = torch.operator "onnx.{op_type}"({operands}) {{linattn.domain = "{domain}",
@@ -135,17 +157,32 @@ def lowered(
     used: Sequence[bool] | None = None,
 ) -> ir.Module:
     """The module after the patterns, still with torch types at its edges."""
-    entry = find_op(domain, op_type, version)
-    assert entry is not None, f"no pattern for {domain}.{op_type} {version}"
     node = node_for(domain, op_type, version, inputs, attributes, num_outputs, used)
-    outputs = list(entry.output_types(entry.parse(node)))
-    if used is not None:
-        outputs = [o if u else None for o, u in zip(outputs, used, strict=True)]
+    return lowered_all([node], target, options, context, used)
+
+
+def lowered_all(
+    nodes: Sequence[Node],
+    target: str = "cpu",
+    options: LoweringOptions = DEFAULTS,
+    context: ir.Context | None = None,
+    used: Sequence[bool] | None = None,
+) -> ir.Module:
+    """The same for many operators, each in a function of its own: ``main``, ``main1``, ``main2`` and so on."""
+    texts: list[str] = []
+    for i, node in enumerate(nodes):
+        entry = find_op(node.domain, node.op_type, node.version)
+        assert entry is not None, f"no pattern for {node.domain}.{node.op_type} {node.version}"
+        outputs = list(entry.output_types(entry.parse(node)))
+        if used is not None:
+            outputs = [o if u else None for o, u in zip(outputs, used, strict=True)]
+        what = (node.domain, node.op_type, node.version, node.inputs, outputs, node.attributes)
+        texts.append(module_text(*what, name=f"main{i or ''}"))
     context = context or ir.Context()
     context.load_all_available_dialects()  # a compiler session loads none by itself; building ops then corrupts memory
     with context, ir.Location.unknown():
-        module = ir.Module.parse(module_text(domain, op_type, version, inputs, outputs, attributes))
-        assert lower_operators(module, LoweringContext(Builder(), TARGETS[target], options)) == 1
+        module = ir.Module.parse("\n".join(texts))
+        assert lower_operators(module, LoweringContext(Builder(), TARGETS[target], options)) == len(nodes)
         set_device(module, target)
         module.operation.verify()
         return module
@@ -223,6 +260,7 @@ def run_op(
         domain, op_type, version, specs, attributes or {}, num_outputs, target, options, session.context, used
     )
     vmfb = compile_module(module, session, target)
+    skip_unless_it_runs(target)
     config = device_config(target)
     context = rt.SystemContext(config=config)
     context.add_vm_module(rt.VmModule.copy_buffer(context.instance, vmfb))

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import iree.runtime as rt
 import ml_dtypes
 import numpy as np
-from harness import DTYPES, FLAGS, _host, compile_module, device_config, lowered
+from harness import DTYPES, FLAGS, _host, compile_module, device_config, lowered_all, skip_unless_it_runs
 from iree.compiler import ir
 from iree.compiler.api import Session
-from linattn.dialect_patterns.node import TensorSpec
+from linattn.dialect_patterns.node import Node, TensorSpec
 from linattn.dialect_patterns.op import MICROSOFT, LoweringOptions
 from linattn.frontend.targets import vulkan
 from linattn.frontend.targets.base import TargetOptions
 
-Attributes = tuple[tuple[str, Any], ...]
 OPEN_AXES = {
     "LinearAttention": ((0, 1), (0, 1), (0, 1), (0,), (0, 1), (0, 1)),
     "CausalConvWithState": ((0, 2), (), (), (0,)),
@@ -42,25 +42,38 @@ def specs_of(op_type: str, inputs: Sequence[np.ndarray | None], open_dims: bool 
     )
 
 
+Kind = tuple[tuple[TensorSpec | None, ...], tuple[tuple[str, Any], ...]]
+"""What a node is compiled for: types of its inputs, attributes."""
+
+
 @lru_cache(maxsize=256)
-def compiled(
-    op_type: str,
-    domain: str,
-    specs: tuple[TensorSpec | None, ...],
-    attributes: Attributes,
-    target: str,
-    options: LoweringOptions,
-) -> Any:
-    """The loaded function of one configuration."""
+def compiled(op_type: str, domain: str, kinds: tuple[Kind, ...], target: str, options: LoweringOptions) -> list[Any]:
+    """The loaded functions of some nodes, compiled together."""
+    version = 1 if domain == MICROSOFT else 27
+    nodes = [Node("test", domain, op_type, version, specs, 2, dict(attributes)) for specs, attributes in kinds]
     session = Session()
     session.set_flags(*([] if target == "vulkan" else FLAGS[target]), "--iree-input-type=none")
-    version = 1 if domain == MICROSOFT else 27
-    module = lowered(domain, op_type, version, specs, dict(attributes), 2, target, options, session.context)
+    module = lowered_all(nodes, target, options, session.context)
     if target == "vulkan":
         module.operation.attributes["hal.device.targets"] = ir.Attribute.parse(VULKAN, session.context)
+    vmfb = compile_module(module, session, target)
+    skip_unless_it_runs(target)
     context = rt.SystemContext(config=device_config(target))
-    context.add_vm_module(rt.VmModule.copy_buffer(context.instance, compile_module(module, session, target)))
-    return context.modules.module.main
+    context.add_vm_module(rt.VmModule.copy_buffer(context.instance, vmfb))
+    return [context.modules.module[f"main{i or ''}"] for i in range(len(kinds))]
+
+
+@dataclass(frozen=True)
+class Call:
+    """What one node is given.
+
+    Attributes:
+        inputs: Its operands, None for one that it lacks.
+        attributes: Its attributes.
+    """
+
+    inputs: Sequence[np.ndarray | None]
+    attributes: Mapping[str, Any]
 
 
 def run(
@@ -74,8 +87,26 @@ def run(
     **attributes: Any,
 ) -> list[np.ndarray]:
     """Output and present state; bfloat16 as ml_dtypes arrays."""
-    specs = specs_of(op_type, inputs, open_dims)
-    function = compiled(op_type, domain, specs, tuple(sorted(attributes.items())), target, options)
+    calls = [Call(inputs, attributes)]
+    return run_all(op_type, calls, domain=domain, target=target, open_dims=open_dims, options=options)[0]
+
+
+def run_all(
+    op_type: str,
+    calls: Sequence[Call],
+    *,
+    domain: str = "",
+    target: str = "cpu",
+    open_dims: bool | str = True,
+    options: LoweringOptions = LoweringOptions(),  # noqa: B008
+) -> list[list[np.ndarray]]:
+    """The same for many nodes, compiled together: much cheaper than one by one."""
+    kinds = tuple((specs_of(op_type, c.inputs, open_dims), tuple(sorted(c.attributes.items()))) for c in calls)
+    functions = compiled(op_type, domain, kinds, target, options)
+    return [_call(function, c.inputs, target) for function, c in zip(functions, calls, strict=True)]
+
+
+def _call(function: Any, inputs: Sequence[np.ndarray | None], target: str) -> list[np.ndarray]:
     device = device_config(target).device
     arrays = []
     for array in inputs:

@@ -58,9 +58,9 @@ def is_legal(contract: CausalConv, target: Target) -> Legality:
 
 def takes_rows(contract: CausalConv, target: Target) -> bool:
     """Whether there is a kernel for input and output [B, T, C], for nodes that stand between two transposes."""
-    c, lanes = contract, max(target.vector_bits // 32, _MIN_LANES)
-    fits = c.channels % lanes == 0 and c.state_length <= _MAX_UNROLLED
-    return isinstance(is_legal(c, target), Yes) and fits and c.input.shape[2] != 1
+    c = contract
+    fits = c.state_length <= _MAX_UNROLLED and c.channels >= _MIN_LANES and _row_sizes(c, _row_lanes(c, target))
+    return isinstance(is_legal(c, target), Yes) and bool(fits) and c.input.shape[2] != 1
 
 
 def emit_causal_conv_fused_simd(context: LoweringContext, contract: CausalConv, x: Operands) -> list[ir.Value]:
@@ -112,11 +112,11 @@ def causal_conv_kernel(contract: CausalConv, target: Target) -> Kernel:
 
 def rows_kernel(contract: CausalConv, target: Target) -> Kernel:
     """The kernel of a contract for input and output [B, T, C]."""
-    c, lanes = contract, max(target.vector_bits // 32, _MIN_LANES)
+    c, lanes = contract, _row_lanes(contract, target)
     batch, _, tokens = c.input.shape
-    most = min(_MAX_ROW, _STACK_BYTES // (4 * (c.kernel + c.state_length)))
-    sizes = [size for size in range(lanes, max(most, lanes) + 1, lanes) if c.channels % size == 0]
-    channels = min(sizes, key=lambda size: slowest_share(c.channels // size, size * (tokens or 256) + _START))
+    channels = min(
+        _row_sizes(c, lanes), key=lambda size: slowest_share(-(-c.channels // size), size * (tokens or 256) + _START)
+    )
 
     def write(k: KernelText, batch: Index, tokens: Index, memrefs: Sequence[str]) -> None:
         del batch
@@ -124,6 +124,23 @@ def rows_kernel(contract: CausalConv, target: Target) -> Kernel:
 
     value = TensorSpec((batch, tokens, c.channels), c.input.dtype), "BT_"
     return _kernel(c, f"{_symbol(c, target)}_rows", value, (_flat_state(c), "B_"), channels, write)
+
+
+def _row_lanes(c: CausalConv, target: Target) -> int:
+    """Lanes of a vector of channels: as many as there are, and no more than there are channels."""
+    return min(max(target.vector_bits // 32, _MIN_LANES), 1 << (c.channels.bit_length() - 1))
+
+
+def _row_sizes(c: CausalConv, lanes: int) -> list[int]:
+    """Channels that a workgroup over rows may have: whole vectors and equal shares if possible.
+
+    Else the last workgroup gets what is left, which must fill a vector, or one workgroup does them all.
+    """
+    most = min(_MAX_ROW, _STACK_BYTES // (4 * (c.kernel + c.state_length)), c.channels)
+    whole = range(lanes, most + 1, lanes)
+    equal = [size for size in whole if c.channels % size == 0]
+    rest = [size for size in whole if c.channels % size >= lanes]
+    return equal or rest + ([c.channels] if c.channels == most else [])
 
 
 def _kernel(
@@ -142,7 +159,7 @@ def _kernel(
         inputs=tuple(spec for spec, _ in given),
         outputs=(value[0], state[0]),
         axes=(*(term for _, term in given), value[1], state[1]),
-        workgroups=(c.channels // channels, 1),
+        workgroups=(-(-c.channels // channels), 1),
         write=write,
     )
 

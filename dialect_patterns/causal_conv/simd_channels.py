@@ -6,6 +6,7 @@ L = (k - 1) * dilation tokens of state; padded = past state followed by the inpu
 
 So projections leave their rows and attention takes its own; models put a transpose before and behind the operator,
 which this form leaves out. A vector holds channels of one token. Weights and past state are turned once, to the stack.
+Where vectors do not divide the channels of a workgroup, its last vector ends with them, whatever it computes twice.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class ChannelsBody:
     Args:
         k: Where to write.
         c: What is computed.
-        channels: Of a workgroup, a multiple of ``lanes``.
+        channels: Of a workgroup; the last one does what is left, at least ``lanes``.
         lanes: Of a vector.
         tokens: T.
         memrefs: Input, weight, bias (if any), past state (if any), output, present state.
@@ -32,13 +33,15 @@ class ChannelsBody:
     def __init__(
         self, k: KernelText, c: CausalConv, channels: int, lanes: int, tokens: Index, memrefs: Sequence[str]
     ) -> None:
-        self.k, self.c, self.channels, self.lanes, self.tokens = k, c, channels, lanes, tokens
+        self.k, self.c, self.lanes, self.tokens = k, c, lanes, tokens
         given = iter(memrefs)
         self.x, self.weight = next(given), next(given)
         self.bias = next(given) if c.has_bias else None
         self.past = next(given) if c.has_past else None
         self.output, self.state = next(given), next(given)
         self.batch, self.first = own_channels(k, channels)
+        even = c.channels % channels == 0
+        self.count = channels if even else k.minimum(channels, k.sub(c.channels, self.first))
         self.taps = k.alloca([c.kernel, channels])
         self.old = k.alloca([c.state_length, channels])
 
@@ -72,7 +75,12 @@ class ChannelsBody:
             body(offset)
             return []
 
-        self.k.loop(self.channels, [], once, step=self.lanes)
+        k, lanes = self.k, self.lanes
+        whole = k.mul(k.div(self.count, lanes), lanes)
+        k.loop(whole, [], once, step=lanes)
+        if whole != self.count:
+            uneven = isinstance(self.count, int)
+            self._when("" if uneven else k.less(whole, self.count), uneven, lambda: body(k.sub(self.count, lanes)))
 
     def _turn(self, offset: Index) -> None:
         """Weights and past state of some channels to the stack."""

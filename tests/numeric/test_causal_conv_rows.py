@@ -15,10 +15,12 @@ from linattn.runtime import Program
 from onnx import helper, numpy_helper
 
 from tests.data import causal_conv
+from tests.harness import CPUS, DRIVERS, WIDTHS, skip_unless_it_runs
 from tests.tolerances import check
 
-# batch, channels, tokens, taps, dilation, activation, bias, past: tokens around the state's, channels around vectors of
-# 8 and around groups; the last one has nothing to swap.
+# batch, channels, tokens, taps, dilation, activation, bias, past: tokens around the state's; channels that vectors of
+# 4, 8 or 16 divide or do not, fewer than a vector has, and around groups of at most 512, the last of which gets what is
+# left. The last case has nothing to swap.
 CASES = [
     (1, 48, 2, 4, 1, "silu", True, True),
     (2, 24, 3, 4, 1, "silu", False, True),
@@ -26,9 +28,16 @@ CASES = [
     (2, 8, 64, 2, 1, "silu", True, True),
     (1, 16, 13, 3, 4, "silu", True, True),
     (1, 16, 4, 9, 2, "none", False, False),
+    (2, 4, 6, 4, 1, "none", True, True),
+    (1, 7, 9, 4, 1, "silu", True, True),
+    (2, 37, 5, 4, 1, "silu", True, True),
+    (1, 1031, 4, 4, 1, "silu", False, True),
     (2, 16, 1, 4, 1, "silu", True, True),
 ]
 DTYPES = [np.float32, np.float16, ml_dtypes.bfloat16]
+ON_CPUS = [*((width, np.float32) for width in WIDTHS), ("cpu128", np.float16), ("cpu512", np.float16)]
+ON_CPUS += [("cpu256", ml_dtypes.bfloat16)]
+ON_VULKAN = [pytest.param("vulkan", dtype, marks=pytest.mark.vulkan) for dtype in DTYPES]
 
 
 def feeds_of(case: tuple[Any, ...], dtype: Any) -> list[np.ndarray | None]:
@@ -78,20 +87,26 @@ def check_all(program: Program, cases: list[tuple[Any, ...]], dtype: Any) -> Non
         check([results[f"y{i}"], results[f"present{i}"]], (output.transpose(0, 2, 1), state))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=["f32", "f16", "bf16"])
-@pytest.mark.parametrize("target", ["cpu", pytest.param("vulkan", marks=pytest.mark.vulkan)])
+@pytest.mark.parametrize(("target", "dtype"), [*ON_CPUS, *ON_VULKAN])
 def test_between_transposes(target: str, dtype: Any) -> None:
-    module = compile_model(build(CASES, dtype), CompileOptions(target=target)).module
+    options = CompileOptions(target=DRIVERS[target], cpu_features=CPUS.get(target))
+    module = compile_model(build(CASES, dtype), options).module
     assert b"_rows" in module
     assert b"_transpose_" not in module
+    skip_unless_it_runs(target)
     check_all(Program.load(module), CASES, dtype)
 
 
-def test_open_tokens() -> None:
+@pytest.mark.parametrize("target", WIDTHS)
+def test_open_tokens(target: str) -> None:
     """The number of tokens is known at run time only."""
     kinds = [(1, 24, 0, 4, 1, "silu", True, True), (2, 16, 0, 3, 3, "none", False, True)]
-    kinds.append((1, 12, 0, 4, 1, "silu", True, True))  # no whole vectors: the kernel over channels, transposes and all
+    kinds.append((1, 12, 0, 4, 1, "silu", True, True))
+    kinds.append((1, 521, 0, 4, 1, "silu", True, True))
+    kinds.append((1, 3, 0, 4, 1, "silu", True, True))  # no vector at all: the kernel over channels, transposes and all
     model = build(kinds, np.float32, "tokens")
-    program = Program.load(compile_model(model, CompileOptions(prefill_blocks=None)).module)
+    module = compile_model(model, CompileOptions(cpu_features=CPUS[target], prefill_blocks=None)).module
+    skip_unless_it_runs(target)
+    program = Program.load(module)
     for tokens in (2, 3, 4, 7, 40):
         check_all(program, [(*kind[:2], tokens, *kind[3:]) for kind in kinds], np.float32)

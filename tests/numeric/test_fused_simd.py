@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import harness
 import ml_dtypes
 import numpy as np
 import pytest
 from data import DATA, HARD_DATA, Shape, causal_conv, linear_attention
+from harness import WIDTHS
 from linattn.dialect_patterns.causal_conv.reference import reference as conv_reference
 from linattn.dialect_patterns.linear_attention.reference import reference
 from linattn.dialect_patterns.op import MICROSOFT, LoweringOptions
-from state_ops import run
+from state_ops import Call, run, run_all
 from tolerances import check
 
 FUSED = LoweringOptions(strategy="fused_simd")
@@ -96,19 +96,28 @@ def test_several_panels_of_a_workgroup(q_heads: int) -> None:
         check(run_shape(shape, inputs), expected(shape, inputs))
 
 
-@pytest.mark.parametrize("bits", [128, 512])
-def test_other_vectors(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As other CPUs take it; what vectors this machine lacks, LLVM makes of those that it has."""
-    name = f"cpu{bits}"
-    for table, value in (
-        (harness.TARGETS, replace(harness.HOST, vector_bits=bits)), (harness.FLAGS, harness.FLAGS["cpu"]),
-        (harness.DRIVERS, "cpu"),
-    ):  # fmt: skip
-        monkeypatch.setitem(table, name, value)  # type: ignore[arg-type]
-    shape = Shape(q_heads=2, dk=64, dv=64)
-    for tokens in (39, 1):
-        inputs = linear_attention(shape, 1, tokens)
-        check(run_shape(shape, inputs, target=name, open_dims=False), expected(shape, inputs))
+@pytest.mark.parametrize("target", WIDTHS)
+def test_widths(target: str) -> None:
+    """Heads that vectors of 16, of 8 or only of 4 divide, gates of each kind, both kernels."""
+    shapes = [
+        Shape(q_heads=2, dk=64, dv=64), Shape("gated_delta", "key", dk=20, dv=8), Shape("delta", dk=24, dv=4),
+    ]  # fmt: skip
+    for tokens in (39, 2):
+        calls = [Call(linear_attention(shape, 1, tokens), shape.attributes) for shape in shapes]
+        got = run_all("LinearAttention", calls, target=target, open_dims=False, options=FUSED)
+        for shape, call, result in zip(shapes, calls, got, strict=True):
+            check(result, expected(shape, call.inputs))
+
+
+@pytest.mark.parametrize("target", WIDTHS)
+def test_causal_conv_widths(target: str) -> None:
+    """Vectors of tokens, or for one token of channels: 8, 12 and 40 of these, T around 4, 8 and 16."""
+    cases = [(channels, 1, taps) for channels in (8, 12, 40) for taps in (2, 4)]
+    cases += [(6, tokens, 4) for tokens in (3, 7, 16, 17, 40, 67)]
+    calls = [Call(causal_conv(2, channels, tokens, taps), {"activation": "silu"}) for channels, tokens, taps in cases]
+    got = run_all("CausalConvWithState", calls, target=target, open_dims=False, options=FUSED)
+    for call, result in zip(calls, got, strict=True):
+        check(result, conv_reference(*call.inputs, activation="silu"))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("state_dtype", [np.float32, None], ids=["f32-state", "same-state"])

@@ -18,6 +18,7 @@ from linattn.frontend import CompileOptions, compile_model
 from linattn.runtime import Program
 from onnx import TensorProto, helper, numpy_helper
 
+from tests.harness import CPUS, WIDTHS, skip_unless_it_runs
 from tests.tolerances import BENIGN, error
 
 # Rows around tiles of 6 and chunks of 32 tiles; K around blocks of 256 and unrolling by 4; N around panels of 16 and 8.
@@ -72,10 +73,14 @@ def test_products(dtype: type) -> None:
     assert compiled.module.count(b"mat_mul_fused_simd") > 0
 
 
-def test_vectors_of_128_bits() -> None:
-    model = build(SHAPES, np.float32)
-    compiled = compile_model(model, CompileOptions(cpu_features="generic"))
-    check(Program.load(compiled.module), model, SHAPES, np.float32)
+@pytest.mark.parametrize("target", WIDTHS)
+def test_widths(target: str) -> None:
+    """All widths of vectors, one tile of rows and several, columns and depths that no vector divides."""
+    shapes = [(2, 258, 33), (6, 130, 9), (12, 67, 100), (13, 67, 41), (64, 301, 72), (1, 1030, 4)]
+    model = build(shapes, np.float32)
+    compiled = compile_model(model, CompileOptions(cpu_features=CPUS[target]))
+    skip_unless_it_runs(target)
+    check(Program.load(compiled.module), model, shapes, np.float32)
 
 
 @pytest.mark.parametrize(("features", "bits"), [("znver4", 512), ("x86-64-v3", 256), ("generic", 128)])

@@ -34,6 +34,7 @@ def open_axes(array: np.ndarray, axes: Sequence[int]) -> TensorSpec:
 
 
 def load(vmfb: bytes, target: str) -> Any:
+    harness.skip_unless_it_runs(target)
     context = rt.SystemContext(config=harness.device_config(target))
     context.add_vm_module(rt.VmModule.copy_buffer(context.instance, vmfb))
     return context.modules.module.main

@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from attention_runs import CapacityRun, error, to_device
+from harness import WIDTHS
 from linattn.dialect_patterns.hybrid import attention_strategies
 from linattn.dialect_patterns.hybrid.attention_core import AttentionShape, Heads
 from linattn.dialect_patterns.node import TensorSpec
@@ -38,18 +39,20 @@ def attend(
 
 
 @pytest.mark.parametrize(
-    ("tokens", "heads", "kv_heads", "size", "window", "softcap", "dtype"),
+    ("tokens", "heads", "kv_heads", "size", "window", "softcap", "dtype", "target"),
     [
-        (1, 6, 2, 20, None, 0.0, np.float32),
-        (1, 2, 2, 64, 70, 0.0, np.float32),
-        (9, 6, 2, 64, None, 0.0, np.float32),
-        (5, 8, 1, 32, 66, 3.0, np.float32),
-        (9, 4, 2, 64, None, 0.0, np.float16),
-        (2, 12, 1, 64, None, 0.0, ml_dtypes.bfloat16),
+        (1, 6, 2, 20, None, 0.0, np.float32, "cpu"),
+        (1, 2, 2, 64, 70, 0.0, np.float32, "cpu"),
+        (9, 6, 2, 64, None, 0.0, np.float32, "cpu"),
+        (5, 8, 1, 32, 66, 3.0, np.float32, "cpu"),
+        (9, 4, 2, 64, None, 0.0, np.float16, "cpu"),
+        (2, 12, 1, 64, None, 0.0, ml_dtypes.bfloat16, "cpu"),
+        *((3, 4, 2, 24, 70, 3.0, np.float32, width) for width in WIDTHS),
+        *((9, 3, 1, 80, None, 0.0, np.float32, width) for width in WIDTHS),
     ],
 )
 def test_positions(
-    tokens: int, heads: int, kv_heads: int, size: int, window: int | None, softcap: float, dtype: type
+    tokens: int, heads: int, kv_heads: int, size: int, window: int | None, softcap: float, dtype: type, target: str
 ) -> None:
     """What lies behind the position is NaN and is neither read nor weighed."""
     random, batch, scale = np.random.default_rng(tokens + heads), 2, 0.3
@@ -67,14 +70,14 @@ def test_positions(
     if window is not None:
         attributes["local_window_size"] = window
     run = CapacityRun(
-        "GroupQueryAttention", "com.microsoft", 1, [*new, *cache, lengths, total], specs, attributes, (3, 4), "cpu"
+        "GroupQueryAttention", "com.microsoft", 1, [*new, *cache, lengths, total], specs, attributes, (3, 4), target
     )
     for position in POSITIONS:
         caches = []
         for past in cache:
             poisoned = past.copy()
             poisoned[:, :, position:] = np.nan
-            caches.append(to_device(poisoned, "cpu"))
+            caches.append(to_device(poisoned, target))
         new = [normal(*array.shape) for array in new]
         got = run.step([*new, None, None, lengths, total], caches, position)
         for b in range(batch):
