@@ -67,6 +67,11 @@ def _parser() -> argparse.ArgumentParser:
         help="a CPU's name or features such as +avx2,+fma,+f16c (default: host)",
     )
     add(
+        "--target-triple",
+        metavar="TRIPLE",
+        help="compile for another machine's CPU, such as aarch64-linux-gnu; then --cpu-features defaults to generic",
+    )
+    add(
         "--gpu-target",
         metavar="NAME",
         help="a GPU architecture, such as sm_89 or ada; Vulkan: host, or a file of vulkaninfo --json",
@@ -96,6 +101,7 @@ def _run(arguments: argparse.Namespace) -> None:
         target=arguments.target,
         cpu_features=arguments.cpu_features,
         gpu_target=arguments.gpu_target,
+        target_triple=arguments.target_triple,
         dims=_dims(arguments.dim),
         batch=_batch(arguments.batch),
         max_context=_max_context(arguments.max_context),

@@ -48,6 +48,7 @@ class CompileOptions:
         target: ``cpu``, ``cuda`` or ``vulkan``.
         cpu_features: See :class:`~linattn.frontend.targets.TargetOptions`.
         gpu_target: Likewise.
+        target_triple: Likewise.
         dims: Symbol -> size, for symbols that are not batch, tokens or lengths.
         batch: Rows of a call; None for open.
         max_context: Capacity of the KV caches in tokens; None for open; ``default`` for min(the model's, 4096).
@@ -63,6 +64,7 @@ class CompileOptions:
     target: str = "cpu"
     cpu_features: str | None = None
     gpu_target: str | None = None
+    target_triple: str | None = None
     dims: Mapping[str, int] = field(default_factory=dict[str, int])
     batch: int | None = 1
     max_context: int | str | None = "default"
@@ -111,7 +113,8 @@ def compile_model(
     """
     options = options or CompileOptions()
     progress = progress or Progress(6)
-    target = resolve_target(options.target, TargetOptions(options.cpu_features, options.gpu_target))
+    machine = TargetOptions(options.cpu_features, options.gpu_target, options.target_triple)
+    target = resolve_target(options.target, machine)
     with progress.stage("load and check the model"):
         model = load_model(source)
         _bind_named_dims(model.proto, options.dims)
@@ -276,7 +279,14 @@ def _manifest(
     return Manifest(
         model_name=model.name,
         model_sha256=model.sha256,
-        target=ManifestTarget(target.name, target.device, target.description, target.subgroup_size),
+        target=ManifestTarget(
+            target.name,
+            target.device,
+            target.description,
+            target.subgroup_size,
+            target.architecture,
+            target.instruction_sets,
+        ),
         batch=plan.batch,
         max_context=plan.max_context,
         context_limit=plan.context_limit,

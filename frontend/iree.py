@@ -22,7 +22,7 @@ _TORCH_PIPELINE = "builtin.module(func.func(convert-torch-onnx-to-torch),torch-t
 _NAMED = re.compile(r'loc\("([^"]*)"')
 
 
-def _execute(invocation: Invocation, *phases: str) -> bool:
+def execute(invocation: Invocation, *phases: str) -> bool:
     """Run a part of IREE's pipeline: pairs of ``FromPhase`` or ``ToPhase`` and a phase's name.
 
     IREE 3.13 has no Python name for these two functions of its C API.
@@ -123,7 +123,7 @@ class Compiler:
         return b""
 
     def _run(self, invocation: Invocation, *phases: str) -> None:
-        if not _execute(invocation, *phases):
+        if not execute(invocation, *phases):
             raise self._failure("IREE could not compile the model")
 
     def _failure(self, what: str) -> LoweringError:

@@ -115,12 +115,16 @@ class Target:
         description: For people: CPU features, GPU architecture.
         subgroup_size: Lanes of a subgroup that the kernels count on; None: any. Optional in the JSON. Checked at load,
             since IREE 3.13.0 runs a kernel for 32 lanes on a device of 8 and returns wrong numbers.
+        architecture: `x86_64` | `aarch64`; None: not a CPU. Checked at load, like what follows: the process would die.
+        instruction_sets: What the code needs beyond what every CPU of the architecture has, in LLVM's names.
     """
 
     name: str
     device: str
     description: str = ""
     subgroup_size: int | None = None
+    architecture: str | None = None
+    instruction_sets: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -255,6 +259,8 @@ def _build(top: Reader) -> Manifest:
             target.text("device"),
             target.text("description"),
             target.optional_whole("subgroup_size", 1, missing_ok=True),
+            None if target.get("architecture") is None else target.text("architecture"),
+            target.texts("instruction_sets"),
         ),
         batch=top.optional_whole("batch", 1),
         max_context=top.optional_whole("max_context", 1),
@@ -308,6 +314,8 @@ def _build(top: Reader) -> Manifest:
 
 def _check(manifest: Manifest, where: str) -> None:
     m = manifest
+    if (m.target.name == "cpu") != (m.target.architecture is not None):
+        raise bad(where, "target.architecture", f"wrong for target {m.target.name}", m.target.architecture)
     for name, role in m.dims.items():
         if role not in ("batch", "tokens", "past", "total", "open"):
             raise bad(where, f"dims.{name}", "unknown role", role, "batch | tokens | past | total | open")

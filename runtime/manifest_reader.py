@@ -54,6 +54,13 @@ class Reader:
         """A text, None where the field is missing or null."""
         return None if self._fields.get(key) is None else self.text(key)
 
+    def texts(self, key: str) -> tuple[str, ...]:
+        """A list of strings."""
+        values = self.array(key)
+        if not all(isinstance(value, str) for value in values):
+            raise self._wrong(key, values, "a list of strings")
+        return tuple(str(value) for value in values)
+
     def choice(self, key: str, choices: Sequence[str]) -> str:
         """One of some words."""
         value = self.get(key)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from . import binding
 from .binding import Sizes
+from .cpu import check_cpu
 from .device import Device, DeviceArray, HostArray, open_device
 from .drivers import CPU_DRIVERS, subgroup_sizes
 from .errors import StateError, TargetError
@@ -354,6 +355,7 @@ def _check_target(where: str, manifest: Manifest, device: Device) -> None:
         hint = "leave the device out, or compile with --target for this one"
         got = f"device {device.uri}"
         raise TargetError(f"compiled for {manifest.target.name}", where=where, got=got, expected=wanted, hint=hint)
+    check_cpu(where, manifest.target)
     lanes, range_ = manifest.target.subgroup_size, subgroup_sizes(device.uri)
     if lanes is not None and range_ is not None and not range_[0] <= lanes <= range_[1]:
         got = f"{range_[0]} to {range_[1]} on {device.description}"

@@ -15,10 +15,12 @@ class TargetOptions:
         cpu_features: ``host``, ``generic``, a CPU name such as ``znver4``, or features such as ``+avx2,+fma,+f16c``.
         gpu_target: A GPU architecture: ``sm_89`` for CUDA, ``ada`` or ``rdna3`` for Vulkan, or ``host`` or
             the path of a device's profile.
+        target_triple: The machine's architecture and system, such as ``aarch64-linux-gnu``; None: this one's.
     """
 
     cpu_features: str | None = None
     gpu_target: str | None = None
+    target_triple: str | None = None
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class CompileTarget:
         device: IREE device URI that runs the module.
         description: For people: the features or architecture compiled for.
         flags: IREE compiler flags.
+        architecture: Of a CPU: ``x86_64`` or ``aarch64``.
+        instruction_sets: Of a CPU: what the code may contain beyond what all of the architecture have.
         device_attribute: MLIR text of the module's ``hal.device.targets``, for devices that IREE's own tables describe
             wrongly or not at all; None to let the flags decide.
         capabilities: What the lowerings may ask about.
@@ -43,6 +47,8 @@ class CompileTarget:
     description: str
     flags: tuple[str, ...]
     capabilities: Target
+    architecture: str | None = None
+    instruction_sets: tuple[str, ...] = ()
     device_attribute: str | None = None
     subgroup_size: int | None = None
     prefill_blocks: tuple[int, ...] = (512, 64, 8)

@@ -9,97 +9,113 @@ and 17.1, 639 MiB; ``--iree-opt-data-tiling`` 90 and 16.6, 1080 MiB; IREE's defa
 
 from __future__ import annotations
 
-import platform
+import difflib
 import re
-from pathlib import Path
+from collections.abc import Sequence
 
 from linattn.dialect_patterns.target import Limits, Target
+from linattn.runtime.cpu import machine_architecture, machine_features
 from linattn.runtime.errors import TargetError
 
 from .base import CompileTarget, TargetOptions
+from .cpu_names import CPUS, FEATURES
 
 # IREE 3.13's loader of CPU code (executable_library.h); a workgroup is one thread with a stack.
 _ANY = 2**32 - 1
 _COUNTS = (_ANY, _ANY, 65_535)
 LIMITS = Limits(64, 64, memory=_ANY, declared=_ANY, threads=_ANY, sizes=_COUNTS, counts=_COUNTS)
 
-_DEVICE_FLAGS = ("--iree-hal-target-device=local", "--iree-hal-local-target-device-backends=llvm-cpu")
-
-# Features of CPUs by LLVM name: the instruction sets that kernels use by name, and those that set the vector width.
-_AVX2 = frozenset({"avx2"})
-_AVX512 = _AVX2 | {"avx512f", "avx512bw"}
-_VNNI = _AVX512 | {"avx512vnni"}
-NAMED = {
-    **dict.fromkeys(("x86-64-v3", "haswell", "broadwell", "skylake", "znver1", "znver2", "znver3"), _AVX2),
-    **dict.fromkeys(("alderlake", "raptorlake", "sierraforest"), _AVX2 | {"avxvnni"}),
-    **dict.fromkeys(("x86-64-v4", "skylake-avx512"), _AVX512),
-    **dict.fromkeys(("cascadelake", "icelake-server", "icelake-client", "znver4"), _VNNI),
-    **dict.fromkeys(("sapphirerapids", "graniterapids", "znver5"), _VNNI | {"avxvnni"}),
-    **dict.fromkeys(("neoverse-n1", "neoverse-v1", "neoverse-v2", "apple-m1", "apple-m2"), frozenset({"dotprod"})),
-}
-# How /proc/cpuinfo calls them.
-_CPUINFO = {
-    "avx2": "avx2",
-    "avx512f": "avx512f",
-    "avx512bw": "avx512bw",
-    "avx512_vnni": "avx512vnni",
-    "avx_vnni": "avxvnni",
-    "asimddp": "dotprod",
-}
+HOST, GENERIC = "host", "generic"
+_SPELLINGS = {"x86_64": "x86_64", "amd64": "x86_64", "x64": "x86_64", "aarch64": "aarch64", "arm64": "aarch64"}
+_TRIPLE = re.compile(r"(\w+)(-(\w+-)?(linux|darwin|macos|windows|android)[\w.]*(-\w+)?)?")
+_TRIPLES = "x86_64 or aarch64: x86_64-linux-gnu, aarch64-linux-gnu, arm64-apple-macos, x86_64-pc-windows-msvc, ..."
+_WHERE = "--cpu-features"
 
 
 def resolve(options: TargetOptions) -> CompileTarget:
-    """Flags for a CPU; ``--cpu-features`` defaults to ``host``.
+    """Flags for a CPU; ``--cpu-features`` defaults to ``host``, for a target triple to ``generic``.
 
     Raises:
-        TargetError: if a GPU option is given or the features are not of a known form.
+        TargetError: if a GPU option is given, or a name is not known for the architecture.
     """
+    from .cpu_query import query  # the targets can be listed where there is no compiler
+
     if options.gpu_target is not None:
         raise TargetError("a GPU option for a CPU target", where="--gpu-target", hint="use --cpu-features")
-    asked = options.cpu_features or "host"
-    notes: tuple[str, ...] = ()
-    if asked == "host":
-        flags, features = ("--iree-llvmcpu-target-cpu=host",), _host_features()
-    elif asked == "generic":
-        flags, features = ("--iree-llvmcpu-target-cpu=generic",), frozenset[str]()
-    elif re.fullmatch(r"[+-][\w.]+(,[+-][\w.]+)*", asked):
-        flags = (f"--iree-llvmcpu-target-cpu-features={asked}", "--iree-llvmcpu-target-cpu=generic")
-        features = _named_features(asked.split(","))
-        if "avx2" in features and "f16c" not in features:
-            notes = ("without f16c, f16 models are slow: add +f16c, which every CPU with avx2 has",)
-    elif re.fullmatch(r"[a-z][\w.-]*", asked):
-        flags, features = (f"--iree-llvmcpu-target-cpu={asked}",), NAMED.get(asked, frozenset[str]())
-        if asked not in NAMED:
-            notes = (f"the features of {asked} are not known to kernels, which use 128 bits: list them as +avx2,...",)
+    architecture = _architecture(options.target_triple)
+    default = HOST if options.target_triple is None else GENERIC
+    asked = default if options.cpu_features is None else options.cpu_features
+    notes: list[str] = []
+    if asked == HOST:
+        if architecture != machine_architecture():
+            expected = "a CPU's name, such as cortex-a76, or generic"
+            raise TargetError(f"this machine is no {architecture}", where=_WHERE, got=asked, expected=expected)
+        cpu = query(architecture, HOST, usable=machine_features())
+    elif asked.startswith(("+", "-")):
+        changes = asked.split(",")
+        _check_features(architecture, changes)
+        cpu = query(architecture, GENERIC, asked)
+        if "avx2" in cpu.instruction_sets and "f16c" not in cpu.instruction_sets:
+            notes.append("without f16c, f16 models are slow: add +f16c, which every CPU with avx2 has")
     else:
-        raise TargetError(
-            "not understood",
-            where="--cpu-features",
-            got=repr(asked),
-            expected="host | generic | a CPU name such as znver4 | features such as +avx2,+fma,+f16c",
-        )
+        _check_name(architecture, asked)
+        cpu = query(architecture, asked)
+    if cpu.left_out:
+        notes.append(f"not used, since not every system tells of them: {', '.join(cpu.left_out)}")
     return CompileTarget(
         name="cpu",
         device="local-task",
-        description=f"{platform.machine()} {asked}",
-        flags=_DEVICE_FLAGS + flags,
-        capabilities=Target("cpu", vector_bits=_vector_bits(features), features=features, limits=LIMITS),
-        notes=notes,
+        description=f"{architecture} {asked}" + (f" ({cpu.name})" if asked == HOST else ""),
+        flags=cpu.flags,
+        capabilities=Target("cpu", vector_bits=cpu.vector_bits, features=cpu.instruction_sets, limits=LIMITS),
+        architecture=architecture,
+        instruction_sets=tuple(sorted(cpu.instruction_sets)),
+        notes=tuple(notes),
     )
 
 
-def _named_features(changes: list[str]) -> frozenset[str]:
-    """What a list such as +avx2,-fma adds."""
-    return frozenset(change[1:] for change in changes if change[0] == "+" and f"-{change[1:]}" not in changes)
+def _architecture(triple: str | None) -> str:
+    """The architecture of a triple; the module is the same for every system."""
+    match = _TRIPLE.fullmatch(machine_architecture() if triple is None else triple)
+    architecture = _SPELLINGS.get(match[1]) if match else None
+    if architecture is None:
+        where, got = ("this machine", machine_architecture()) if triple is None else ("--target-triple", repr(triple))
+        raise TargetError("not a CPU to compile for", where=where, got=got, expected=_TRIPLES)
+    return architecture
 
 
-def _vector_bits(features: frozenset[str]) -> int:
-    """Width of the SIMD registers."""
-    return 512 if "avx512f" in features else 256 if "avx2" in features else 128
+def _check_name(architecture: str, name: str) -> None:
+    if name in CPUS[architecture]:
+        return
+    others = [other for other, names in CPUS.items() if name in names]
+    if others:
+        hint = f"add --target-triple {others[0]}-linux-gnu"
+        raise TargetError(
+            f"a CPU of {others[0]}", where=_WHERE, got=repr(name), expected=f"one of {architecture}", hint=hint
+        )
+    near = _near(name, [HOST, *CPUS[architecture]])
+    expected = near or "host | generic | a CPU's name such as znver4 or cortex-a76 | features such as +avx2,+fma,+f16c"
+    raise TargetError(
+        f"no CPU of {architecture} that the compiler knows", where=_WHERE, got=repr(name), expected=expected
+    )
 
 
-def _host_features() -> frozenset[str]:
-    """What this machine has of the features that matter here; nothing where it cannot be told."""
-    cpuinfo = Path("/proc/cpuinfo")
-    words = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set[str]()
-    return frozenset(name for word, name in _CPUINFO.items() if word in words)
+def _check_features(architecture: str, changes: Sequence[str]) -> None:
+    from .cpu_query import UNCHECKED
+
+    for change in changes:
+        name = change[1:]
+        if change[:1] not in ("+", "-") or not name:
+            expected = "features that each begin with + or -, such as +avx2,+fma,+f16c"
+            raise TargetError("not understood", where=_WHERE, got=repr(change), expected=expected)
+        if name not in FEATURES[architecture]:
+            expected = _near(name, FEATURES[architecture]) or f"features of {architecture}, as LLVM calls them"
+            message = f"no feature of {architecture} that the compiler knows"
+            raise TargetError(message, where=_WHERE, got=repr(change), expected=expected)
+        if change[0] == "+" and name in UNCHECKED[architecture]:
+            hint = "leave it out"
+            raise TargetError("no system tells whether a CPU has it", where=_WHERE, got=repr(change), hint=hint)
+
+
+def _near(name: str, names: Sequence[str]) -> str:
+    return " | ".join(difflib.get_close_matches(name.lower(), names, 3))

@@ -36,6 +36,8 @@ def resolve(options: TargetOptions) -> CompileTarget:
     """
     if options.cpu_features is not None:
         raise TargetError("a CPU option for a GPU target", where="--cpu-features", hint="use --gpu-target")
+    if options.target_triple is not None:
+        raise TargetError("a CPU option for a GPU target", where="--target-triple", hint="use --gpu-target")
     asked = (options.gpu_target or DEFAULT).lower()
     match = re.fullmatch(r"sm_(\d{2,3})[af]?", asked)
     number = _NAMES.get(asked, int(match[1]) if match else 0)

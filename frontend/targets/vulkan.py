@@ -41,6 +41,8 @@ def resolve(options: TargetOptions) -> CompileTarget:
     """
     if options.cpu_features is not None:
         raise TargetError("a CPU option for a GPU target", where="--cpu-features", hint="use --gpu-target")
+    if options.target_triple is not None:
+        raise TargetError("a CPU option for a GPU target", where="--target-triple", hint="use --gpu-target")
     given = options.gpu_target or BASELINE
     asked = given.lower()
     if asked in DEVICES:

@@ -18,7 +18,7 @@ from linattn.frontend.targets import TargetOptions, resolve_target
 
 OP = "MatMulNBits"
 AVX2 = Target("cpu", vector_bits=256, features=frozenset({"avx2"}))
-ARM = "--iree-llvmcpu-target-triple=aarch64-linux-gnu"
+X86, ARM = "x86_64-linux-gnu", "aarch64-linux-gnu"
 
 
 def attributes(columns: int = 96, accuracy: int = 4, depth: int = 128) -> dict[str, int]:
@@ -85,23 +85,24 @@ def test_two_workers_end_together(columns: int) -> None:
 @pytest.mark.parametrize(
     ("features", "triple", "instruction"),
     [
-        ("znver4", "", "avx512vnni"),
-        ("x86-64-v4", "", "avx512bw"),
-        ("alderlake", "", "avxvnni"),
-        ("generic", "", ""),
+        ("znver4", X86, "avx512vnni"),
+        ("x86-64-v4", X86, "avx512bw"),
+        ("alderlake", X86, "avxvnni"),
+        ("generic", X86, ""),
         ("+dotprod", ARM, "dotprod"),
+        ("apple-m4", ARM, "dotprod"),
         ("generic", ARM, ""),
     ],
 )
 def test_compiles_for(features: str, triple: str, instruction: str) -> None:
     """Few rows and many in one module."""
-    target = resolve_target("cpu", TargetOptions(cpu_features=features))
+    target = resolve_target("cpu", TargetOptions(cpu_features=features, target_triple=triple))
     for rows in (1, 6):
         found = plan(contract(rows), target.capabilities)
         assert not isinstance(found, str)
         assert (instruction in found.instruction.features) if found.instruction else not instruction
     session = Session()
-    session.set_flags(*target.flags, *([triple] if triple else []), "--iree-input-type=none")
+    session.set_flags(*target.flags, "--iree-input-type=none")
     session.context.load_all_available_dialects()
     with session.context, ir.Location.unknown():
         text = "\n".join(_function(rows) for rows in (1, 6))

@@ -50,7 +50,7 @@ def test_frontend_cannot_write_a_broken_one() -> None:
 
 
 HOSTILE: list[tuple[str, Any, str]] = [
-    ("format", 2, "unknown manifest format"),
+    ("format", 1, "unknown manifest format"),
     ("format", True, "whole number"),
     ("format", None, "whole number"),
     ("batch", 0, "manifest.batch"),
@@ -92,6 +92,11 @@ HOSTILE: list[tuple[str, Any, str]] = [
     ("dims", [], "an object"),
     ("target.name", "tpu", "cpu | cuda | vulkan"),
     ("target.subgroup_size", 0, "subgroup_size"),
+    ("target.architecture", None, "target.architecture"),
+    ("target.architecture", 64, "target.architecture"),
+    ("target.name", "cuda", "target.architecture"),
+    ("target.instruction_sets", None, "a list"),
+    ("target.instruction_sets", ["avx2", 2], "a list of strings"),
     ("parameters", {"scope": "model", "file": "../../etc/passwd"}, "plain file name"),
     ("parameters", {"scope": "model", "file": ".."}, "plain file name"),
     ("parameters", {"scope": "model", "file": ""}, "plain file name"),
@@ -133,3 +138,11 @@ def test_not_a_manifest(text: str) -> None:
     with pytest.raises(TargetError) as caught:
         Manifest.from_json(text)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["architecture", "instruction_sets"])
+def test_target_says_what_its_code_needs(key: str) -> None:
+    raw = copy.deepcopy(GOOD)
+    del raw["target"][key]
+    with pytest.raises(TargetError, match=rf"manifest\.target\.{key}: missing"):
+        Manifest.from_json(json.dumps(raw))

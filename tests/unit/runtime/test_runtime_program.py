@@ -17,7 +17,7 @@ from linattn.runtime.device import open_device
 from linattn.runtime.manifest import EntryPoint, InputSpec, Manifest, OutputSpec, Parameters, StateSpec, Target
 from linattn.runtime.module import Module
 from test_runtime_session import some_ids
-from tiny_hybrid import FLAGS, Hybrid, open_form, reference
+from tiny_hybrid import ANY_CPU, FLAGS, Hybrid, open_form, reference
 
 Load = Callable[..., Program]
 
@@ -194,7 +194,7 @@ def test_wrong_device_on_vulkan() -> None:
     lanes = replace(Hybrid("vulkan", blocks=(1,)).manifest(), target=Target("vulkan", "vulkan", "x", 1024)).to_json()
     with pytest.raises(TargetError, match="compiled for another subgroup size"):
         Program.load(Hybrid("vulkan", blocks=(1,)).compile(lanes))
-    lie = replace(Hybrid("vulkan", blocks=(1,)).manifest(), target=Target("cpu", "local-task")).to_json()
+    lie = replace(Hybrid("vulkan", blocks=(1,)).manifest(), target=ANY_CPU).to_json()
     with pytest.raises(TargetError, match="does not load on local-task") as caught:
         Program.load(Hybrid("vulkan", blocks=(1,)).compile(lie))
     assert "\n" not in str(caught.value)
@@ -206,7 +206,7 @@ def weights_module(tmp_path: Path) -> Path:
     manifest = Manifest(
         model_name="scaled",
         model_sha256="",
-        target=Target("cpu", "local-task"),
+        target=ANY_CPU,
         batch=None,
         max_context=None,
         context_limit=None,
@@ -260,7 +260,7 @@ def test_static_state_model() -> None:
     manifest = Manifest(
         model_name="op",
         model_sha256="",
-        target=Target("cpu", "local-task"),
+        target=ANY_CPU,
         batch=None,
         max_context=None,
         context_limit=None,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from iree.compiler.tools import compile_str
+from linattn.runtime.cpu import machine_architecture
 from linattn.runtime.manifest import EntryPoint, InputSpec, Manifest, OutputSpec, StateSpec, Target
 
 FLAGS = {
@@ -22,7 +23,7 @@ FLAGS = {
     ),
     "vulkan": ("--iree-hal-target-device=vulkan",),
 }
-DEVICES = {"cpu": "local-task", "vulkan": "vulkan"}
+ANY_CPU = Target("cpu", "local-task", "test", architecture=machine_architecture())
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Hybrid:
         return Manifest(
             model_name="tiny-hybrid",
             model_sha256="0" * 64,
-            target=Target(self.target, DEVICES[self.target], "test"),
+            target=ANY_CPU if self.target == "cpu" else Target("vulkan", "vulkan", "test"),
             batch=self.batch,
             max_context=self.max_context,
             context_limit=None,
