@@ -27,6 +27,7 @@ from .choices import describe_choices
 from .dims import find_roles
 from .entry_points import ModuleOptions, ModulePlan, plan_module
 from .importer import Signature, import_entry_point
+from .index_bounds import index_bounds
 from .iree import Compiler
 from .joined_products import join_products
 from .last_position import LEAST_TOKENS, keep_last
@@ -251,7 +252,9 @@ def _plan(
         specialized = specialize(model.proto, sizes, plan.state_types, plan.capacity_pairs)
         check_contracts(specialized.proto.graph, specialized.types, versions)
         graphs.append(join_products(specialized, versions, target.capabilities, _lowering_options(options)))
-    return plan, graphs
+    bounds = index_bounds(graphs, [spec.name for spec in plan.inputs])
+    inputs = tuple(dataclasses.replace(spec, bounds=bounds.get(spec.name)) for spec in plan.inputs)
+    return dataclasses.replace(plan, inputs=inputs), graphs
 
 
 def _functions(plan: ModulePlan, graphs: Sequence[SpecializedGraph]) -> tuple[ModulePlan, dict[str, SpecializedGraph]]:

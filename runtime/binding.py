@@ -10,46 +10,22 @@ from typing import Any, cast
 
 import numpy as np
 
+from .arrays import check_bounds
 from .device import HostArray, numpy_dtype
 from .errors import InputError
-from .manifest import Dim, EntryPoint, InputSpec, Manifest, StateSpec
+from .manifest import Dim, EntryPoint, InputSpec, Manifest
 
 
-def as_array(spec: InputSpec | StateSpec, value: Any) -> HostArray:
-    """The caller's value as an array of the right dtype.
-
-    Args:
-        spec: What it is for.
-        value: An array of exactly the right dtype, or Python numbers and lists of them.
-
-    Raises:
-        InputError: Another dtype, or not an array.
-    """
-    wanted = numpy_dtype(spec.dtype)
-    typed = isinstance(value, (np.ndarray, np.generic))
-    array: HostArray
-    if not typed:
-        try:
-            array = np.asarray(value)
-            if array.dtype.kind in "iub" and wanted.kind in "iub":
-                return _narrow(spec, array, wanted)
-            array = array.astype(wanted) if array.size == 0 or wanted.kind not in "iub" else array
-        except (TypeError, ValueError, OverflowError) as error:
-            raise InputError("not an array", where=spec.name, got=type(value).__name__, expected=spec.dtype) from error
-    else:
-        array = np.asarray(cast(Any, value))
-    if array.dtype != wanted:
-        hint = f"convert it, for example with .astype({spec.dtype!r})"
-        raise InputError("wrong dtype", where=spec.name, got=array.dtype, expected=spec.dtype, hint=hint)
-    return array
-
-
-def check_names(given: Mapping[str, Any], allowed: Sequence[str], required: Sequence[str]) -> None:
-    """Refuses names that do not exist and required inputs that are missing.
+def check_names(given: Any, allowed: Sequence[str], required: Sequence[str]) -> None:
+    """Refuses inputs that are not given by name, names that do not exist and required inputs that are missing.
 
     Raises:
         InputError: One line that lists what there is.
     """
+    if not isinstance(given, Mapping):
+        example = f"{{{required[0]!r}: ...}}" if required else "a dict"
+        raise InputError("inputs are given by name", got=type(given).__name__, expected=example)
+    given = cast(Mapping[Any, Any], given)
     unknown = [name for name in given if name not in allowed]
     if unknown:
         raise InputError("no such input", got=", ".join(map(str, unknown)), expected=", ".join(allowed))
@@ -190,6 +166,27 @@ def full_mask(manifest: Manifest, spec: InputSpec, batch: int, past: int, tokens
     return np.ones(sizes.concrete(spec.name, spec.shape), numpy_dtype(spec.dtype))
 
 
+def refuse_padding(manifest: Manifest, spec: InputSpec, mask: HostArray) -> None:
+    """Refuses a mask with zeros where the model has recurrent or conv states.
+
+    Raises:
+        InputError: There are zeros.
+    """
+    if not mask.all() and any(state.kind in ("recurrent", "conv") for state in manifest.states):
+        hint = "pass rows of different length separately, or leave the mask out"
+        raise InputError("padding would enter the state", where=spec.name, got="zeros", expected="ones", hint=hint)
+
+
+def check_indices(manifest: Manifest, feeds: Mapping[str, HostArray]) -> None:
+    """Refuses a call with an index outside the model's tables, before anything runs.
+
+    Raises:
+        InputError: Names the input and the first such element.
+    """
+    for spec in manifest.inputs:
+        check_bounds(spec, feeds[spec.name])
+
+
 def block_mask(manifest: Manifest, spec: InputSpec, mask: HostArray, past: int, start: int, size: int) -> HostArray:
     """The mask that one block takes.
 
@@ -237,13 +234,6 @@ def cut(manifest: Manifest, spec: InputSpec, array: HostArray, start: int, size:
     """The part of an input that belongs to one block; inputs without a token axis go to every block whole."""
     axis = axis_of(manifest, spec.shape, "tokens")
     return array if axis is None else _slice(array, axis, start, start + size)
-
-
-def _narrow(spec: InputSpec | StateSpec, array: HostArray, wanted: np.dtype[Any]) -> HostArray:
-    narrowed = array.astype(wanted)
-    if not np.array_equal(narrowed, array):
-        raise InputError("value out of range", where=spec.name, expected=spec.dtype)
-    return narrowed
 
 
 def _slice(array: HostArray, axis: int, start: int, stop: int) -> HostArray:

@@ -11,7 +11,8 @@ from typing import cast
 
 import numpy as np
 
-from .device import HostArray, numpy_dtype
+from .arrays import token_ids
+from .device import HostArray
 from .discover import FoundDevice, devices
 from .errors import InputError, LinattnError
 from .generate import greedy, token_input
@@ -87,8 +88,8 @@ def read_inputs(program: Program, texts: Sequence[str], ids: str | None) -> dict
         except (ValueError, OverflowError) as error:
             raise InputError("not token ids", where="--ids", got=repr(ids[:40]), expected="1,2,3") from error
     for spec in program.inputs:
-        if spec.role == "tokens" and spec.name in inputs and inputs[spec.name].dtype.kind in "iu":
-            inputs[spec.name] = np.atleast_2d(inputs[spec.name]).astype(numpy_dtype(spec.dtype))
+        if spec.role == "tokens" and spec.name in inputs:
+            inputs[spec.name] = token_ids(spec, inputs[spec.name])
     return inputs
 
 

@@ -58,4 +58,4 @@ class StateError(LinattnError):
 
 
 class InputError(LinattnError, ValueError):
-    """A wrong argument of a runtime call: name, dtype, shape."""
+    """A wrong argument of a runtime call: name, dtype, shape, index."""

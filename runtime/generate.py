@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from .arrays import token_ids
 from .device import HostArray
 from .errors import InputError, StateError
 from .session import Session
@@ -46,17 +47,16 @@ def greedy(session: Session, ids: ArrayLike, count: int) -> Iterator[int | tuple
         StateError: The context is full, or the logits are NaN.
     """
     name = token_input(session)
-    dtype = next(spec.dtype for spec in session.program.inputs if spec.name == name)
+    spec = next(spec for spec in session.program.inputs if spec.name == name)
     outputs = [spec.name for spec in session.program.outputs if spec.role == "logits"]
     if len(outputs) != 1:
         raise InputError("no single output of logits", got=", ".join(outputs) or "none")
-    prompt: HostArray = np.atleast_2d(np.asarray(ids))
-    if prompt.size == 0 or prompt.ndim != 2:
-        raise InputError("the prompt must have tokens", where=name, got=list(prompt.shape), expected="[T] or [B, T]")
-    feed: HostArray = prompt.astype(dtype)
+    feed = token_ids(spec, ids)
+    if feed.size == 0 or feed.ndim != 2:
+        raise InputError("the prompt must have tokens", where=name, got=list(feed.shape), expected="[T] or [B, T]")
     for _ in range(count):
         logits = session.run({name: feed}, logits="last")[outputs[0]]
-        feed = _largest(logits).astype(dtype)
+        feed = _largest(logits).astype(feed.dtype)
         tokens = [int(token) for token in feed[:, 0]]
         yield tokens[0] if len(tokens) == 1 else tuple(tokens)
 

@@ -38,12 +38,14 @@ class InputSpec:
         dtype: numpy name, or `bfloat16`.
         shape: Sizes; symbolic names stay in even where the compiled size is fixed.
         role: `tokens` | `attention_mask` | `position_ids` | `other`.
+        bounds: Least and greatest value that the graph's tables take as an index; None: any, or not known.
     """
 
     name: str
     dtype: str
     shape: Shape
     role: str = "other"
+    bounds: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -271,6 +273,7 @@ def _build(top: Reader) -> Manifest:
                 row.choice("dtype", DTYPE_NAMES),
                 row.shape("shape"),
                 row.choice("role", ("tokens", "attention_mask", "position_ids", "other")),
+                row.optional_interval("bounds"),
             )
             for row in top.rows("inputs")
         ),
@@ -347,6 +350,9 @@ def _check(manifest: Manifest, where: str) -> None:
         nbytes = math.prod(sizes) * numpy_dtype(spec.dtype).itemsize
         if nbytes > MAX_ARRAY_BYTES:
             raise bad(where, spec.name, "too large", f"{nbytes} bytes", f"at most {MAX_ARRAY_BYTES}")
+    for spec in m.inputs:
+        if spec.bounds is not None and numpy_dtype(spec.dtype).kind not in "iu":
+            raise bad(where, spec.name, "bounds of values that are no indices", spec.dtype, "an integer dtype")
     for output in m.outputs:
         if output.token_axis is not None and output.token_axis >= len(output.shape):
             raise bad(where, output.name, "token_axis out of range", output.token_axis, f"< {len(output.shape)}")

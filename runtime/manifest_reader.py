@@ -8,6 +8,7 @@ from typing import Any, cast
 from .errors import TargetError
 
 _MAX_WHOLE = 1 << 31
+_INT64 = 1 << 63
 _MAX_ROWS = 100_000
 _MAX_RANK = 16
 
@@ -83,6 +84,15 @@ class Reader:
         """A whole number or null."""
         value = self._fields.get(key) if missing_ok else self.get(key)
         return None if value is None else self._whole(key, value, least)
+
+    def optional_interval(self, key: str) -> tuple[int, int] | None:
+        """Two whole numbers of 64 bits, the first not the larger one, or null."""
+        if self.get(key) is None:
+            return None
+        numbers = self.array(key)
+        if [type(n) for n in numbers] != [int, int] or not -_INT64 <= numbers[0] <= numbers[1] < _INT64:
+            raise self._wrong(key, numbers, "[least, greatest] in 64 bits, or null")
+        return numbers[0], numbers[1]
 
     def shape(self, key: str) -> tuple[int | str, ...]:
         """A list of whole numbers and symbolic names."""

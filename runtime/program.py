@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from . import binding
+from .arrays import as_array
 from .binding import Sizes
 from .cpu import check_cpu
 from .device import Device, DeviceArray, HostArray, open_device
@@ -170,7 +171,8 @@ class Program(Owned):
             Every graph output by name, present states included (KV caches with P+T rows).
 
         Raises:
-            InputError: A wrong name, dtype or shape, or no entry point for this number of tokens.
+            InputError: A wrong name, dtype or shape, an index outside the model's tables, a mask with zeros for a
+                model with recurrent or conv states, or no entry point for this number of tokens.
             StateError: P+T is more than the capacity.
             TargetError: The call failed on the device.
         """
@@ -180,7 +182,7 @@ class Program(Owned):
         required = [spec.name for spec in m.inputs if spec.name not in optional]
         binding.check_names(inputs, [spec.name for spec in (*m.inputs, *m.states)], required)
         specs = (*m.inputs, *m.states)
-        arrays = {spec.name: binding.as_array(spec, inputs[spec.name]) for spec in specs if spec.name in inputs}
+        arrays = {spec.name: as_array(spec, inputs[spec.name]) for spec in specs if spec.name in inputs}
 
         sizes = Sizes(m)
         for spec in sorted(specs, key=lambda spec: isinstance(spec, InputSpec) and spec.role == "attention_mask"):
@@ -197,6 +199,10 @@ class Program(Owned):
         check_room(m, past, tokens)
 
         feeds = complete_inputs(m, arrays, sizes, batch, past, tokens)
+        for spec in m.inputs:
+            if spec.role == "attention_mask":
+                binding.refuse_padding(m, spec, feeds[spec.name])
+        binding.check_indices(m, feeds)
         states = [
             upload_state(m, self.device, spec, arrays[spec.name])
             if spec.name in arrays

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from . import binding
+from .arrays import as_array
 from .binding import Sizes
 from .device import DeviceArray, HostArray, numpy_dtype
 from .errors import InputError, StateError
-from .manifest import InputSpec, OutputSpec
+from .manifest import OutputSpec
 from .owned import Owned
 from .program import block_inputs, check_room, complete_inputs
 from .state import read_state, state_shape, zero_states
@@ -97,8 +98,8 @@ class Session(Owned):
             The outputs by ONNX name, joined along their token axis. The states are not among them (see `states`).
 
         Raises:
-            InputError: A wrong name, dtype or shape, a mask with zeros for a model with recurrent or conv states,
-                or no blocks for this number of tokens.
+            InputError: A wrong name, dtype or shape, an index outside the model's tables, a mask with zeros for a
+                model with recurrent or conv states, or no blocks for this number of tokens.
             StateError: The context is full (nothing has run), or another thread is inside.
             TargetError: The call failed on the device.
         """
@@ -138,6 +139,7 @@ class Session(Owned):
         if tokens == 0:
             return {spec.name: self._empty(spec, batch) for spec in m.outputs}
         check_room(m, past, tokens)
+        binding.check_indices(m, feeds)
         plan = binding.plan_blocks(m, tokens)
         if self._batch is None:
             self._allocate(batch)
@@ -176,7 +178,7 @@ class Session(Owned):
         optional = ("attention_mask", "position_ids")
         required = [spec.name for spec in m.inputs if spec.role not in optional]
         binding.check_names(inputs, [spec.name for spec in m.inputs], required)
-        arrays = {spec.name: binding.as_array(spec, inputs[spec.name]) for spec in m.inputs if spec.name in inputs}
+        arrays = {spec.name: as_array(spec, inputs[spec.name]) for spec in m.inputs if spec.name in inputs}
         sizes = Sizes(m, past=past) if self._batch is None else Sizes(m, past=past, batch=self._batch)
         for spec in m.inputs:
             if spec.name in arrays and spec.role != "attention_mask":
@@ -207,13 +209,8 @@ class Session(Owned):
         arrays[spec.name] = given
         if given.all():
             return None
-        self._refuse_padding(spec)
+        binding.refuse_padding(m, spec, given)
         return given.copy() if axis is not None else None
-
-    def _refuse_padding(self, spec: InputSpec) -> None:
-        if any(state.kind in ("recurrent", "conv") for state in self._manifest.states):
-            hint = "pass rows of different length separately, or leave the mask out"
-            raise InputError("padding would enter the state", where=spec.name, got="zeros", expected="ones", hint=hint)
 
     def _collect(self, found: list[HostArray], spec: OutputSpec, output: DeviceArray, last: bool, final: bool) -> None:
         device = self._program.device

@@ -38,6 +38,18 @@ def test_token_limit() -> None:
     assert replace(manifest, max_context=None, context_limit=20).token_limit == 20
 
 
+def test_bounds_of_indices() -> None:
+    raw = copy.deepcopy(GOOD)
+    raw["inputs"][0]["bounds"] = [-(1 << 63), (1 << 63) - 1]
+    assert Manifest.from_json(json.dumps(raw)).inputs[0].bounds == (-(1 << 63), (1 << 63) - 1)
+    raw["inputs"][0]["dtype"] = "float32"
+    with pytest.raises(TargetError, match="input_ids: bounds of values that are no indices, got float32"):
+        Manifest.from_json(json.dumps(raw))
+    del raw["inputs"][0]["bounds"]
+    with pytest.raises(TargetError, match="bounds: missing"):
+        Manifest.from_json(json.dumps(raw))
+
+
 def test_subgroup_size_is_optional() -> None:
     raw = copy.deepcopy(GOOD)
     del raw["target"]["subgroup_size"]
@@ -66,6 +78,12 @@ HOSTILE: list[tuple[str, Any, str]] = [
     ("inputs.0.shape", [1 << 31, 1 << 31], "too large"),
     ("inputs.0.shape", ["nobody"], "dims without a role"),
     ("inputs.0.role", "admin", "manifest.inputs[0].role"),
+    ("inputs.0.bounds", 7, "a list"),
+    ("inputs.0.bounds", [1], "[least, greatest] in 64 bits"),
+    ("inputs.0.bounds", [2, 1], "[least, greatest] in 64 bits"),
+    ("inputs.0.bounds", [0, True], "[least, greatest] in 64 bits"),
+    ("inputs.0.bounds", [0, 1.5], "[least, greatest] in 64 bits"),
+    ("inputs.0.bounds", [0, 1 << 63], "[least, greatest] in 64 bits"),
     ("inputs.1.name", "input_ids", "not unique"),
     ("inputs.1.name", "past.1.kv", "not unique"),
     ("inputs.2.role", "attention_mask", "more than one attention_mask"),

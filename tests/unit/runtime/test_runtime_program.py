@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import iree.runtime as rt
 import numpy as np
@@ -104,9 +105,15 @@ def test_outputs_and_description(cpu: Program) -> None:
             "expected [batch_size=1, total_sequence_length=1]",
         ),
         ({}, InputError, "input_ids: missing input"),
+        ([[1]], InputError, "inputs are given by name, got list, expected {'input_ids': ...}"),
+        (
+            {"input_ids": [[1, 2, 3]], "attention_mask": [[0, 1, 1]]},
+            InputError,
+            "attention_mask: padding would enter the state, got zeros, expected ones",
+        ),
     ],
 )
-def test_wrong_arguments(cpu: Program, inputs: dict[str, object], error: type[Exception], words: str) -> None:
+def test_wrong_arguments(cpu: Program, inputs: Any, error: type[Exception], words: str) -> None:
     with pytest.raises(error) as caught:
         cpu.run(inputs)
     assert words in str(caught.value)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -325,7 +326,8 @@ def test_padding_without_recurrent_states(monkeypatch: pytest.MonkeyPatch) -> No
         ({"input_ids": np.ones((1, 2), np.int32)}, "input_ids: wrong dtype, got int32, expected int64"),
         ({"input_ids": np.ones((1, 2))}, "input_ids: wrong dtype, got float64, expected int64"),
         ({"input_ids": [[1.5]]}, "input_ids: wrong dtype, got float64"),
-        ({"input_ids": [[1], [2, 3]]}, "input_ids: not an array"),
+        ({"input_ids": [[1], [2, 3]]}, "input_ids: rows of different length, got 1 and 2, expected one length"),
+        ([[1, 2]], "inputs are given by name, got list, expected {'input_ids': ...}"),
         ({"input_ids": None}, "input_ids: "),
         ({"input_ids": [1, 2]}, "wrong shape, got [2], expected [batch_size=1, sequence_length]"),
         ({"input_ids": [[1], [2]]}, "wrong shape, got [2, 1], expected [batch_size=1, sequence_length]"),
@@ -340,7 +342,7 @@ def test_padding_without_recurrent_states(monkeypatch: pytest.MonkeyPatch) -> No
         ({"input_ids": [[1, 2]], "attention_mask": [1, 1]}, "attention_mask: wrong shape"),
     ],
 )
-def test_wrong_inputs(cpu: Program, inputs: dict[str, object], words: str) -> None:
+def test_wrong_inputs(cpu: Program, inputs: Any, words: str) -> None:
     session = cpu.session()
     for _ in range(2):
         with pytest.raises(InputError) as caught:
