@@ -135,6 +135,7 @@ def compile_model(
     report.abi = describe_abi(plan, signature, functions)
     with progress.stage(f"import {len(functions)} entry points"), compiler.building():
         module = ir.Module.create()
+        module.operation.attributes["sym_name"] = ir.StringAttr.get("linattn")
         if target.device_attribute is not None:
             module.operation.attributes["hal.device.targets"] = ir.Attribute.parse(target.device_attribute)
         weights = Weights(module, model.weights, PARAMETER_SCOPE if options.params else None)

@@ -44,8 +44,11 @@ static iree_status_t read_abi(const char* path, model_t* model) {
 
 // Writes integers into an array of i64 or i32, the two types of ids, masks and positions.
 static void put(void* data, bool is_wide, iree_host_size_t index, int64_t number) {
-  if (is_wide) ((int64_t*)data)[index] = number;
-  else ((int32_t*)data)[index] = (int32_t)number;
+  if (is_wide) {
+    ((int64_t*)data)[index] = number;
+  } else {
+    ((int32_t*)data)[index] = (int32_t)number;
+  }
 }
 
 // A new array for an argument: zeros for a state, else what its role asks for.
@@ -95,8 +98,11 @@ static iree_status_t push_arguments(model_t* model, const char* function, const 
     }
     const bool is_state = !strcmp(value->role, "state");
     iree_hal_buffer_view_t* view = is_state ? model->states[state] : NULL;
-    if (view) iree_hal_buffer_view_retain(view);
-    else IREE_RETURN_IF_ERROR(make_argument(model, value, ids, count, &view));
+    if (view) {
+      iree_hal_buffer_view_retain(view);
+    } else {
+      IREE_RETURN_IF_ERROR(make_argument(model, value, ids, count, &view));
+    }
     state += is_state;
     iree_status_t status = iree_runtime_call_inputs_push_back_buffer_view(call, view);
     iree_hal_buffer_view_release(view);  // the call keeps it

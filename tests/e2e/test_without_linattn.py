@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import iree.runtime as rt
 import numpy as np
 import onnx
 import pytest
@@ -51,6 +52,10 @@ def test_by_iree_run_module(compiled: Path) -> None:
     command = [str(ROOT / "samples/without_linattn.sh"), "unused: compiled", str(compiled), ",".join(map(str, PROMPT))]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, check=False)
     assert (done.returncode, done.stdout.strip()) == (0, expected(compiled)), done.stderr[-2000:]
+
+
+def test_the_module_is_called_linattn(compiled: Path) -> None:
+    assert rt.VmModule.mmap(rt.VmInstance(), str(compiled / "model.vmfb")).name == "linattn"  # C calls linattn.decode
 
 
 def test_every_result_is_returned(compiled: Path) -> None:
