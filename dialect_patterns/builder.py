@@ -6,6 +6,7 @@ dimension, as in einsum: ``b.map("btd,d->btd", fn, x, w)``; ``1`` stands for a d
 
 from __future__ import annotations
 
+import string
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -26,6 +27,9 @@ ElementFunction = (
     | Callable[[Scalar, Scalar, Scalar, Scalar, Scalar, Scalar], Scalar]
 )
 """The body of a loop over tensors: one scalar an operand in, one out."""
+
+LETTERS = string.ascii_letters
+"""Names for the dimensions of a tensor of any rank."""
 
 _DYNAMIC = ir.ShapedType.get_dynamic_size()
 
@@ -289,7 +293,7 @@ class Builder:
         """Convert the elements."""
         if spec_of(value).dtype == dtype:
             return value
-        letters = "abcdefghij"[: spec_of(value).rank]
+        letters = LETTERS[: spec_of(value).rank]
         return self.map(f"{letters}->{letters}", lambda x: x, value, dtype=dtype)
 
     def expand(self, value: ir.Value, axis: int, sizes: Sequence[Size]) -> ir.Value:

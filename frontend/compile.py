@@ -38,6 +38,7 @@ from .schema import check_contracts, check_supported, domain_of, infer_types
 from .specialize import SpecializedGraph, specialize
 from .states import find_states
 from .targets import CompileTarget, TargetOptions, resolve_target
+from .validate import check_functions, check_graph
 from .weights import Weights
 
 
@@ -120,6 +121,8 @@ def compile_model(
         model = load_model(source)
         _bind_named_dims(model.proto, options.dims)
         _inline_functions(model.proto)
+        _name_nodes(model.proto.graph)
+        check_graph(model.proto)
         _leave_out_unused_outputs(model.proto)
         versions = _versions(model.proto)
         check_supported(model.proto.graph.node, versions)
@@ -219,9 +222,22 @@ def _inline_functions(proto: onnx.ModelProto) -> None:
     del proto.functions[:]
     if kept:
         proto.functions.extend(kept)
-        proto.CopyFrom(onnx.inliner.inline_local_functions(proto))
-        for index, node in enumerate(proto.graph.node):
-            node.name = node.name or f"{node.op_type}_{index}"
+        check_functions(proto)
+        try:
+            proto.CopyFrom(onnx.inliner.inline_local_functions(proto))
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise UnsupportedModelError(
+                "its functions cannot be inlined", where="model", hint=str(error).partition("\n")[0][:300]
+            ) from error
+
+
+def _name_nodes(graph: onnx.GraphProto) -> None:
+    """Give every node a name of its own, so that errors and reports can point at it."""
+    seen: set[str] = set()
+    for index, node in enumerate(graph.node):
+        if not node.name or node.name in seen:
+            node.name = f"{node.name or node.op_type}_{index}"
+        seen.add(node.name)
 
 
 def _leave_out_unused_outputs(proto: onnx.ModelProto) -> None:
@@ -250,7 +266,7 @@ def _plan(
     graphs: list[SpecializedGraph] = []
     for entry in plan.entry_points:
         sizes = plan.sizes(entry)
-        specialized = specialize(model.proto, sizes, plan.state_types, plan.capacity_pairs)
+        specialized = specialize(model.proto, sizes, plan.state_types, plan.capacity_pairs, model.weights)
         check_contracts(specialized.proto.graph, specialized.types, versions)
         graphs.append(join_products(specialized, versions, target.capabilities, _lowering_options(options)))
     bounds = index_bounds(graphs, [spec.name for spec in plan.inputs])

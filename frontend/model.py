@@ -6,7 +6,6 @@ Weights are mapped, not read: an initializer with external data becomes a view o
 from __future__ import annotations
 
 import hashlib
-import math
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -16,13 +15,11 @@ import onnx
 from google.protobuf.message import DecodeError
 from linattn.runtime.errors import UnsupportedModelError
 
+from .schema import MIN_WEIGHT_ELEMENTS
+from .validate import check_fields, tensor_bytes
+
 MAX_GRAPH_BYTES = 2 * 1024**3 - 1
 """Protobuf's own limit for one message."""
-
-MAX_NODES = 200_000
-"""More nodes than any exporter of today writes; keeps hostile graphs from compiling for days."""
-
-MAX_TENSOR_ELEMENTS = 2**40
 
 
 @dataclass
@@ -50,14 +47,7 @@ class LoadedModel:
 
     def weight_bytes(self) -> int:
         """Bytes of all initializers."""
-        return sum(_tensor_bytes(t) for t in self.proto.graph.initializer)
-
-
-def _tensor_bytes(tensor: onnx.TensorProto) -> int:
-    count = math.prod(tensor.dims)
-    if tensor.data_type in (onnx.TensorProto.INT4, onnx.TensorProto.UINT4):
-        return (count + 1) // 2
-    return count * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        return sum(tensor_bytes(t) for t in self.proto.graph.initializer)
 
 
 def load_model(source: str | Path | onnx.ModelProto) -> LoadedModel:
@@ -73,9 +63,16 @@ def load_model(source: str | Path | onnx.ModelProto) -> LoadedModel:
     if isinstance(source, onnx.ModelProto):
         proto = onnx.ModelProto()
         proto.CopyFrom(source)
-        _check_graph(proto, "model")
-        _name_nodes(proto.graph)
-        return LoadedModel(None, proto, {}, hashlib.sha256(proto.SerializeToString()).hexdigest())
+        digest = hashlib.sha256(proto.SerializeToString()).hexdigest()
+        check_fields(proto, "model")
+        outside = [t.name for t in proto.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
+        if outside:
+            raise UnsupportedModelError(
+                "its values lie in a file, but the model was given without a path",
+                where=f"initializer '{outside[0]}'",
+                hint="give the path of the model, or load it with its external data",
+            )
+        return LoadedModel(None, proto, {}, digest)
     path = Path(source)
     if not path.is_file():
         raise UnsupportedModelError("no such file", where=str(path), hint="give the path of an .onnx file")
@@ -99,51 +96,10 @@ def load_model(source: str | Path | onnx.ModelProto) -> LoadedModel:
             got=f"{size} bytes",
             hint="export or copy it again",
         ) from error
-    _check_graph(proto, str(path))
-    _name_nodes(proto.graph)
+    check_fields(proto, str(path))
     digest = hashlib.sha256(data)
     weights = _map_external_data(proto, path, digest)
     return LoadedModel(path, proto, weights, digest.hexdigest())
-
-
-def _check_graph(proto: onnx.ModelProto, where: str) -> None:
-    if not proto.graph.node or not proto.opset_import:
-        raise UnsupportedModelError(
-            "not an ONNX model, or a truncated one: it has no nodes or no opsets", where=where, hint="export it again"
-        )
-    if len(proto.graph.node) > MAX_NODES:
-        raise UnsupportedModelError("too many nodes", where=where, got=len(proto.graph.node), expected=MAX_NODES)
-    for value in (*proto.graph.input, *proto.graph.output):
-        elem_type = value.type.tensor_type.elem_type
-        if elem_type not in onnx.TensorProto.DataType.values() or elem_type in (0, onnx.TensorProto.STRING):
-            raise UnsupportedModelError(
-                "not a tensor of numbers",
-                where=f"graph input or output '{value.name}'",
-                got=f"element type {elem_type}",
-            )
-    for tensor in proto.graph.initializer:
-        if any(d < 0 for d in tensor.dims) or math.prod(tensor.dims) > MAX_TENSOR_ELEMENTS:
-            raise UnsupportedModelError("impossible shape", where=f"initializer '{tensor.name}'", got=list(tensor.dims))
-        if tensor.data_type not in onnx.TensorProto.DataType.values() or tensor.data_type == 0:
-            raise UnsupportedModelError("unknown data type", where=f"initializer '{tensor.name}'", got=tensor.data_type)
-        if tensor.data_location != onnx.TensorProto.EXTERNAL and tensor.HasField("raw_data"):
-            want = _tensor_bytes(tensor)
-            if len(tensor.raw_data) != want:
-                raise UnsupportedModelError(
-                    "data does not fit the shape",
-                    where=f"initializer '{tensor.name}'",
-                    got=f"{len(tensor.raw_data)} bytes",
-                    expected=f"{want} bytes",
-                )
-
-
-def _name_nodes(graph: onnx.GraphProto) -> None:
-    """Give every node a name of its own, so that errors and reports can point at it."""
-    seen: set[str] = set()
-    for index, node in enumerate(graph.node):
-        if not node.name or node.name in seen:
-            node.name = f"{node.name or node.op_type}_{index}"
-        seen.add(node.name)
 
 
 def _map_external_data(proto: onnx.ModelProto, path: Path, digest: Any) -> dict[str, np.ndarray[Any, Any]]:
@@ -170,13 +126,18 @@ def _map_external_data(proto: onnx.ModelProto, path: Path, digest: Any) -> dict[
             )
         dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
         raw = file[offset : offset + length]
-        packed = tensor.data_type in (onnx.TensorProto.INT4, onnx.TensorProto.UINT4)
-        weights[tensor.name] = raw if packed else raw.view(dtype).reshape(tuple(tensor.dims))
+        array = raw.view(dtype).reshape(tuple(tensor.dims))
+        if array.size < MIN_WEIGHT_ELEMENTS:  # shapes and axes: what folds and infers must see their values
+            tensor.raw_data = array.tobytes()
+            tensor.ClearField("data_location")
+            tensor.ClearField("external_data")
+        else:
+            weights[tensor.name] = array
     return weights
 
 
 def _range(info: dict[str, str], tensor: onnx.TensorProto, where: str) -> tuple[int, int]:
-    want = _tensor_bytes(tensor)
+    want = tensor_bytes(tensor)
     try:
         offset, length = int(info.get("offset", 0)), int(info.get("length", want))
     except ValueError as error:
@@ -191,7 +152,10 @@ def _range(info: dict[str, str], tensor: onnx.TensorProto, where: str) -> tuple[
 def _map_file(model: Path, location: str, where: str) -> np.ndarray[Any, Any]:
     folder = model.parent.resolve()
     parts = PurePosixPath(location.replace("\\", "/"))
-    target = (folder / parts).resolve()
+    try:
+        target = (folder / parts).resolve()
+    except (OSError, RuntimeError) as error:  # a loop of links
+        raise UnsupportedModelError("not a file", where=where, got=repr(location), hint=str(error)) from error
     if not location or parts.is_absolute() or not target.is_relative_to(folder):
         raise UnsupportedModelError(
             "external data lies outside the model's folder",

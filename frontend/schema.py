@@ -66,6 +66,9 @@ _IMPORTER_NAMES = """
 """
 IMPORTER_OPS = frozenset(_IMPORTER_NAMES.split())
 
+NOT_IN_ONNX = frozenset((op.domain, op.op_type) for op in OPS if not onnx.defs.has(op.op_type, domain=op.domain))
+"""Operators of ours that ONNX does not define; found before they are registered with it."""
+
 CAPACITY = "linattn.capacity"
 """Attribute that marks an attention node whose KV cache is a buffer of fixed capacity, updated in place."""
 
@@ -219,9 +222,7 @@ def _infer(domain: str, op_type: str, context: Any) -> None:
 def register_schemas() -> None:
     """Teach ONNX's shape inference the operators of ours that ONNX does not define."""
     schema = onnx.defs.OpSchema
-    for domain, op_type in sorted({(op.domain, op.op_type) for op in OPS}):
-        if onnx.defs.has(op_type, domain=domain):
-            continue
+    for domain, op_type in sorted(NOT_IN_ONNX):
         variadic = schema.FormalParameterOption.Variadic
         parameters: dict[str, Any] = {
             kind: [
@@ -286,8 +287,33 @@ def check_contracts(
         op = find_op(domain, node.op_type, versions.get(domain, 1))
         unknown = partial and any(name and spec_of_type(types.get(name)) is None for name in node.input)
         if op is not None and not unknown:
-            contracts[node.name] = op.parse(node_view(node, types, versions, weights))
+            contract = contracts[node.name] = op.parse(node_view(node, types, versions, weights))
+            _check_outputs(node, op.output_types(contract), types)
     return contracts
+
+
+def _check_outputs(
+    node: onnx.NodeProto, computed: Sequence[TensorSpec | None], types: Mapping[str, onnx.TypeProto]
+) -> None:
+    """What an operator computes is what the graph declares, where it does."""
+    if len(node.output) > len(computed):
+        raise UnsupportedModelError(
+            "too many outputs", where=f"node '{node.name}' ({node.op_type})", got=len(node.output),
+            expected=f"up to {len(computed)}",
+        )  # fmt: skip
+    for name, spec in zip(node.output, computed, strict=False):
+        declared = spec_of_type(types.get(name)) if name else None
+        if spec is None or declared is None:
+            continue
+        pairs = zip(spec.shape, declared.shape, strict=False)
+        if spec.dtype != declared.dtype or spec.rank != declared.rank or any(None not in p and p[0] != p[1] for p in pairs):
+            raise UnsupportedModelError(
+                f"its output '{name}' is declared with another type",
+                where=f"node '{node.name}' ({node.op_type})",
+                got=declared,
+                expected=spec,
+                hint="export the model again",
+            )
 
 
 def value_types(graph: onnx.GraphProto) -> dict[str, onnx.TypeProto]:

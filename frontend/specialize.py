@@ -5,6 +5,7 @@ A graph with every dim bound ends with no ``Shape`` arithmetic at all; with open
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,14 +18,27 @@ from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from .dims import evaluate
-from .schema import CAPACITY, check_contracts, domain_of, infer_types, spec_of_type, type_of_spec
+from .schema import CAPACITY, DTYPES, check_contracts, domain_of, infer_types, spec_of_type, type_of_spec
 from .states import KV_LENGTH_AXIS, StatePair
 
 MAX_FOLDED_ELEMENTS = 65_536
 """Larger results stay in the graph: IREE folds what is worth folding, with the weights where they are."""
 
-# Folding must not change what a random or a stateful operator does.
-_NEVER_FOLDED = frozenset({"RandomNormal", "RandomUniform", "Dropout", "Shape"})
+MAX_FOLDING_ROUNDS = 64
+"""A chain in which each result's size depends on the one before takes a round a link, and inference each time."""
+
+# What shapes, positions and masks are computed with. Their cost is bounded by the sizes of inputs and outputs, which
+# that of a convolution or of attention is not.
+_FOLDED = frozenset(
+    """
+    Abs Add And ArgMax ArgMin BitShift BitwiseAnd BitwiseNot BitwiseOr BitwiseXor Cast CastLike Ceil Clip Concat
+    ConstantOfShape Cos CumSum Div Equal Erf Exp Expand EyeLike Flatten Floor Gather GatherElements GatherND Gemm Greater
+    GreaterOrEqual Identity IsInf IsNaN Less LessOrEqual Log MatMul Max Mean Min Mod Mul Neg Not OneHot Or Pad Pow Range
+    Reciprocal ReduceL1 ReduceL2 ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare Relu Reshape Round
+    ScatterElements ScatterND Sigmoid Sign Sin Size Slice Softmax Softplus Split Sqrt Squeeze Sub Sum Tanh Tile
+    Transpose Trilu Unsqueeze Where Xor
+    """.split()
+)
 
 
 @dataclass
@@ -45,6 +59,7 @@ def specialize(
     sizes: Mapping[str, int],
     state_types: Mapping[str, onnx.TypeProto],
     capacity_states: Iterable[StatePair],
+    weights: Mapping[str, np.ndarray[Any, Any]] | None = None,
 ) -> SpecializedGraph:
     """Bind symbols and fold constants.
 
@@ -54,9 +69,10 @@ def specialize(
         state_types: Graph input or output name -> its type, for states whose declared shapes are not precise.
         capacity_states: KV caches that are buffers of fixed capacity: their nodes are marked, and the present value
             has the past's shape.
+        weights: Initializer name -> values, of those that lie outside the graph; small ones are folded too.
 
     Raises:
-        UnsupportedModelError: if a node's output type cannot be found.
+        UnsupportedModelError: if a node's output type cannot be found, or a constant one not computed.
     """
     model = onnx.ModelProto()
     model.CopyFrom(proto)
@@ -70,7 +86,9 @@ def specialize(
     present = _mark_capacity(graph, list(capacity_states))
     _constants_to_initializers(graph)
     types = _infer(model, present)
-    while _fold(graph, types):
+    for _ in range(MAX_FOLDING_ROUNDS):
+        if not _fold(graph, types, weights or {}):
+            break
         types = _infer(model, present)
     _explicit_reshapes(graph, types)
     _drop_unused(graph)
@@ -141,17 +159,29 @@ def _constants_to_initializers(graph: onnx.GraphProto) -> None:
 
 def _evaluate(node: onnx.NodeProto, inputs: list[np.ndarray[Any, Any] | None]) -> list[np.ndarray[Any, Any]]:
     feeds = {name: value for name, value in zip(node.input, inputs, strict=True) if name and value is not None}
-    evaluator: Any = ReferenceEvaluator(node)
-    results: Any = evaluator.run(None, feeds)
-    return [np.asarray(r) for r in results]
+    try:
+        with np.errstate(all="ignore"):
+            evaluator: Any = ReferenceEvaluator(node)
+            results: Any = evaluator.run(None, feeds)
+            arrays = [np.asarray(r) for r in results]
+    except Exception as error:  # whatever numpy, or onnx's Python, says of values that do not fit the operator
+        raise UnsupportedModelError(
+            f"cannot be computed from its constant inputs: {' '.join(str(error).split())[:200]}",
+            where=f"node '{node.name}' ({node.op_type})",
+            got=", ".join(f"{a.dtype}{list(a.shape)}" for a in feeds.values()) or None,
+        ) from error
+    return arrays
 
 
-def _fold(graph: onnx.GraphProto, types: Mapping[str, onnx.TypeProto]) -> bool:
+def _fold(
+    graph: onnx.GraphProto, types: Mapping[str, onnx.TypeProto], weights: Mapping[str, np.ndarray[Any, Any]]
+) -> bool:
     """Replace nodes with constant results by initializers; whether any was."""
     constants: dict[str, np.ndarray[Any, Any]] = {}
     for tensor in graph.initializer:
-        if tensor.data_location != onnx.TensorProto.EXTERNAL and np.prod(tensor.dims) <= MAX_FOLDED_ELEMENTS:
-            constants[tensor.name] = numpy_helper.to_array(tensor)
+        if math.prod(tensor.dims) <= MAX_FOLDED_ELEMENTS:
+            inside = tensor.data_location != onnx.TensorProto.EXTERNAL
+            constants[tensor.name] = numpy_helper.to_array(tensor) if inside else weights[tensor.name]
     outputs = {v.name for v in graph.output}
     kept: list[onnx.NodeProto] = []
     folded = False
@@ -163,11 +193,30 @@ def _fold(graph: onnx.GraphProto, types: Mapping[str, onnx.TypeProto]) -> bool:
         folded = True
         for name, value in zip(node.output, values, strict=False):
             if name:
+                _check_folded(node, name, value, types)
                 constants[name] = value
                 graph.initializer.append(numpy_helper.from_array(np.asarray(value, order="C"), name))
     del graph.node[:]
     graph.node.extend(kept)
     return folded
+
+
+def _check_folded(
+    node: onnx.NodeProto, name: str, value: np.ndarray[Any, Any], types: Mapping[str, onnx.TypeProto]
+) -> None:
+    """A value is what was inferred for it; where it is not, the node's attributes or inputs contradict each other."""
+    spec = spec_of_type(types.get(name))
+    try:
+        dtype = DTYPES.get(onnx.helper.np_dtype_to_tensor_dtype(value.dtype))
+    except ValueError:  # not a type of ONNX
+        dtype = None
+    if spec is not None and node.op_type != "Shape" and (spec.dtype != dtype or spec.shape != value.shape):
+        raise UnsupportedModelError(
+            f"its output '{name}' is not what its type says",
+            where=f"node '{node.name}' ({node.op_type})",
+            got=TensorSpec(value.shape, dtype or str(value.dtype)),
+            expected=spec,
+        )
 
 
 def _constant_results(
@@ -182,11 +231,11 @@ def _constant_results(
         attributes = {a.name: a.i for a in node.attribute}
         dims = spec.shape[slice(attributes.get("start", 0), attributes.get("end"))]
         return None if None in dims else [np.array(dims, np.int64)]
-    if node.op_type in _NEVER_FOLDED or any(name and name not in constants for name in node.input):
+    if node.op_type not in _FOLDED or any(name and name not in constants for name in node.input):
         return None
     for name in node.output:
         spec = spec_of_type(types.get(name)) if name else None
-        if name and (spec is None or None in spec.shape or np.prod([d or 0 for d in spec.shape]) > MAX_FOLDED_ELEMENTS):
+        if name and (spec is None or None in spec.shape or math.prod(d or 0 for d in spec.shape) > MAX_FOLDED_ELEMENTS):
             return None
     return _evaluate(node, [constants[name] if name else None for name in node.input])
 

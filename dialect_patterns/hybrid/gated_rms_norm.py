@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from iree.compiler import ir
 
+from ..builder import LETTERS
 from ..node import Node, TensorSpec
 from ..op import MICROSOFT, LoweringContext, Op
 from ..scalar import Scalar
@@ -78,7 +79,7 @@ def lower(context: LoweringContext, contract: GatedRMSNorm, operands: Sequence[i
         z = z.to("f32")
         return value.to("f32") * factor * weight.to("f32") * (z.silu() if contract.multiplies_gate else z.sigmoid())
 
-    letters = "abcdefgh"[: axis + 2]
+    letters = LETTERS[: axis + 2]
     equation = f"{letters},{letters[:-1]},{letters[-1]},{letters}->{letters}"
     return [b.collapse(b.map(equation, gated, x, inverse, scale, gate), axis, axis + 1)]
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from iree.compiler import ir
 
+from ..builder import LETTERS
 from ..node import Node, TensorSpec
 from ..op import LoweringContext, Op
 from ..scalar import Scalar
@@ -54,7 +55,7 @@ def lower(context: LoweringContext, contract: LpNormalization, operands: Sequenc
     b = context.builder
     (x,) = operands
     assert x is not None
-    letters = "abcdefgh"[: contract.x.rank]
+    letters = LETTERS[: contract.x.rank]
     rows = letters[: contract.axis] + letters[contract.axis + 1 :]
 
     def add(total: Scalar, value: Scalar) -> Scalar:

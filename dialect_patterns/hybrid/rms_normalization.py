@@ -11,13 +11,12 @@ from dataclasses import dataclass
 
 from iree.compiler import ir
 
-from ..builder import Builder, Size, spec_of
+from ..builder import LETTERS, Builder, Size, spec_of
 from ..node import Node, TensorSpec
 from ..op import LoweringContext, Op
 from ..scalar import Scalar
 from .checks import float_input, only_attributes
 
-_LETTERS = "abcdefgh"
 _STASH_F32 = 1
 
 
@@ -75,7 +74,7 @@ def output_types(contract: RMSNormalization) -> Sequence[TensorSpec]:
 def emit_inverse_rms(b: Builder, x: ir.Value, axis: int, epsilon: float) -> ir.Value:
     """1 / sqrt(mean(x^2) + epsilon) over the dimensions from ``axis`` on, f32 [the dimensions before ``axis``]."""
     rank = spec_of(x).rank
-    letters, rows = _LETTERS[:rank], _LETTERS[:axis]
+    letters, rows = LETTERS[:rank], LETTERS[:axis]
     count: Size = 1
     for dim in range(axis, rank):
         count = b.mul(count, b.dim(x, dim))
@@ -93,7 +92,7 @@ def emit_inverse_rms(b: Builder, x: ir.Value, axis: int, epsilon: float) -> ir.V
 def emit_scaled(b: Builder, x: ir.Value, inverse: ir.Value, scale: ir.Value, dtype: str) -> ir.Value:
     """``x`` [..., N] times ``inverse`` [leading dimensions] times ``scale`` [trailing dimensions], in ``dtype``."""
     rank = spec_of(x).rank
-    letters, rows = _LETTERS[:rank], _LETTERS[: spec_of(inverse).rank]
+    letters, rows = LETTERS[:rank], LETTERS[: spec_of(inverse).rank]
     sizes = spec_of(scale).shape
     trailing = "".join(
         "1" if size == 1 else letter for size, letter in zip(sizes, letters[rank - len(sizes) :], strict=True)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from iree.compiler import ir
 
-from ..builder import Builder, spec_of
+from ..builder import LETTERS, Builder, spec_of
 from ..scalar import Scalar
 
 _BASE = 4
@@ -58,7 +58,7 @@ def join_blocks(b: Builder, diagonal: ir.Value, corner: ir.Value) -> ir.Value:
         [..., n, 2w, 2w].
     """
     rank = spec_of(corner).rank
-    lead = "abcdefgh"[: rank - 2]
+    lead = LETTERS[: rank - 2]
     row = rank - 2  # loop dimension that tells the half of the rows; the one of the columns is two further
 
     def element(block: Scalar, below: Scalar) -> Scalar:
