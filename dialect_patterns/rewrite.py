@@ -77,7 +77,11 @@ def lower_operators(module: ir.Module, context: LoweringContext) -> int:
             return True
         with rewriter.ip, op.location:
             operands = [to_builtin(operand) for operand in op.operands]
-            results = entry.lower(replace(context, position=_position(op)), contract, operands)
+            try:
+                results = entry.lower(replace(context, position=_position(op)), contract, operands)
+            except Exception as error:
+                error.add_note(node.where)
+                raise
             if results is None:  # the casts have no users and go
                 return True
             rewriter.replace_op(op, _replacements(op, results))

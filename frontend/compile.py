@@ -26,6 +26,7 @@ from .abi import describe_abi
 from .choices import describe_choices
 from .dims import find_roles
 from .entry_points import ModuleOptions, ModulePlan, plan_module
+from .guard import last_net
 from .importer import Signature, import_entry_point
 from .index_bounds import index_bounds
 from .iree import Compiler
@@ -93,6 +94,7 @@ class CompiledModel:
     report: CompileReport
 
 
+@last_net
 def compile_model(
     source: str | Path | onnx.ModelProto,
     options: CompileOptions | None = None,

@@ -40,7 +40,11 @@ class _EntryPointImporter(onnx_importer.NodeImporter):
         return value
 
     def import_node(self, node: onnx.NodeProto) -> None:
-        super().import_node(node)
+        try:
+            super().import_node(node)
+        except Exception as error:
+            error.add_note(f"node '{node.name}' ({node.op_type})")
+            raise
         operation = self._b.operations[len(self._b.operations) - 1].operation
         domain = domain_of(node)
         operation.attributes[DOMAIN] = ir.StringAttr.get(domain)

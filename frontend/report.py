@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TextIO
 
+from linattn.runtime.errors import LinattnError
+
 
 @dataclass(frozen=True)
 class NodeRow:
@@ -120,8 +122,10 @@ class Progress:
         start = time.perf_counter()
         try:
             yield
-        except BaseException:
+        except BaseException as error:
             self._write("failed\n")
+            if not isinstance(error, LinattnError):  # one of ours says what matters
+                error.add_note(f"stage '{title}'")
             raise
         self.seconds[title] = round(time.perf_counter() - start, 3)
         self._write(f"{self.seconds[title]:.1f} s\n")

@@ -73,7 +73,7 @@ CAPACITY = "linattn.capacity"
 """Attribute that marks an attention node whose KV cache is a buffer of fixed capacity, updated in place."""
 
 
-def domain_of(node: onnx.NodeProto) -> str:
+def domain_of(node: onnx.NodeProto | onnx.FunctionProto) -> str:
     """The canonical domain: ``""`` for ai.onnx."""
     return "" if node.domain == "ai.onnx" else node.domain
 
@@ -306,7 +306,11 @@ def _check_outputs(
         if spec is None or declared is None:
             continue
         pairs = zip(spec.shape, declared.shape, strict=False)
-        if spec.dtype != declared.dtype or spec.rank != declared.rank or any(None not in p and p[0] != p[1] for p in pairs):
+        if (
+            spec.dtype != declared.dtype
+            or spec.rank != declared.rank
+            or any(None not in p and p[0] != p[1] for p in pairs)
+        ):
             raise UnsupportedModelError(
                 f"its output '{name}' is declared with another type",
                 where=f"node '{node.name}' ({node.op_type})",

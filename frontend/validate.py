@@ -75,7 +75,7 @@ def check_graph(proto: onnx.ModelProto) -> None:
     for value in graph.output:
         _check_value(value, "graph output", shape=False)
     try:
-        onnx.checker.check_model(_skeleton(proto))
+        onnx.checker.check_model(_skeleton(proto))  # pyright: ignore[reportUnknownMemberType]
     except onnx.checker.ValidationError as error:
         message = str(error)
         context = _CONTEXT.search(message)

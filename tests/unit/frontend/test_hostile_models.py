@@ -82,7 +82,7 @@ DAMAGES: list[Damage] = [
 ]
 
 
-class Planned(Exception):  # noqa: N818
+class Planned(BaseException):
     """The model was found good and would be compiled now."""
 
 
@@ -105,4 +105,4 @@ def test_damage(damage: Damage, monkeypatch: pytest.MonkeyPatch) -> None:
         except Planned:
             pass
     assert refused
-    assert not [text for text in refused if "\n" in text]
+    assert not [text for text in refused if "\n" in text or "bug in linattn" in text]
