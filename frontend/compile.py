@@ -19,6 +19,7 @@ from linattn.dialect_patterns.op import LoweringContext, LoweringOptions
 from linattn.dialect_patterns.registry import find_op
 from linattn.dialect_patterns.rewrite import lower_operators
 from linattn.runtime.errors import LoweringError, UnsupportedModelError
+from linattn.runtime.integrity import seal_file, sealed
 from linattn.runtime.manifest import REFLECTION_KEY, RESULTS_KEY, EntryPoint, Manifest, Parameters
 from linattn.runtime.manifest import Target as ManifestTarget
 
@@ -143,7 +144,7 @@ def compile_model(
         module.operation.attributes["sym_name"] = ir.StringAttr.get("linattn")
         if target.device_attribute is not None:
             module.operation.attributes["hal.device.targets"] = ir.Attribute.parse(target.device_attribute)
-        weights = Weights(module, model.weights, PARAMETER_SCOPE if options.params else None)
+        weights = Weights(module, model.weights, model.keys, PARAMETER_SCOPE if options.params else None)
         for symbol, graph in functions.items():
             reflection = {REFLECTION_KEY: manifest.to_json()} if symbol == plan.entry_points[0].symbol else {}
             if signature.takes_results:
@@ -162,6 +163,10 @@ def compile_model(
         partial = Path(f"{output}.partial") if output else None
         try:
             data = compiler.compile(module, partial)
+            if partial is not None:
+                seal_file(partial)
+            else:
+                data = sealed(data)
         except BaseException:
             if partial is not None:
                 partial.unlink(missing_ok=True)

@@ -5,6 +5,7 @@ Weights are mapped, not read: an initializer with external data becomes a view o
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -17,6 +18,7 @@ from linattn.runtime.errors import UnsupportedModelError
 
 from .schema import MIN_WEIGHT_ELEMENTS
 from .validate import check_fields, tensor_bytes
+from .weights import content_key
 
 MAX_GRAPH_BYTES = 2 * 1024**3 - 1
 """Protobuf's own limit for one message."""
@@ -30,13 +32,26 @@ class LoadedModel:
         path: Where it was read from, or None if it was handed over in memory.
         proto: The graph; initializers with external data keep their reference only.
         weights: Initializer name -> its values, for every initializer whose bytes lie outside the graph.
-        sha256: Hash of the graph file and of the names and sizes of the weight files.
+        graph_sha256: Hash of the graph file and of the small values that lie outside it, hex.
     """
 
     path: Path | None
     proto: onnx.ModelProto
     weights: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict[str, "np.ndarray[Any, Any]"])
-    sha256: str = ""
+    graph_sha256: str = ""
+
+    @functools.cached_property
+    def keys(self) -> dict[str, str]:
+        """Initializer name -> :func:`~linattn.frontend.weights.content_key`, of all ``weights``, which are read."""
+        return {name: content_key(array) for name, array in self.weights.items()}
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the graph and of what all weights hold, hex."""
+        if not self.weights:
+            return self.graph_sha256
+        lines = [self.graph_sha256, *(f"{self.keys[name]} {name}" for name in self.weights)]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     @property
     def name(self) -> str:
@@ -114,7 +129,6 @@ def _map_external_data(proto: onnx.ModelProto, path: Path, digest: Any) -> dict[
         file = files.get(location)
         if file is None:
             file = files[location] = _map_file(path, location, where)
-            digest.update(f"{location}:{file.size}".encode())
         offset, length = _range(info, tensor, where)
         if offset + length > file.size:
             raise UnsupportedModelError(
@@ -129,6 +143,7 @@ def _map_external_data(proto: onnx.ModelProto, path: Path, digest: Any) -> dict[
         array = raw.view(dtype).reshape(tuple(tensor.dims))
         if array.size < MIN_WEIGHT_ELEMENTS:  # shapes and axes: what folds and infers must see their values
             tensor.raw_data = array.tobytes()
+            digest.update(tensor.raw_data)
             tensor.ClearField("data_location")
             tensor.ClearField("external_data")
         else:

@@ -9,12 +9,13 @@ from typing import Any
 
 import iree.runtime  # pyright: ignore[reportMissingTypeStubs]
 import numpy as np
+from linattn.runtime.integrity import seal_file
 
 PARAMETER_SCOPE = "model"
 
 
 def write_parameters(path: Path, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
-    """Write an archive; it appears whole or not at all.
+    """Write an archive with its seal; it appears whole or not at all.
 
     Args:
         path: File to write.
@@ -26,6 +27,7 @@ def write_parameters(path: Path, arrays: Mapping[str, np.ndarray[Any, Any]]) -> 
     partial = Path(f"{path}.partial")
     try:
         index.create_archive_file(str(partial))
+        seal_file(partial)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -31,6 +31,7 @@ class Weights:
     Attributes:
         module: The module they are added to.
         arrays: Initializer name -> values, for weights outside the graph; the same in every entry point.
+        array_keys: Initializer name -> `content_key` of those values.
         parameter_scope: Scope of IREE parameters if the weights lie in a file of their own, else None.
         stored: Symbol -> values, of the globals made so far.
         keys: Symbol -> `content_key` of its values.
@@ -38,6 +39,7 @@ class Weights:
 
     module: ir.Module
     arrays: Mapping[str, np.ndarray[Any, Any]]
+    array_keys: Mapping[str, str]
     parameter_scope: str | None = None
     stored: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict[str, "np.ndarray[Any, Any]"])
     keys: dict[str, str] = field(default_factory=dict[str, str])
@@ -53,7 +55,9 @@ class Weights:
             outside = array is not None
             if array is None:
                 array = numpy_helper.to_array(tensor)
-            symbol = self._symbol_of(tensor.name, np.ascontiguousarray(array), ir.Type.parse(DTYPES[tensor.data_type]))
+            array = np.ascontiguousarray(array)
+            key = self.array_keys[tensor.name] if outside else content_key(array)
+            symbol = self._symbol_of(tensor.name, array, ir.Type.parse(DTYPES[tensor.data_type]), key)
             if outside:
                 self._outside[tensor.name] = symbol
         return self._read(symbol)
@@ -85,9 +89,8 @@ class Weights:
         for symbol in [symbol for symbol in self.stored if symbol not in used]:
             del self.stored[symbol], self.keys[symbol]
 
-    def _symbol_of(self, name: str, array: np.ndarray[Any, Any], element: ir.Type) -> str:
+    def _symbol_of(self, name: str, array: np.ndarray[Any, Any], element: ir.Type, key: str) -> str:
         """The global that holds these values, made where there is none yet."""
-        key = content_key(array)
         place = key, f"{list(array.shape)} {element}"
         if place not in self._symbols:
             symbol = self._symbols[place] = f"{len(self._symbols)}." + re.sub(r"[^\w.]", "_", name)

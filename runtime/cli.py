@@ -112,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output-dir", metavar="DIR", help="save each output as DIR/NAME.npy")
     parser.add_argument("--threads", metavar="N", type=int, help="CPU worker threads (default: one for each core)")
     parser.add_argument("--parameters", metavar="FILE.irpa", help="weights, if not beside the model")
+    parser.add_argument("--verify", action="store_true", help="check every byte of the files before they are used")
     parser.add_argument(
         "--list-devices", action="store_true", help="show the devices of this machine, best first, and do nothing else"
     )
@@ -123,7 +124,7 @@ def _run(options: argparse.Namespace) -> None:
     if options.generate is not None and options.generate < 1:
         raise InputError("nothing to generate", where="--generate", got=options.generate, expected="at least 1")
     start = time.perf_counter()
-    program = Program.load(options.model, options.device, options.parameters, options.threads)
+    program = Program.load(options.model, options.device, options.parameters, options.threads, options.verify)
     _note(f"loaded {options.model} on {program.device.uri} in {time.perf_counter() - start:.2f} s")
     inputs = read_inputs(program, options.input, options.ids)
     if options.generate is not None:

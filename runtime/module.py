@@ -24,6 +24,7 @@ import iree.runtime as _untyped_rt  # pyright: ignore[reportMissingTypeStubs]
 from .device import Device, DeviceArray, has_worker_threads
 from .drivers import CPU_DRIVERS, one_line
 from .errors import StateError, TargetError
+from .integrity import check_seal
 from .manifest import RESULTS_KEY
 from .owned import Owned, check_process
 
@@ -39,6 +40,7 @@ class Module(Owned):
 
     Args:
         source: Path of a `.vmfb` file (memory-mapped; do not overwrite it while it is loaded) or its bytes.
+        verify: Check every byte of the weights too, in the module and in their own file; see `integrity.py`.
 
     Raises:
         TargetError: The file is damaged.
@@ -46,7 +48,8 @@ class Module(Owned):
 
     _copy_hint = "load it again: modules of one file share its memory"
 
-    def __init__(self, source: Path | bytes) -> None:
+    def __init__(self, source: Path | bytes, *, verify: bool = False) -> None:
+        self._verify = verify
         self._device: Device | None = None
         self._closed = False
         self.where = str(source) if isinstance(source, Path) else "module bytes"
@@ -58,6 +61,7 @@ class Module(Owned):
         self._result_specs: dict[str, list[tuple[str, list[int]] | None] | None] = {}
         self._instance: Any = _rt.VmInstance()
         self._context: Any = None
+        check_seal(source, self.where, whole=verify)
         try:
             if isinstance(source, Path):
                 self._module: Any = _rt.VmModule.wrap_buffer(self._instance, _map(source))
@@ -119,9 +123,11 @@ class Module(Owned):
             parameters: `(scope, path)` of the parameter file, if the module keeps its weights in one.
 
         Raises:
-            TargetError: The module was compiled for another device, or the parameter file does not fit.
+            TargetError: The module was compiled for another device, or the parameter file does not fit or is damaged.
         """
         self._device = device
+        if parameters is not None:
+            check_seal(parameters[1], str(parameters[1]), whole=self._verify)
         try:
             modules: list[Any] = [_rt.create_hal_module(self._instance, self.device.hal_device)]
             if parameters is not None:
@@ -131,6 +137,9 @@ class Module(Owned):
                 modules.append(_rt.create_io_parameters_module(self._instance, provider))
             self._context = _rt.VmContext(self._instance, [*modules, self._module])
         except (RuntimeError, ValueError, LookupError, NotImplementedError, OSError) as error:
+            if parameters is not None and "no parameter found" in str(error):  # each is named by the hash of its values
+                hint = f"{self.where} needs the file that was written with it"
+                raise TargetError("weights of another model", where=str(parameters[1]), hint=hint) from error
             hint = f"recompile it for this device or name another one ({one_line(error)})"
             message = f"does not load on {self.device.uri} ({self.device.description})"
             raise TargetError(message, where=self.where, hint=hint) from error

@@ -57,6 +57,7 @@ class Program(Owned):
         device: str | None = None,
         parameters: str | os.PathLike[str] | None = None,
         threads: int | None = None,
+        verify: bool = False,
     ) -> Program:
         """Loads a compiled model onto a device.
 
@@ -68,16 +69,18 @@ class Program(Owned):
             parameters: The `.irpa` file with the weights; None: the file that the manifest names, beside the `.vmfb`.
             threads: CPU worker threads, shared by all programs of the process: the first to be loaded on the CPU
                 decides. None: one for each physical core.
+            verify: Read and check every byte of the weights too. Sizes, code and tables are always checked.
 
         Raises:
-            TargetError: No such file or device, not a linattn module, compiled for something else, weights missing.
+            TargetError: No such file or device, not a linattn module, a damaged one, compiled for something else,
+                weights missing or another model's.
             InputError: `threads` for a device without worker threads, or another number than that of the process.
         """
         path = None if isinstance(source, (bytes, bytearray, memoryview)) else Path(source)
         if path is not None and not path.is_file():
             raise TargetError("no such file", where=str(path))
         blob = path if path is not None else bytes(source)  # pyright: ignore[reportArgumentType]
-        module = Module(blob)
+        module = Module(blob, verify=verify)
         manifest = read_manifest(module)
         opened = open_device(device or manifest.target.device, threads)
         _check_target(module.where, manifest, opened)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from iree.compiler.tools import compile_str
 from linattn.runtime import Program, TargetError, cpu
+from linattn.runtime.integrity import sealed
 from linattn.runtime.manifest import EntryPoint, InputSpec, Manifest, OutputSpec, Target
 from linattn.runtime.module import Module
 from tiny_hybrid import ANY_CPU, FLAGS
@@ -47,7 +48,7 @@ def module_for(*instruction_sets: str, architecture: str = HERE) -> bytes:
         attributes {{iree.reflection = {{linattn.manifest = "{text}"}}}} {{
       return %x : {tensor}
     }}"""
-    return compile_str(source, input_type="torch", extra_args=[*FLAGS["cpu"]])
+    return sealed(compile_str(source, input_type="torch", extra_args=[*FLAGS["cpu"]]))
 
 
 def refusal(data: bytes, monkeypatch: pytest.MonkeyPatch) -> str:

@@ -19,6 +19,7 @@ from linattn.runtime.bench.cases import AttentionCase
 from linattn.runtime.bench.op_models import build_op
 from linattn.runtime.device import DTYPE_NAMES, Device, numpy_dtype, open_device
 from linattn.runtime.drivers import list_devices, subgroup_sizes
+from linattn.runtime.integrity import sealed
 from linattn.runtime.module import Module
 from tiny_hybrid import FLAGS, Hybrid, reference
 
@@ -195,7 +196,7 @@ def test_zero_size_state(device: Device) -> None:
       return %y, %s : tensor<1x4xf32>, tensor<1x4x0xf32>
     }"""
     target = "vulkan" if device.driver == "vulkan" else "cpu"
-    module = Module(compile_str(source, extra_args=[*FLAGS[target]]))
+    module = Module(sealed(compile_str(source, extra_args=[*FLAGS[target]])))
     module.link(device, None)
     arguments = [device.upload(np.ones((1, 4), np.float32), "float32"), device.zeros((1, 4, 0), "float32")]
     for _ in range(2):
@@ -209,7 +210,7 @@ def test_call_errors_are_one_line(device: Device) -> None:
     target = "vulkan" if device.driver == "vulkan" else "cpu"
     source = "func.func @f(%x: tensor<4xf32>) -> tensor<4xf32> { return %x : tensor<4xf32> }"
     source = source.replace("return %x", "%y = arith.addf %x, %x : tensor<4xf32>\n return %y")
-    module = Module(compile_str(source, extra_args=[*FLAGS[target]]))
+    module = Module(sealed(compile_str(source, extra_args=[*FLAGS[target]])))
     module.link(device, None)
     good = device.zeros((4,), "float32")
     for arguments, dtypes in (

@@ -15,6 +15,7 @@ from conftest import need_device
 from iree.compiler.tools import compile_str
 from linattn.runtime import InputError, Program, StateError, TargetError
 from linattn.runtime.device import open_device
+from linattn.runtime.integrity import seal_file, sealed
 from linattn.runtime.manifest import EntryPoint, InputSpec, Manifest, OutputSpec, Parameters, StateSpec, Target
 from linattn.runtime.module import Module
 from test_runtime_session import some_ids
@@ -237,7 +238,7 @@ def weights_module(tmp_path: Path) -> Path:
       }}
     }}"""
     path = tmp_path / "scaled.vmfb"
-    path.write_bytes(compile_str(source, input_type="torch", extra_args=[*FLAGS["cpu"]]))
+    path.write_bytes(sealed(compile_str(source, input_type="torch", extra_args=[*FLAGS["cpu"]])))
     return path
 
 
@@ -248,8 +249,9 @@ def test_parameters(tmp_path: Path) -> None:
     with pytest.raises(TargetError, match="pass parameters=FILE"):
         Program.load(path.read_bytes())
     weights = np.arange(6, dtype=np.float32).reshape(2, 3)
-    rt.save_archive_file({"w": weights}, tmp_path / "tiny.irpa")
-    rt.save_archive_file({"v": weights}, tmp_path / "other.irpa")
+    for key, name in (("w", "tiny.irpa"), ("v", "other.irpa")):
+        rt.save_archive_file({key: weights}, tmp_path / name)
+        seal_file(tmp_path / name)
     x = np.full((2, 3), 2, np.float32)
     for program in (Program.load(path), Program.load(path.read_bytes(), parameters=tmp_path / "tiny.irpa")):
         np.testing.assert_array_equal(program.run({"x": x})["y"], 2 * weights)
@@ -291,7 +293,7 @@ def test_static_state_model() -> None:
         return %y_res, %n_res : {tensor}, {tensor}
       }}
     }}"""
-    program = Program.load(compile_str(source, input_type="torch", extra_args=[*FLAGS["cpu"]]))
+    program = Program.load(sealed(compile_str(source, input_type="torch", extra_args=[*FLAGS["cpu"]])))
     x = np.ones((1, 4), np.float32)
     got = program.run({"x": x, "past": 2 * x})
     assert list(got) == ["y", "present"]

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from iree.compiler.tools import compile_str
 from linattn.runtime.cpu import machine_architecture
+from linattn.runtime.integrity import sealed
 from linattn.runtime.manifest import EntryPoint, InputSpec, Manifest, OutputSpec, StateSpec, Target
 
 FLAGS = {
@@ -138,7 +139,7 @@ def _dim(size: int | None) -> str:
 
 @functools.cache
 def _compile(source: str, target: str) -> bytes:
-    return compile_str(source, input_type="torch", extra_args=[*FLAGS[target]])
+    return sealed(compile_str(source, input_type="torch", extra_args=[*FLAGS[target]]))
 
 
 _IDS = "affine_map<(b, t, d) -> (b, t)>"
