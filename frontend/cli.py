@@ -51,6 +51,18 @@ def _dims(pairs: Sequence[str]) -> dict[str, int]:
     return dims
 
 
+def _states(pairs: Sequence[str]) -> dict[str, str]:
+    states: dict[str, str] = {}
+    for pair in pairs:
+        past, equals, present = pair.partition("=")
+        if not (past and equals and present) or past in states:
+            raise InputError(
+                "not understood", where="--state", got=repr(pair), expected="PAST=PRESENT, each input once"
+            )
+        states[past] = present
+    return states
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="linattn-compile",
@@ -79,6 +91,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch", default="1", metavar="N|open", help="rows of a call (default: 1)")
     add("--max-context", metavar="N|open", help="tokens that the KV caches hold (default: the model's, at most 4096)")
     add("--prefill-blocks", metavar="N,N,...|open", help="sizes of the prefill entry points (default: by target)")
+    add("--state", action="append", default=[], metavar="PAST=PRESENT", help="pair a state's input and output by hand")
+    add("--no-state", action="append", default=[], metavar="NAME", help="an input that is no state; repeatable")
     add("--chunk-size", metavar="N", help="tokens a chunk in chunk-parallel lowerings, a power of two")
     add("--strategy", metavar="NAME", help="force one lowering of the two operators; fails where it is not legal")
     add("--params", metavar="FILE.irpa", help="write the weights to this file instead of into the module")
@@ -107,6 +121,8 @@ def _run(arguments: argparse.Namespace) -> None:
         max_context=_max_context(arguments.max_context),
         prefill_blocks=_blocks(arguments.prefill_blocks),
         chunk_size=_positive(chunk, "--chunk-size") if chunk else None,
+        states=_states(arguments.state),
+        no_states=frozenset(arguments.no_state),
         strategy=arguments.strategy,
         params=Path(arguments.params) if arguments.params else None,
         plain_abi=arguments.plain_abi,

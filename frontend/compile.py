@@ -37,7 +37,9 @@ from .model import LoadedModel, load_model
 from .parameters import PARAMETER_SCOPE, write_parameters
 from .report import CompileReport, Progress
 from .schema import check_contracts, check_supported, domain_of, infer_types
+from .single_token import squeezes_tokens
 from .specialize import SpecializedGraph, specialize
+from .state_names import Pairing
 from .states import find_states
 from .targets import CompileTarget, TargetOptions, resolve_target
 from .validate import check_functions, check_graph
@@ -58,6 +60,8 @@ class CompileOptions:
         max_context: Capacity of the KV caches in tokens; None for open; ``default`` for min(the model's, 4096).
         prefill_blocks: Sizes in tokens; None for one entry point with any number; ``default`` for the target's.
         chunk_size: Tokens a chunk of the chunk-parallel forms; None for the default.
+        states: Past input -> present output, for states that neither the graph nor their names show.
+        no_states: Inputs that are no states, whatever they look like.
         strategy: Forces one strategy on the two state operators.
         params: Write the weights to this ``.irpa`` file instead of into the module.
         plain_abi: Functions return every output and state as ordinary results, as any caller of IREE expects; without
@@ -74,6 +78,8 @@ class CompileOptions:
     max_context: int | str | None = "default"
     prefill_blocks: tuple[int, ...] | str | None = "default"
     chunk_size: int | None = None
+    states: Mapping[str, str] = field(default_factory=dict[str, str])
+    no_states: frozenset[str] = frozenset()
     strategy: str | None = None
     params: Path | None = None
     plain_abi: bool = False
@@ -262,8 +268,8 @@ def _plan(
     model: LoadedModel, versions: Mapping[str, int], options: CompileOptions, target: CompileTarget
 ) -> tuple[ModulePlan, list[SpecializedGraph]]:
     graph = model.proto.graph
-    pairs = find_states(graph)
     types = infer_types(model.proto)
+    pairs = find_states(graph, Pairing(options.states, options.no_states), types)
     check_contracts(graph, types, versions, partial=True)  # before a broken node leaves later ones without types
     roles = find_roles(graph, types, pairs)
     blocks = target.prefill_blocks if options.prefill_blocks == "default" else options.prefill_blocks
@@ -274,6 +280,12 @@ def _plan(
     for entry in plan.entry_points:
         sizes = plan.sizes(entry)
         specialized = specialize(model.proto, sizes, plan.state_types, plan.capacity_pairs, model.weights)
+        single = squeezes_tokens(specialized) if entry.kind == "prefill" else None
+        if single is not None:  # decode comes first
+            plan = plan.without_prefill(
+                f"the model takes one token a call (node '{single}'): prompts go through decode"
+            )
+            break
         check_contracts(specialized.proto.graph, specialized.types, versions)
         graphs.append(join_products(specialized, versions, target.capabilities, _lowering_options(options)))
     bounds = index_bounds(graphs, [spec.name for spec in plan.inputs])

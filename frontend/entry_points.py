@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx
 from linattn.dialect_patterns.node import TensorSpec
@@ -72,6 +72,10 @@ class ModulePlan:
         """KV caches that are updated in place."""
         return tuple(p for p in self.pairs if p.kind == "kv_cache") if self.max_context is not None else ()
 
+    def without_prefill(self, note: str) -> ModulePlan:
+        """The same with ``decode`` alone, and why."""
+        return replace(self, entry_points=self.entry_points[:1], notes=(*self.notes, note))
+
     def sizes(self, entry: EntryPoint) -> dict[str, int]:
         """Symbol -> size for one entry point."""
         past = self.max_context
@@ -109,11 +113,21 @@ def plan_module(
     kv = [p for p in pairs if p.kind == "kv_cache"]
     limit = context_limit(graph)
     max_context = _max_context(options, limit, kv, roles)
+    moved = next((p for p in kv if not p.direct), None)
+    if options.max_context == "default" and max_context is not None and moved is not None:
+        max_context = None
+        notes.append(
+            f"open context: no attention operator reads and writes '{moved.past}', so every step copies the KV caches"
+        )
+    named = [f"{p.past} = {p.present}" for p in pairs if p.found_by == "name"]
+    if named:
+        notes.append(f"states paired by name alone, for the graph does not show it: {', '.join(named)}")
     for pair in kv if max_context is not None else ():
         if not pair.direct:
             raise UnsupportedModelError(
-                f"the KV cache '{pair.past}' is cast on its way, so it cannot be updated in place",
-                where=f"node '{pair.node}'",
+                f"the KV cache '{pair.past}' cannot be updated in place: no attention operator reads and writes it",
+                where=f"node '{pair.node}'" if pair.node else None,
+                got=", ".join(pair.between) or f"paired by {pair.found_by}",
                 hint="compile with --max-context open",
             )
         readers = [n.name for n in graph.node if pair.past in n.input]
@@ -207,11 +221,11 @@ def _states(
     proto_types: dict[str, onnx.TypeProto] = {}
     specs: list[StateSpec] = []
     for pair in pairs:
-        known = _known_sizes(nodes[pair.node], pair, types, versions)
+        known = _known_sizes(nodes[pair.node], pair, types, versions) if pair.shaped_by_node else {}
         past = state_type(values[pair.past].type, known)
-        proto_types[pair.past] = past
-        proto_types[pair.present] = state_type(values[pair.present].type, known)
         is_kv = pair.kind == "kv_cache"
+        proto_types[pair.past] = past
+        proto_types[pair.present] = state_type(values[pair.present].type, known) if is_kv else past
         specs.append(
             StateSpec(
                 pair.past,

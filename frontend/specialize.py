@@ -144,6 +144,14 @@ def _infer(model: onnx.ModelProto, present: Mapping[str, str]) -> dict[str, onnx
     return types
 
 
+def constant_ints(graph: onnx.GraphProto, name: str) -> list[int] | None:
+    """The values of a constant such as axes or sizes; None if it is computed or outside the graph."""
+    tensor = next((t for t in graph.initializer if t.name == name), None)
+    if tensor is None or tensor.data_location == onnx.TensorProto.EXTERNAL:
+        return None
+    return [int(value) for value in numpy_helper.to_array(tensor).reshape(-1)]
+
+
 def _constants_to_initializers(graph: onnx.GraphProto) -> None:
     kept: list[onnx.NodeProto] = []
     for node in graph.node:

@@ -7,6 +7,7 @@ import pytest
 from linattn.frontend.dims import evaluate, find_roles
 from linattn.frontend.schema import infer_types
 from linattn.frontend.specialize import specialize
+from linattn.frontend.state_names import Pairing
 from linattn.frontend.states import find_states
 from linattn.runtime.errors import UnsupportedModelError
 
@@ -43,6 +44,94 @@ def test_a_cast_between_is_followed() -> None:
     model.graph.node.insert(0, onnx.helper.make_node("Cast", [past], ["cast"], to=onnx.TensorProto.FLOAT))
     pair = next(p for p in find_states(model.graph) if p.past == past)
     assert (pair.kind, pair.direct) == ("recurrent", False)
+
+
+def around(before: list[onnx.NodeProto], after: list[onnx.NodeProto]) -> onnx.ModelProto:
+    """The model with nodes between its first recurrent state and the operator: past -> "in", "out" -> present."""
+    model = build()
+    node = next(n for n in model.graph.node if n.op_type == "LinearAttention")
+    nodes = [n for n in model.graph.node if n is not node]
+    node.input[3], node.output[1] = "in", "out"
+    at = next(i for i, n in enumerate(model.graph.node) if n == node)
+    del model.graph.node[:]
+    model.graph.node.extend([*nodes[:at], *before, node, *after, *nodes[at:]])
+    return model
+
+
+PAST, PRESENT = "past.0.recurrent", "present.0.recurrent"
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (["Identity"], ["Identity"]),
+        (["Transpose"], ["Transpose"]),
+        (["Unsqueeze", "Squeeze"], ["Reshape"]),
+        (["Gather"], ["Identity"]),
+        (["Slice"], ["Concat"]),
+        (["CastLike"], ["Reshape", "Cast"]),
+    ],
+    ids=lambda names: "+".join(names),
+)
+def test_what_only_moves_a_state_is_followed(before: list[str], after: list[str]) -> None:
+    def chain(ops: list[str], first: str, last: str) -> list[onnx.NodeProto]:
+        names = [first, *(f"{last}.{i}" for i in range(len(ops) - 1)), last]
+        return [
+            onnx.helper.make_node(op, [a, "argument"], [b], op) for op, a, b in zip(ops, names, names[1:], strict=False)
+        ]
+
+    model = around(chain(before, PAST, "in"), chain(after, "out", PRESENT))
+    pair = next(p for p in find_states(model.graph) if p.past == PAST)
+    assert (pair.present, pair.kind, pair.found_by) == (PRESENT, "recurrent", "operator")
+    assert (pair.direct, pair.between) == (False, (*before, *after))
+
+
+def plain(**outputs: list[int | str]) -> onnx.ModelProto:
+    """States with no operator of ours: y = x + a, and each output from the input that its name belongs to."""
+    value = onnx.helper.make_tensor_value_info
+    given = {"input_ids": [1, "t"], "past.0.ssm": [1, 4, "p"], "past_conv.1": [1, 4]}
+    nodes = [onnx.helper.make_node("Exp", [next(iter(given))], [name], name) for name in outputs]
+    inputs = [value(name, onnx.TensorProto.FLOAT, shape) for name, shape in given.items()]
+    results = [value(name, onnx.TensorProto.FLOAT, shape) for name, shape in outputs.items()]
+    return onnx.helper.make_model(onnx.helper.make_graph(nodes, "plain", inputs, results))
+
+
+def test_names_decide_where_the_graph_does_not() -> None:
+    model = plain(**{"present_conv.1": [1, 4], "present.0.ssm": [1, 4, "p + t"], "logits": [1, 2]})
+    pairs = [(p.past, p.present, p.found_by) for p in find_states(model.graph)]
+    assert pairs == [("past.0.ssm", "present.0.ssm", "name"), ("past_conv.1", "present_conv.1", "name")]
+
+
+@pytest.mark.parametrize(
+    ("outputs", "message"),
+    [
+        ({"present_conv.1": [1, 4]}, r"past\.0\.ssm.*looks like a state.*--state past\.0\.ssm=OUTPUT.*--no-state past"),
+        (
+            {"present.0.ssm": [1, 5, "p"], "present_conv.1": [1, 4]},
+            r"past\.0\.ssm.*cannot be the next value.*float \[1, 5",
+        ),
+    ],
+    ids=["no partner", "another shape"],
+)
+def test_a_state_without_a_partner_stops_the_compile(outputs: dict[str, list[int | str]], message: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=message):
+        find_states(plain(**outputs).graph)
+
+
+def test_pairs_by_hand() -> None:
+    graph = plain(other=[1, 4, "q"], logits=[1, 2]).graph
+    pairing = Pairing({"past.0.ssm": "other"}, frozenset({"past_conv.1"}))
+    assert [(p.past, p.present, p.found_by) for p in find_states(graph, pairing)] == [
+        ("past.0.ssm", "other", "--state")
+    ]
+    for bad, message in (
+        (Pairing({"nobody": "other"}), r"--state.*no such input.*'nobody'.*past_conv\.1"),
+        (Pairing({"past.0.ssm": "nothing"}), r"--state.*no such output.*'nothing'.*other, logits"),
+        (Pairing({"past.0.ssm": "logits"}), r"past\.0\.ssm.*cannot be the next value"),
+        (Pairing({}, frozenset({"nobody"})), r"--no-state.*no such input"),
+    ):
+        with pytest.raises(UnsupportedModelError, match=message):
+            find_states(graph, bad)
 
 
 def test_a_state_that_never_comes_back_is_refused() -> None:
