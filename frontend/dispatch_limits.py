@@ -11,12 +11,14 @@ Source: IREE 3.13, ``native_executable.c`` of the CUDA driver, ``executable.c`` 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from iree.compiler import ir
 from linattn.dialect_patterns.target import Limits, Target
 from linattn.runtime.errors import LoweringError
+
+from .executables import exports
 
 _CONSTANTS = re.compile(r"constants = (\d+)")
 _BINDING = "#hal.pipeline.binding<"
@@ -49,7 +51,7 @@ class DispatchLimits:
         Raises:
             LoweringError: if one has more of something than the driver takes.
         """
-        for export, code in _exports(module):
+        for export, code in exports(module):
             name = _name(export)
             layout = str(export.attributes["layout"])
             constants = _CONSTANTS.search(layout)
@@ -104,28 +106,6 @@ class DispatchLimits:
             expected=f"at most {limit} ({self._description})",
             hint="name the GPU with --gpu-target if it offers more; else report the model",
         )
-
-
-def _exports(module: ir.Operation) -> Iterator[tuple[ir.Operation, list[ir.Operation]]]:
-    """The exports of all executables, each with the operations of its code at the top level."""
-    for executable in _inside(module, "hal.executable"):
-        for variant in _inside(executable, "hal.executable.variant"):
-            code = [op for inner in _inside(variant, "builtin.module") for op in _code(inner)]
-            for export in _inside(variant, "hal.executable.export"):
-                yield export, code
-
-
-def _inside(parent: ir.Operation, name: str) -> list[ir.Operation]:
-    return [op for op in _operations(parent) if op.name == name]
-
-
-def _code(module: ir.Operation) -> list[ir.Operation]:
-    """Globals and functions of a module of LLVM's or SPIR-V's dialect."""
-    return [op for one in _inside(module, "spirv.module") or [module] for op in _operations(one)]
-
-
-def _operations(parent: ir.Operation) -> list[ir.Operation]:
-    return [op.operation for region in parent.regions for block in region.blocks for op in block.operations]
 
 
 def shared_memory(code: Sequence[ir.Operation]) -> int:

@@ -7,6 +7,7 @@ returned in the buffers that they came in.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +31,8 @@ class _EntryPointImporter(onnx_importer.NodeImporter):
     versions: Mapping[str, int]
 
     def import_initializer(self, initializer: onnx.TensorProto, extern_name: str | None = None) -> ir.Value:
-        if initializer.name not in self.weights.arrays and not is_weight(initializer):
+        inside = initializer.name not in self.weights.arrays and not is_weight(initializer)
+        if inside and not _is_bf16_list(initializer):
             return super().import_initializer(initializer, cast(str, extern_name))
         with ir.InsertionPoint(self._b), ir.Location.name(initializer.name):
             torch_type = self._cc.tensor_proto_to_type(initializer)
@@ -52,6 +54,11 @@ class _EntryPointImporter(onnx_importer.NodeImporter):
         operation.attributes[VERSION] = ir.IntegerAttr.get(
             ir.IntegerType.get_signless(64), self.versions.get(domain, 1)
         )
+
+
+def _is_bf16_list(tensor: onnx.TensorProto) -> bool:
+    """Whether IREE must not put these values into a kernel: see :meth:`Weights.load`."""
+    return tensor.data_type == onnx.TensorProto.BFLOAT16 and math.prod(tensor.dims) > 1
 
 
 @dataclass(frozen=True)

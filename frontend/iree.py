@@ -16,6 +16,7 @@ from linattn.runtime.errors import LoweringError
 
 from .dispatch_limits import DispatchLimits
 from .dispatches import attach_dispatches
+from .executables import state_spirv_versions
 from .targets import CompileTarget
 
 _TORCH_PIPELINE = "builtin.module(func.func(convert-torch-onnx-to-torch),torch-to-iree{externalize-transients=%s})"
@@ -108,7 +109,9 @@ class Compiler:
             nodes = attach_dispatches(module.operation)
         limits = DispatchLimits(self._target.capabilities, self._target.description, nodes)
         self._run(invocation, "FromPhase", "flow", "ToPhase", "executable-targets")
-        limits.check_kernels(module.operation)
+        with self.building():
+            limits.check_kernels(module.operation)
+            state_spirv_versions(module.operation)
         self._run(invocation, "FromPhase", "executable-targets", "ToPhase", "hal")
         limits.check_counts(module.operation)
         self._run(invocation, "FromPhase", "hal", "ToPhase", "end")

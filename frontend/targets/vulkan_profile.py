@@ -94,7 +94,7 @@ def describe_device(profile: dict[str, Any], where: str) -> tuple[str, Device, t
     if not (offer.has("storageBuffer16BitAccess") and offer.has("shaderFloat16")):
         notes.append("the device does not store or compute with 16 bits: f16 models will not run on it")
     limits = _table(offer.property("VkPhysicalDeviceProperties", "limits", dict))
-    subgroup = offer.subgroup()
+    subgroup, subgroups = offer.subgroup(), offer.subgroups()
     if not subgroup:
         notes.append("kernels use no subgroup operations, which the device lacks or does not fix a size for")
     matrices = (
@@ -102,12 +102,18 @@ def describe_device(profile: dict[str, Any], where: str) -> tuple[str, Device, t
         and subgroup == _PREFERRED_SUBGROUP
         and "VK_KHR_cooperative_matrix" in offer.extensions
     )
+    sizes = offer.axes(limits, "maxComputeWorkGroupSize")
+    threads = min(_MAX_THREADS, offer.limit(limits, "maxComputeWorkGroupInvocations"), *sizes[:2])
+    buffers = ("maxPerStageDescriptorStorageBuffers", "maxDescriptorSetStorageBuffers")
     device = Device(
         subgroup_size=subgroup,
-        spirv="v1.6",
-        max_threads=min(_MAX_THREADS, offer.limit(limits, "maxComputeWorkGroupInvocations"), *offer.sizes(limits)[:2]),
+        max_threads=min(threads, subgroup * subgroups) if subgroup and subgroups else threads,
         workgroup_memory=offer.limit(limits, "maxComputeSharedMemorySize"),
+        storage_buffers=min(offer.limit(limits, name) for name in buffers),
+        push_constants=offer.limit(limits, "maxPushConstantsSize"),
+        counts=offer.axes(limits, "maxComputeWorkGroupCount"),
         int64=offer.has("shaderInt64"),
+        int8=offer.has("storageBuffer8BitAccess") and offer.has("shaderInt8"),
         matrices=matrices,
     )
     return offer.property("VkPhysicalDeviceProperties", "deviceName", str), device, tuple(notes)
@@ -137,10 +143,10 @@ class _Offer:
         """A limit that is a positive number."""
         return self._positive(name, limits.get(name))
 
-    def sizes(self, limits: dict[str, Any]) -> list[int]:
-        """The greatest sizes of a workgroup."""
-        name = "maxComputeWorkGroupSize"
-        return [self._positive(name, value) for value in _items(limits.get(name)) or [None]]
+    def axes(self, limits: dict[str, Any], name: str) -> tuple[int, int, int]:
+        """A limit of three positive numbers, along x, y and z."""
+        x, y, z = (self._positive(name, value) for value in (_items(limits.get(name)) + 3 * [None])[:3])
+        return x, y, z
 
     def _positive(self, name: str, value: object) -> int:
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -157,12 +163,17 @@ class _Offer:
         usable = set(_items(self._subgroup("supportedOperations"))) >= _NEEDED_OPERATIONS
         if not usable or _COMPUTE not in _items(self._subgroup("supportedStages")) or not isinstance(size, int):
             return 0
-        if isinstance(least, int) and isinstance(most, int) and least != most:
-            can_fix = self.has("subgroupSizeControl") and _COMPUTE in _items(
-                self._subgroup("requiredSubgroupSizeStages")
-            )
-            return min(max(least, _PREFERRED_SUBGROUP), most) if can_fix else 0
+        stages = _items(self._subgroup("requiredSubgroupSizeStages"))
+        if not self.has("subgroupSizeControl") or _COMPUTE not in stages:
+            return 0  # IREE's driver fixes the size that a kernel is made for, even where there is only one
+        if isinstance(least, int) and isinstance(most, int):
+            return min(max(least, _PREFERRED_SUBGROUP), most)
         return size
+
+    def subgroups(self) -> int:
+        """Most subgroups of a workgroup, 0 if that is not said."""
+        found = self._subgroup("maxComputeWorkgroupSubgroups")
+        return found if isinstance(found, int) else 0
 
     def _subgroup(self, name: str) -> Any:
         """A member of the subgroup structures, or of Vulkan 1.1's and 1.3's, which repeat them."""

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from iree.compiler import ir
 from linattn.frontend.targets import vulkan
 from linattn.frontend.targets.base import CompileTarget, TargetOptions
+from linattn.frontend.targets.vulkan_device import DEVICES
 from linattn.frontend.targets.vulkan_profile import host_profile
 from linattn.runtime.errors import TargetError
 
@@ -34,11 +36,17 @@ def profile(
         "maxComputeSharedMemorySize": 49152,
         "maxComputeWorkGroupInvocations": 1024,
         "maxComputeWorkGroupSize": [1024, 1024, 64],
+        "maxComputeWorkGroupCount": [2147483647, 65535, 65535],
+        "maxPerStageDescriptorStorageBuffers": 1 << 20,
+        "maxDescriptorSetStorageBuffers": 1 << 20,
+        "maxPushConstantsSize": 256,
     }
     offered = {
         "shaderInt64": True,
         "storageBuffer16BitAccess": True,
         "shaderFloat16": True,
+        "storageBuffer8BitAccess": True,
+        "shaderInt8": True,
         "subgroupSizeControl": True,
     }
     return {
@@ -83,6 +91,7 @@ def test_a_large_gpu_is_what_our_table_says(tmp_path: Path) -> None:
         ({"control": {"minSubgroupSize": 8, "maxSubgroupSize": 16}}, 16, ""),
         ({"control": {"minSubgroupSize": 8}, "features": {"subgroupSizeControl": False}}, 0, "no subgroup operations"),
         ({"control": {"minSubgroupSize": 8, "requiredSubgroupSizeStages": []}}, 0, "no subgroup operations"),
+        ({"control": {"requiredSubgroupSizeStages": []}}, 0, "no subgroup operations"),
         ({"subgroup": {"supportedOperations": ["VK_SUBGROUP_FEATURE_BASIC_BIT"]}}, 0, "no subgroup operations"),
         ({"subgroup": {"supportedStages": ["VK_SHADER_STAGE_FRAGMENT_BIT"]}}, 0, "no subgroup operations"),
         ({"features": {"storageBuffer16BitAccess": False}}, 32, "f16 models will not run"),
@@ -94,6 +103,49 @@ def test_subgroups_and_notes(given: dict[str, Any], size: int, note: str, tmp_pa
     assert found.subgroup_size == (size or None)
     assert note in " ".join(found.notes)
     assert bool(note) == bool(found.notes)
+
+
+def test_limits_of_a_dispatch(tmp_path: Path) -> None:
+    limits = {
+        "maxPerStageDescriptorStorageBuffers": 31,
+        "maxDescriptorSetStorageBuffers": 24,
+        "maxPushConstantsSize": 128,
+    }
+    found = resolve(tmp_path, profile(limits=limits)).capabilities.limits
+    assert (found.bindings, found.constants) == (24, 32)
+    assert found.counts == (2147483647, 65535, 65535)
+    assert (found.memory, found.threads, found.sizes) == (49152, 1024, (1024, 1024, 64))
+
+
+def test_subgroups_of_a_workgroup_are_counted(tmp_path: Path) -> None:
+    control = {"minSubgroupSize": 8, "maxSubgroupSize": 8, "maxComputeWorkgroupSubgroups": 32}
+    assert resolve(tmp_path, profile(control=control)).capabilities.max_threads == 256
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_a_known_device(name: str) -> None:
+    """What is told to our kernels, to the check of the finished module and to IREE is the same."""
+    found, device = vulkan.resolve(TargetOptions(gpu_target=name)), DEVICES[name]
+    limits = found.capabilities.limits
+    assert found.subgroup_size == (device.subgroup_size or None)
+    assert found.capabilities.workgroup_memory == limits.memory == limits.declared == device.workgroup_memory
+    assert found.capabilities.max_threads == limits.threads == device.max_threads
+    with ir.Context() as context:
+        context.load_all_available_dialects()
+        text = str(ir.Attribute.parse(found.device_attribute or ""))
+    assert f"max_workgroup_memory_bytes = {limits.memory}" in text
+    assert ("int64" in text, "int8" in text, "arithmetic" in text) == (
+        device.int64,
+        device.int8,
+        device.subgroup_size > 0,
+    )
+
+
+@pytest.mark.parametrize("family", ["adreno", "valhall", "xe", "arc", "rdna3", "apple", "hopper"])
+def test_families_are_known(family: str) -> None:
+    """At least one of each vendor; no kernel may count on subgroups of 32."""
+    assert family in DEVICES
+    assert {16, 32, 64, 0} <= {device.subgroup_size for device in DEVICES.values()}
 
 
 def test_a_small_device(tmp_path: Path) -> None:
