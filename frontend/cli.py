@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 import traceback
@@ -11,8 +12,9 @@ from pathlib import Path
 
 from linattn.runtime.errors import InputError, LinattnError
 
-from .report import stderr_progress
-from .targets import TARGETS
+from .report import Progress, stderr_progress
+from .targets import TARGETS, TargetOptions
+from .targets.lists import read_machines
 
 OPEN = "open"
 
@@ -70,8 +72,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("model", metavar="MODEL", help="path of the .onnx file; its external data must lie beside it")
-    add("--target", default="cpu", metavar="|".join(TARGETS), help="machine to compile for (default: cpu)")
-    add("-o", "--output", metavar="OUT", help="module to write (default: MODEL's name, the target and .vmfb)")
+    add(
+        "--target",
+        default="cpu",
+        metavar="|".join(TARGETS),
+        help="machine to compile for (default: cpu); a list such as cpu,vulkan,cuda makes a bundle",
+    )
+    add(
+        "-o",
+        "--output",
+        metavar="OUT",
+        help="module or, named *.linattn, bundle to write (default: MODEL's name, the target and .vmfb)",
+    )
     add("--dim", action="append", default=[], metavar="NAME=N", help="bind a symbolic dim of the model; repeatable")
     add(
         "--cpu-features",
@@ -86,7 +98,8 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--gpu-target",
         metavar="NAME",
-        help="a GPU architecture, such as sm_89 or ada; Vulkan: host, or a file of vulkaninfo --json",
+        help="a GPU architecture, such as sm_89 or ada; Vulkan: host, or a file of vulkaninfo --json; for two targets "
+        "cuda:sm_89,vulkan:ada",
     )
     add("--batch", default="1", metavar="N|open", help="rows of a call (default: 1)")
     add("--max-context", metavar="N|open", help="tokens that the KV caches hold (default: the model's, at most 4096)")
@@ -106,16 +119,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(arguments: argparse.Namespace) -> None:
     try:
+        from .bundle import SUFFIX, compile_bundle
         from .compile import CompileOptions, compile_model
     except ModuleNotFoundError as error:
         hint = "pip install 'linattn[compile]'"
         raise LinattnError(f"the compiler needs the package {error.name}", hint=hint) from error
     chunk = arguments.chunk_size
+    given = TargetOptions(arguments.cpu_features, arguments.gpu_target, arguments.target_triple)
     options = CompileOptions(
-        target=arguments.target,
-        cpu_features=arguments.cpu_features,
-        gpu_target=arguments.gpu_target,
-        target_triple=arguments.target_triple,
         dims=_dims(arguments.dim),
         batch=_batch(arguments.batch),
         max_context=_max_context(arguments.max_context),
@@ -128,18 +139,36 @@ def _run(arguments: argparse.Namespace) -> None:
         plain_abi=arguments.plain_abi,
         dump_ir=Path(arguments.dump_ir) if arguments.dump_ir else None,
     )
+    machines = [
+        dataclasses.replace(options, target=name, **dataclasses.asdict(own))
+        for name, own in read_machines(arguments.target, given)
+    ]
     model = Path(arguments.model)
     stem = model.resolve().parent.name if model.stem == "model" else model.stem
-    output = Path(arguments.output) if arguments.output else Path(f"{stem}-{options.target}.vmfb")
+    several = len(machines) > 1
+    output = Path(arguments.output or f"{stem}{SUFFIX if several else f'-{machines[0].target}.vmfb'}")
+    is_bundle = several or output.suffix == SUFFIX
+    if is_bundle and (options.params or output.suffix == ".vmfb"):
+        got = f"--params {options.params}" if options.params else str(output)
+        hint = f"it is a folder NAME{SUFFIX} with its weights inside"
+        raise InputError("does not go with a bundle", where="--target" if several else "-o", got=got, hint=hint)
     for path in (output, options.params, arguments.report):
         if path is not None and not Path(path).resolve().parent.is_dir():
             raise InputError("no such folder", where=str(path), hint="create it first")
-    progress = None if arguments.quiet else stderr_progress(6)
-    compiled = compile_model(model, options, output=output, progress=progress)
+    if is_bundle:
+        report = compile_bundle(model, machines, output, None if arguments.quiet else _module_progress)
+    else:
+        progress = None if arguments.quiet else stderr_progress(6)
+        report = compile_model(model, machines[0], output=output, progress=progress).report
     if arguments.report:
-        Path(arguments.report).write_text(json.dumps(compiled.report.to_dict(), indent=2) + "\n")
+        Path(arguments.report).write_text(json.dumps(report.to_dict(), indent=2) + "\n")
     if not arguments.quiet:
-        print(compiled.report.to_text())
+        print(report.to_text())
+
+
+def _module_progress(name: str) -> Progress:
+    print(name, file=sys.stderr)
+    return stderr_progress(6)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx.inliner
 from iree.compiler import ir
@@ -85,6 +86,11 @@ class CompileOptions:
     plain_abi: bool = False
     dump_ir: Path | None = None
 
+    @property
+    def machine(self) -> TargetOptions:
+        """What was said about the machine."""
+        return TargetOptions(self.cpu_features, self.gpu_target, self.target_triple)
+
 
 @dataclass(frozen=True)
 class CompiledModel:
@@ -108,6 +114,7 @@ def compile_model(
     *,
     output: str | Path | None = None,
     progress: Progress | None = None,
+    take_weights: Callable[[Mapping[str, np.ndarray[Any, Any]]], None] | None = None,
 ) -> CompiledModel:
     """Compile an ONNX model for a target.
 
@@ -116,6 +123,8 @@ def compile_model(
         options: What to compile for.
         output: File for the module; it appears whole or not at all. Without it the bytes are returned.
         progress: Told of each stage.
+        take_weights: Given the weights by content key, instead of the file ``options.params`` being written; the module
+            reads them from a file of that name all the same.
 
     Raises:
         UnsupportedModelError: if the model is damaged or cannot be compiled; nothing has been compiled then.
@@ -124,8 +133,7 @@ def compile_model(
     """
     options = options or CompileOptions()
     progress = progress or Progress(6)
-    machine = TargetOptions(options.cpu_features, options.gpu_target, options.target_triple)
-    target = resolve_target(options.target, machine)
+    target = resolve_target(options.target, options.machine)
     with progress.stage("load and check the model"):
         model = load_model(source)
         _bind_named_dims(model.proto, options.dims)
@@ -178,7 +186,9 @@ def compile_model(
                 partial.unlink(missing_ok=True)
             raise
     with progress.stage("write"):
-        if options.params is not None:
+        if take_weights is not None:
+            take_weights(weights.archive())
+        elif options.params is not None:
             write_parameters(options.params, weights.archive())
         if partial is not None and output is not None:
             os.replace(partial, output)

@@ -75,7 +75,7 @@ class CompileReport:
 
     def to_text(self) -> str:
         """For the terminal."""
-        lines = [f"model     {self.model}  ({_mib(self.weight_bytes)} of weights)", f"target    {self.target}"]
+        lines = [f"model     {self.model}  ({mib(self.weight_bytes)} of weights)", f"target    {self.target}"]
         if self.nodes:
             lines.append("")
             lines += _table(
@@ -85,14 +85,15 @@ class CompileReport:
             lines.append("")
         lines += [f"others    {line}" for line in self.others]
         for kind, total in self.states.items():
-            lines.append(f"states    {total['count']} x {kind}, {_mib(total['bytes'])}")
+            lines.append(f"states    {total['count']} x {kind}, {mib(total['bytes'])}")
         lines.append(f"entries   {', '.join(self.entry_points)}")
-        lines.append(f"output    {self.output}  ({_mib(self.output_bytes)})")
+        lines.append(f"output    {self.output}  ({mib(self.output_bytes)})")
         lines += [f"note      {note}" for note in self.notes]
         return "\n".join(lines)
 
 
-def _mib(count: int) -> str:
+def mib(count: int) -> str:
+    """A number of bytes for people."""
     return f"{count / 2**20:.1f} MiB"
 
 

@@ -3,6 +3,7 @@
 `Program.load("model.vmfb").session().run({"input_ids": ids})["logits"]` is the short form; README.md has the rest.
 """
 
+from .choice import Choice
 from .discover import FoundDevice, devices
 from .errors import InputError, LinattnError, StateError, TargetError
 from .generate import greedy
@@ -11,6 +12,7 @@ from .program import Program
 from .session import Session
 
 __all__ = [
+    "Choice",
     "FoundDevice",
     "InputError",
     "LinattnError",

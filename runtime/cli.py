@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import cast
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(argv)
     if options.model is None and not options.list_devices:
-        parser.error("the following arguments are required: MODEL.vmfb")
+        parser.error("the following arguments are required: MODEL")
     try:
         if options.list_devices:
             print("\n".join(describe_devices(devices())))
@@ -100,9 +101,11 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", metavar="MODEL.vmfb", nargs="?", help="the compiled model")
+    parser.add_argument("model", metavar="MODEL.vmfb|MODEL.linattn", nargs="?", help="the compiled model, or a bundle")
     parser.add_argument(
-        "--device", metavar="URI", help="cpu, cuda, vulkan or an IREE device URI (default: as compiled)"
+        "--device",
+        metavar="URI",
+        help="cpu, cuda, vulkan or an IREE device URI (default: as compiled; of a bundle the best)",
     )
     parser.add_argument(
         "--input", metavar="NAME=FILE.npy", nargs="+", action="extend", default=[], help="inputs; FILE.npy: token ids"
@@ -124,7 +127,13 @@ def _run(options: argparse.Namespace) -> None:
     if options.generate is not None and options.generate < 1:
         raise InputError("nothing to generate", where="--generate", got=options.generate, expected="at least 1")
     start = time.perf_counter()
-    program = Program.load(options.model, options.device, options.parameters, options.threads, options.verify)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # what they say of a bundle is shown here, with the rest
+        program = Program.load(options.model, options.device, options.parameters, options.threads, options.verify)
+    if program.choice is not None:
+        for row in program.choice.passed:
+            _note(f"not {row}")
+        _note(f"took {program.choice.module} on {program.choice.device} ({program.device.description})")
     _note(f"loaded {options.model} on {program.device.uri} in {time.perf_counter() - start:.2f} s")
     inputs = read_inputs(program, options.input, options.ids)
     if options.generate is not None:

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from .drivers import (
     CPU_DRIVERS,
+    DEVICE_URIS,
     DRIVER_ERRORS,
     DRIVERS,
     INSTALL_HINTS,
@@ -49,7 +50,6 @@ _flags: Any = cast(Any, _untyped_flags)
 
 HostArray = NDArray[Any]
 
-_DEVICE_URIS = {"cpu": "local-task", "cuda": "cuda", "vulkan": "vulkan"}
 _HAL_TYPES = {
     "bool": "BOOL_8",
     "int8": "SINT_8",
@@ -353,7 +353,7 @@ def open_device(name: str, threads: int | None = None) -> Device:
         InputError: The device has no worker threads, or another number of them already.
     """
     global _worker_threads
-    uri = _DEVICE_URIS.get(name, name)
+    uri = DEVICE_URIS.get(name, name)
     driver, _, path = uri.partition("://")
     if driver not in DRIVERS:
         expected = f"cpu | cuda | vulkan | an IREE URI ({', '.join(DRIVERS)})"
@@ -381,7 +381,7 @@ def open_device(name: str, threads: int | None = None) -> Device:
 
 def has_worker_threads(name: str) -> bool:
     """Whether a device (see `open_device`) runs on CPU worker threads of the process."""
-    return _DEVICE_URIS.get(name, name).partition("://")[0] == "local-task"
+    return DEVICE_URIS.get(name, name).partition("://")[0] == "local-task"
 
 
 def _open(uri: str, driver: str, path: str) -> Device:

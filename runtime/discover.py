@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from .drivers import DRIVER_ERRORS, INSTALL_HINTS, Listed, find_devices, one_line, vulkan_facts
+from .drivers import DEVICE_URIS, DRIVER_ERRORS, INSTALL_HINTS, Listed, find_devices, one_line, vulkan_facts
 
 RANK = ("cuda", "vulkan", "cpu")
 """Targets, best first."""
@@ -68,7 +68,7 @@ def look_for(target: str) -> list[FoundDevice]:
         At least one row: where there is no device, one that says why.
     """
     if target == "cpu":
-        return [FoundDevice("cpu", "local-task", _cpu_name(), "cpu")]
+        return [FoundDevice("cpu", DEVICE_URIS["cpu"], _cpu_name(), "cpu")]
     try:
         found = find_devices(target)
     except DRIVER_ERRORS as error:

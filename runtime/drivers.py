@@ -27,6 +27,8 @@ _flags: Any = cast(Any, _untyped_flags)
 
 _flags.parse_flags("--vulkan_cached_bda_replay_instances=0")  # of the process, before its first Vulkan driver
 
+DEVICE_URIS = {"cpu": "local-task", "cuda": "cuda", "vulkan": "vulkan"}
+"""Target -> the device that runs it where nobody names one."""
 DRIVERS = ("local-task", "local-sync", "cuda", "vulkan", "hip")
 CPU_DRIVERS = ("local-task", "local-sync")
 """IREE drivers that run on the CPU."""

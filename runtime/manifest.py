@@ -24,6 +24,7 @@ RESULTS_KEY = "linattn.results"
 """Reflection attribute of functions that take memory as last arguments: for each result that is not written into an
 input, and for their intermediate values. It lists `[dtype, shape]` of each result, null for one in an input."""
 MAX_ARRAY_BYTES = 1 << 40
+_MAX_NAME = 255
 
 Dim = int | str
 Shape = tuple[Dim, ...]
@@ -245,25 +246,42 @@ class Manifest:
         if version != FORMAT:
             hint = "use the linattn.runtime version that fits the compiler"
             raise TargetError("unknown manifest format", where=where, got=version, expected=FORMAT, hint=hint)
-        manifest = _build(top)
+        manifest = _build(top, where)
         _check(manifest, where)
         return manifest
 
 
-def _build(top: Reader) -> Manifest:
-    model, target, producer = top.child("model"), top.child("target"), top.raw_object("producer")
+def read_target(target: Reader, where: str) -> Target:
+    """What a module was compiled for; a bundle says it in the same words.
+
+    Raises:
+        TargetError: a broken rule of the format.
+    """
+    found = Target(
+        target.choice("name", ("cpu", "cuda", "vulkan")),
+        target.text("device"),
+        target.text("description"),
+        target.optional_whole("subgroup_size", 1, missing_ok=True),
+        None if target.get("architecture") is None else target.text("architecture"),
+        target.texts("instruction_sets"),
+    )
+    if (found.name == "cpu") != (found.architecture is not None):
+        raise bad(where, "target.architecture", f"wrong for target {found.name}", found.architecture)
+    return found
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether it names a file without a folder, on any system."""
+    return 0 < len(name) <= _MAX_NAME and not set(name) & set("/\\:\0") and name not in (".", "..")
+
+
+def _build(top: Reader, where: str) -> Manifest:
+    model, producer = top.child("model"), top.raw_object("producer")
     parameters = None if top.get("parameters") is None else top.child("parameters")
     return Manifest(
         model_name=model.text("name"),
         model_sha256=model.text("sha256"),
-        target=Target(
-            target.choice("name", ("cpu", "cuda", "vulkan")),
-            target.text("device"),
-            target.text("description"),
-            target.optional_whole("subgroup_size", 1, missing_ok=True),
-            None if target.get("architecture") is None else target.text("architecture"),
-            target.texts("instruction_sets"),
-        ),
+        target=read_target(top.child("target"), where),
         batch=top.optional_whole("batch", 1),
         max_context=top.optional_whole("max_context", 1),
         context_limit=top.optional_whole("context_limit", 1),
@@ -317,8 +335,6 @@ def _build(top: Reader) -> Manifest:
 
 def _check(manifest: Manifest, where: str) -> None:
     m = manifest
-    if (m.target.name == "cpu") != (m.target.architecture is not None):
-        raise bad(where, "target.architecture", f"wrong for target {m.target.name}", m.target.architecture)
     for name, role in m.dims.items():
         if role not in ("batch", "tokens", "past", "total", "open"):
             raise bad(where, f"dims.{name}", "unknown role", role, "batch | tokens | past | total | open")
@@ -366,5 +382,5 @@ def _check(manifest: Manifest, where: str) -> None:
             raise bad(where, state.name, "the length axis is not a past dim", state.shape[axis])
         if state.in_place and not (state.kind == "kv_cache" and m.max_context):
             raise bad(where, state.name, "in_place without a capacity", state.kind, "a kv_cache and max_context")
-    if m.parameters and (not m.parameters.file or set(m.parameters.file) & set("/\\:\0") or m.parameters.file in ".."):
+    if m.parameters and not is_plain_name(m.parameters.file):
         raise bad(where, "parameters.file", "not a plain file name", repr(m.parameters.file))

@@ -76,9 +76,9 @@ class Reader:
             raise self._wrong(key, value, "true | false")
         return value
 
-    def whole(self, key: str, least: int) -> int:
-        """A whole number from `least` to 2**31."""
-        return self._whole(key, self.get(key), least)
+    def whole(self, key: str, least: int, most: int = _MAX_WHOLE) -> int:
+        """A whole number from `least` to `most`."""
+        return self._whole(key, self.get(key), least, most)
 
     def optional_whole(self, key: str, least: int, *, missing_ok: bool = False) -> int | None:
         """A whole number or null."""
@@ -124,9 +124,9 @@ class Reader:
         """An object with names of its own choice."""
         return dict(self.child(key)._fields)
 
-    def _whole(self, key: str, value: Any, least: int) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= _MAX_WHOLE:
-            raise self._wrong(key, value, f"a whole number from {least} to {_MAX_WHOLE}")
+    def _whole(self, key: str, value: Any, least: int, most: int = _MAX_WHOLE) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            raise self._wrong(key, value, f"a whole number from {least} to {most}")
         return value
 
     def _wrong(self, key: str, value: object, expected: str) -> TargetError:

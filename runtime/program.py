@@ -8,17 +8,16 @@ import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from . import binding
 from .arrays import as_array
 from .binding import Sizes
-from .cpu import check_cpu
-from .device import Device, DeviceArray, HostArray, open_device
-from .drivers import CPU_DRIVERS, subgroup_sizes
-from .errors import StateError, TargetError
-from .manifest import REFLECTION_KEY, EntryPoint, InputSpec, Manifest, OutputSpec, StateSpec
+from .choice import Choice
+from .device import Device, DeviceArray, HostArray
+from .errors import StateError
+from .loading import load
+from .manifest import EntryPoint, InputSpec, Manifest, OutputSpec, StateSpec
 from .module import Module
 from .owned import Owned
 from .state import next_states, read_state, state_shape, upload_state
@@ -40,9 +39,10 @@ class Program(Owned):
 
     _copy_hint = "threads may share it; another process must load it again"
 
-    def __init__(self, module: Module, manifest: Manifest) -> None:
+    def __init__(self, module: Module, manifest: Manifest, choice: Choice | None = None) -> None:
         self._module = module
         self._manifest = manifest
+        self._choice = choice
         returned = [state.dtype for state in manifest.states]
         self._inputs: dict[tuple[int, tuple[int, ...]], DeviceArray] = {}
         self._outputs: dict[str, list[DeviceArray]] = {}
@@ -64,11 +64,13 @@ class Program(Owned):
         A `.vmfb` is code that runs with the rights of this process: load only what you trust.
 
         Args:
-            source: Path of the `.vmfb` (memory-mapped: leave the file alone while it is loaded), or its bytes.
+            source: Path of the `.vmfb` (memory-mapped: leave the file alone while it is loaded), its bytes, or the
+                folder of a bundle, of which the module for the best device is taken: CUDA, then Vulkan on hardware,
+                then the CPU; `choice` says which and why, and a warning tells of a better one that failed to load.
             device: `cpu`, `cuda`, `vulkan` or an IREE device URI; None: what the model was compiled for.
             parameters: The `.irpa` file with the weights; None: the file that the manifest names, beside the `.vmfb`.
             threads: CPU worker threads, shared by all programs of the process: the first to be loaded on the CPU
-                decides. None: one for each physical core.
+                decides. None: one for each physical core. A bundle that runs on a GPU does not need them.
             verify: Read and check every byte of the weights too. Sizes, code and tables are always checked.
 
         Raises:
@@ -76,16 +78,8 @@ class Program(Owned):
                 weights missing or another model's.
             InputError: `threads` for a device without worker threads, or another number than that of the process.
         """
-        path = None if isinstance(source, (bytes, bytearray, memoryview)) else Path(source)
-        if path is not None and not path.is_file():
-            raise TargetError("no such file", where=str(path))
-        blob = path if path is not None else bytes(source)  # pyright: ignore[reportArgumentType]
-        module = Module(blob, verify=verify)
-        manifest = read_manifest(module)
-        opened = open_device(device or manifest.target.device, threads)
-        _check_target(module.where, manifest, opened)
-        module.link(opened, _find_parameters(module.where, manifest, path, parameters))
-        return Program(module, manifest)
+        loaded = load(source, device, parameters, threads, verify)
+        return Program(loaded.module, loaded.manifest, loaded.choice)
 
     def close(self) -> None:
         """Frees the code, the weights and the states of all sessions, once the call under way has ended.
@@ -131,6 +125,11 @@ class Program(Owned):
     def device(self) -> Device:
         """Where it runs."""
         return self._module.device
+
+    @property
+    def choice(self) -> Choice | None:
+        """What was taken from a bundle, and why not the rest; None for a single module."""
+        return self._choice
 
     @property
     def inputs(self) -> tuple[InputSpec, ...]:
@@ -301,25 +300,6 @@ class Program(Owned):
         return self._inputs[key]
 
 
-def read_manifest(module: Module) -> Manifest:
-    """Finds and checks the manifest of a module.
-
-    Raises:
-        TargetError: There is none, it is broken, or it names a function that the module does not have.
-    """
-    texts = [module.reflection(name).get(REFLECTION_KEY) for name in module.functions]
-    text = next((text for text in texts if text), None)
-    if text is None:
-        hint = "compile the model with linattn-compile"
-        raise TargetError("an IREE module without a linattn manifest", where=module.where, hint=hint)
-    manifest = Manifest.from_json(text, module.where)
-    for symbol in (name for entry in manifest.entry_points for name in (entry.symbol, entry.last) if name):
-        if symbol not in module.functions:
-            expected = ", ".join(name for name in module.functions if "$" not in name and name != "__init")
-            raise TargetError("missing entry point", where=module.where, got=symbol, expected=expected)
-    return manifest
-
-
 def check_room(manifest: Manifest, past: int, tokens: int) -> None:
     """Refuses a call that the context has no room for, before anything runs.
 
@@ -356,32 +336,3 @@ def block_inputs(
         else binding.cut(manifest, spec, feeds[spec.name], start, size)
         for spec in manifest.inputs
     ]
-
-
-def _check_target(where: str, manifest: Manifest, device: Device) -> None:
-    wanted = manifest.target.device.partition("://")[0]
-    if wanted != device.driver and not (wanted in CPU_DRIVERS and device.driver in CPU_DRIVERS):
-        hint = "leave the device out, or compile with --target for this one"
-        got = f"device {device.uri}"
-        raise TargetError(f"compiled for {manifest.target.name}", where=where, got=got, expected=wanted, hint=hint)
-    check_cpu(where, manifest.target)
-    lanes, range_ = manifest.target.subgroup_size, subgroup_sizes(device.uri)
-    if lanes is not None and range_ is not None and not range_[0] <= lanes <= range_[1]:
-        got = f"{range_[0]} to {range_[1]} on {device.description}"
-        hint = "compile with a --gpu-target for this device, such as host"
-        raise TargetError("compiled for another subgroup size", where=where, got=got, expected=lanes, hint=hint)
-
-
-def _find_parameters(
-    where: str, manifest: Manifest, path: Path | None, given: str | os.PathLike[str] | None
-) -> tuple[str, Path] | None:
-    if manifest.parameters is None:
-        if given is not None:
-            raise TargetError("the module has its weights inside", where=where, got=f"parameters {os.fspath(given)}")
-        return None
-    if given is None and path is None:
-        raise TargetError("weights are in a file of their own", where=where, hint="pass parameters=FILE.irpa")
-    file = Path(given) if given is not None else path.parent / manifest.parameters.file  # pyright: ignore[reportOptionalMemberAccess]
-    if not file.is_file():
-        raise TargetError("no such parameter file", where=str(file), hint="put it beside the module or pass parameters")
-    return manifest.parameters.scope, file

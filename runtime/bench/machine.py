@@ -18,8 +18,8 @@ import numpy as np
 from linattn.runtime.device import Device, DeviceArray, open_device
 from linattn.runtime.drivers import list_devices
 from linattn.runtime.errors import TargetError
+from linattn.runtime.loading import read_manifest
 from linattn.runtime.module import Module
-from linattn.runtime.program import read_manifest
 
 from .lazy import need
 from .op_models import COPY, MATMUL

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from linattn.runtime.device import HostArray
 from linattn.runtime.errors import InputError, LinattnError, TargetError
+from linattn.runtime.loading import read_manifest
 from linattn.runtime.manifest import Manifest
 from linattn.runtime.module import Module
-from linattn.runtime.program import read_manifest
 
 from .cases import relative_error
 from .lazy import compiler_side, need

@@ -12,9 +12,10 @@ from linattn.runtime.binding import Sizes
 from linattn.runtime.device import HostArray, has_worker_threads, numpy_dtype
 from linattn.runtime.errors import InputError
 from linattn.runtime.generate import index_of_largest, token_input
+from linattn.runtime.loading import read_manifest
 from linattn.runtime.manifest import EntryPoint, Manifest, OutputSpec
 from linattn.runtime.module import Module
-from linattn.runtime.program import Program, block_inputs, complete_inputs, read_manifest
+from linattn.runtime.program import Program, block_inputs, complete_inputs
 from linattn.runtime.state import state_shape, zero_states
 
 from .device_times import cuda_kernels

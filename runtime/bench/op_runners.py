@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 from linattn.runtime.device import DeviceArray, HostArray, has_worker_threads, numpy_dtype, open_device
+from linattn.runtime.loading import read_manifest
 from linattn.runtime.module import Module
-from linattn.runtime.program import read_manifest
 
 from .device_times import call_seconds, cuda_call_seconds, memory_arguments
 from .lazy import need

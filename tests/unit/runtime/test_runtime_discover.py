@@ -132,5 +132,5 @@ def test_no_model_and_nothing_asked(capsys: pytest.CaptureFixture[str]) -> None:
         main([])
     assert caught.value.code == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
-        "linattn-run: error: the following arguments are required: MODEL.vmfb"
+        "linattn-run: error: the following arguments are required: MODEL"
     )

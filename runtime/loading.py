@@ -1,0 +1,137 @@
+"""From files to a module on a device: the checks before, and what is taken of a bundle."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+from .bundle import INDEX, BundledModule, read_bundle
+from .choice import Choice, choose
+from .cpu import check_cpu
+from .device import has_worker_threads, open_device
+from .drivers import CPU_DRIVERS, subgroup_sizes
+from .errors import TargetError
+from .manifest import REFLECTION_KEY, Manifest, Target
+from .module import Module
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A module on a device.
+
+    Attributes:
+        module: It.
+        manifest: What it says about itself.
+        choice: Why it was taken, if it is one of a bundle.
+    """
+
+    module: Module
+    manifest: Manifest
+    choice: Choice | None = None
+
+
+def load(
+    source: str | os.PathLike[str] | bytes,
+    device: str | None,
+    parameters: str | os.PathLike[str] | None,
+    threads: int | None,
+    verify: bool,
+) -> Loaded:
+    """See `Program.load`."""
+    path = None if isinstance(source, (bytes, bytearray, memoryview)) else Path(source)
+    if path is not None and path.is_dir():
+        if parameters is not None:
+            got = f"parameters {os.fspath(parameters)}"
+            raise TargetError("a bundle has its weights inside", where=str(path), got=got)
+        return _load_bundle(path, device, threads, verify)
+    if path is not None and not path.is_file():
+        raise TargetError("no such file", where=str(path))
+    blob = path if path is not None else bytes(source)  # pyright: ignore[reportArgumentType]
+    module = Module(blob, verify=verify)
+    manifest = read_manifest(module)
+    opened = open_device(device or manifest.target.device, threads)
+    check_target(module.where, manifest.target, opened.uri)
+    module.link(opened, _find_parameters(module.where, manifest, path, parameters))
+    return Loaded(module, manifest)
+
+
+def _load_bundle(folder: Path, device: str | None, threads: int | None, verify: bool) -> Loaded:
+    bundle = read_bundle(folder)
+
+    def fits(entry: BundledModule, uri: str) -> None:
+        check_target(entry.file, entry.target, uri)
+
+    def attempt(entry: BundledModule, uri: str) -> Loaded:
+        takes_threads = device is not None or has_worker_threads(uri)
+        return load(folder / entry.file, uri, None, threads if takes_threads else None, verify)
+
+    loaded, choice = choose(bundle, str(folder), device, fits, attempt)
+    entry = next(entry for entry in bundle.modules if entry.file == choice.module)
+    told, found = (entry.target, bundle.model_sha256), (loaded.manifest.target, loaded.manifest.model_sha256)
+    if told != found:
+        message = f"another module than {INDEX} says"
+        raise TargetError(message, where=str(folder / entry.file), got=found, expected=told, hint="compile it again")
+    for row in choice.passed:
+        if row.failed:
+            warnings.warn(f"{folder}: {row}; took {choice.module} on {choice.device}", RuntimeWarning, stacklevel=4)
+    return Loaded(loaded.module, loaded.manifest, choice)
+
+
+def read_manifest(module: Module) -> Manifest:
+    """Finds and checks the manifest of a module.
+
+    Raises:
+        TargetError: There is none, it is broken, or it names a function that the module does not have.
+    """
+    texts = [module.reflection(name).get(REFLECTION_KEY) for name in module.functions]
+    text = next((text for text in texts if text), None)
+    if text is None:
+        hint = "compile the model with linattn-compile"
+        raise TargetError("an IREE module without a linattn manifest", where=module.where, hint=hint)
+    manifest = Manifest.from_json(text, module.where)
+    for symbol in (name for entry in manifest.entry_points for name in (entry.symbol, entry.last) if name):
+        if symbol not in module.functions:
+            expected = ", ".join(name for name in module.functions if "$" not in name and name != "__init")
+            raise TargetError("missing entry point", where=module.where, got=symbol, expected=expected)
+    return manifest
+
+
+def check_target(where: str, target: Target, uri: str) -> None:
+    """Refuses a module on a device that it was not compiled for; opens nothing.
+
+    Args:
+        where: The module, for errors.
+        target: What it was compiled for.
+        uri: The device.
+
+    Raises:
+        TargetError: It would not load there, or compute wrong numbers.
+    """
+    wanted, driver = target.device.partition("://")[0], uri.partition("://")[0]
+    if wanted != driver and not (wanted in CPU_DRIVERS and driver in CPU_DRIVERS):
+        hint = "leave the device out, or compile with --target for this one"
+        got = f"device {uri}"
+        raise TargetError(f"compiled for {target.name}", where=where, got=got, expected=wanted, hint=hint)
+    check_cpu(where, target)
+    lanes, range_ = target.subgroup_size, subgroup_sizes(uri)
+    if lanes is not None and range_ is not None and not range_[0] <= lanes <= range_[1]:
+        got = f"{range_[0]} to {range_[1]} on {uri}"
+        hint = "compile with a --gpu-target for this device, such as host"
+        raise TargetError("compiled for another subgroup size", where=where, got=got, expected=lanes, hint=hint)
+
+
+def _find_parameters(
+    where: str, manifest: Manifest, path: Path | None, given: str | os.PathLike[str] | None
+) -> tuple[str, Path] | None:
+    if manifest.parameters is None:
+        if given is not None:
+            raise TargetError("the module has its weights inside", where=where, got=f"parameters {os.fspath(given)}")
+        return None
+    if given is None and path is None:
+        raise TargetError("weights are in a file of their own", where=where, hint="pass parameters=FILE.irpa")
+    file = Path(given) if given is not None else path.parent / manifest.parameters.file  # pyright: ignore[reportOptionalMemberAccess]
+    if not file.is_file():
+        raise TargetError("no such parameter file", where=str(file), hint="put it beside the module or pass parameters")
+    return manifest.parameters.scope, file
