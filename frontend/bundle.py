@@ -7,7 +7,6 @@ so that the memory of one compile is all that is needed.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 import re
 import shutil
@@ -19,10 +18,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from linattn.runtime.bundle import INDEX, Bundle, BundledFile, BundledModule, read_bundle
+from linattn.runtime.bundle import INDEX, Bundle, BundledModule, describe_file, read_bundle
 from linattn.runtime.errors import InputError, TargetError
 
 from .compile import CompiledModel, CompileOptions, compile_model
+from .guard import last_net
 from .parameters import write_parameters
 from .report import CompileReport, Progress, mib
 from .targets import resolve_target
@@ -112,6 +112,7 @@ def _is_mapped(array: np.ndarray[Any, Any]) -> bool:
     return isinstance(base, np.memmap)
 
 
+@last_net
 def compile_bundle(
     source: str | Path,
     machines: Sequence[CompileOptions],
@@ -165,9 +166,9 @@ def compile_bundle(
         bundle = Bundle(
             model_name=manifest.model_name,
             model_sha256=manifest.model_sha256,
-            weights=_describe(building / WEIGHTS),
+            weights=describe_file(building / WEIGHTS),
             modules=tuple(
-                BundledModule(**dataclasses.asdict(_describe(building / file)), target=result.manifest.target)
+                BundledModule(**dataclasses.asdict(describe_file(building / file)), target=result.manifest.target)
                 for file, result in compiled.items()
             ),
             producer=manifest.producer or {},
@@ -240,9 +241,3 @@ def _named(machines: Sequence[CompileOptions]) -> dict[str, CompileOptions]:
             name += "x"
         names[f"{name}.vmfb"] = options
     return names
-
-
-def _describe(path: Path) -> BundledFile:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return BundledFile(path.name, path.stat().st_size, digest)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import TargetError
+from .integrity import read_seal
 from .manifest import Target, is_plain_name, read_target
 from .manifest_reader import Reader, bad
 
@@ -28,8 +29,8 @@ class BundledFile:
 
     Attributes:
         file: Its name, without a folder.
-        size: In bytes.
-        sha256: Hash of its bytes, hex.
+        size: In bytes, its seal included.
+        sha256: Hash of its bytes before the seal, hex, as the seal has it.
     """
 
     file: str
@@ -113,18 +114,30 @@ def read_bundle(folder: Path) -> Bundle:
     return bundle
 
 
+def describe_file(path: Path) -> BundledFile:
+    """What the index says of a file that has been written.
+
+    Raises:
+        TargetError: It has no seal.
+    """
+    return BundledFile(path.name, path.stat().st_size, read_seal(path).whole.hex())
+
+
 def _check_file(folder: Path, file: BundledFile) -> None:
     path, hint = folder / file.file, "copy the bundle again, whole"
     try:
-        is_inside = path.resolve().parent == folder.resolve()
-        size = path.stat().st_size if path.is_file() else None
+        if path.resolve().parent != folder.resolve():
+            raise TargetError("a link to outside of the bundle", where=str(path), hint="put the file itself there")
+        if not path.is_file():
+            raise TargetError("the bundle is damaged", where=str(path), got="no such file", hint=hint)
+        found = describe_file(path)
     except (OSError, ValueError, RuntimeError) as error:  # half a character, a loop of links
         raise TargetError("cannot be read", where=str(path), got=str(error).splitlines()[0], hint=hint) from error
-    if not is_inside:
-        raise TargetError("a link to outside of the bundle", where=str(path), hint="put the file itself there")
-    if size != file.size:
-        got = "no such file" if size is None else f"{size} bytes"
-        raise TargetError("the bundle is damaged", where=str(path), got=got, expected=f"{file.size} bytes", hint=hint)
+    if found.size != file.size:
+        got, expected = f"{found.size} bytes", f"{file.size} bytes"
+        raise TargetError("the bundle is damaged", where=str(path), got=got, expected=expected, hint=hint)
+    if found.sha256 != file.sha256:
+        raise TargetError(f"another file than {INDEX} says", where=str(path), hint=hint)
 
 
 def _parse(text: str, where: str) -> Bundle:

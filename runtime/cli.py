@@ -57,7 +57,8 @@ def describe_devices(found: Sequence[FoundDevice]) -> list[str]:
     """A line a device: the one that is taken (`*`), then the others with their reasons."""
     lines: list[str] = []
     for row in found:
-        parts = [f"{row.uri} ({row.name})" if row.uri else "", row.why_not or ""]
+        about = "; ".join(part for part in (row.name, row.details) if part)
+        parts = [f"{row.uri} ({about})" if row.uri else "", row.why_not or ""]
         lines.append(f"{' ' if row.why_not else '*'} {row.target:6}  {': '.join(part for part in parts if part)}")
     return lines
 

@@ -103,6 +103,13 @@ def check_cpu(where: str, target: Target) -> None:
         raise TargetError(message, where=where, got=f"a CPU without {', '.join(missing)}", hint=hint)
 
 
+def describe_features() -> str:
+    """This machine's instruction sets for people: its level of x86-64, and what it has beyond."""
+    level = _level() if machine_architecture() == "x86_64" else machine_architecture()
+    beyond = ", ".join(sorted(machine_features() - _LEVELS.get(level, frozenset())))
+    return f"{level} with {beyond}" if beyond else level
+
+
 def _level() -> str:
     """The best level of x86-64 that this machine has."""
     return next((name for name, needed in _LEVELS.items() if needed <= machine_features()), "generic")

@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from .cpu import describe_features
 from .drivers import DEVICE_URIS, DRIVER_ERRORS, INSTALL_HINTS, Listed, find_devices, one_line, vulkan_facts
 
 RANK = ("cuda", "vulkan", "cpu")
@@ -24,10 +25,11 @@ class FoundDevice:
     Attributes:
         target: `cpu`, `cuda` or `vulkan`: what a module must be compiled for to run here.
         uri: What to give as `device=`; None: there is no such device.
-        name: For people: the GPU's name; the CPU's, and its cores.
+        name: For people.
         kind: `discrete-gpu` | `integrated-gpu` | `virtual-gpu` | `cpu` | `other` | `unknown`; a Vulkan device of kind
             `cpu` is software.
         why_not: Why it is not the one that is taken where nobody names a device; None: it is.
+        details: For people: a CPU's threads and instruction sets; what kind of a GPU, its subgroups.
     """
 
     target: str
@@ -35,6 +37,7 @@ class FoundDevice:
     name: str
     kind: str
     why_not: str | None = None
+    details: str = ""
 
     @property
     def is_software(self) -> bool:
@@ -68,7 +71,8 @@ def look_for(target: str) -> list[FoundDevice]:
         At least one row: where there is no device, one that says why.
     """
     if target == "cpu":
-        return [FoundDevice("cpu", DEVICE_URIS["cpu"], _cpu_name(), "cpu")]
+        details = f"{os.cpu_count()} threads, {describe_features()}"
+        return [FoundDevice("cpu", DEVICE_URIS["cpu"], _cpu_name(), "cpu", details=details)]
     try:
         found = find_devices(target)
     except DRIVER_ERRORS as error:
@@ -85,11 +89,14 @@ def _vulkan(device: Listed) -> FoundDevice:
     facts = vulkan_facts(device)
     kind = facts.kind if facts.kind in _KINDS else "unknown"
     why_not = f"IREE cannot use it, it lacks {', '.join(facts.missing)}" if facts.missing else None
-    return FoundDevice("vulkan", device.uri, device.name, kind, why_not or (SOFTWARE if kind == "cpu" else None))
+    why_not = why_not or (SOFTWARE if kind == "cpu" else None)
+    details = "software" if kind == "cpu" else kind
+    if facts.subgroup_sizes:
+        details += ", subgroups of " + " to ".join(map(str, dict.fromkeys(facts.subgroup_sizes)))
+    return FoundDevice("vulkan", device.uri, device.name, kind, why_not, details)
 
 
 def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     match = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
-    name = match[1] if match else platform.processor() or platform.machine()
-    return f"{name}, {os.cpu_count()} threads"
+    return match[1] if match else platform.processor() or platform.machine()

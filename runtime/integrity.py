@@ -60,6 +60,16 @@ def sealed(data: bytes) -> bytes:
     return file.getvalue()
 
 
+def read_seal(path: Path) -> Seal:
+    """What a file says of itself; it is not compared with what is in the file.
+
+    Raises:
+        TargetError: It has no seal.
+    """
+    with path.open("rb") as file:
+        return _seal_of(file, str(path))
+
+
 def check_seal(source: Path | bytes, where: str, *, whole: bool = False) -> None:
     """Finds out whether a file is as it was written, before anything in it is used.
 
@@ -72,11 +82,7 @@ def check_seal(source: Path | bytes, where: str, *, whole: bool = False) -> None
         TargetError: It has no seal, another size or other content.
     """
     with source.open("rb") if isinstance(source, Path) else io.BytesIO(source) as file:
-        size = file.seek(0, os.SEEK_END) - SEAL_BYTES
-        seal = _read_seal(file, size) if size >= 0 else None
-        if seal is None:
-            hint = f"it is cut off or was not written by linattn-compile: {_HINT}"
-            raise TargetError("no seal at its end", where=where, hint=hint)
+        seal, size = _seal_of(file, where), file.seek(0, os.SEEK_END) - SEAL_BYTES
         if seal.size != size:
             raise TargetError("wrong size", where=where, got=f"{size} bytes", expected=seal.size, hint=_HINT)
         is_sound = seal.start <= seal.stop <= size
@@ -116,9 +122,13 @@ def _weights(file: io.BufferedIOBase, size: int) -> tuple[int, int]:
     return start, start + largest.file_size
 
 
-def _read_seal(file: io.BufferedIOBase, size: int) -> Seal | None:
-    magic, *fields = _SEAL.unpack(_read(file, size, size + SEAL_BYTES))
-    return Seal(*fields) if magic == _MAGIC else None
+def _seal_of(file: io.BufferedIOBase, where: str) -> Seal:
+    size = file.seek(0, os.SEEK_END) - SEAL_BYTES
+    magic, *fields = _SEAL.unpack(_read(file, size, size + SEAL_BYTES)) if size >= 0 else (b"",)
+    if magic != _MAGIC:
+        hint = f"it is cut off or was not written by linattn-compile: {_HINT}"
+        raise TargetError("no seal at its end", where=where, hint=hint)
+    return Seal(*fields)
 
 
 def _hashes(file: io.BufferedIOBase, size: int, start: int, stop: int, *, whole: bool) -> tuple[bytes, bytes]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import os
 import subprocess
@@ -17,10 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 from linattn.runtime import LinattnError, Program, TargetError, choice
-from linattn.runtime.bundle import Bundle, BundledFile, BundledModule, read_bundle
+from linattn.runtime.bundle import Bundle, BundledFile, BundledModule, describe_file, read_bundle
 from linattn.runtime.choice import choose
 from linattn.runtime.cli import main
 from linattn.runtime.discover import SOFTWARE, FoundDevice
+from linattn.runtime.integrity import SEAL_BYTES, sealed
 from linattn.runtime.manifest import Target
 from tiny_hybrid import Hybrid, reference
 
@@ -28,24 +28,19 @@ NO_VULKAN = {"VK_DRIVER_FILES": "/nowhere", "VK_ICD_FILENAMES": "/nowhere"}
 IDS = np.array([[3, 1, 2]])
 
 
-def file_of(path: Path) -> BundledFile:
-    data = path.read_bytes()
-    return BundledFile(path.name, len(data), hashlib.sha256(data).hexdigest())
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A bundle of modules for the CPU and for Vulkan that have no weights."""
     root = tmp_path / "tiny.linattn"
     root.mkdir()
-    (root / "weights.irpa").write_bytes(b"nothing")
+    (root / "weights.irpa").write_bytes(sealed(b"nothing"))
     modules: list[BundledModule] = []
     for target in ("vulkan", "cpu"):
         (root / f"{target}.vmfb").write_bytes(Hybrid(target).compile())
         modules.append(
-            BundledModule(**asdict(file_of(root / f"{target}.vmfb")), target=Hybrid(target).manifest().target)
+            BundledModule(**asdict(describe_file(root / f"{target}.vmfb")), target=Hybrid(target).manifest().target)
         )
-    bundle = Bundle("tiny-hybrid", "0" * 64, file_of(root / "weights.irpa"), tuple(modules), {"linattn": "0.1.0"})
+    bundle = Bundle("tiny-hybrid", "0" * 64, describe_file(root / "weights.irpa"), tuple(modules), {"linattn": "0.1.0"})
     (root / "bundle.json").write_text(bundle.to_json())
     return root
 
@@ -87,9 +82,10 @@ HOSTILE: list[tuple[str, Any, str]] = [
     ("weights.size", -1, "whole number from 0"),
     ("weights.size", 1.5, "whole number"),
     ("weights.size", 1 << 60, "whole number"),
-    ("weights.size", 6, "damaged, got 7 bytes, expected 6 bytes"),
+    ("weights.size", 6, f"damaged, got {SEAL_BYTES + 7} bytes, expected 6 bytes"),
     ("weights.sha256", "0" * 63, "not a SHA-256"),
     ("weights.sha256", "G" * 64, "not a SHA-256"),
+    ("weights.sha256", "0" * 64, "another file than bundle.json says"),
     ("modules.0.file", "..", "not a plain file name"),
     ("modules.0.file", "cpu.vmfb", "not unique"),
     ("modules.0.file", "none.vmfb", "damaged, got no such file"),
@@ -154,6 +150,13 @@ def test_links_stay_inside(folder: Path) -> None:
     (folder / "cpu.vmfb").unlink()
     (folder / "cpu.vmfb").symlink_to("cpu.vmfb")
     with pytest.raises(TargetError, match="cannot be read"):
+        Program.load(folder)
+
+
+def test_a_file_that_is_not_whole(folder: Path) -> None:
+    """Its seal has been cut off: nobody can tell what it is."""
+    (folder / "weights.irpa").write_bytes(b"nothing")
+    with pytest.raises(TargetError, match="no seal at its end"):
         Program.load(folder)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import pytest
 from linattn.runtime import devices, discover
 from linattn.runtime.cli import main
+from linattn.runtime.cpu import _LEVELS
 from linattn.runtime.discover import SOFTWARE
 from linattn.runtime.drivers import Listed, VulkanFacts
 
@@ -124,6 +125,9 @@ def test_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
         assert row.is_software == ("llvmpipe" in row.name)
         assert row.kind in ("discrete-gpu", "integrated-gpu", "virtual-gpu", "cpu") or row.uri is None
         assert any(f"{row.target:6}  {row.uri or 'no device'}" in line for line in lines)
+    cpu = next(row for row in devices() if row.target == "cpu")
+    assert f"{os.cpu_count()} threads" in cpu.details
+    assert {word.strip(",") for word in cpu.details.split()} & ({"generic", "aarch64"} | set(_LEVELS))
     assert any(SOFTWARE in line for line in lines) == any(row.is_software for row in devices())
 
 

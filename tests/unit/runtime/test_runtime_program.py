@@ -154,7 +154,7 @@ def test_not_ours(tmp_path: Path) -> None:
         Program.load(hybrid.compile(""))
     with pytest.raises(TargetError, match="no such file"):
         Program.load(tmp_path / "missing.vmfb")
-    with pytest.raises(TargetError, match="no such file"):
+    with pytest.raises(TargetError, match="not a bundle"):
         Program.load(tmp_path)
     extra = replace(hybrid.manifest(), entry_points=(EntryPoint("prefill_64", "prefill", 64),)).to_json()
     with pytest.raises(TargetError, match=r"missing entry point, got prefill_64, expected .*decode"):
