@@ -30,6 +30,7 @@ from .drivers import (
     DRIVER_ERRORS,
     DRIVERS,
     INSTALL_HINTS,
+    default_uri,
     get_driver,
     is_of_parent,
     list_devices,
@@ -389,7 +390,12 @@ def _open(uri: str, driver: str, path: str) -> Device:
     if path.isdecimal():
         if int(path) >= len(found):
             raise _missing(uri, driver, found, None)
-        uri, path = found[int(path)][0], ""
+        uri = found[int(path)][0]
+    default = default_uri(found)
+    if uri == default:  # it has two names, and is opened once
+        uri = driver
+    if uri in _open_devices:
+        return _open_devices[uri]
     threads = _threads()
     try:
         hal_device = get_driver(driver).create_device_by_uri(uri)
@@ -397,10 +403,11 @@ def _open(uri: str, driver: str, path: str) -> Device:
         raise _missing(uri, driver, found, error) from error
     if driver in CPU_DRIVERS:
         return Device(uri, hal_device, f"{os.cpu_count()} CPU threads")
-    name = dict(found).get(uri) or (found[0][1] if found else uri)
+    name = dict(found).get((default or uri) if uri == driver else uri, uri)
     if "llvmpipe" in name:
         _make_nice(_threads() - threads)
-    return Device(uri, hal_device, name)
+    device = _open_devices[uri] = Device(uri, hal_device, name)
+    return device
 
 
 def _threads() -> set[int]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -34,6 +35,7 @@ CPU_DRIVERS = ("local-task", "local-sync")
 """IREE drivers that run on the CPU."""
 DRIVER_ERRORS = (RuntimeError, ValueError, NotImplementedError)
 """What IREE's functions raise where a driver or a device does not work."""
+_UNUSABLE = "[below baseline]"  # at the end of a Vulkan device's name, by IREE's driver
 INSTALL_HINTS = {
     "vulkan": "install a Vulkan driver (Debian and Ubuntu: apt-get install mesa-vulkan-drivers libvulkan1)",
     "cuda": "install the NVIDIA driver (libcuda.so)",
@@ -128,6 +130,11 @@ def list_devices(driver: str) -> list[tuple[str, str]]:
         return []
 
 
+def default_uri(found: Iterable[tuple[str, str]]) -> str | None:
+    """Which of a driver's devices IREE opens where only the driver is named: the first that it can use."""
+    return next((uri for uri, name in found if _UNUSABLE not in name), None)
+
+
 def vulkan_facts(device: Listed) -> VulkanFacts:
     """What a Vulkan device says about itself; nothing where the driver does not tell."""
     try:
@@ -148,7 +155,8 @@ def subgroup_sizes(uri: str) -> tuple[int, int] | None:
         found = find_devices("vulkan") if driver == "vulkan" else []
     except DRIVER_ERRORS:
         return None
-    device = next((device for device in found if not path or device.uri == uri), None)
+    wanted = uri if path else default_uri((device.uri, device.name) for device in found)
+    device = next((device for device in found if device.uri == wanted), None)
     return None if device is None else vulkan_facts(device).subgroup_sizes
 
 

@@ -132,8 +132,8 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     add(
         "models",
         nargs="+",
-        metavar="MODEL.onnx|MODEL.vmfb",
-        help="models to compile, and compiled ones (a .vmfb is code)",
+        metavar="MODEL.onnx|MODEL.vmfb|MODEL.linattn",
+        help="models to compile, and compiled ones (a .vmfb is code), of a bundle each module",
     )
     add("--prefill", type=int, default=512, metavar="N", help="tokens of the prompt (default: 512)")
     add("--decode", type=int, default=128, metavar="N", help="tokens to generate (default: 128)")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from linattn.runtime.bundle import read_bundle
 from linattn.runtime.device import HostArray
 from linattn.runtime.errors import InputError, LinattnError, TargetError
 from linattn.runtime.loading import read_manifest
@@ -70,6 +71,7 @@ def run_model(options: ModelOptions, note: Note) -> dict[str, Any]:
     unknown = [peer for peer in options.peers if peer not in MODEL_PEERS]
     if unknown:
         raise InputError("unknown name", where="--peers", got=repr(unknown[0]), expected=" | ".join(MODEL_PEERS))
+    options = dataclasses.replace(options, models=_unpacked(options.models))
     absent, order = Absences(), list[str]()
     result: dict[str, Any] = {
         "format": FORMAT,
@@ -106,6 +108,14 @@ def run_model(options: ModelOptions, note: Note) -> dict[str, Any]:
     return result | {"rows": rows, "absent": absent.rows, "order": order}
 
 
+def _unpacked(models: Sequence[Path]) -> list[Path]:
+    """The models, of a bundle all of its modules."""
+    paths: list[Path] = []
+    for path in models:
+        paths += [path / module.file for module in read_bundle(path).modules] if path.is_dir() else [path]
+    return paths
+
+
 def _check_modules(options: ModelOptions) -> dict[Path, Manifest]:
     """Manifests of the `.vmfb` files; refuses other files, and contexts that are too short."""
     found: dict[Path, Manifest] = {}
@@ -113,7 +123,7 @@ def _check_modules(options: ModelOptions) -> dict[Path, Manifest]:
         if not path.is_file():
             raise TargetError("no such file", where=str(path))
         if path.suffix not in (".onnx", ".vmfb"):
-            raise InputError("not a model", where=str(path), expected="a .onnx or a .vmfb file")
+            raise InputError("not a model", where=str(path), expected="a .onnx or a .vmfb file, or a bundle")
         if path.suffix == ".vmfb":
             manifest = found[path] = read_manifest(Module(path))
             needed, limit = options.prefill + options.decode, manifest.token_limit

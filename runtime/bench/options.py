@@ -52,7 +52,8 @@ class ModelOptions:
     """What to measure.
 
     Attributes:
-        models: `.onnx` files, compiled for each target and strategy, and `.vmfb` files, run as they are.
+        models: `.onnx` files, compiled for each target and strategy, `.vmfb` files, run as they are, and bundles, of
+            which every module is run whose device is there.
         prefill: Tokens of the prompt.
         decode: Tokens generated after the first.
         repeats: How often the subjects take turns.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -53,6 +54,21 @@ def test_json(result: dict[str, Any]) -> None:
             assert row["error"]["positions"] == 4
             assert row["greedy"] == {"equal": 4, "of": 4}
     assert "fused_simd" in result["rows"][0]["strategy"]
+
+
+def test_each_module_of_a_bundle(bench: Bench, tiny_model: Path, tmp_path: Path) -> None:
+    from linattn.frontend import CompileOptions
+    from linattn.frontend.bundle import compile_bundle
+
+    small = CompileOptions(max_context=16, prefill_blocks=())
+    machines = [small, dataclasses.replace(small, cpu_features="generic")]
+    compile_bundle(tiny_model, machines, tmp_path / "tiny.linattn")
+    file = tmp_path / "b.json"
+    status, _, err = bench("model", tmp_path / "tiny.linattn", *QUICK, "--json", file)
+    assert status == 0, err
+    result = json.loads(file.read_text())
+    assert [row["subject"] for row in result["rows"]] == ["cpu-default", "cpu-generic"]
+    assert len(result["models"]) == 1
 
 
 @pytest.mark.parametrize(("all_logits", "wanted"), [(True, "all"), (False, "last")])
@@ -159,7 +175,7 @@ def test_forced_strategy_that_is_unknown(bench: Bench, tiny_model: Path) -> None
     ("arguments", "message"),
     [
         (["nowhere.onnx"], "nowhere.onnx: no such file"),
-        ([__file__], "not a model, expected a .onnx or a .vmfb file"),
+        ([__file__], "not a model, expected a .onnx or a .vmfb file, or a bundle"),
         (
             ["{compiled}", "--prefill", "20"],
             "context too short, got 16, expected 148 tokens; compile with --max-context",

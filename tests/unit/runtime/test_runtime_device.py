@@ -18,7 +18,7 @@ from linattn.runtime import InputError, Program, TargetError
 from linattn.runtime.bench.cases import AttentionCase
 from linattn.runtime.bench.op_models import build_op
 from linattn.runtime.device import DTYPE_NAMES, Device, numpy_dtype, open_device
-from linattn.runtime.drivers import list_devices, subgroup_sizes
+from linattn.runtime.drivers import default_uri, list_devices, subgroup_sizes
 from linattn.runtime.integrity import sealed
 from linattn.runtime.module import Module
 from tiny_hybrid import FLAGS, Hybrid, reference
@@ -170,10 +170,27 @@ def test_vulkan_by_number(device: Device) -> None:
     if device.driver != "vulkan":
         pytest.skip("for Vulkan")
     first = open_device("vulkan://0")
-    assert first.uri == list_devices("vulkan")[0][0]
     sizes = subgroup_sizes(first.uri)
     assert sizes is not None
     assert 1 <= sizes[0] <= sizes[1] <= 128
+
+
+@pytest.mark.vulkan
+def test_a_device_of_two_names_is_opened_once(device: Device) -> None:
+    """By its driver, by number, by path: a second one would have memory, queues and threads of its own."""
+    if device.driver != "vulkan":
+        pytest.skip("for Vulkan")
+    uri = default_uri(list_devices("vulkan"))
+    assert uri is not None
+    number = [listed for listed, _ in list_devices("vulkan")].index(uri)
+    assert device is open_device("vulkan") is open_device(uri) is open_device(f"vulkan://{number}")
+    assert device.description == dict(list_devices("vulkan"))[uri]
+
+
+def test_the_default_device_is_the_first_that_can_be_used() -> None:
+    found = [("vulkan://old", "GPU (driver) [below baseline]"), ("vulkan://new", "GPU"), ("vulkan://other", "GPU")]
+    assert default_uri(found) == "vulkan://new"
+    assert default_uri(found[:1]) is default_uri([]) is None
 
 
 def test_unaligned_bytes() -> None:

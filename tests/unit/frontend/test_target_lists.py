@@ -1,0 +1,57 @@
+"""Several targets on one command line: each option goes to the target that it is for, or is refused."""
+
+from __future__ import annotations
+
+import pytest
+from linattn.frontend.targets import TargetOptions
+from linattn.frontend.targets.lists import read_machines
+from linattn.runtime import LinattnError
+
+NONE, V3 = TargetOptions(), TargetOptions(cpu_features="x86-64-v3")
+
+
+def gpu(name: str) -> TargetOptions:
+    return TargetOptions(gpu_target=name)
+
+
+RIGHT = [
+    ("cpu", V3, [("cpu", V3)]),
+    ("vulkan", gpu("ada"), [("vulkan", gpu("ada"))]),
+    ("vulkan", gpu("my,odd:name.json"), [("vulkan", gpu("my,odd:name.json"))]),
+    ("vulkan", gpu("vulkan:ada"), [("vulkan", gpu("ada"))]),
+    ("vulkan", gpu("vulkan:ada,vulkan:mobile"), [("vulkan", gpu("ada")), ("vulkan", gpu("mobile"))]),
+    ("cpu,vulkan,cuda", NONE, [("cpu", NONE), ("vulkan", NONE), ("cuda", NONE)]),
+    ("cuda, cpu", V3, [("cuda", NONE), ("cpu", V3)]),
+    (
+        "cuda,cpu",
+        TargetOptions("generic", "sm_89", "aarch64-linux-gnu"),
+        [("cuda", gpu("sm_89")), ("cpu", TargetOptions("generic", None, "aarch64-linux-gnu"))],
+    ),
+    ("cuda,vulkan", gpu("vulkan:ada"), [("cuda", NONE), ("vulkan", gpu("ada"))]),
+    ("vulkan,cuda", gpu("cuda:sm_90,vulkan:ada"), [("vulkan", gpu("ada")), ("cuda", gpu("sm_90"))]),
+    # What belongs to no target is left to the target, which says so.
+    ("cpu", gpu("ada"), [("cpu", gpu("ada"))]),
+    ("cuda,vulkan", V3, [("cuda", V3), ("vulkan", V3)]),
+]
+
+
+@pytest.mark.parametrize(("targets", "options", "machines"), RIGHT)
+def test_each_its_own(targets: str, options: TargetOptions, machines: list[tuple[str, TargetOptions]]) -> None:
+    assert read_machines(targets, options) == machines
+
+
+@pytest.mark.parametrize(
+    ("targets", "options", "message"),
+    [
+        ("", NONE, "unknown target"),
+        ("cpu,,cuda", NONE, "unknown target"),
+        ("cpu,CUDA", NONE, "unknown target"),
+        ("cuda,cpu,cuda", NONE, "given twice, got cuda"),
+        ("cuda,vulkan", gpu("sm_89"), "which target is it for"),
+        ("cuda,vulkan", gpu("cuda:sm_89,ada"), "which target is it for"),
+        ("cuda,cpu", gpu("vulkan:ada"), "not among the targets, got vulkan, expected cuda"),
+    ],
+)
+def test_refused(targets: str, options: TargetOptions, message: str) -> None:
+    with pytest.raises(LinattnError, match=message):
+        read_machines(targets, options)
