@@ -1,8 +1,9 @@
 """GroupQueryAttention (com.microsoft 1): causal attention with grouped heads and a KV cache.
 
 Query i of batch row b stands at ``past_len[b] + i`` with ``past_len[b] = max(seqlens_k[b] + 1 - T, 0)`` and sees the
-keys up to there. The new keys and values are written at ``past_len[b]``: into [B, Hkv, P+T, d] in the ONNX form, into
-the past's own buffer [B, Hkv, M, d], at the entry point's position, in the capacity form.
+keys up to there. With q_norm_weight and k_norm_weight every head is RMS-normalised before it is rotated. The new keys
+and values are written at ``past_len[b]``: into [B, Hkv, P+T, d] in the ONNX form, into the past's own buffer
+[B, Hkv, M, d], at the entry point's position, in the capacity form.
 
 Source: onnxruntime ContribOperators.md, com.microsoft.GroupQueryAttention (ONNX Runtime 1.32).
 """
@@ -25,14 +26,15 @@ from .attention_checks import check_mask, known, past_and_capacity, refuse_attri
 from .attention_strategies import choose as choose_strategy
 from .attention_strategies import emit_softmax_attention
 from .checks import float_input, refuse_outputs, require_dtype, require_shape
+from .rms_normalization import emit_inverse_rms, emit_scaled
 from .rotary_embedding import Rotation, clamp_position, emit_rotation, parse_caches
 
 _SUPPORTED = ("num_heads", "kv_num_heads", "scale", "softcap", "local_window_size", "do_rotary", "rotary_interleaved",
-              "qk_norm_epsilon", "q_norm_epsilon", "k_norm_epsilon", "kv_cache_bit_width")  # fmt: skip
+              "qk_norm_epsilon", "kv_cache_bit_width")  # fmt: skip
 _NEUTRAL = {"smooth_softmax": 0, "qk_output": 0, "causal": 1, "sliding_window_cache": 0,
             "k_quant_type": "NONE", "v_quant_type": "NONE"}  # fmt: skip
-_REFUSED = {11: "head_sink", 12: "k_scale", 13: "v_scale", 14: "q_norm_weight", 15: "k_norm_weight",
-            16: "query_seqlens"}  # fmt: skip
+_REFUSED = {11: "head_sink", 12: "k_scale", 13: "v_scale", 16: "query_seqlens"}
+_NORM_WEIGHTS = {14: "q_norm_weight", 15: "k_norm_weight"}
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class GroupQueryAttention:
         softcap: c in c * tanh(s / c), 0 for none.
         window: How many keys before its own position a query sees (local_window_size - 1), None for all.
         rotation: How the op rotates queries and keys itself, None if they come rotated.
+        norm_epsilon: Of the norm of each head of queries and keys; None without their weights.
         masked: Whether there is an attention_bias.
         num_outputs: How many outputs the node lists, 1 to 4.
         where: The node, as errors name it.
@@ -80,6 +83,7 @@ class GroupQueryAttention:
     softcap: float
     window: int | None
     rotation: Rotary | None
+    norm_epsilon: float | None
     masked: bool
     num_outputs: int
     where: str
@@ -145,10 +149,24 @@ def parse(node: Node) -> GroupQueryAttention:
         softcap=node.attr("softcap", 0.0),
         window=window - 1 if window >= 0 else None,
         rotation=_parse_rotation(node, query, size) if node.attr("do_rotary", 0) else None,
+        norm_epsilon=_parse_norms(node, query, size),
         masked=bias is not None,
         num_outputs=node.num_outputs,
         where=node.where,
     )
+
+
+def _parse_norms(node: Node, query: TensorSpec, size: int) -> float | None:
+    weights = [(name, node.input(port)) for port, name in _NORM_WEIGHTS.items()]
+    given = [(name, spec) for name, spec in weights if spec is not None]
+    if not given:
+        return None
+    if len(given) < len(weights):
+        raise node.error("inputs 'q_norm_weight' and 'k_norm_weight'", got=f"'{given[0][0]}' alone", expected="both")
+    for name, spec in given:
+        require_shape(node, name, spec, (size,))
+        require_dtype(node, name, spec, query.dtype)
+    return node.attr("qk_norm_epsilon", 1e-6)
 
 
 def _parse_rotation(node: Node, query: TensorSpec, size: int) -> Rotary:
@@ -204,6 +222,14 @@ def _rotated(b: Builder, contract: GroupQueryAttention, x: ir.Value, heads: int,
     return emit_rotation(b, rotation, x, cos, sin, lookup)
 
 
+def _normed(b: Builder, x: ir.Value, heads: int, weight: ir.Value, epsilon: float) -> ir.Value:
+    """Queries or keys [B, T, H*d] with every head normalised."""
+    spec = spec_of(x)
+    by_head = b.expand(x, 2, [heads, (spec.shape[2] or 0) // heads])
+    inverse = emit_inverse_rms(b, by_head, 3, epsilon)
+    return b.collapse(emit_scaled(b, by_head, inverse, weight, spec.dtype), 2, 3)
+
+
 def _split_packed(b: Builder, contract: GroupQueryAttention, x: ir.Value) -> list[ir.Value]:
     """Query, key and value out of [B, T, (Hq + 2 Hkv) * d]."""
     heads, start, parts = contract.heads, 0, list[ir.Value]()
@@ -232,6 +258,12 @@ def lower(
         first = core.bounded(b, context.position, b.dim(pasts[0], 2), length)
     elif contract.has_lengths:
         first = _past_lengths(b, seqlens, batch, length)
+    if contract.norm_epsilon is not None:
+        q_weight, k_weight = inputs[14], inputs[15]
+        assert q_weight is not None
+        assert k_weight is not None
+        query = _normed(b, query, heads.q, q_weight, contract.norm_epsilon)
+        key = _normed(b, key, heads.kv, k_weight, contract.norm_epsilon)
     if contract.rotation is not None:
         query = _rotated(b, contract, query, heads.q, first, inputs[7:9], inputs[9])
         key = _rotated(b, contract, key, heads.kv, first, inputs[7:9], inputs[9])

@@ -51,6 +51,11 @@ def bias(inputs: Inputs, batch: int, heads: int) -> Inputs:
     return [*inputs, None, None, None, normal(batch, heads, inputs[0].shape[1], int(inputs[6]))]
 
 
+def norms(inputs: Inputs) -> Inputs:
+    """With weights for the norm of each head of queries and keys, as inputs 14 and 15."""
+    return [*inputs, *[None] * (14 - len(inputs)), normal(D) + 1, normal(D) / 2 + 1]
+
+
 def scalar_length(inputs: Inputs) -> Inputs:
     inputs[5] = inputs[5].reshape(())
     return inputs
@@ -67,12 +72,37 @@ CASES: dict[str, tuple[Inputs, dict[str, Any]]] = {
     "packed-rotary": (rotary(inputs_for(1, 7, [7, 4], packed=True)), {"do_rotary": 1}),
     "rotary-interleaved": (rotary(inputs_for(3, 7, [7])), {"do_rotary": 1, "rotary_interleaved": 1}),
     "rotary-ids": (ids(rotary(inputs_for(3, 7, [7])), [[9, 10, 12]]), {"do_rotary": 1}),
+    "norms": (norms(inputs_for(3, 7, [7])), {}),
+    "packed-norms-rotary": (
+        norms(rotary(inputs_for(1, 7, [7, 4], packed=True))),
+        {"do_rotary": 1, "qk_norm_epsilon": 0.1},
+    ),
     "bias": (bias(inputs_for(1, 7, [7, 7]), 1, HQ), {}),
 }
 
 
+def normed(inputs: Inputs, epsilon: float) -> Inputs:
+    """The inputs of the same attention without norms: every head of queries and keys is normalised already."""
+    packed, (q_weight, k_weight) = inputs[1] is None, inputs[14:]
+
+    def norm(x: np.ndarray, heads: int, weight: np.ndarray) -> np.ndarray:
+        by_head = x.reshape(*x.shape[:2], heads, D).astype(np.float64)
+        scaled = by_head / np.sqrt((by_head**2).mean(-1, keepdims=True) + epsilon) * weight
+        return scaled.reshape(x.shape).astype(np.float32)
+
+    if not packed:
+        return [norm(inputs[0], HQ, q_weight), norm(inputs[1], HKV, k_weight), *inputs[2:14]]
+    q, k, v = np.split(inputs[0], [HQ * D, (HQ + HKV) * D], axis=-1)
+    return [np.concatenate([norm(q, HQ, q_weight), norm(k, HKV, k_weight), v], -1), *inputs[1:14]]
+
+
 def reference(inputs: Inputs, attributes: dict[str, Any]) -> list[np.ndarray]:
     inputs = [*inputs[:5], np.atleast_1d(inputs[5]), *inputs[6:]]  # ONNX Runtime 1.32 takes no scalar here
+    if len(inputs) > 14:  # its CPU kernel has no norms either: they come before it, in numpy
+        inputs, attributes = (
+            normed(inputs, attributes.get("qk_norm_epsilon", 1e-6)),
+            {**attributes, "qk_norm_epsilon": 0.0},
+        )
     return run_onnx_runtime("GroupQueryAttention", inputs, {**COUNTS, **attributes}, **OP)
 
 
@@ -114,7 +144,7 @@ def test_open_dimensions(case):
 
 
 @pytest.mark.vulkan
-@pytest.mark.parametrize("case", ["decode-ragged", "rotary-interleaved"])
+@pytest.mark.parametrize("case", ["decode-ragged", "rotary-interleaved", "packed-norms-rotary"])
 def test_on_vulkan(case):
     inputs, attributes = CASES[case]
     got = run_open("GroupQueryAttention", inputs, {**COUNTS, **attributes}, target="vulkan", **OP)
@@ -198,6 +228,8 @@ def test_refusals():
     assert "k_quant_type" in refused(decode, {"k_quant_type": "PER_TENSOR"})
     assert "surprise" in refused(decode, {"surprise": 1})
     assert "head_sink" in refused([*decode, *[None] * 4, normal(HQ)], {})
+    assert "'q_norm_weight' alone" in refused([*decode, *[None] * 7, normal(D)], {})
+    assert "k_norm_weight" in refused([*decode, *[None] * 7, normal(D), normal(D + 1)], {})
     assert "query_seqlens" in refused([*decode, *[None] * 9, decode[5]], {})
     assert "output_qk" in refused(decode, {}, outputs=4)
     assert "past_value" in refused([*decode[:4], None, *decode[5:]], {})
