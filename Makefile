@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test test-quick lint format type clean
+.PHONY: help demo test test-quick test-sweep lint format type clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -27,6 +27,9 @@ test: $(STAMP)  ## every test; the Vulkan ones need a driver (Debian: apt-get in
 
 test-quick: $(STAMP)  ## the tests that need neither a GPU driver nor much time
 	$(BIN)/python -m pytest -q -n 2 -m 'not vulkan and not slow'
+
+test-sweep: $(STAMP)  ## LinearAttention at every head size on every width of vectors: half an hour
+	LINATTN_SWEEP=1 $(BIN)/python -m pytest -q -n 2 tests/numeric/test_every_head_size.py
 
 lint: $(STAMP)  ## ruff: style, imports, docstrings, formatting
 	$(BIN)/ruff check .

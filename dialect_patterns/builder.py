@@ -421,18 +421,19 @@ class Builder:
         initial: Sequence[ir.Value],
         body: Callable[[Size, list[ir.Value]], Sequence[ir.Value]],
         *,
+        first: int = 0,
         unroll: int,
     ) -> list[ir.Value]:
-        """``body(index, carried)`` for index 0, 1, ..., ``count - 1``, where ``count`` is at least 1.
+        """``body(index, carried)`` for index ``first``, ..., ``count - 1``, where ``count`` is at least 1.
 
         A static count of at most ``unroll`` is unrolled: IREE then records all iterations into one command buffer and
         updates in place the tensors that the body writes into, while it copies those of a loop as a whole in every
         iteration (3.13). The unrolled index is a run-time value, so that all iterations share their kernels.
         """
         if not isinstance(count, int) or count > unroll:
-            return self.for_loop(count, initial, body)
+            return self.for_loop(count, initial, body, start=first)
         carried = list(initial)
-        for index in range(count):
+        for index in range(first, count):
             carried = list(body(self._opaque(index) if count > 1 else index, carried))
         return carried
 

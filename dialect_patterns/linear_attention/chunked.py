@@ -65,7 +65,9 @@ def emit_linear_attention_chunked(
         beta = _emit_chunks(b, c, x.beta, c.kv_heads if c.beta == "head" else 1, 1, count, chunk)
     parts = _emit_parts(b, scores, v, b.collapse(beta, 1, 3) if beta is not None else None)
     parts = {name: b.expand(part, 0, [count, n]) for name, part in parts.items()}
-    output, state = _emit_scan(b, parts, b.cast(x.state, "f32"), count, [n, c.rows * chunk, c.dv])
+    output, state = _emit_scan(
+        b, parts, None if x.state is None else b.cast(x.state, "f32"), count, [n, c.rows * chunk, c.dv]
+    )
     output = b.expand(b.expand(output, 2, [c.rows, chunk]), 1, [x.batch, c.kv_heads])
     output = b.map("nbhrce->bnchre", lambda o: o * c.scale, output, dtype=c.dtype)
     output = b.collapse(b.collapse(output, 3, 5), 1, 2)
@@ -127,24 +129,39 @@ def _emit_parts(b: Builder, scores: Scores, v: ir.Value, beta: ir.Value | None) 
 
 
 def _emit_scan(
-    b: Builder, parts: dict[str, ir.Value], state: ir.Value, count: Size, shape: list[Size]
+    b: Builder, parts: dict[str, ir.Value], state: ir.Value | None, count: Size, shape: list[Size]
 ) -> tuple[ir.Value, ir.Value]:
-    """From chunk to chunk: outputs [chunks, N, r * C, dv], not scaled, and the last state [N, dk, dv]."""
+    """From chunk to chunk: outputs [chunks, N, r * C, dv], not scaled, and the last state [N, dk, dv].
 
-    def step(index: Size, carried: list[ir.Value]) -> list[ir.Value]:
-        state, outputs = carried
+    Without a past state the first chunk has no products with it.
+    """
+
+    def chunk(index: Size, state: ir.Value | None, outputs: ir.Value) -> list[ir.Value]:
         part = {name: _chunk(b, value, index) for name, value in parts.items()}
-        u = part.get("u") or _plus(b, b.contract("ncd,nde->nce", part["key"], state), part["value"])
-        output = _plus(b, b.contract("nij,nje->nie", part["qk"], u), b.contract("nid,nde->nie", part["query"], state))
+        u = part.get("u")
+        if u is None:
+            u = part["value"]
+            if state is not None:
+                u = _plus(b, b.contract("ncd,nde->nce", part["key"], state), u)
+        output = b.contract("nij,nje->nie", part["qk"], u)
+        if state is not None:
+            output = _plus(b, output, b.contract("nid,nde->nie", part["query"], state))
         outputs = b.insert(b.expand(output, 0, [1, shape[0]]), outputs, [index, 0, 0, 0])
         added = part["added"] if "added" in part else b.contract("ncd,nce->nde", part["key_end"], u)
+        if state is None:
+            return [added, outputs]
         if "total" not in part:
             return [_plus(b, added, state), outputs]
         letters = "n1" if b.dim(part["total"], 1) == 1 else "nd"
         state = b.map(f"nde,{letters},nde->nde", lambda d, f, s: d + f * s, added, part["total"], state)
         return [state, outputs]
 
-    state, outputs = b.repeat(count, [state, b.empty([count, *shape], "f32")], step, unroll=_UNROLL)
+    outputs = b.empty([count, *shape], "f32")
+    carried = chunk(0, None, outputs) if state is None else [state, outputs]
+    first = 1 if state is None else 0
+    state, outputs = b.repeat(
+        count, carried, lambda index, carried: chunk(index, *carried), first=first, unroll=_UNROLL
+    )
     return outputs, state
 
 

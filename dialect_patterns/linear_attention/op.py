@@ -14,7 +14,7 @@ from ..select import Legality, No, Strategy, Yes, select
 from ..target import Target
 from . import chunked, fused_simd, fused_simt, fused_simt_chunks, recurrent
 from .contract import LinearAttention, output_types, parse
-from .operands import prepare, present_state, refine_inputs
+from .operands import prepare, present_state, refine_inputs, state_or_zeros
 
 _CHUNK_SIZES = (8, 16, 32, 64, 128)
 _MIN_TOKENS = 2
@@ -127,7 +127,7 @@ def lower(
 
     if isinstance(x.tokens, int) and x.tokens == 0:
         output = b.full(0.0, [x.batch, 0, c.out_heads * c.dv], c.dtype)
-        results = [output, present_state(b, c, x.batch, x.state)]
+        results = [output, present_state(b, c, x.batch, state_or_zeros(b, c, x))]
     elif choice.strategy == "fused_simt_chunks":
         results = fused_simt_chunks.emit_linear_attention_fused_simt_chunks(context, c, x)
     elif choice.strategy == "fused_simt":

@@ -25,7 +25,9 @@ class Operands:
         batch: B.
         tokens: T.
         past: [B, Hkv, dk, dv], None where the node has no past state.
-        state: [B * Hkv, dk, dv], zeros where the node has no past state.
+        state: The past state as [B * Hkv, dk, dv], None where the node has none. Strategies leave out products with
+            it then: IREE 3.13 may take a product with constant zeros, plus a tensor, for one with that tensor (MLIR's
+            ``CanonicalizeContractAdd`` replaces the zero accumulator in all operands), where tiles are alike.
     """
 
     query: ir.Value
@@ -36,7 +38,7 @@ class Operands:
     batch: Size
     tokens: Size
     past: ir.Value | None
-    state: ir.Value
+    state: ir.Value | None
 
 
 def refine_inputs(b: Builder, contract: LinearAttention, values: Sequence[ir.Value | None]) -> list[ir.Value | None]:
@@ -54,11 +56,15 @@ def prepare(b: Builder, contract: LinearAttention, values: Sequence[ir.Value | N
     assert key is not None
     assert value is not None
     batch = b.dim(query, 0)
-    if past is None:
-        state = b.full(0.0, [b.mul(batch, contract.kv_heads), contract.dk, contract.dv], contract.state_dtype)
-    else:
-        state = b.collapse(past, 0, 1)
+    state = None if past is None else b.collapse(past, 0, 1)
     return Operands(query, key, value, decay, beta, batch, b.dim(query, 1), past, state)
+
+
+def state_or_zeros(b: Builder, contract: LinearAttention, x: Operands) -> ir.Value:
+    """The past state in f32, to start a loop or to be returned."""
+    if x.state is None:
+        return b.full(0.0, [b.mul(x.batch, contract.kv_heads), contract.dk, contract.dv], "f32")
+    return b.cast(x.state, "f32")
 
 
 def present_state(b: Builder, contract: LinearAttention, batch: Size, state: ir.Value) -> ir.Value:

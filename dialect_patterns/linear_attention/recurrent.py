@@ -33,7 +33,7 @@ from ..scalar import Scalar
 from ..select import Legality, Yes
 from ..target import Target
 from .contract import LinearAttention
-from .operands import Operands, present_state
+from .operands import Operands, present_state, state_or_zeros
 
 
 def is_legal(contract: LinearAttention, target: Target) -> Legality:
@@ -56,14 +56,14 @@ def emit_linear_attention_recurrent(context: LoweringContext, contract: LinearAt
         row, state = _emit_token(b, contract, x, t, state)
         return [state, b.insert(row, output, [0, t, 0])]
 
-    state, output = b.for_loop(x.tokens, [b.cast(x.state, "f32"), output], step)
+    state, output = b.for_loop(x.tokens, [state_or_zeros(b, contract, x), output], step)
     return [output, present_state(b, contract, x.batch, state)]
 
 
 def _emit_token(
-    b: Builder, contract: LinearAttention, x: Operands, t: Size, state: ir.Value
+    b: Builder, contract: LinearAttention, x: Operands, t: Size, state: ir.Value | None
 ) -> tuple[ir.Value, ir.Value]:
-    """One token: its output row [B, 1, W] in the contract's type and the next state."""
+    """One token: its output row [B, 1, W] in the contract's type and the next state; ``state`` None for zeros."""
     c = contract
     n = b.mul(x.batch, c.kv_heads)
     k = _emit_heads(b, x, x.key, t, c.k_heads, c.dk, c.kv_heads)
@@ -77,10 +77,17 @@ def _emit_token(
     u = v
     if x.beta is not None:
         beta = _emit_heads(b, x, x.beta, t, c.kv_heads if c.beta == "head" else 1, 1, c.kv_heads)
-        held = b.collapse(_emit_read(b, c, b.unsqueeze(k, 1), decay, state), 1, 2)
-        u = b.map("nv,nv,n1->nv", _f32(lambda value, old, rate: rate * (value - old)), v, held, beta, dtype="f32")
-    read = _emit_read(b, c, q, decay, state)
+        if state is None:
+            u = b.map("nv,n1->nv", _f32(lambda value, rate: rate * value), v, beta, dtype="f32")
+        else:
+            held = b.collapse(_emit_read(b, c, b.unsqueeze(k, 1), decay, state), 1, 2)
+            u = b.map("nv,nv,n1->nv", _f32(lambda value, old, rate: rate * (value - old)), v, held, beta, dtype="f32")
     overlap = b.reduce("nmd,nd->nm", _f32(lambda acc, e, p: acc + e * p), q, k, initial=0.0)
+    if state is None:
+        output = b.map("nm,nv->nmv", _f32(lambda e, w: (e * w) * c.scale), overlap, u, dtype=c.dtype)
+        state = b.map("nd,nv->ndv", _f32(lambda p, w: p * w), k, u, dtype="f32")
+        return b.collapse(b.expand(output, 0, [x.batch, 1, c.kv_heads]), 2, 4), state
+    read = _emit_read(b, c, q, decay, state)
     output = b.map("nmv,nm,nv->nmv", _f32(lambda o, e, w: (o + e * w) * c.scale), read, overlap, u, dtype=c.dtype)
     if decay is None:
         state = b.map("ndv,nd,nv->ndv", _f32(lambda s, p, w: s + p * w), state, k, u, dtype="f32")
