@@ -20,11 +20,13 @@ from typing import Any, BinaryIO
 import numpy as np
 from linattn.runtime.bundle import INDEX, Bundle, BundledModule, describe_file, read_bundle
 from linattn.runtime.errors import InputError, TargetError
+from linattn.runtime.outputs import check_outputs
 
 from .compile import CompiledModel, CompileOptions, compile_model
 from .guard import last_net
+from .model import load_model
 from .parameters import write_parameters
-from .report import CompileReport, Progress, mib
+from .report import CompileReport, Progress, mib, write_report
 from .targets import resolve_target
 
 WEIGHTS = "weights.irpa"
@@ -133,8 +135,10 @@ def compile_bundle(
         LoweringError: if a forced strategy is not legal or IREE fails.
         InputError: if there is something else at ``output``.
     """
-    folder = Path(output)
+    folder, report_file = Path(output), machines[0].report
     check_output(folder)
+    new = {} if folder.is_dir() else {"-o": folder}
+    check_outputs({**new, "--report": report_file}, load_model(source).files)
     for options in machines:
         resolve_target(options.target, options.machine)
     reports: dict[str, CompileReport] = {}
@@ -144,7 +148,7 @@ def compile_bundle(
             weights = _Weights(spill)
             for file, options in _named(machines).items():
                 dump = options.dump_ir / file.removesuffix(".vmfb") if options.dump_ir else None
-                each = dataclasses.replace(options, params=building / WEIGHTS, dump_ir=dump)
+                each = dataclasses.replace(options, params=building / WEIGHTS, dump_ir=dump, report=None)
                 compiled[file] = compile_model(
                     source,
                     each,
@@ -174,6 +178,8 @@ def compile_bundle(
             producer=manifest.producer or {},
         )
         (building / INDEX).write_text(bundle.to_json())
+    if report_file is not None:
+        write_report(report_file, report.to_dict())
     return report
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 import traceback
 from collections.abc import Sequence
@@ -138,6 +137,7 @@ def _run(arguments: argparse.Namespace) -> None:
         params=Path(arguments.params) if arguments.params else None,
         plain_abi=arguments.plain_abi,
         dump_ir=Path(arguments.dump_ir) if arguments.dump_ir else None,
+        report=Path(arguments.report) if arguments.report else None,
     )
     machines = [
         dataclasses.replace(options, target=name, **dataclasses.asdict(own))
@@ -152,16 +152,11 @@ def _run(arguments: argparse.Namespace) -> None:
         got = f"--params {options.params}" if options.params else str(output)
         hint = f"it is a folder NAME{SUFFIX} with its weights inside"
         raise InputError("does not go with a bundle", where="--target" if several else "-o", got=got, hint=hint)
-    for path in (output, options.params, arguments.report):
-        if path is not None and not Path(path).resolve().parent.is_dir():
-            raise InputError("no such folder", where=str(path), hint="create it first")
     if is_bundle:
         report = compile_bundle(model, machines, output, None if arguments.quiet else _module_progress)
     else:
         progress = None if arguments.quiet else stderr_progress(6)
         report = compile_model(model, machines[0], output=output, progress=progress).report
-    if arguments.report:
-        Path(arguments.report).write_text(json.dumps(report.to_dict(), indent=2) + "\n")
     if not arguments.quiet:
         print(report.to_text())
 

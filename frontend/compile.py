@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -19,10 +18,11 @@ from linattn.dialect_patterns.builder import Builder
 from linattn.dialect_patterns.op import LoweringContext, LoweringOptions
 from linattn.dialect_patterns.registry import find_op
 from linattn.dialect_patterns.rewrite import lower_operators
-from linattn.runtime.errors import LoweringError, UnsupportedModelError
+from linattn.runtime.errors import InputError, LoweringError, UnsupportedModelError
 from linattn.runtime.integrity import seal_file, sealed
 from linattn.runtime.manifest import REFLECTION_KEY, RESULTS_KEY, EntryPoint, Manifest, Parameters
 from linattn.runtime.manifest import Target as ManifestTarget
+from linattn.runtime.outputs import check_outputs, new_file
 
 from .abi import describe_abi
 from .choices import describe_choices
@@ -31,12 +31,12 @@ from .entry_points import ModuleOptions, ModulePlan, plan_module
 from .guard import last_net
 from .importer import Signature, import_entry_point
 from .index_bounds import index_bounds
-from .iree import Compiler
+from .iree import CompiledCode, Compiler
 from .joined_products import join_products
 from .last_position import LEAST_TOKENS, keep_last
 from .model import LoadedModel, load_model
 from .parameters import PARAMETER_SCOPE, write_parameters
-from .report import CompileReport, Progress
+from .report import CompileReport, Progress, write_report
 from .schema import check_contracts, check_supported, domain_of, infer_types
 from .single_token import squeezes_tokens
 from .specialize import SpecializedGraph, specialize
@@ -68,6 +68,7 @@ class CompileOptions:
         plain_abi: Functions return every output and state as ordinary results, as any caller of IREE expects; without
             it those of fixed sizes take memory for them, which saves our runtime an allocation a call.
         dump_ir: Folder for the IR after each stage.
+        report: Write the report to this file, as JSON.
     """
 
     target: str = "cpu"
@@ -85,6 +86,7 @@ class CompileOptions:
     params: Path | None = None
     plain_abi: bool = False
     dump_ir: Path | None = None
+    report: Path | None = None
 
     @property
     def machine(self) -> TargetOptions:
@@ -130,12 +132,15 @@ def compile_model(
         UnsupportedModelError: if the model is damaged or cannot be compiled; nothing has been compiled then.
         TargetError: if the target or one of its options is not known.
         LoweringError: if a forced strategy is not legal or IREE fails.
+        InputError: if an output is an input, another output, or not a plain file.
+        LinattnError: if an output cannot be written.
     """
     options = options or CompileOptions()
     progress = progress or Progress(6)
     target = resolve_target(options.target, options.machine)
     with progress.stage("load and check the model"):
         model = load_model(source)
+        _check_outputs(model, options, output)
         _bind_named_dims(model.proto, options.dims)
         _inline_functions(model.proto)
         _name_nodes(model.proto.graph)
@@ -174,28 +179,39 @@ def compile_model(
         compiler.convert_torch(module, takes_workspace=signature.takes_results)
         compiler.dump(module, "linalg")
     with progress.stage(f"generate code for {target.name} ({target.description})"):
-        partial = Path(f"{output}.partial") if output else None
-        try:
-            data = compiler.compile(module, partial)
-            if partial is not None:
-                seal_file(partial)
-            else:
-                data = sealed(data)
-        except BaseException:
-            if partial is not None:
-                partial.unlink(missing_ok=True)
-            raise
+        code = compiler.compile(module)
     with progress.stage("write"):
         if take_weights is not None:
             take_weights(weights.archive())
-        elif options.params is not None:
-            write_parameters(options.params, weights.archive())
-        if partial is not None and output is not None:
-            os.replace(partial, output)
+        params = options.params if take_weights is None else None
+        data = _write(code, weights, output, params)
         report.output = str(output or "in memory")
         report.output_bytes = Path(output).stat().st_size if output else len(data)
     report.stages = dict(progress.seconds)
+    if options.report is not None:
+        write_report(options.report, report.to_dict())
     return CompiledModel(data, manifest, report)
+
+
+def _check_outputs(model: LoadedModel, options: CompileOptions, output: str | Path | None) -> None:
+    inputs = [*model.files, *([options.gpu_target] if options.gpu_target else [])]
+    check_outputs({"-o": output, "--params": options.params, "--report": options.report}, inputs)
+    if options.dump_ir is not None and options.dump_ir.exists() and not options.dump_ir.is_dir():
+        raise InputError("not a folder", where=f"--dump-ir {options.dump_ir}", hint="choose another name")
+
+
+def _write(code: CompiledCode, weights: Weights, output: str | Path | None, params: Path | None) -> bytes:
+    """Writes the module and its weights, both or none as far as the system lets us; returns it without a file."""
+    if output is None:
+        if params is not None:
+            write_parameters(params, weights.archive())
+        return sealed(code.to_bytes())
+    with new_file(output) as partial:
+        code.write(partial)
+        seal_file(partial)
+        if params is not None:
+            write_parameters(params, weights.archive())
+    return b""
 
 
 def _is_static(graph: SpecializedGraph) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from iree.compiler import ir
 from iree.compiler.api import Invocation, Output, Session, ctypes_dl
 from iree.compiler.passmanager import PassManager
 from linattn.runtime.errors import LoweringError
+from linattn.runtime.owned import never_free
 
 from .dispatch_limits import DispatchLimits
 from .dispatches import attach_dispatches
@@ -33,6 +35,39 @@ def execute(invocation: Invocation, *phases: str) -> bool:
     for which, phase in zip(phases[::2], phases[1::2], strict=True):
         getattr(library, f"ireeCompilerInvocationSetCompile{which}")(handle, phase.encode())
     return invocation.execute()
+
+
+class CompiledCode:
+    """A compiled module that is to be written.
+
+    Args:
+        invocation: The run of IREE's pipeline that has made it.
+    """
+
+    def __init__(self, invocation: Invocation) -> None:
+        self._invocation = invocation
+
+    def to_bytes(self) -> bytes:
+        """The bytes of the ``.vmfb``."""
+        memory = Output.open_membuffer()
+        self._invocation.output_vm_bytecode(memory)
+        return bytes(memory.map_memory())
+
+    def write(self, path: Path) -> None:
+        """Write the ``.vmfb`` to a file.
+
+        Raises:
+            OSError: if the system does not take all of it.
+        """
+        file = Output.open_file(str(path))
+        try:
+            self._invocation.output_vm_bytecode(file)
+            file.keep()
+        except (ValueError, RuntimeError) as error:
+            never_free(file)  # LLVM ends the process when it closes a file that it could not write
+            os.truncate(path, 0)
+            raise OSError(str(error)) from error
+        file.close()
 
 
 class Compiler:
@@ -96,8 +131,8 @@ class Compiler:
                 self._errors.append((first.partition("error:")[2] or first, str(error)))
                 raise self._failure("the importer could not convert the model") from error
 
-    def compile(self, module: ir.Module, output: Path | None) -> bytes:
-        """Generate code; returns the module's bytes, or writes them to ``output`` and returns nothing.
+    def compile(self, module: ir.Module) -> CompiledCode:
+        """Generate code.
 
         Raises:
             LoweringError: if IREE fails, or a dispatch breaks a limit of the target's driver.
@@ -115,15 +150,7 @@ class Compiler:
         self._run(invocation, "FromPhase", "executable-targets", "ToPhase", "hal")
         limits.check_counts(module.operation)
         self._run(invocation, "FromPhase", "hal", "ToPhase", "end")
-        if output is None:
-            memory = Output.open_membuffer()
-            invocation.output_vm_bytecode(memory)
-            return bytes(memory.map_memory())
-        file = Output.open_file(str(output))
-        invocation.output_vm_bytecode(file)
-        file.keep()
-        file.close()
-        return b""
+        return CompiledCode(invocation)
 
     def _run(self, invocation: Invocation, *phases: str) -> None:
         if not execute(invocation, *phases):

@@ -33,12 +33,14 @@ class LoadedModel:
         proto: The graph; initializers with external data keep their reference only.
         weights: Initializer name -> its values, for every initializer whose bytes lie outside the graph.
         graph_sha256: Hash of the graph file and of the small values that lie outside it, hex.
+        files: The graph file and those of the weights.
     """
 
     path: Path | None
     proto: onnx.ModelProto
     weights: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict[str, "np.ndarray[Any, Any]"])
     graph_sha256: str = ""
+    files: tuple[Path, ...] = ()
 
     @functools.cached_property
     def keys(self) -> dict[str, str]:
@@ -113,11 +115,14 @@ def load_model(source: str | Path | onnx.ModelProto) -> LoadedModel:
         ) from error
     check_fields(proto, str(path))
     digest = hashlib.sha256(data)
-    weights = _map_external_data(proto, path, digest)
-    return LoadedModel(path, proto, weights, digest.hexdigest())
+    weights, files = _map_external_data(proto, path, digest)
+    return LoadedModel(path, proto, weights, digest.hexdigest(), (path, *files))
 
 
-def _map_external_data(proto: onnx.ModelProto, path: Path, digest: Any) -> dict[str, np.ndarray[Any, Any]]:
+def _map_external_data(
+    proto: onnx.ModelProto, path: Path, digest: Any
+) -> tuple[dict[str, np.ndarray[Any, Any]], list[Path]]:
+    """Values by name of initializer, and the files that hold them."""
     files: dict[str, np.ndarray[Any, Any]] = {}
     weights: dict[str, np.ndarray[Any, Any]] = {}
     for tensor in proto.graph.initializer:
@@ -148,7 +153,7 @@ def _map_external_data(proto: onnx.ModelProto, path: Path, digest: Any) -> dict[
             tensor.ClearField("external_data")
         else:
             weights[tensor.name] = array
-    return weights
+    return weights, [path.parent / location.replace("\\", "/") for location in files]
 
 
 def _range(info: dict[str, str], tensor: onnx.TensorProto, where: str) -> tuple[int, int]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TextIO
 
 from linattn.runtime.errors import LinattnError
+from linattn.runtime.outputs import new_file
 
 
 @dataclass(frozen=True)
@@ -140,3 +143,13 @@ class Progress:
 def stderr_progress(total: int) -> Progress:
     """Progress on standard error."""
     return Progress(total, sys.stderr)
+
+
+def write_report(path: Path, content: Mapping[str, object]) -> None:
+    """Write ``--report FILE.json``.
+
+    Raises:
+        LinattnError: if it cannot be written.
+    """
+    with new_file(path) as partial:
+        partial.write_text(json.dumps(content, indent=2) + "\n")
