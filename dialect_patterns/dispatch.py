@@ -10,6 +10,7 @@ nodes share one executable. Sizes that are open go in as i32 push constants.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,8 @@ class Kernel:
             number of tiles of rows.
         workgroups: Workgroups along x, along y for each batch row.
         write: Writes the body, given the names of B, T and of the operands' and results' memrefs.
+        share: How many of what the call counts as its batch a workgroup takes.
+        variants: The kernel for each machine where the module is for several, best first: see ``machines``.
     """
 
     name: str
@@ -41,6 +44,28 @@ class Kernel:
     axes: tuple[str, ...]
     workgroups: tuple[int, int]
     write: Callable[[KernelText, int | str, int | str, Sequence[str]], None]
+    share: int = 1
+    variants: tuple[Variant, ...] = ()
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel for one of several machines.
+
+    Attributes:
+        machine: The machine's name.
+        executable: MLIR text of IREE's description of it.
+        kernel: The kernel; its sizes are open where those of the others are.
+    """
+
+    machine: str
+    executable: str
+    kernel: Kernel
+
+    @property
+    def symbol(self) -> str:
+        """The machine's name as a symbol."""
+        return re.sub(r"\W", "_", self.machine)
 
 
 def dispatch(
@@ -78,13 +103,14 @@ def dispatch(
         for spec, shape in zip(kernel.outputs, shapes, strict=True)
     ]
     result_dims = [dim for spec, shape in zip(results, shapes, strict=True) for dim in dims(spec.shape, shape)]
-    entry = ir.Attribute.parse(f"@{kernel.name}::@{kernel.name}")
+    places = [f"@{kernel.name}::@{v.symbol}::@{kernel.name}" for v in kernel.variants]
+    entries = [ir.Attribute.parse(place) for place in places or [f"@{kernel.name}::@{kernel.name}"]]
     call = ir.Operation.create(
         "flow.dispatch",
         results=[tensor_type(spec.shape, spec.dtype) for spec in results],
         operands=[*workload, *arguments, *argument_dims, *result_dims],
         attributes={
-            "entry_points": ir.ArrayAttr.get([entry]),
+            "entry_points": ir.ArrayAttr.get(entries),
             "operandSegmentSizes": ir.DenseI32ArrayAttr.get(
                 [len(workload), len(arguments), len(argument_dims), len(result_dims)]
             ),
@@ -126,6 +152,20 @@ def _ensure_executable(kernel: Kernel) -> None:
 
 def executable_text(kernel: Kernel) -> str:
     """The whole executable as MLIR."""
+    reads = ["#hal.pipeline.binding<storage_buffer, ReadOnly>"] * len(kernel.inputs)
+    bindings = ", ".join([*reads, *["#hal.pipeline.binding<storage_buffer>"] * len(kernel.outputs)])
+    layout = f"#layout = #hal.pipeline.layout<constants = {len(_open_letters(kernel))}, bindings = [{bindings}]>"
+    if not kernel.variants:
+        return f"{layout}\nhal.executable.source private @{kernel.name} {{{_export_text(kernel, kernel.name)}}}\n"
+    variants = [
+        f"hal.executable.variant public @{v.symbol} target({v.executable}) {{{_export_text(v.kernel, kernel.name)}}}\n"
+        for v in kernel.variants
+    ]
+    return f"{layout}\nhal.executable private @{kernel.name} {{\n{''.join(variants)}}}\n"
+
+
+def _export_text(kernel: Kernel, name: str) -> str:
+    """The workgroups and the body."""
     specs = (*kernel.inputs, *kernel.outputs)
     letters = _open_letters(kernel)
     known: dict[str, int | str] = {}
@@ -144,26 +184,23 @@ def executable_text(kernel: Kernel) -> str:
         place = f"hal.interface.binding.subspan layout(#layout) binding({binding}) alignment(64) offset({zero})"
         memrefs.append(k.op(f"{place} : {memref}{dims}", memref))
     kernel.write(k, known.get("B", 1), known.get("T", 1), memrefs)
-    reads = ["#hal.pipeline.binding<storage_buffer, ReadOnly>"] * len(kernel.inputs)
-    bindings = ", ".join([*reads, *["#hal.pipeline.binding<storage_buffer>"] * len(kernel.outputs)])
     x, y = kernel.workgroups
     return f"""
-#layout = #hal.pipeline.layout<constants = {len(letters)}, bindings = [{bindings}]>
-hal.executable.source private @{kernel.name} {{
-  hal.executable.export public @{kernel.name} ordinal(0) layout(#layout)
+  hal.executable.export public @{name} ordinal(0) layout(#layout)
       count(%device: !hal.device, %batch: index) -> (index, index, index) {{
     %x = arith.constant {x} : index
     %heads = arith.constant {y} : index
-    %y = arith.muli %batch, %heads : index
+    %share = arith.constant {kernel.share} : index
+    %groups = arith.ceildivui %batch, %share : index
+    %y = arith.muli %groups, %heads : index
     %z = arith.constant 1 : index
     hal.return %x, %y, %z : index, index, index
   }}
   builtin.module {{
-    func.func @{kernel.name}() attributes {{
+    func.func @{name}() attributes {{
         translation_info = #iree_codegen.translation_info<pipeline = #iree_codegen.no_pipeline>}} {{
 {k.text()}
       return
     }}
   }}
-}}
 """

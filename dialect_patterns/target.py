@@ -46,6 +46,10 @@ class Target:
         matrix_units: Whether 16-bit matrix products have units of their own.
         thread_values: How much of a state a thread best holds for one token (GPU): more makes its loads wait.
         limits: What the driver takes of any dispatch, IREE's own included.
+        executable: MLIR text of IREE's description of the machine (CPU), where a module has code for several.
+        shares_weights: Whether code for other vector widths reads the same packed weights (CPU).
+        levels: The machines that a module has code for, best first, where those are several; what is asked of this
+            target itself is then asked of all.
     """
 
     name: str
@@ -59,3 +63,11 @@ class Target:
     thread_values: int = 128
     features: frozenset[str] = frozenset()
     limits: Limits = Limits()
+    executable: str = ""
+    shares_weights: bool = False
+    levels: tuple[Target, ...] = ()
+
+    @property
+    def machines(self) -> tuple[Target, ...]:
+        """The machines that there is code for, best first."""
+        return self.levels or (self,)

@@ -86,8 +86,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--dim", action="append", default=[], metavar="NAME=N", help="bind a symbolic dim of the model; repeatable")
     add(
         "--cpu-features",
-        metavar="host|generic|...",
-        help="a CPU's name or features such as +avx2,+fma,+f16c (default: host)",
+        metavar="host|portable|generic|...",
+        help="a CPU's name or features such as +avx2,+fma,+f16c; portable: code for x86-64-v2, v3 and v4 in one "
+        "module, which takes the best that a machine has (default: host)",
     )
     add(
         "--target-triple",

@@ -351,6 +351,7 @@ def _manifest(
             target.subgroup_size,
             target.architecture,
             target.instruction_sets,
+            target.levels,
         ),
         batch=plan.batch,
         max_context=plan.max_context,

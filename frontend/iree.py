@@ -16,6 +16,7 @@ from iree.compiler.passmanager import PassManager
 from linattn.runtime.errors import LoweringError
 from linattn.runtime.owned import never_free
 
+from .cpu_variants import add_conditions, load_before_asking
 from .dispatch_limits import DispatchLimits
 from .dispatches import attach_dispatches
 from .executables import state_spirv_versions
@@ -139,6 +140,7 @@ class Compiler:
         """
         invocation = Invocation(self._session)
         invocation.import_module(module.operation)
+        levels = self._target.capabilities.levels
         self._run(invocation, "ToPhase", "flow")
         with self.building():
             nodes = attach_dispatches(module.operation)
@@ -147,8 +149,13 @@ class Compiler:
         with self.building():
             limits.check_kernels(module.operation)
             state_spirv_versions(module.operation)
+            if levels:
+                add_conditions(module.operation, levels)
         self._run(invocation, "FromPhase", "executable-targets", "ToPhase", "hal")
         limits.check_counts(module.operation)
+        if levels:
+            with self.building():
+                load_before_asking(module.operation)
         self._run(invocation, "FromPhase", "hal", "ToPhase", "end")
         return CompiledCode(invocation)
 

@@ -135,7 +135,8 @@ def _run(options: argparse.Namespace) -> None:
         for row in program.choice.passed:
             _note(f"not {row}")
         _note(f"took {program.choice.module} on {program.choice.device} ({program.device.description})")
-    _note(f"loaded {options.model} on {program.device.uri} in {time.perf_counter() - start:.2f} s")
+    level = f" ({program.cpu_level})" if program.cpu_level else ""
+    _note(f"loaded {options.model} on {program.device.uri}{level} in {time.perf_counter() - start:.2f} s")
     inputs = read_inputs(program, options.input, options.ids)
     if options.generate is not None:
         _generate(program, inputs, options.generate)

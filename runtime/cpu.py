@@ -85,6 +85,15 @@ def missing_instruction_sets(target: Target) -> list[str]:
     return [name for name in target.instruction_sets if name not in machine_features()]
 
 
+def chosen_level(target: Target) -> str | None:
+    """Which level of a portable module this machine runs; None for code for one kind of CPU.
+
+    The module itself asks the same questions, in the same order, when it is loaded.
+    """
+    fitting = (level.name for level in target.levels if machine_features() >= {*level.instruction_sets})
+    return next(fitting, None)
+
+
 def check_cpu(where: str, target: Target) -> None:
     """Refuses code that would end this process with an illegal instruction.
 

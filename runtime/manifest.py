@@ -109,6 +109,19 @@ class EntryPoint:
 
 
 @dataclass(frozen=True)
+class CpuLevel:
+    """One of the machines that a portable CPU module has code for.
+
+    Attributes:
+        name: For people, such as `x86-64-v3`.
+        instruction_sets: What its code needs, as in `Target`.
+    """
+
+    name: str
+    instruction_sets: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Target:
     """What the module was compiled for.
 
@@ -120,6 +133,8 @@ class Target:
             since IREE 3.13.0 runs a kernel for 32 lanes on a device of 8 and returns wrong numbers.
         architecture: `x86_64` | `aarch64`; None: not a CPU. Checked at load, like what follows: the process would die.
         instruction_sets: What the code needs beyond what every CPU of the architecture has, in LLVM's names.
+        levels: Best first, where the module has code for several CPUs and takes the first level that a machine has; the
+            last one needs `instruction_sets`.
     """
 
     name: str
@@ -128,6 +143,7 @@ class Target:
     subgroup_size: int | None = None
     architecture: str | None = None
     instruction_sets: tuple[str, ...] = ()
+    levels: tuple[CpuLevel, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -264,9 +280,12 @@ def read_target(target: Reader, where: str) -> Target:
         target.optional_whole("subgroup_size", 1, missing_ok=True),
         None if target.get("architecture") is None else target.text("architecture"),
         target.texts("instruction_sets"),
+        tuple(CpuLevel(row.text("name"), row.texts("instruction_sets")) for row in target.rows("levels")),
     )
     if (found.name == "cpu") != (found.architecture is not None):
         raise bad(where, "target.architecture", f"wrong for target {found.name}", found.architecture)
+    if found.levels and found.levels[-1].instruction_sets != found.instruction_sets:
+        raise bad(where, "target.levels", "the last one is not what the module needs", found.levels[-1].name)
     return found
 
 

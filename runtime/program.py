@@ -14,6 +14,7 @@ from . import binding
 from .arrays import as_array
 from .binding import Sizes
 from .choice import Choice
+from .cpu import chosen_level
 from .device import Device, DeviceArray, HostArray
 from .errors import StateError
 from .loading import load
@@ -120,6 +121,11 @@ class Program(Owned):
     def manifest(self) -> Manifest:
         """What the module says about itself."""
         return self._manifest
+
+    @property
+    def cpu_level(self) -> str | None:
+        """Which code of a portable CPU module (`linattn-compile --cpu-features portable`) runs here, else None."""
+        return chosen_level(self._manifest.target)
 
     @property
     def device(self) -> Device:

@@ -22,6 +22,7 @@ from iree.compiler import ir
 
 from ..dispatch import Kernel, dispatch
 from ..kernel_text import Index, KernelText
+from ..machines import for_machines
 from ..node import Dim, TensorSpec
 from ..op import LoweringContext
 from ..select import Legality, No, Yes
@@ -51,7 +52,7 @@ def is_legal(contract: CausalConv, target: Target) -> Legality:
         return No("a kernel of one tap has no state")
     if contract.state_length > _MAX_STATE or contract.kernel > _MAX_STATE // _MIN_LANES:
         return No(f"the state has {contract.state_length} tokens, more than {_MAX_STATE}")
-    if contract.input.shape[2] == 1 and _lanes(contract, target) < _MIN_LANES:
+    if contract.input.shape[2] == 1 and any(_lanes(contract, m) < _MIN_LANES for m in target.machines):
         return No(f"{contract.channels} channels with {contract.state_length} tokens of state do not fill vectors")
     return Yes()
 
@@ -59,18 +60,21 @@ def is_legal(contract: CausalConv, target: Target) -> Legality:
 def takes_rows(contract: CausalConv, target: Target) -> bool:
     """Whether there is a kernel for input and output [B, T, C], for nodes that stand between two transposes."""
     c = contract
-    fits = c.state_length <= _MAX_UNROLLED and c.channels >= _MIN_LANES and _row_sizes(c, _row_lanes(c, target))
-    return isinstance(is_legal(c, target), Yes) and bool(fits) and c.input.shape[2] != 1
+    cut = all(_row_sizes(c, _row_lanes(c, machine)) for machine in target.machines)
+    fits = c.state_length <= _MAX_UNROLLED and c.channels >= _MIN_LANES and cut
+    return isinstance(is_legal(c, target), Yes) and fits and c.input.shape[2] != 1
 
 
 def emit_causal_conv_fused_simd(context: LoweringContext, contract: CausalConv, x: Operands) -> list[ir.Value]:
     """Emit output and present state."""
-    return _emit(context, contract, causal_conv_kernel(contract, context.target), x)
+    kernel = for_machines(context.target, lambda machine: causal_conv_kernel(contract, machine))
+    return _emit(context, contract, kernel, x)
 
 
 def emit_causal_conv_rows(context: LoweringContext, contract: CausalConv, x: Operands) -> list[ir.Value]:
     """Emit output and present state for ``x.input`` [B, T, C]; the output is [B, T, C] too."""
-    return _emit(context, contract, rows_kernel(contract, context.target), x)
+    kernel = for_machines(context.target, lambda machine: rows_kernel(contract, machine))
+    return _emit(context, contract, kernel, x)
 
 
 def _emit(context: LoweringContext, c: CausalConv, kernel: Kernel, x: Operands) -> list[ir.Value]:

@@ -12,12 +12,14 @@ the visible keys, keys and values once for some 8 query rows of a key head.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from iree.compiler import ir
 
 from ..builder import Builder, Size, spec_of
 from ..dispatch import Kernel, dispatch
 from ..kernel_text import Index, KernelText
+from ..machines import for_machines
 from ..node import Dim, TensorSpec
 from ..scalar import Scalar
 from ..select import Legality, No, Yes
@@ -86,14 +88,14 @@ def emit_attention_fused_simd(
     bias = None if mask is None else as_bias(b, mask)
     bias_spec = None if bias is None else spec_of(bias)
     first = visibility.first
-    p = Plan(
+    shared = Plan(
         tokens=length,
         group=heads.group,
         kv_heads=heads.kv,
         dk=heads.dk,
         dv=heads.dv,
         rows=_rows(heads, length),
-        lanes=_lanes(heads, target),
+        lanes=_MIN_LANES,
         scale=scale,
         softcap=softcap,
         left=visibility.left,
@@ -103,18 +105,22 @@ def emit_attention_fused_simd(
         bias_dims=None if bias_spec is None else _bias_dims(bias_spec),
     )
     operands, specs, axes = [q, k, v], [spec_of(x) for x in (q, k, v)], ["B__", "B_T_", "B_T_"]
-    for bound, wanted in ((first, p.needs_first), (visibility.limit, p.has_limit)):
+    for bound, wanted in ((first, shared.needs_first), (visibility.limit, shared.has_limit)):
         if wanted:
             assert bound is not None
             operands.append(_as_rows(b, bound, batch))
             specs.append(spec_of(operands[-1]))
             axes.append("B")
-    if bias is not None and p.bias_dims is not None and bias_spec is not None:
+    if bias is not None and shared.bias_dims is not None and bias_spec is not None:
         operands.append(bias)
         specs.append(bias_spec)
-        axes.append(("B" if p.bias_dims[0] else "_") + "__T")
+        axes.append(("B" if shared.bias_dims[0] else "_") + "__T")
     output = TensorSpec((spec_of(q).shape[0], length, heads.q * heads.dv), spec_of(q).dtype)
-    kernel = attention_kernel(p, specs, axes, output)
+
+    def make(machine: Target) -> Kernel:
+        return attention_kernel(replace(shared, lanes=_lanes(heads, machine)), specs, axes, output)
+
+    kernel = for_machines(target, make)
     return dispatch(b, kernel, operands, batch, b.dim(k, 2))[0]
 
 

@@ -24,6 +24,7 @@ from iree.compiler import ir
 from ..builder import Size
 from ..dispatch import Kernel, dispatch
 from ..kernel_text import Index, KernelText
+from ..machines import for_machines
 from ..node import Dim, TensorSpec
 from ..op import LoweringContext
 from ..select import Legality, No, Yes
@@ -38,13 +39,15 @@ def is_legal(contract: LinearAttention, target: Target) -> Legality:
     """On CPUs, for head sizes that vectors divide."""
     if target.is_gpu or not target.vector_bits:
         return No("the target is not a CPU with vectors")
-    found = tiling(_shared(contract), target.vector_bits)
-    return No(found) if isinstance(found, str) else Yes()
+    for found in (tiling(_shared(contract), machine.vector_bits) for machine in target.machines):
+        if isinstance(found, str):
+            return No(found)
+    return Yes()
 
 
 def describe(contract: LinearAttention, target: Target) -> str:
     """What the report says about it."""
-    x = tiling(_shared(contract), target.vector_bits)
+    x = tiling(_shared(contract), target.machines[0].vector_bits)
     assert isinstance(x, Direct | Blocks)
     return f"one kernel: {x.tokens} tokens a pass over {x.columns} columns, vectors of {x.lanes}"
 
@@ -53,7 +56,8 @@ def emit_linear_attention_fused_simd(
     context: LoweringContext, contract: LinearAttention, inputs: list[ir.Value | None], batch: Size, tokens: Size
 ) -> list[ir.Value]:
     """Emit output and present state; ``inputs`` have the contract's types."""
-    kernel = linear_attention_kernel(_shared(contract), context.target)
+    shared = _shared(contract)
+    kernel = for_machines(context.target, lambda machine: linear_attention_kernel(shared, machine))
     given = [value for value in inputs if value is not None]
     return dispatch(context.builder, kernel, given, batch, tokens)[:2]
 

@@ -20,14 +20,13 @@ Source: ONNX schema MatMul-13.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-import numpy as np
 from iree.compiler import ir
 
-from ..builder import Size, spec_of
+from ..builder import spec_of
 from ..dispatch import Kernel, dispatch
 from ..kernel_text import Index, KernelText
+from ..machines import for_machines
 from ..node import Dim, TensorSpec
 from ..op import LoweringContext, weight_symbol
 from ..select import Legality, No, Yes
@@ -56,42 +55,27 @@ def is_legal(contract: MatMul, target: Target) -> Legality:
 
 def plan_for(contract: MatMul, target: Target) -> Plan:
     """The sizes of the kernel."""
-    return plan(contract.rows, contract.depth, contract.columns, target.vector_bits, _BYTES[contract.a.dtype])
+    return plan(contract.rows, contract.depth, contract.columns, target, _BYTES[contract.a.dtype])
 
 
 def emit_mat_mul_fused_simd(context: LoweringContext, contract: MatMul, a: ir.Value, b: ir.Value) -> ir.Value:
     """Emit the product of ``a`` [..., K] and the weight ``b`` [K, N]."""
-    build, p, symbol = context.builder, plan_for(contract, context.target), weight_symbol(b)
+    build, machines, symbol = context.builder, context.target, weight_symbol(b)
+    p = plan_for(contract, machines.machines[0])
     assert symbol is not None
     assert context.weights is not None
-    packed = context.weights.repacked(symbol, f"panels{p.width}", lambda array: pack(array, p.width))
+    packed = context.weights.repacked(symbol, p.layout.name, p.layout.pack)
     leading = build.shape(a)[:-1]
     a = build.refine(a, TensorSpec((*spec_of(a).shape[:-1], contract.depth), contract.a.dtype))
     rows = build.collapse(a, 0, len(leading) - 1)
     count = build.dim(rows, 0)
-    tiles, chunks = _groups_of(context, count, p.tile), 1
+    tiles = build.floordiv(build.add(count, p.tile - 1), p.tile)
     if not p.direct:
-        (rows,) = dispatch(build, rows_kernel(contract, p), [rows], tiles, count, tiles)
-        chunks = _groups_of(context, tiles, p.chunk)
-    (y,) = dispatch(build, product_kernel(contract, p), [rows, packed], chunks, count, tiles)
+        kernel = for_machines(machines, lambda machine: rows_kernel(contract, plan_for(contract, machine)))
+        (rows,) = dispatch(build, kernel, [rows], count, count, tiles)
+    kernel = for_machines(machines, lambda machine: product_kernel(contract, plan_for(contract, machine)))
+    (y,) = dispatch(build, kernel, [rows, packed], 1 if p.direct else count, count, tiles)
     return build.expand(y, 0, leading) if len(leading) > 1 else y
-
-
-def _groups_of(context: LoweringContext, count: Size, size: int) -> Size:
-    b = context.builder
-    return b.floordiv(b.add(count, size - 1), size)
-
-
-def pack(weights: np.ndarray[Any, Any], width: int) -> np.ndarray[Any, Any]:
-    """[K, N] as [panels, K, width], filled up with zeros."""
-    depth, columns = weights.shape
-    panels = -(-columns // width)
-    packed = np.zeros((panels, depth, width), weights.dtype)
-    whole = columns // width
-    packed[:whole] = weights[:, : whole * width].reshape(depth, whole, width).transpose(1, 0, 2)
-    if whole < panels:
-        packed[whole, :, : columns - whole * width] = weights[:, whole * width :]
-    return packed
 
 
 def rows_kernel(contract: MatMul, p: Plan) -> Kernel:
@@ -109,6 +93,7 @@ def rows_kernel(contract: MatMul, p: Plan) -> Kernel:
         axes=("T_", "R_"),
         workgroups=(1, 1),
         write=write,
+        share=p.tile,
     )
 
 
@@ -127,12 +112,13 @@ def product_kernel(contract: MatMul, p: Plan) -> Kernel:
         name=f"mat_mul_fused_simd_{dtype}_{_dim(p.rows)}x{p.columns}x{p.depth}_v{32 * p.lanes}",
         inputs=(
             TensorSpec((p.rows, p.depth), dtype) if p.direct else _arranged(p),
-            TensorSpec((p.panels, p.depth, p.width), dtype),
+            TensorSpec((p.layout.panels(p.columns), p.depth, p.layout.width), dtype),
         ),
         outputs=(TensorSpec((p.rows, p.columns), dtype),),
         axes=("T_" if p.direct else "R_", "___", "T_"),
         workgroups=(-(-p.panels // p.group), 1),
         write=write,
+        share=max(p.tile * p.chunk, 1),
     )
 
 

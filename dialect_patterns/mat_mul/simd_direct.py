@@ -1,4 +1,4 @@
-"""The body of strategy ``fused_simd`` for few rows: one tile, read where it is, by a group of panels.
+"""The body of strategy ``fused_simd`` for few rows: one tile or two, read where they are, by a group of panels.
 
 for each panel:  acc[r, :] += a[r, k] * b[k, :]         streaming through the weights once
 """
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from ..kernel_text import Index, KernelText, vector_type
 from .simd_edges import store_rows
-from .simd_plan import LINE, VECTORS, Plan
+from .simd_plan import LINE, Plan
 
 _AHEAD = 1024
 """Bytes of 16-bit weights that are asked for ahead: widening fills the window of instructions, and the machine sees
@@ -29,29 +29,34 @@ def write_direct(k: KernelText, p: Plan, memrefs: Sequence[str]) -> None:
     end = k.add(first, p.group)
 
     def panel(index: Index, _: list[str]) -> list[str]:
-        store_rows(k, p, y, p.tile, 0, index, _products(k, p, a, b, index))
+        for row in range(0, p.rows or 0, p.tile):
+            store_rows(k, p, y, p.rows or 0, row, index, _products(k, p, a, b, index, row))
         return []
 
     k.loop(end if p.panels % p.group == 0 else k.minimum(end, p.panels), [], panel, start=first)
 
 
-def _products(k: KernelText, p: Plan, a: str, b: str, panel: Index) -> list[str]:
-    """The vectors of each row, row after row."""
+def _products(k: KernelText, p: Plan, a: str, b: str, panel: Index, first: int) -> list[str]:
+    """The vectors of each row of a tile, row after row; the last row of all stands for those beyond it."""
+    places = [min(first + i, (p.rows or 0) - 1) for i in range(p.tile)]
     sets = max(1, min(p.unroll, 4 // p.tile))  # sums side by side: one multiply-add takes as long as several
-    size = p.tile * VECTORS
-    row_bytes = p.width * k.element_bytes(b)
+    size = p.tile * p.vectors
+    vectors = [p.layout.place(k, p.width, panel, v * p.lanes) for v in range(p.vectors)]
+    streams = [p.layout.place(k, p.width, panel, column)[0] for column in p.layout.starts(p.width)]
+    row_bytes = p.layout.width * k.element_bytes(b)
 
     def step(at: Index, sums: list[str]) -> list[str]:
         for line in range(0, p.unroll * row_bytes, LINE) if k.element_type(b) != "f32" else ():
-            k.prefetch(b, [panel, k.add(at, (_AHEAD + line) // row_bytes), 0])
-        rows = [k.load(a, [i, at], p.unroll) for i in range(p.tile)]
+            for stream in streams:
+                k.prefetch(b, [stream, k.add(at, (_AHEAD + line) // row_bytes), 0])
+        rows = [k.load(a, [place, at], p.unroll) for place in places]
         for u in range(p.unroll):
             depth = k.add(at, u)
-            weights = [k.load(b, [panel, depth, v * p.lanes], p.lanes) for v in range(VECTORS)]
+            weights = [k.load(b, [stored, depth, column], p.lanes) for stored, column in vectors]
             for i in range(p.tile):
                 value = k.splat(k.extract(rows[i], u), p.lanes)
                 for v, weight in enumerate(weights):
-                    place = (u % sets) * size + i * VECTORS + v
+                    place = (u % sets) * size + i * p.vectors + v
                     sums[place] = k.fma(value, weight, sums[place])
         return sums
 

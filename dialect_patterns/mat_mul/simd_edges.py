@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..kernel_text import Index, KernelText
-from .simd_plan import VECTORS, Plan
+from .simd_plan import Plan
 
 
 def store_rows(k: KernelText, p: Plan, y: str, rows: Index, row: Index, panel: Index, sums: Sequence[str]) -> None:
@@ -25,10 +25,13 @@ def store_rows(k: KernelText, p: Plan, y: str, rows: Index, row: Index, panel: I
         for i in range(p.tile):
 
             def one(i: int = i) -> list[str]:
-                _store(k, p, y, k.add(row, i), panel, sums[i * VECTORS : (i + 1) * VECTORS], columns)
+                _store(k, p, y, k.add(row, i), panel, sums[i * p.vectors : (i + 1) * p.vectors], columns)
                 return []
 
-            if isinstance(rows, int) and (rows % p.tile == 0 or i < rows % p.tile):
+            if isinstance(rows, int) and isinstance(row, int):
+                if row + i < rows:
+                    one()
+            elif isinstance(rows, int) and (rows % p.tile == 0 or i < rows % p.tile):
                 one()
             else:
                 k.when(k.less(k.add(row, i), rows), [], one, lambda: [])

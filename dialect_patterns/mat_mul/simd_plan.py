@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..target import Target
 from ..workers import slowest_share
+from .simd_layout import Layout, layout
 
 VECTORS = 2
-"""Vectors side by side in a panel."""
+"""Vectors side by side in a panel of columns, where a row does not have all registers for itself."""
 
 LINE = 64
 """Bytes of a cache line."""
 
+_ROWS, _MOST_ROWS = 6, 12  # of a tile, in 16 and in 32 registers
+_ROWS_OF_LINES = 2  # that have registers for vectors of whole lines of the shared layout
 _BLOCK_BYTES = 16 << 10  # of a panel in f32: half of a first-level cache
 _SUMS_BYTES = 12 << 10  # with a block, less than the 32 KiB of stack that IREE allows
 _GROUP_BYTES = 1 << 19  # of weights a workgroup reads at most where the rows are few
@@ -35,7 +39,9 @@ class Plan:
         block: Rows of the weights in a block; K where the rows are few.
         group: Panels of a workgroup.
         unroll: Rows of the weights in one iteration.
-        chunk: Tiles of a workgroup; 0 where the rows are few, one tile, and read where they are.
+        chunk: Tiles of a workgroup; 0 where the rows are few, all of a workgroup, and read where they are.
+        layout: How the weights lie in memory.
+        vectors: Vectors side by side in a panel of columns.
     """
 
     rows: int | None
@@ -47,20 +53,22 @@ class Plan:
     group: int
     unroll: int
     chunk: int
+    layout: Layout
+    vectors: int = VECTORS
 
     @property
     def width(self) -> int:
         """Columns of a panel."""
-        return panel_width(self.lanes)
+        return self.lanes * self.vectors
 
     @property
     def panels(self) -> int:
-        """Panels of the weights, the last one filled up with zeros."""
+        """Panels of columns."""
         return -(-self.columns // self.width)
 
     @property
     def direct(self) -> bool:
-        """Whether all rows are one tile."""
+        """Whether the rows are few."""
         return self.chunk == 0
 
     @property
@@ -69,35 +77,33 @@ class Plan:
         return None if self.rows is None else -(-self.rows // self.tile)
 
 
-def panel_width(lanes: int) -> int:
-    """Columns of a panel."""
-    return lanes * VECTORS
-
-
-def plan(rows: int | None, depth: int, columns: int, vector_bits: int, weight_bytes: int) -> Plan:
+def plan(rows: int | None, depth: int, columns: int, target: Target, weight_bytes: int) -> Plan:
     """The sizes for a product.
 
     Args:
         rows: M, None where open.
         depth: K.
         columns: N.
-        vector_bits: Width of a SIMD register.
+        target: The machine.
         weight_bytes: Of one weight.
     """
-    lanes = max(vector_bits // 32, 4)
-    width = panel_width(lanes)
-    panels = -(-columns // width)
-    most = 12 if vector_bits >= 512 else 6  # with two vectors each, most of 32 or 16 registers
-    if rows is not None and rows <= most:
-        group = _group(panels, depth * width * weight_bytes)
-        return Plan(rows, depth, columns, lanes, rows, depth, group, _unroll(depth, depth), 0)
-    tile = most if rows is None else _tile(rows, most)
+    lanes = max(target.vector_bits // 32, 4)
+    width = lanes * VECTORS
+    panels, packed = -(-columns // width), layout(target, width)
+    most = _MOST_ROWS if target.vector_bits >= 512 else _ROWS  # two vectors each, most of 32 or 16 registers
+    if rows is not None and rows <= (_MOST_ROWS if target.shares_weights else most):
+        vectors = max(VECTORS, packed.width // lanes) if rows <= _ROWS_OF_LINES else VECTORS
+        panels = -(-columns // (lanes * vectors))
+        group = _group(panels, depth * lanes * vectors * weight_bytes)
+        tile = -(-rows // -(-rows // most))
+        return Plan(rows, depth, columns, lanes, tile, depth, group, _unroll(depth, depth), 0, packed, vectors)
+    tile = (_ROWS if target.shares_weights else most) if rows is None else _tile(rows, most)
     blocks = -(-depth * width * 4 // _BLOCK_BYTES)
     block = -(-depth // blocks)
     block += -block % lanes if blocks > 1 else 0
     longest = max(1, _SUMS_BYTES // (tile * width * 4))
     group, chunk = _share(panels, -(-rows // tile) if rows else longest, longest)
-    return Plan(rows, depth, columns, lanes, tile, block, group, _unroll(depth, block), chunk)
+    return Plan(rows, depth, columns, lanes, tile, block, group, _unroll(depth, block), chunk, packed)
 
 
 def _unroll(depth: int, block: int) -> int:

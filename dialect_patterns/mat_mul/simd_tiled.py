@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 from ..kernel_text import Index, KernelText, vector_type
 from .simd_edges import store_rows
-from .simd_plan import LINE, VECTORS, Plan
+from .simd_plan import LINE, Plan
 
 
 class TiledBody:
@@ -73,18 +73,19 @@ class TiledBody:
         """All tiles by one block of one panel."""
         k = self.k
         if self.wide:
+            places = self._places(panel)
 
             def widen(row: Index) -> None:
-                for v in range(VECTORS):
-                    column = v * self.p.lanes
-                    k.store(k.load(self.b, [panel, k.add(start, row), column], self.p.lanes), self.wide, [row, column])
+                for v, (stored, column) in enumerate(places):
+                    vector = k.load(self.b, [stored, k.add(start, row), column], self.p.lanes)
+                    k.store(vector, self.wide, [row, v * self.p.lanes])
 
             self._loop(size, 1, widen)
         self._loop(self.count, 1, lambda tile: self._tile(panel, start, size, tile))
 
     def _tile(self, panel: Index, start: Index, size: int, tile: Index) -> None:
         k, p = self.k, self.p
-        waiting = [[k.add(k.mul(tile, p.tile), i), v * p.lanes] for i in range(p.tile) for v in range(VECTORS)]
+        waiting = [[k.add(k.mul(tile, p.tile), i), v * p.lanes] for i in range(p.tile) for v in range(p.vectors)]
         zero = k.constant(0.0, self.vector)
         initial = [zero] * len(waiting)
         if self.sums and start != 0:
@@ -120,32 +121,40 @@ class TiledBody:
         """``initial`` and the products of one tile by one block."""
         k, p = self.k, self.p
         line = self._next_lines(size, tile)
+        places = self._places(panel)
+        streams = [p.layout.place(k, p.width, panel, column)[0] for column in p.layout.starts(p.width)]
+        lines = range(0, p.layout.width, LINE // k.element_bytes(self.b))
 
         def step(at: Index, sums: list[str]) -> list[str]:
             for offset in line(at):
-                for column in range(0, p.width, LINE // k.element_bytes(self.b)):
-                    k.prefetch(self.b, [panel, k.add(start, k.add(size, offset)), column])
+                for stream, column in ((stream, column) for stream in streams for column in lines):
+                    k.prefetch(self.b, [stream, k.add(start, k.add(size, offset)), column])
             for u in range(p.unroll):
                 depth = k.add(at, u)
-                weights = [self._weight(panel, start, depth, v) for v in range(VECTORS)]
+                weights = [self._weight(places[v], start, depth, v) for v in range(p.vectors)]
                 elements = k.mul(k.add(start, depth), p.tile)
                 for i in range(p.tile):
                     value = k.splat(k.load(self.a, [place, k.add(elements, i)]), p.lanes)
                     for v, weight in enumerate(weights):
-                        sums[i * VECTORS + v] = k.fma(value, weight, sums[i * VECTORS + v])
+                        sums[i * p.vectors + v] = k.fma(value, weight, sums[i * p.vectors + v])
             return sums
 
         return k.loop(size, initial, step, step=p.unroll)
 
-    def _weight(self, panel: Index, start: Index, depth: Index, v: int) -> str:
+    def _places(self, panel: Index) -> list[tuple[Index, Index]]:
+        """Where the vectors of a panel lie in the weights."""
+        p = self.p
+        return [p.layout.place(self.k, p.width, panel, v * p.lanes) for v in range(p.vectors)]
+
+    def _weight(self, place: tuple[Index, Index], start: Index, depth: Index, v: int) -> str:
         if self.wide:
             return self.k.load(self.wide, [depth, v * self.p.lanes], self.p.lanes)
-        return self.k.load(self.b, [panel, self.k.add(start, depth), v * self.p.lanes], self.p.lanes)
+        return self.k.load(self.b, [place[0], self.k.add(start, depth), place[1]], self.p.lanes)
 
     def _next_lines(self, size: int, tile: Index) -> Callable[[Index], list[Index]]:
         """Which rows of the next block an iteration asks for, so that all tiles together ask for all, once a line."""
         k, p = self.k, self.p
-        rows = max(1, LINE // (p.width * k.element_bytes(self.b)))  # of the weights in a line
+        rows = max(1, LINE // (p.layout.width * k.element_bytes(self.b)))  # of the weights in a line
         steps = -(-size // p.unroll)
         each = -(-size // (rows * p.chunk))  # of a tile
         if each <= steps:

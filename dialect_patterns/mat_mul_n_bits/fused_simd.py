@@ -22,9 +22,9 @@ from collections.abc import Sequence
 
 from iree.compiler import ir
 
-from ..builder import Size
 from ..dispatch import Kernel, dispatch
 from ..kernel_text import Index, KernelText
+from ..machines import for_machines
 from ..node import TensorSpec
 from ..op import LoweringContext
 from ..select import Legality, No, Yes
@@ -43,13 +43,15 @@ def is_legal(contract: MatMulNBits, target: Target) -> Legality:
     """On CPUs, where a tile fits."""
     if target.is_gpu or not target.vector_bits:
         return No("the target is not a CPU with vectors")
-    found = plan(contract, target)
-    return No(found) if isinstance(found, str) else Yes()
+    for found in (plan(contract, machine) for machine in target.machines):
+        if isinstance(found, str):
+            return No(found)
+    return Yes()
 
 
 def describe(contract: MatMulNBits, target: Target) -> str:
     """What the report says about it."""
-    p = _plan(contract, target)
+    p = _plan(contract, target.machines[0])
     kind = "bytes" if p.instruction else "f32"
     form = "as weights are unpacked" if p.direct else f"of {p.row_block} rows with unpacked tiles"
     return f"products of {kind} {form}, {p.tile} columns a tile"
@@ -64,20 +66,17 @@ def _plan(contract: MatMulNBits, target: Target) -> Plan:
 def emit_mat_mul_n_bits_fused_simd(context: LoweringContext, contract: MatMulNBits, x: Operands) -> ir.Value:
     """Emit the product [M, N]."""
     b, c = context.builder, contract
-    p = _plan(c, context.target)
+    p = _plan(c, context.target.machines[0])
     rows = b.dim(x.a, 0)
+    product = for_machines(context.target, lambda machine: product_kernel(c, _plan(c, machine)))
     weights = [value for value in (x.words, x.scales, x.zeros, x.bias) if value is not None]
     a = [x.a]
     if p.direct:
-        return dispatch(b, product_kernel(c, p), [*a, *weights], 1, rows)[0]
+        return dispatch(b, product, [*a, *weights], 1, rows)[0]
     if is_arranged(c, p):
-        a = dispatch(b, rows_kernel(c, p), a, _groups_of(context, rows, _ARRANGED_ROWS), rows)
-    return dispatch(b, product_kernel(c, p), [*a, *weights], _groups_of(context, rows, p.row_block), rows)[0]
-
-
-def _groups_of(context: LoweringContext, rows: Size, size: int) -> Size:
-    b = context.builder
-    return b.floordiv(b.add(rows, size - 1), size)
+        kernel = for_machines(context.target, lambda machine: rows_kernel(c, _plan(c, machine)))
+        a = dispatch(b, kernel, a, rows, rows)
+    return dispatch(b, product, [*a, *weights], rows, rows)[0]
 
 
 def rows_kernel(contract: MatMulNBits, p: Plan) -> Kernel:
@@ -107,6 +106,7 @@ def rows_kernel(contract: MatMulNBits, p: Plan) -> Kernel:
         axes=("T_", *("T_" for _ in outputs)),
         workgroups=(1, 1),
         write=write,
+        share=_ARRANGED_ROWS,
     )
 
 
@@ -133,14 +133,15 @@ def product_kernel(contract: MatMulNBits, p: Plan) -> Kernel:
 
     kind = "_".join(sorted(p.instruction.features)) if p.instruction else "f32"
     rounded = "_rounded" if c.rounds_a and not p.instruction else ""
-    ends = f"_z{c.zero_points}{'_bias' if c.with_bias else ''}_{_shape(c)}n{c.columns}_v{p.lanes * 32}"
+    ends = f"_z{c.zero_points}{'_bias' if c.with_bias else ''}_{_shape(c)}n{c.columns}"
     return Kernel(
-        name=f"mat_mul_n_bits_fused_simd_{kind}{rounded}_{dtype}_{c.bits}bit{ends}",
+        name=f"mat_mul_n_bits_fused_simd{rounded}_{dtype}_{c.bits}bit{ends}_{kind}_v{p.lanes * 32}",
         inputs=(*a, *weights),
         outputs=(TensorSpec((c.rows, c.columns), dtype),),
         axes=(*("T_" for _ in a), *("_" * w.rank for w in weights), "T_"),
         workgroups=(-(-c.columns // p.workgroup_columns), 1),
         write=write,
+        share=max(p.row_block, 1),
     )
 
 

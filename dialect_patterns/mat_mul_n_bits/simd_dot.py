@@ -40,6 +40,7 @@ INSTRUCTIONS = (
     ),
     DotInstruction(frozenset({"avxvnni"}), 256, dot="llvm.x86.avx512.vpdpbusd.256", weight_bits=8),
     DotInstruction(frozenset({"avx2"}), 256, pairs="llvm.x86.avx2.pmadd.ub.sw", widen="llvm.x86.avx2.pmadd.wd"),
+    DotInstruction(frozenset({"ssse3"}), 128, pairs="llvm.x86.ssse3.pmadd.ub.sw.128", widen="llvm.x86.sse2.pmadd.wd"),
     DotInstruction(frozenset({"dotprod"}), 128, dot="llvm.aarch64.neon.sdot.v4i32.v16i8"),
 )
 """Best first."""

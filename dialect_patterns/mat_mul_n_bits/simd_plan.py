@@ -10,7 +10,6 @@ from .contract import MatMulNBits
 from .simd_dot import DotInstruction, dot_instruction
 
 MIN_LANES = 4
-_AVX2_LANES = 8
 CHUNK = 4
 """Words of a column that are loaded at once: 16 bytes."""
 
@@ -99,7 +98,7 @@ def plan(contract: MatMulNBits, target: Target) -> Plan | str:
     few = rows is not None and rows <= _DIRECT_ROWS
     if few and rows is not None and arranged_bytes(c, instruction) * rows <= _STACK_BYTES:
         return Plan(instruction, lanes, 1, rows, 0, c.blocks, _workgroup_columns(c, lanes, 1))
-    tile_rows, vectors = _register_tile(instruction, lanes)
+    tile_rows, vectors = _register_tile(instruction)
     row_block = -(-_ROW_BLOCK // tile_rows) * tile_rows
     vectors = vectors if c.columns >= vectors * lanes else 1
     while True:
@@ -114,7 +113,7 @@ def plan(contract: MatMulNBits, target: Target) -> Plan | str:
         vectors = 1
 
 
-def _register_tile(instruction: DotInstruction | None, lanes: int) -> tuple[int, int]:
+def _register_tile(instruction: DotInstruction | None) -> tuple[int, int]:
     """Rows and vectors of columns whose sums stay in registers.
 
     Of 16 registers, products of bytes want two for each sum, in 16 bits and in f32; 6 x 1 is 5 % faster than 4 x 2 on
@@ -122,7 +121,8 @@ def _register_tile(instruction: DotInstruction | None, lanes: int) -> tuple[int,
     """
     if instruction is None:
         return 6, 2
-    return (6, 1) if lanes == _AVX2_LANES else (4, 2)
+    few_registers = instruction.vector_bits == 256 or "ssse3" in instruction.features
+    return (6, 1) if few_registers else (4, 2)
 
 
 def arranged_bytes(c: MatMulNBits, instruction: DotInstruction | None) -> int:

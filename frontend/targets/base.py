@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from linattn.dialect_patterns.target import Target
+from linattn.runtime.manifest import CpuLevel
 
 
 @dataclass(frozen=True)
@@ -12,7 +13,8 @@ class TargetOptions:
     """What the user may say about the machine.
 
     Attributes:
-        cpu_features: ``host``, ``generic``, a CPU name such as ``znver4``, or features such as ``+avx2,+fma,+f16c``.
+        cpu_features: ``host``, ``portable``, ``generic``, a CPU name such as ``znver4``, or features such as
+            ``+avx2,+fma,+f16c``.
         gpu_target: A GPU architecture: ``sm_89`` for CUDA, ``ada`` or ``rdna3`` for Vulkan, or ``host`` or
             the path of a device's profile.
         target_triple: The machine's architecture and system, such as ``aarch64-linux-gnu``; None: this one's.
@@ -34,6 +36,7 @@ class CompileTarget:
         flags: IREE compiler flags.
         architecture: Of a CPU: ``x86_64`` or ``aarch64``.
         instruction_sets: Of a CPU: what the code may contain beyond what all of the architecture have.
+        levels: The machines that a portable module has code for, best first; the last needs `instruction_sets`.
         device_attribute: MLIR text of the module's ``hal.device.targets``, for devices that IREE's own tables describe
             wrongly or not at all; None to let the flags decide.
         capabilities: What the lowerings may ask about.
@@ -49,6 +52,7 @@ class CompileTarget:
     capabilities: Target
     architecture: str | None = None
     instruction_sets: tuple[str, ...] = ()
+    levels: tuple[CpuLevel, ...] = ()
     device_attribute: str | None = None
     subgroup_size: int | None = None
     prefill_blocks: tuple[int, ...] = (512, 64, 8)

@@ -16,8 +16,10 @@ from collections.abc import Sequence
 from linattn.dialect_patterns.target import Limits, Target
 from linattn.runtime.cpu import machine_architecture, machine_features
 from linattn.runtime.errors import TargetError
+from linattn.runtime.manifest import CpuLevel
 
 from .base import CompileTarget, TargetOptions
+from .cpu_levels import LEVELS, device_attribute, portable_target
 from .cpu_names import CPUS, FEATURES
 
 # IREE 3.13's loader of CPU code (executable_library.h); a workgroup is one thread with a stack.
@@ -25,7 +27,7 @@ _ANY = 2**32 - 1
 _COUNTS = (_ANY, _ANY, 65_535)
 LIMITS = Limits(64, 64, memory=_ANY, declared=_ANY, threads=_ANY, sizes=_COUNTS, counts=_COUNTS)
 
-HOST, GENERIC = "host", "generic"
+HOST, GENERIC, PORTABLE = "host", "generic", "portable"
 _SPELLINGS = {"x86_64": "x86_64", "amd64": "x86_64", "x64": "x86_64", "aarch64": "aarch64", "arm64": "aarch64"}
 _TRIPLE = re.compile(r"(\w+)(-(\w+-)?(linux|darwin|macos|windows|android)[\w.]*(-\w+)?)?")
 _TRIPLES = "x86_64 or aarch64: x86_64-linux-gnu, aarch64-linux-gnu, arm64-apple-macos, x86_64-pc-windows-msvc, ..."
@@ -45,6 +47,8 @@ def resolve(options: TargetOptions) -> CompileTarget:
     architecture = _architecture(options.target_triple)
     default = HOST if options.target_triple is None else GENERIC
     asked = default if options.cpu_features is None else options.cpu_features
+    if asked == PORTABLE:
+        return _portable(architecture)
     notes: list[str] = []
     if asked == HOST:
         if architecture != machine_architecture():
@@ -74,6 +78,26 @@ def resolve(options: TargetOptions) -> CompileTarget:
     )
 
 
+def _portable(architecture: str) -> CompileTarget:
+    """All levels of x86-64."""
+    from .cpu_query import DEVICE_FLAGS
+
+    if architecture != "x86_64":
+        hint = "name a CPU, or generic, which runs on all of them"
+        raise TargetError(f"one module for many CPUs of {architecture}", where=_WHERE, got=PORTABLE, hint=hint)
+    return CompileTarget(
+        name="cpu",
+        device="local-task",
+        description=f"x86_64 {PORTABLE}: {', '.join(level.name for level in LEVELS)}",
+        flags=DEVICE_FLAGS,
+        capabilities=portable_target(LIMITS),
+        architecture=architecture,
+        instruction_sets=LEVELS[-1].instruction_sets,
+        levels=tuple(CpuLevel(level.name, level.instruction_sets) for level in LEVELS),
+        device_attribute=device_attribute(),
+    )
+
+
 def _architecture(triple: str | None) -> str:
     """The architecture of a triple; the module is the same for every system."""
     match = _TRIPLE.fullmatch(machine_architecture() if triple is None else triple)
@@ -93,8 +117,9 @@ def _check_name(architecture: str, name: str) -> None:
         raise TargetError(
             f"a CPU of {others[0]}", where=_WHERE, got=repr(name), expected=f"one of {architecture}", hint=hint
         )
-    near = _near(name, [HOST, *CPUS[architecture]])
-    expected = near or "host | generic | a CPU's name such as znver4 or cortex-a76 | features such as +avx2,+fma,+f16c"
+    near = _near(name, [HOST, PORTABLE, *CPUS[architecture]])
+    names = "a CPU's name such as znver4 or cortex-a76"
+    expected = near or f"host | portable | generic | {names} | features such as +avx2,+fma,+f16c"
     raise TargetError(
         f"no CPU of {architecture} that the compiler knows", where=_WHERE, got=repr(name), expected=expected
     )

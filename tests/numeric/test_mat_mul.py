@@ -8,9 +8,9 @@ import ml_dtypes
 import numpy as np
 import onnx
 import pytest
-from linattn.dialect_patterns.mat_mul import fused_simd
 from linattn.dialect_patterns.mat_mul.contract import MatMul
 from linattn.dialect_patterns.mat_mul.op import choose
+from linattn.dialect_patterns.mat_mul.simd_layout import SHARED, Layout
 from linattn.dialect_patterns.node import TensorSpec
 from linattn.dialect_patterns.op import LoweringOptions
 from linattn.dialect_patterns.target import Target
@@ -118,11 +118,12 @@ def test_weights_are_stored_once(tmp_path: Path) -> None:
         np.testing.assert_array_equal(results["y0"], results["again"])
 
 
+@pytest.mark.parametrize("layout", [Layout(16, 16), SHARED], ids=["own", "shared"])
 @pytest.mark.parametrize("columns", [1, 15, 16, 17, 40])
-def test_pack(columns: int) -> None:
+def test_pack(columns: int, layout: Layout) -> None:
     weights = np.arange(3 * columns, dtype=np.float32).reshape(3, columns)
-    packed = fused_simd.pack(weights, 16)
-    assert packed.shape == (-(-columns // 16), 3, 16)
+    packed = layout.pack(weights)
+    assert packed.shape == (-(-columns // layout.multiple) * layout.multiple // 16, 3, 16)
     assert not packed.transpose(1, 0, 2).reshape(3, -1)[:, columns:].any()
     np.testing.assert_array_equal(packed.transpose(1, 0, 2).reshape(3, -1)[:, :columns], weights)
 

@@ -9,9 +9,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+from iree.compiler import ir
+from iree.compiler.api import Invocation, Session
 from linattn.dialect_patterns.mat_mul_n_bits.simd_dot import dot_instruction
 from linattn.frontend import CompileOptions, compile_model
+from linattn.frontend.iree import execute
 from linattn.frontend.targets import TargetOptions, cpu_query, resolve_target
+from linattn.frontend.targets.cpu_levels import LEVELS
 from linattn.frontend.targets.cpu_names import CPUS, FEATURES
 from linattn.frontend.targets.cpu_query import UNCHECKED, enabled, query
 from linattn.runtime import TargetError
@@ -105,7 +109,8 @@ def test_features(features: str, bits: int, note: str) -> None:
         ("x86_64", "tigerlake", "llvm.x86.avx512.vpdpbusd.512"),
         ("x86_64", "arrowlake", "llvm.x86.avx512.vpdpbusd.256"),
         ("x86_64", "znver2", ""),
-        ("x86_64", "nehalem", None),
+        ("x86_64", "nehalem", ""),
+        ("x86_64", "k8", None),
         ("aarch64", "cortex-a76", "llvm.aarch64.neon.sdot.v4i32.v16i8"),
         ("aarch64", "neoverse-v3", "llvm.aarch64.neon.sdot.v4i32.v16i8"),
         ("aarch64", "apple-m4", "llvm.aarch64.neon.sdot.v4i32.v16i8"),
@@ -135,6 +140,37 @@ def test_host_goes_without_what_the_system_does_not_tell() -> None:
     assert cpu.vector_bits == width(HERE, less)
 
 
+def test_portable_levels_are_as_the_compiler_describes_them() -> None:
+    """IREE's text for the machines of a portable module, which is written here: a module has flags for one only."""
+    for level in LEVELS:
+        text = re.sub(r"\s+", " ", executable_text("x86_64", "generic", level.flags))
+        assert text == level.executable
+        on = enabled("x86_64", level.flags.split(","))
+        assert on <= {*level.features}, "what LLVM adds by itself is asked for too"
+        assert level.vector_bits == width("x86_64", on)
+
+
+def executable_text(architecture: str, cpu: str, features: str) -> str:
+    session = Session()
+    session.set_flags(*cpu_query._flags(architecture, cpu, features))
+    module = ir.Module.parse("module {}", session.context)
+    invocation = Invocation(session)
+    invocation.import_module(module.operation)
+    assert execute(invocation, "ToPhase", "preprocessing")
+    found = re.search(r"#hal\.executable\.target<.*?\}>", str(module), re.DOTALL)
+    assert found
+    return found[0]
+
+
+def test_portable() -> None:
+    target = resolve_target("cpu", TargetOptions("portable", None, "x86_64-linux-gnu"))
+    assert [level.name for level in target.levels] == ["x86-64-v4+vnni", "x86-64-v3", "x86-64-v2"]
+    assert target.instruction_sets == target.levels[-1].instruction_sets
+    assert {"sse4.2", "popcnt", "cx16"} <= {*target.instruction_sets} < {*target.levels[1].instruction_sets}
+    dots = [dot_instruction(machine) for machine in target.capabilities.levels]
+    assert [dot.vector_bits for dot in dots if dot] == [512, 256, 128], "int4 takes the same kernels everywhere"
+
+
 TRIPLES = {
     "aarch64": "aarch64-linux-gnu aarch64-unknown-linux-gnu arm64-apple-macos arm64-apple-macosx14.0"
     " aarch64-apple-darwin aarch64-pc-windows-msvc aarch64-linux-android34 aarch64-linux-musl aarch64 arm64",
@@ -155,7 +191,9 @@ HOSTILE = [
     ("apple-m1", "x86_64", "a CPU of aarch64"),
     ("cortex-a76", "x86_64", "add --target-triple aarch64-linux-gnu"),
     ("znver4", "aarch64", "add --target-triple x86_64-linux-gnu"),
-    ("nonsense", "x86_64", "host | generic"),
+    ("nonsense", "x86_64", "host | portable | generic"),
+    ("portable", "aarch64", "name a CPU, or generic"),
+    ("portabel", "x86_64", "expected portable"),
     ("zenver4", "x86_64", "znver4"),
     ("Znver4", "x86_64", "znver4"),
     ("cortex-a67", "aarch64", "cortex-a76"),

@@ -12,7 +12,7 @@ import pytest
 from iree.compiler.tools import compile_str
 from linattn.runtime import Program, TargetError, cpu
 from linattn.runtime.integrity import sealed
-from linattn.runtime.manifest import EntryPoint, InputSpec, Manifest, OutputSpec, Target
+from linattn.runtime.manifest import CpuLevel, EntryPoint, InputSpec, Manifest, OutputSpec, Target
 from linattn.runtime.module import Module
 from tiny_hybrid import ANY_CPU, FLAGS
 
@@ -89,6 +89,47 @@ def test_nothing_is_missing() -> None:
     assert cpu.missing_instruction_sets(dataclasses.replace(ANY_CPU, instruction_sets=everything)) == []
     assert cpu.missing_instruction_sets(dataclasses.replace(ANY_CPU, name="cuda", architecture=None)) == []
     assert Program.load(module_for(*everything)).run({"x": np.ones(2, np.float32)})["y"].tolist() == [1, 1]
+
+
+V2 = ("cx16", "popcnt", "sahf", "sse3", "sse4.1", "sse4.2", "ssse3")
+V3 = (*V2, "avx", "avx2", "f16c", "fma")
+V4 = (*V3, "avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl", "avx512vnni")
+PORTABLE = dataclasses.replace(
+    ANY_CPU,
+    architecture="x86_64",
+    instruction_sets=V2,
+    levels=(CpuLevel("v4", V4), CpuLevel("v3", V3), CpuLevel("v2", V2)),
+)
+
+
+@pytest.mark.parametrize(
+    ("features", "level"),
+    [
+        ({*V4, "avxvnni", "amx-tile"}, "v4"),
+        (V4, "v4"),
+        ({*V4} - {"avx512vnni"}, "v3"),
+        ({*V4} - {"avx512vl"}, "v3"),
+        (ZEN2, "v3"),
+        ({*V4} - {"fma"}, "v2"),
+        ({*V2, "avx"}, "v2"),
+        (V2, "v2"),
+    ],
+)
+def test_the_level_of_a_portable_module(features: set[str], level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "machine_features", lambda: frozenset(features))
+    monkeypatch.setattr(cpu, "machine_architecture", lambda: "x86_64")
+    assert cpu.missing_instruction_sets(PORTABLE) == []
+    assert cpu.chosen_level(PORTABLE) == level
+    assert cpu.chosen_level(ANY_CPU) is None
+
+
+def test_a_machine_below_all_levels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "machine_features", lambda: frozenset({*V2} - {"sse4.2", "popcnt"}))
+    monkeypatch.setattr(cpu, "machine_architecture", lambda: "x86_64")
+    with pytest.raises(TargetError) as caught:
+        cpu.check_cpu("m.vmfb", PORTABLE)
+    assert "got a CPU without popcnt, sse4.2; " in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.skipif(HERE != "x86_64", reason="x86-64's features")

@@ -1,0 +1,110 @@
+"""One module for x86-64-v2, v3 and v4: each level's code runs where it belongs and gives what the model says."""
+
+from __future__ import annotations
+
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from tempfile import mkdtemp
+
+import numpy as np
+import onnx
+import pytest
+from linattn.frontend import CompileOptions, compile_model
+from linattn.frontend.targets.cpu_levels import LEVELS
+from linattn.runtime import Program
+from onnx import numpy_helper
+
+from tests.conftest import MODELS
+from tests.cpu_levels import NAMES, forced, level_named
+from tests.e2e.test_exported_models import check, expected, prefill
+from tests.numeric import test_mat_mul as products
+from tests.tolerances import INT4_OWN_NOISE, MODEL_LOGITS, relative_norm
+
+FOLDER = Path(mkdtemp(prefix="linattn-portable-"))
+
+
+@cache
+def compiled(name: str) -> tuple[bytes, Path]:
+    """The module of an exported model, and the file with its weights."""
+    file = FOLDER / f"{name}.irpa"
+    options = CompileOptions(cpu_features="portable", prefill_blocks=(64,), max_context=256, params=file)
+    return compile_model(MODELS / name / "model.onnx", options).module, file
+
+
+def load(name: str, level: str) -> Program:
+    module, weights = compiled(name)
+    return Program.load(forced(module, level_named(level)), parameters=weights)
+
+
+@pytest.mark.usefixtures("shared_models")
+class TestExportedModels:
+    @pytest.mark.parametrize("level", NAMES)
+    def test_f32(self, level: str) -> None:
+        for length in (5, 65):
+            check("genai-fp32-cpu", load("genai-fp32-cpu", level), length, 32)
+
+    @pytest.mark.parametrize("level", NAMES)
+    def test_int4(self, level: str) -> None:
+        run = load("genai-int4-cpu", level)
+        for length, limit in ((5, MODEL_LOGITS["int4"]), (65, INT4_OWN_NOISE)):
+            logits = prefill(run, length)
+            assert relative_norm(logits, expected("genai-int4-cpu")[f"logits_{length}"]) < limit
+
+    def test_each_level_has_code_of_its_own(self) -> None:
+        """In f32, where only the order of sums differs: so the three are really taken."""
+        levels = [prefill(load("genai-fp32-cpu", name), 65) for name in NAMES]
+        for i, logits in enumerate(levels):
+            for other in levels[:i]:
+                assert not np.array_equal(logits, other)
+
+    @pytest.mark.parametrize("name", ["genai-fp32-cpu", "genai-int4-cpu"])
+    def test_weights_are_stored_once(self, name: str) -> None:
+        module, weights = compiled(name)
+        model = onnx.load(MODELS / name / "model.onnx")
+        size = sum(numpy_helper.to_array(tensor).nbytes for tensor in model.graph.initializer)
+        assert weights.stat().st_size < 1.1 * size
+        assert len(module) < 3_000_000
+
+
+SHAPES = (
+    *((rows, 256, 48) for rows in (1, 2, 3, 6, 7, 8, 12, 13, 64)),
+    *((7, depth, 96) for depth in (255, 1030)),
+    *((rows, 300, columns) for rows in (1, 7, 40) for columns in (9, 17, 33, 72)),
+)
+
+
+@pytest.fixture(scope="module", params=[np.float32, np.float16], ids=["f32", "f16"])
+def many(request: pytest.FixtureRequest) -> tuple[onnx.ModelProto, bytes, type]:
+    """Products of all shapes: the model, its module, the type."""
+    model = products.build([*SHAPES], request.param)
+    return model, compile_model(model, CompileOptions(cpu_features="portable")).module, request.param
+
+
+class TestProducts:
+    """The layout that all levels share, at the edges of tiles, blocks and panels."""
+
+    @pytest.mark.parametrize("level", NAMES)
+    def test_products(self, many: tuple[onnx.ModelProto, bytes, type], level: str) -> None:
+        proto, module, dtype = many
+        products.check(Program.load(forced(module, level_named(level))), proto, [*SHAPES], dtype)
+
+    @pytest.mark.parametrize("level", NAMES)
+    def test_open_rows(self, level: str) -> None:
+        kinds = [(0, 300, 33), (0, 520, 64)]
+        model = products.build(kinds, np.float32, "rows")
+        run = Program.load(forced(open_rows(model.SerializeToString()), level_named(level)))
+        for rows in (1, 5, 6, 13, 200):
+            products.check(run, model, [(rows, *kind[1:]) for kind in kinds], np.float32)
+
+
+@cache
+def open_rows(model: bytes) -> bytes:
+    return compile_model(onnx.load_from_string(model), CompileOptions(cpu_features="portable")).module
+
+
+def test_levels_are_whole() -> None:
+    """Each level has what those below it have, so that the first whose condition holds is the best."""
+    for better, lesser in pairwise(LEVELS):
+        assert set(lesser.features) < set(better.features)
+        assert lesser.vector_bits < better.vector_bits
