@@ -144,10 +144,10 @@ def compile_model(
         _bind_named_dims(model.proto, options.dims)
         _inline_functions(model.proto)
         _name_nodes(model.proto.graph)
+        versions = _versions(model.proto)
+        check_supported(model.proto.graph.node, versions)  # says more of an unknown operator than ONNX's checker
         check_graph(model.proto)
         _leave_out_unused_outputs(model.proto)
-        versions = _versions(model.proto)
-        check_supported(model.proto.graph.node, versions)
     with progress.stage("pair states, plan entry points"):
         plan, graphs = _plan(model, versions, options, target)
         plan, functions = _functions(plan, graphs)
