@@ -15,6 +15,7 @@ import onnx
 import onnx.inliner
 from iree.compiler import ir
 from linattn.dialect_patterns.builder import Builder
+from linattn.dialect_patterns.guarded_reads import guard_reads
 from linattn.dialect_patterns.op import LoweringContext, LoweringOptions
 from linattn.dialect_patterns.registry import find_op
 from linattn.dialect_patterns.rewrite import lower_operators
@@ -177,6 +178,8 @@ def compile_model(
             weights.drop_unused()
             compiler.dump(module, "lower-operators")
         compiler.convert_torch(module, takes_workspace=signature.takes_results)
+        with compiler.building():
+            guard_reads(module)
         compiler.dump(module, "linalg")
     with progress.stage(f"generate code for {target.name} ({target.description})"):
         code = compiler.compile(module)

@@ -10,6 +10,9 @@ from .device import HostArray, numpy_dtype
 from .errors import InputError
 from .manifest import InputSpec, StateSpec
 
+_FEW = 16
+"""So few numbers Python compares faster than numpy, whose reductions take microseconds: a step of a generation."""
+
 
 def as_array(spec: InputSpec | StateSpec, value: Any) -> HostArray:
     """The caller's value as an array of the right dtype.
@@ -71,8 +74,11 @@ def check_bounds(spec: InputSpec, array: HostArray) -> None:
     if spec.bounds is None or array.size == 0:
         return
     low, high = spec.bounds
-    # One number, as in every step of a generation, is asked for as such: numpy's reductions take microseconds.
-    least, greatest = (array.item(),) * 2 if array.size == 1 else (int(array.min()), int(array.max()))
+    if array.size <= _FEW:
+        values: list[int] = array.ravel().tolist()
+        least, greatest = min(values), max(values)
+    else:
+        least, greatest = int(array.min()), int(array.max())
     if not low <= least <= greatest <= high:
         wrong = (array < low) | (array > high)
         raise _bad_element(spec.name, array, wrong, "index out of range", f"{low} to {high}")

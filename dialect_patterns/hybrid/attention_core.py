@@ -114,9 +114,10 @@ def write_at(b: Builder, cache: ir.Value, rows: ir.Value, position: Size) -> ir.
 
 
 def bounded(b: Builder, position: ir.Value, capacity: Size, count: Size) -> ir.Value:
-    """The position with the promise that ``count`` rows fit behind it, so that IREE computes with it in 32 bits."""
+    """The position, no larger than leaves room for ``count`` rows, and IREE told so: it computes with it in 32 bits."""
     room = b.sub(capacity, count)
-    return b.assume(position, 0, room if isinstance(room, int) else 2**31 - 1)
+    nearest = b.index(b.minimum(position, room))
+    return b.assume(nearest, 0, room if isinstance(room, int) else 2**31 - 1)
 
 
 def append_at(b: Builder, past: ir.Value, rows: ir.Value, lengths: ir.Value) -> ir.Value:

@@ -209,7 +209,7 @@ def _rotated(b: Builder, contract: GroupQueryAttention, x: ir.Value, heads: int,
 
     def lookup(cache: ir.Value, batch: Scalar, token: Scalar, column: Scalar) -> Scalar:
         if position_ids is not None:
-            position = b.load(position_ids, batch, token).to("index")
+            position = b.load(position_ids, batch, token)
         elif isinstance(first, int):
             position = token + first
         elif isinstance(first.type, ir.IndexType):

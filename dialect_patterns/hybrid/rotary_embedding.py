@@ -221,9 +221,9 @@ def _emit_tables(
 
 
 def clamp_position(b: Builder, position: Scalar, cache: ir.Value) -> Scalar:
-    """A position as an index into a cache [positions, columns]."""
-    last = Scalar(b.index(b.sub(b.dim(cache, 0), 1)))
-    return position.to("index").maximum(0).minimum(last)
+    """A position, of any integer type, as an index into a cache [positions, columns]."""
+    last = Scalar(b.index(b.sub(b.dim(cache, 0), 1))).to(position.dtype)
+    return position.minimum(last).maximum(0).to("index")  # indices of 32 bits lack what makes a position far out
 
 
 def lower(context: LoweringContext, contract: RotaryEmbedding, operands: Sequence[ir.Value | None]) -> list[ir.Value]:
@@ -241,10 +241,10 @@ def lower(context: LoweringContext, contract: RotaryEmbedding, operands: Sequenc
             return b.load(cache, batch, token, column)
         assert position_ids is not None
         if contract.positions is Positions.PER_TOKEN:
-            position = b.load(position_ids, batch, token).to("index")
+            position = b.load(position_ids, batch, token)
         else:
             zero = [b.constant(0, "index")] * ir.RankedTensorType(position_ids.type).rank
-            position = b.load(position_ids, *zero).to("index") + token
+            position = clamp_position(b, b.load(position_ids, *zero), cache) + token
         return b.load(cache, clamp_position(b, position, cache), column)
 
     return [emit_rotation(b, contract.rotation, x, cos, sin, lookup)]

@@ -10,6 +10,9 @@ import onnxruntime
 import pytest
 from linattn.frontend import CompileOptions, compile_model, last_position
 from linattn.runtime import Program, Session
+from linattn.runtime.binding import Sizes
+from linattn.runtime.program import block_inputs, complete_inputs
+from linattn.runtime.state import read_state, zero_states
 
 from samples.tiny_hybrid import build
 from tests.tolerances import BENIGN, MODEL_LOGITS, error
@@ -132,6 +135,23 @@ def test_a_call_that_fails_leaves_every_state(target: str, monkeypatch: pytest.M
         error(session.run({"input_ids": IDS[:, done:]})["logits"], reference()["logits"][:, done:]) < BENIGN["float32"]
     )
     check_states(session)
+
+
+@pytest.mark.parametrize("target", ["cpu", pytest.param("vulkan", marks=pytest.mark.vulkan)])
+@pytest.mark.parametrize("position", [48, 10**9, -5])
+def test_a_position_that_no_row_has_writes_the_last_rows(target: str, position: int) -> None:
+    """Only a caller of the module without a session can give one; it wrote over the heap."""
+    loaded = program(target)
+    for entry in (entry for entry in loaded.manifest.entry_points if entry.tokens != 16):
+        tokens = entry.tokens or 0
+        sizes = Sizes(loaded.manifest, batch=2, tokens=tokens, past=0, total=tokens)
+        feeds = complete_inputs(loaded.manifest, {"input_ids": IDS[:, :tokens]}, sizes, 2, 0, tokens)
+        states = zero_states(loaded.manifest, loaded.device, 2)
+        _, states = loaded.call(entry, block_inputs(loaded.manifest, feeds, 0, 0, tokens), states, position)
+        for spec, state in zip(loaded.manifest.states, states, strict=True):
+            if spec.kind == "kv_cache":
+                rows = np.abs(read_state(loaded.manifest, loaded.device, spec, state, 48)).sum((0, 1, 3))
+                assert np.flatnonzero(rows).tolist() == list(range(48 - tokens, 48))
 
 
 def test_stateless_run_continues_from_given_states() -> None:
