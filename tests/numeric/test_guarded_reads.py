@@ -92,9 +92,9 @@ def model() -> onnx.ModelProto:
     constants: list[onnx.TensorProto] = []
     for name, case in CASES.items():
         dtype = helper.np_dtype_to_tensor_dtype(np.dtype(case.dtype))
-        inputs.append(helper.make_tensor_value_info(f"{name}.in", dtype, case.shape))
+        inputs.append(helper.make_tensor_value_info(f"given.{name}", dtype, case.shape))
         factor = "factor" if case.dtype is np.int64 else "factor_i32"
-        nodes.append(helper.make_node("Mul", [f"{name}.in", factor], [f"{name}.index"]))
+        nodes.append(helper.make_node("Mul", [f"given.{name}", factor], [f"{name}.index"]))
         operands = ["x", f"{name}.index"]
         if case.updates is not None:
             operands.append(f"{name}.updates")
@@ -118,11 +118,11 @@ def reference() -> onnxruntime.InferenceSession:
 
 def check(target: str, indices: dict[str, np.ndarray]) -> None:
     """Compares with ONNX Runtime, which gets the nearest legal indices."""
-    feeds = {"x": DATA, "factor": np.array(1), **{f"{name}.in": array for name, array in indices.items()}}
+    feeds = {"x": DATA, "factor": np.array(1), **{f"given.{name}": array for name, array in indices.items()}}
     got = program(target).run(feeds)
     for name, case in CASES.items():
         nearest = np.asarray(case.nearest(indices[name].astype(np.int64)), case.dtype)
-        feeds[f"{name}.in"] = nearest.reshape(case.shape)
+        feeds[f"given.{name}"] = nearest.reshape(case.shape)
     want = reference().run(list(CASES), feeds)
     for name, array in zip(CASES, want, strict=True):
         np.testing.assert_array_equal(got[name], array, err_msg=name)
