@@ -95,8 +95,9 @@ def _clamped(read: ir.Operation, source: ir.Value, axis: int, index: ir.Value) -
 def _before_index_cast(index: ir.Value) -> Scalar:
     """The integer that an index was made of: on devices with indices of 32 bits the cast drops bits of it."""
     owner = index.owner
-    is_cast = not isinstance(owner, ir.Block) and owner.operation.name == "arith.index_cast"
-    return Scalar(owner.operation.operands[0] if is_cast else index)  # pyright: ignore[reportAttributeAccessIssue]
+    if isinstance(owner, ir.Block) or owner.operation.name != "arith.index_cast":
+        return Scalar(index)
+    return Scalar(owner.operation.operands[0])
 
 
 def _outside_loops(op: ir.Operation) -> ir.Operation:

@@ -98,6 +98,8 @@ class DenseI32ArrayAttr(Attribute):
     def get(values: Sequence[int], context: Context | None = None) -> DenseI32ArrayAttr: ...
 
 class DenseI64ArrayAttr(Attribute):
+    def __init__(self, cast_from: Attribute) -> None: ...
+    def __iter__(self) -> Iterator[int]: ...
     @staticmethod
     def get(values: Sequence[int], context: Context | None = None) -> DenseI64ArrayAttr: ...
 
@@ -182,6 +184,10 @@ class Value:
     uses: Iterator[OpOperand]
     owner: Operation | Block
 
+class BlockArgument(Value):
+    arg_number: int
+    def __init__(self, value: Value) -> None: ...
+
 class _Attributes:
     @overload
     def __getitem__(self, name: str) -> Attribute: ...
@@ -197,6 +203,9 @@ class WalkResult:
     ADVANCE: WalkResult
 
 class _Operations(Sequence[OpView]): ...
+
+class _Operands(Sequence[Value]):
+    def __setitem__(self, index: int, value: Value) -> None: ...
 
 class Block:
     arguments: Sequence[Value]
@@ -223,7 +232,7 @@ class OpView:
 class Operation:
     name: str
     attributes: _Attributes
-    operands: Sequence[Value]
+    operands: _Operands
     operation: Operation
     results: Sequence[Value]
     result: Value
