@@ -182,7 +182,8 @@ def compile_model(
             guard_reads(module)
         compiler.dump(module, "linalg")
     with progress.stage(f"generate code for {target.name} ({target.description})"):
-        code = compiler.compile(module)
+        code = compiler.compile(module, manifest)
+        manifest = code.manifest
     with progress.stage("write"):
         if take_weights is not None:
             take_weights(weights.archive())

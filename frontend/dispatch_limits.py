@@ -10,7 +10,6 @@ Source: IREE 3.13, ``native_executable.c`` of the CUDA driver, ``executable.c`` 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,14 +17,9 @@ from iree.compiler import ir
 from linattn.dialect_patterns.target import Limits, Target
 from linattn.runtime.errors import LoweringError
 
-from .executables import exports
+from .executables import kernels
 
-_CONSTANTS = re.compile(r"constants = (\d+)")
-_BINDING = "#hal.pipeline.binding<"
-_SHARED_SPACE = 3  # of NVVM
 _NAMED_NODES = 3
-_ARRAY = re.compile(r"(?:array|vector)<(\d+)\s*x\s*((?:\d+\s*x\s*)*)(.*)>$")
-_SCALAR = re.compile(r"[a-z]+(\d+)$")
 
 
 class DispatchLimits:
@@ -51,25 +45,15 @@ class DispatchLimits:
         Raises:
             LoweringError: if one has more of something than the driver takes.
         """
-        for export, code in exports(module):
-            name = _name(export)
-            layout = str(export.attributes["layout"])
-            constants = _CONSTANTS.search(layout)
-            self._check(name, "bindings", layout.count(_BINDING), self._limits.bindings)
-            self._check(name, "push constants", int(constants[1]) if constants else 0, self._limits.constants)
-            if "workgroup_size" in export.attributes:
-                sizes = [ir.IntegerAttr(size).value for size in ir.ArrayAttr(export.attributes["workgroup_size"])]
-                threads = 1
-                for size, limit, axis in zip(sizes, self._limits.sizes, "xyz", strict=True):
-                    threads *= size
-                    self._check(name, f"threads of a workgroup along {axis}", size, limit)
-                self._check(name, "threads of a workgroup", threads, self._limits.threads)
-            declared, asked = shared_memory(code), 0
-            if "workgroup_local_memory" in export.attributes:
-                # CUDA: IREE asks at the launch for as many bytes again as the code declares; both are taken.
-                asked = ir.IntegerAttr(export.attributes["workgroup_local_memory"]).value
-            self._check(name, "declared bytes of shared memory", declared, self._limits.declared)
-            self._check(name, "bytes of shared memory", declared + asked, self._limits.memory)
+        for kernel in kernels(module):
+            name = kernel.name
+            self._check(name, "bindings", kernel.bindings, self._limits.bindings)
+            self._check(name, "push constants", kernel.constants, self._limits.constants)
+            for size, limit, axis in zip(kernel.sizes, self._limits.sizes, "xyz", strict=False):
+                self._check(name, f"threads of a workgroup along {axis}", size, limit)
+            self._check(name, "threads of a workgroup", kernel.threads, self._limits.threads)
+            self._check(name, "declared bytes of shared memory", kernel.declared, self._limits.declared)
+            self._check(name, "bytes of shared memory", kernel.memory, self._limits.memory)
 
     def check_counts(self, module: ir.Operation) -> None:
         """Check the numbers of workgroups that are known.
@@ -106,46 +90,6 @@ class DispatchLimits:
             expected=f"at most {limit} ({self._description})",
             hint="name the GPU with --gpu-target if it offers more; else report the model",
         )
-
-
-def shared_memory(code: Sequence[ir.Operation]) -> int:
-    """Bytes of a workgroup's memory that the globals of a kernel's code declare."""
-    total = 0
-    for op in code:
-        if op.name == "spirv.GlobalVariable":
-            pointer = str(op.attributes["type"])  # !spirv.ptr<T, Workgroup>
-            if pointer.endswith(", Workgroup>"):
-                total += type_bytes(pointer.removeprefix("!spirv.ptr<").removesuffix(", Workgroup>"))
-        elif op.name == "llvm.mlir.global" and ir.IntegerAttr(op.attributes["addr_space"]).value == _SHARED_SPACE:
-            total += type_bytes(str(op.attributes["global_type"]))
-    return total
-
-
-def type_bytes(text: str) -> int:
-    """Size of a type of LLVM's or SPIR-V's dialect: scalars, vectors, arrays, structures of one member.
-
-    >>> type_bytes("!spirv.struct<(!spirv.array<512 x vector<4xf32>>)>")
-    8192
-    >>> type_bytes("!llvm.array<1 x array<18 x f16>>")
-    36
-    """
-    text = re.sub(r",\s*stride=\d+", "", text.strip()).replace("!spirv.", "").replace("!llvm.", "")
-    structure = re.match(r"struct<\((.*?)(?: \[\d+\])?\)(?:, \w+)*>$", text)
-    if structure:
-        return type_bytes(structure[1])
-    array = _ARRAY.match(text)
-    if array:
-        inner = int(array[1])
-        for size in re.findall(r"\d+", array[2]):
-            inner *= int(size)
-        return inner * type_bytes(array[3])
-    scalar = _SCALAR.match(text)
-    assert scalar, f"no size known of {text}"
-    return -(-int(scalar[1]) // 8)
-
-
-def _name(op: ir.Operation) -> str:
-    return ir.StringAttr(op.attributes["sym_name"]).value
 
 
 def _counts(op: ir.Operation) -> list[ir.Value]:

@@ -13,7 +13,9 @@ import re
 from typing import Any
 
 from iree.compiler import ir
-from linattn.runtime.manifest import DISPATCHES_KEY, REFLECTION_KEY
+from linattn.runtime.manifest import DISPATCHES_KEY
+
+from .reflection import set_reflection
 
 _NODE = re.compile(r'loc\("([^"]*)"')
 _PRODUCT = re.compile(r"(?:mat_?mul|mmt4d|matvec)\w*?_(\d+(?:x\d+)+)(?:_|$)")
@@ -54,16 +56,7 @@ def attach_dispatches(module: ir.Operation) -> dict[str, list[str]]:
         known = nodes.setdefault(row["key"], [])
         if row["node"] and row["node"] not in known:
             known.append(row["node"])
-    for operation in module.regions[0].blocks[0].operations:
-        attributes = operation.attributes
-        if operation.operation.name != "util.func" or "iree.reflection" not in attributes:
-            continue
-        reflection = ir.DictAttr(attributes["iree.reflection"])
-        entries = {named.name: named.attr for named in (reflection[i] for i in range(len(reflection)))}
-        if REFLECTION_KEY in entries:
-            entries[DISPATCHES_KEY] = ir.StringAttr.get(json.dumps(table, separators=(",", ":")))
-            attributes["iree.reflection"] = ir.DictAttr.get(entries)
-            break
+    set_reflection(module, DISPATCHES_KEY, json.dumps(table, separators=(",", ":")))
     return nodes
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import os
 import re
 from collections.abc import Generator
@@ -14,12 +15,15 @@ from iree.compiler import ir
 from iree.compiler.api import Invocation, Output, Session, ctypes_dl
 from iree.compiler.passmanager import PassManager
 from linattn.runtime.errors import LoweringError
+from linattn.runtime.manifest import REFLECTION_KEY, Manifest
 from linattn.runtime.owned import never_free
 
 from .cpu_variants import add_conditions, load_before_asking
+from .device_needs import device_needs
 from .dispatch_limits import DispatchLimits
 from .dispatches import attach_dispatches
 from .executables import state_spirv_versions
+from .reflection import set_reflection
 from .targets import CompileTarget
 
 _TORCH_PIPELINE = "builtin.module(func.func(convert-torch-onnx-to-torch),torch-to-iree{externalize-transients=%s})"
@@ -43,10 +47,12 @@ class CompiledCode:
 
     Args:
         invocation: The run of IREE's pipeline that has made it.
+        manifest: What the module says about itself.
     """
 
-    def __init__(self, invocation: Invocation) -> None:
+    def __init__(self, invocation: Invocation, manifest: Manifest) -> None:
         self._invocation = invocation
+        self.manifest = manifest
 
     def to_bytes(self) -> bytes:
         """The bytes of the ``.vmfb``."""
@@ -132,8 +138,12 @@ class Compiler:
                 self._errors.append((first.partition("error:")[2] or first, str(error)))
                 raise self._failure("the importer could not convert the model") from error
 
-    def compile(self, module: ir.Module) -> CompiledCode:
-        """Generate code.
+    def compile(self, module: ir.Module, manifest: Manifest) -> CompiledCode:
+        """Generate code, and complete the module's manifest with what that code needs of a device.
+
+        Args:
+            module: The module, with its manifest in a reflection attribute.
+            manifest: That manifest.
 
         Raises:
             LoweringError: if IREE fails, or a dispatch breaks a limit of the target's driver.
@@ -149,6 +159,10 @@ class Compiler:
         with self.building():
             limits.check_kernels(module.operation)
             state_spirv_versions(module.operation)
+            if self._target.capabilities.is_gpu:
+                target = dataclasses.replace(manifest.target, needs=device_needs(module.operation))
+                manifest = dataclasses.replace(manifest, target=target)
+                set_reflection(module.operation, REFLECTION_KEY, manifest.to_json())
             if levels:
                 add_conditions(module.operation, levels)
         self._run(invocation, "FromPhase", "executable-targets", "ToPhase", "hal")
@@ -157,7 +171,7 @@ class Compiler:
             with self.building():
                 load_before_asking(module.operation)
         self._run(invocation, "FromPhase", "hal", "ToPhase", "end")
-        return CompiledCode(invocation)
+        return CompiledCode(invocation, manifest)
 
     def _run(self, invocation: Invocation, *phases: str) -> None:
         if not execute(invocation, *phases):

@@ -11,8 +11,9 @@ from .bundle import INDEX, BundledModule, read_bundle
 from .choice import Choice, choose
 from .cpu import check_cpu
 from .device import has_worker_threads, open_device
-from .drivers import CPU_DRIVERS, subgroup_sizes
+from .drivers import CPU_DRIVERS
 from .errors import TargetError
+from .gpu import check_gpu
 from .manifest import REFLECTION_KEY, Manifest, Target
 from .module import Module
 
@@ -115,11 +116,7 @@ def check_target(where: str, target: Target, uri: str) -> None:
         got = f"device {uri}"
         raise TargetError(f"compiled for {target.name}", where=where, got=got, expected=wanted, hint=hint)
     check_cpu(where, target)
-    lanes, range_ = target.subgroup_size, subgroup_sizes(uri)
-    if lanes is not None and range_ is not None and not range_[0] <= lanes <= range_[1]:
-        got = f"{range_[0]} to {range_[1]} on {uri}"
-        hint = "compile with a --gpu-target for this device, such as host"
-        raise TargetError("compiled for another subgroup size", where=where, got=got, expected=lanes, hint=hint)
+    check_gpu(where, target, uri)
 
 
 def _find_parameters(

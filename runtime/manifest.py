@@ -122,6 +122,25 @@ class CpuLevel:
 
 
 @dataclass(frozen=True)
+class DeviceNeeds:
+    """The most that any kernel of a GPU's module uses.
+
+    Attributes:
+        threads: Of a workgroup.
+        shared_memory: Bytes of a workgroup.
+        storage_buffers: Of a dispatch.
+        push_constants: Bytes of a dispatch.
+        features: In Vulkan's words, such as `shaderInt64`; `subgroup` and an operation, such as `subgroupShuffle`.
+    """
+
+    threads: int
+    shared_memory: int
+    storage_buffers: int
+    push_constants: int
+    features: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Target:
     """What the module was compiled for.
 
@@ -135,6 +154,8 @@ class Target:
         instruction_sets: What the code needs beyond what every CPU of the architecture has, in LLVM's names.
         levels: Best first, where the module has code for several CPUs and takes the first level that a machine has; the
             last one needs `instruction_sets`.
+        needs: What the kernels need of a GPU; None: not a GPU. Checked at load, on Vulkan, which takes kernels that
+            need more without a word.
     """
 
     name: str
@@ -144,6 +165,7 @@ class Target:
     architecture: str | None = None
     instruction_sets: tuple[str, ...] = ()
     levels: tuple[CpuLevel, ...] = ()
+    needs: DeviceNeeds | None = None
 
 
 @dataclass(frozen=True)
@@ -281,6 +303,7 @@ def read_target(target: Reader, where: str) -> Target:
         None if target.get("architecture") is None else target.text("architecture"),
         target.texts("instruction_sets"),
         tuple(CpuLevel(row.text("name"), row.texts("instruction_sets")) for row in target.rows("levels")),
+        None if target.get("needs") is None else _needs(target.child("needs")),
     )
     if (found.name == "cpu") != (found.architecture is not None):
         raise bad(where, "target.architecture", f"wrong for target {found.name}", found.architecture)
@@ -292,6 +315,16 @@ def read_target(target: Reader, where: str) -> Target:
 def is_plain_name(name: str) -> bool:
     """Whether it names a file without a folder, on any system."""
     return 0 < len(name) <= _MAX_NAME and not set(name) & set("/\\:\0") and name not in (".", "..")
+
+
+def _needs(row: Reader) -> DeviceNeeds:
+    return DeviceNeeds(
+        row.whole("threads", 1),
+        row.whole("shared_memory", 0),
+        row.whole("storage_buffers", 0),
+        row.whole("push_constants", 0),
+        row.texts("features"),
+    )
 
 
 def _build(top: Reader, where: str) -> Manifest:

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 from linattn.frontend import CompileOptions, compile_model
-from linattn.frontend.dispatch_limits import type_bytes
+from linattn.frontend.executables import type_bytes
 from linattn.frontend.targets import TARGETS, CompileTarget, TargetOptions, cuda, vulkan
 from linattn.runtime.errors import LoweringError
 from onnx import TensorProto, helper, numpy_helper

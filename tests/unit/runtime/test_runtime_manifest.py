@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 from linattn.runtime import Manifest, TargetError
-from linattn.runtime.manifest import EntryPoint, Parameters, Target
+from linattn.runtime.manifest import DeviceNeeds, EntryPoint, Parameters, Target
 from tiny_hybrid import Hybrid, open_form
 
 GOOD = json.loads(Hybrid().manifest().to_json())
+
+
+NEEDS = {"threads": 1, "shared_memory": 0, "storage_buffers": 0, "push_constants": 0, "features": []}
 
 
 @pytest.mark.parametrize("hybrid", [Hybrid(), open_form(Hybrid())])
@@ -20,7 +23,7 @@ def test_round_trip(hybrid: Hybrid) -> None:
         parameters=Parameters("model", "weights.irpa"),
         nodes=({"name": "la_0", "strategy": "chunked"},),
         producer={"linattn": "0.1.0"},
-        target=Target("vulkan", "vulkan", "x", 32),
+        target=Target("vulkan", "vulkan", "x", 32, needs=DeviceNeeds(256, 16384, 9, 12, ("shaderInt64",))),
     )
     assert Manifest.from_json(manifest.to_json()) == manifest
 
@@ -114,6 +117,10 @@ HOSTILE: list[tuple[str, Any, str]] = [
     ("target.architecture", 64, "target.architecture"),
     ("target.name", "cuda", "target.architecture"),
     ("target.instruction_sets", None, "a list"),
+    ("target.needs", 3, "an object"),
+    ("target.needs", {"shared_memory": 0}, "missing"),
+    ("target.needs", NEEDS | {"threads": 0}, "1 to"),
+    ("target.needs", NEEDS | {"features": [1]}, "a list of strings"),
     ("target.instruction_sets", ["avx2", 2], "a list of strings"),
     ("parameters", {"scope": "model", "file": "../../etc/passwd"}, "plain file name"),
     ("parameters", {"scope": "model", "file": ".."}, "plain file name"),
@@ -158,7 +165,7 @@ def test_not_a_manifest(text: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("key", ["architecture", "instruction_sets"])
+@pytest.mark.parametrize("key", ["architecture", "instruction_sets", "needs"])
 def test_target_says_what_its_code_needs(key: str) -> None:
     raw = copy.deepcopy(GOOD)
     del raw["target"][key]
