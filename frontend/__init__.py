@@ -5,15 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .compile import CompileOptions, compile_model
+    from .isolated import compile_model
+    from .options import CompileOptions
 
 __all__ = ["CompileOptions", "compile_model"]
 
 
 def __getattr__(name: str) -> object:
-    """Import the compiler when it is first asked for, so that the command line can say what is missing."""
+    """Import what compiles when it is first asked for."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import compile as compiler
+    from . import isolated
 
-    return getattr(compiler, name)
+    return getattr(isolated, name)

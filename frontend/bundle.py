@@ -20,49 +20,15 @@ from typing import Any, BinaryIO
 import numpy as np
 from linattn.runtime.bundle import INDEX, Bundle, BundledModule, describe_file, read_bundle
 from linattn.runtime.errors import InputError, TargetError
-from linattn.runtime.outputs import check_outputs
+from linattn.runtime.outputs import check_outputs, partial_folder
 
-from .compile import CompiledModel, CompileOptions, compile_model
+from .compile import compile_model
 from .guard import last_net
 from .model import load_model
+from .options import CompiledModel, CompileOptions
 from .parameters import write_parameters
-from .report import CompileReport, Progress, mib, write_report
+from .report import BUNDLE_WEIGHTS, BundleReport, CompileReport, Progress, write_report
 from .targets import resolve_target
-
-WEIGHTS = "weights.irpa"
-SUFFIX = ".linattn"
-
-
-@dataclass(frozen=True)
-class BundleReport:
-    """What was compiled.
-
-    Attributes:
-        output: The folder.
-        modules: File name of each module -> its report.
-        weight_bytes: Weights in all.
-        shared_bytes: Weights that more than one module reads.
-        own_bytes: File name of each module -> bytes of the weights that no other module reads.
-    """
-
-    output: str
-    modules: Mapping[str, CompileReport]
-    weight_bytes: int
-    shared_bytes: int
-    own_bytes: Mapping[str, int]
-
-    def to_dict(self) -> dict[str, object]:
-        """For ``--report FILE.json``."""
-        return dataclasses.asdict(self)
-
-    def to_text(self) -> str:
-        """For the terminal."""
-        parts = [report.to_text() for report in self.modules.values()]
-        own = ", ".join(f"{mib(count)} for {name} alone" for name, count in self.own_bytes.items() if count)
-        shared = f"{mib(self.shared_bytes)} shared" + (f", {own}" if own else "")
-        sizes = sum(report.output_bytes for report in self.modules.values())
-        total = f"bundle    {self.output}  ({len(self.modules)} modules, {mib(sizes)} of code)"
-        return "\n\n".join([*parts, f"{total}\nweights   {WEIGHTS}  ({mib(self.weight_bytes)}: {shared})"])
 
 
 @dataclass
@@ -148,7 +114,7 @@ def compile_bundle(
             weights = _Weights(spill)
             for file, options in _named(machines).items():
                 dump = options.dump_ir / file.removesuffix(".vmfb") if options.dump_ir else None
-                each = dataclasses.replace(options, params=building / WEIGHTS, dump_ir=dump, report=None)
+                each = dataclasses.replace(options, params=building / BUNDLE_WEIGHTS, dump_ir=dump, report=None)
                 compiled[file] = compile_model(
                     source,
                     each,
@@ -158,7 +124,7 @@ def compile_bundle(
                 )
                 reports[file] = compiled[file].report
                 reports[file].output = str(folder / file)
-            write_parameters(building / WEIGHTS, weights.arrays())
+            write_parameters(building / BUNDLE_WEIGHTS, weights.arrays())
             report = BundleReport(
                 str(folder),
                 reports,
@@ -170,7 +136,7 @@ def compile_bundle(
         bundle = Bundle(
             model_name=manifest.model_name,
             model_sha256=manifest.model_sha256,
-            weights=describe_file(building / WEIGHTS),
+            weights=describe_file(building / BUNDLE_WEIGHTS),
             modules=tuple(
                 BundledModule(**dataclasses.asdict(describe_file(building / file)), target=result.manifest.target)
                 for file, result in compiled.items()
@@ -209,10 +175,8 @@ def check_output(folder: Path) -> None:
 @contextmanager
 def _new_folder(folder: Path) -> Generator[Path]:
     """Inside: an empty folder beside the named one, which it becomes in the end; gone after an error."""
-    building = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
-    try:
+    with partial_folder(folder) as building:
         yield building
-        building.chmod(0o777 & ~_umask())
         if folder.exists():
             check_output(folder)
             old = Path(f"{building}.old")
@@ -225,15 +189,6 @@ def _new_folder(folder: Path) -> Generator[Path]:
             shutil.rmtree(old)
         else:
             os.rename(building, folder)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-
-
-def _umask() -> int:
-    """The process's mask of file modes, which can only be read by setting it."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
 
 
 def _named(machines: Sequence[CompileOptions]) -> dict[str, CompileOptions]:

@@ -11,7 +11,9 @@ from pathlib import Path
 
 from linattn.runtime.errors import InputError, LinattnError
 
-from .report import Progress, stderr_progress
+from .isolated import compile_bundle, compile_model
+from .options import BUNDLE_SUFFIX, CompileOptions
+from .report import module_progress, stderr_progress
 from .targets import TARGETS, TargetOptions
 from .targets.lists import read_machines
 
@@ -118,12 +120,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    try:
-        from .bundle import SUFFIX, compile_bundle
-        from .compile import CompileOptions, compile_model
-    except ModuleNotFoundError as error:
-        hint = "pip install 'linattn[compile]'"
-        raise LinattnError(f"the compiler needs the package {error.name}", hint=hint) from error
     chunk = arguments.chunk_size
     given = TargetOptions(arguments.cpu_features, arguments.gpu_target, arguments.target_triple)
     options = CompileOptions(
@@ -147,24 +143,19 @@ def _run(arguments: argparse.Namespace) -> None:
     model = Path(arguments.model)
     stem = model.resolve().parent.name if model.stem == "model" else model.stem
     several = len(machines) > 1
-    output = Path(arguments.output or f"{stem}{SUFFIX if several else f'-{machines[0].target}.vmfb'}")
-    is_bundle = several or output.suffix == SUFFIX
+    output = Path(arguments.output or f"{stem}{BUNDLE_SUFFIX if several else f'-{machines[0].target}.vmfb'}")
+    is_bundle = several or output.suffix == BUNDLE_SUFFIX
     if is_bundle and (options.params or output.suffix == ".vmfb"):
         got = f"--params {options.params}" if options.params else str(output)
-        hint = f"it is a folder NAME{SUFFIX} with its weights inside"
+        hint = f"it is a folder NAME{BUNDLE_SUFFIX} with its weights inside"
         raise InputError("does not go with a bundle", where="--target" if several else "-o", got=got, hint=hint)
     if is_bundle:
-        report = compile_bundle(model, machines, output, None if arguments.quiet else _module_progress)
+        report = compile_bundle(model, machines, output, None if arguments.quiet else module_progress)
     else:
         progress = None if arguments.quiet else stderr_progress(6)
         report = compile_model(model, machines[0], output=output, progress=progress).report
     if not arguments.quiet:
         print(report.to_text())
-
-
-def _module_progress(name: str) -> Progress:
-    print(name, file=sys.stderr)
-    return stderr_progress(6)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

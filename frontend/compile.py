@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,7 @@ from .iree import CompiledCode, Compiler
 from .joined_products import join_products
 from .last_position import LEAST_TOKENS, keep_last
 from .model import LoadedModel, load_model
+from .options import CompiledModel, CompileOptions
 from .parameters import PARAMETER_SCOPE, write_parameters
 from .report import CompileReport, Progress, write_report
 from .schema import check_contracts, check_supported, domain_of, infer_types
@@ -43,71 +43,9 @@ from .single_token import squeezes_tokens
 from .specialize import SpecializedGraph, specialize
 from .state_names import Pairing
 from .states import find_states
-from .targets import CompileTarget, TargetOptions, resolve_target
+from .targets import CompileTarget, resolve_target
 from .validate import check_functions, check_graph
 from .weights import Weights
-
-
-@dataclass(frozen=True)
-class CompileOptions:
-    """Everything ``linattn-compile`` can be asked for.
-
-    Attributes:
-        target: ``cpu``, ``cuda`` or ``vulkan``.
-        cpu_features: See :class:`~linattn.frontend.targets.TargetOptions`.
-        gpu_target: Likewise.
-        target_triple: Likewise.
-        dims: Symbol -> size, for symbols that are not batch, tokens or lengths.
-        batch: Rows of a call; None for open.
-        max_context: Capacity of the KV caches in tokens; None for open; ``default`` for min(the model's, 4096).
-        prefill_blocks: Sizes in tokens; None for one entry point with any number; ``default`` for the target's.
-        chunk_size: Tokens a chunk of the chunk-parallel forms; None for the default.
-        states: Past input -> present output, for states that neither the graph nor their names show.
-        no_states: Inputs that are no states, whatever they look like.
-        strategy: Forces one strategy on the two state operators.
-        params: Write the weights to this ``.irpa`` file instead of into the module.
-        plain_abi: Functions return every output and state as ordinary results, as any caller of IREE expects; without
-            it those of fixed sizes take memory for them, which saves our runtime an allocation a call.
-        dump_ir: Folder for the IR after each stage.
-        report: Write the report to this file, as JSON.
-    """
-
-    target: str = "cpu"
-    cpu_features: str | None = None
-    gpu_target: str | None = None
-    target_triple: str | None = None
-    dims: Mapping[str, int] = field(default_factory=dict[str, int])
-    batch: int | None = 1
-    max_context: int | str | None = "default"
-    prefill_blocks: tuple[int, ...] | str | None = "default"
-    chunk_size: int | None = None
-    states: Mapping[str, str] = field(default_factory=dict[str, str])
-    no_states: frozenset[str] = frozenset()
-    strategy: str | None = None
-    params: Path | None = None
-    plain_abi: bool = False
-    dump_ir: Path | None = None
-    report: Path | None = None
-
-    @property
-    def machine(self) -> TargetOptions:
-        """What was said about the machine."""
-        return TargetOptions(self.cpu_features, self.gpu_target, self.target_triple)
-
-
-@dataclass(frozen=True)
-class CompiledModel:
-    """The result of :func:`compile_model`.
-
-    Attributes:
-        module: The bytes of the ``.vmfb``, empty if it was written to a file.
-        manifest: What the module says about itself.
-        report: What was found and chosen.
-    """
-
-    module: bytes
-    manifest: Manifest
-    report: CompileReport
 
 
 @last_net
@@ -119,7 +57,7 @@ def compile_model(
     progress: Progress | None = None,
     take_weights: Callable[[Mapping[str, np.ndarray[Any, Any]]], None] | None = None,
 ) -> CompiledModel:
-    """Compile an ONNX model for a target.
+    """Compile an ONNX model for a target in this process, which ends with the compiler where that aborts.
 
     Args:
         source: Path of the model, or the model itself.

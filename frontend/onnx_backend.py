@@ -14,7 +14,8 @@ from linattn.runtime import Program
 from linattn.runtime.errors import LinattnError
 from onnx.backend.base import Backend, BackendRep
 
-from .compile import CompileOptions, compile_model
+from .isolated import compile_model
+from .options import CompileOptions
 
 TARGETS = {"CPU": "cpu", "CUDA": "cuda", "VULKAN": "vulkan"}
 

@@ -95,6 +95,42 @@ class CompileReport:
         return "\n".join(lines)
 
 
+BUNDLE_WEIGHTS = "weights.irpa"
+"""The file in a bundle with the weights of all its modules."""
+
+
+@dataclass(frozen=True)
+class BundleReport:
+    """What was compiled for several machines.
+
+    Attributes:
+        output: The folder.
+        modules: File name of each module -> its report.
+        weight_bytes: Weights in all.
+        shared_bytes: Weights that more than one module reads.
+        own_bytes: File name of each module -> bytes of the weights that no other module reads.
+    """
+
+    output: str
+    modules: Mapping[str, CompileReport]
+    weight_bytes: int
+    shared_bytes: int
+    own_bytes: Mapping[str, int]
+
+    def to_dict(self) -> dict[str, object]:
+        """For ``--report FILE.json``."""
+        return asdict(self)
+
+    def to_text(self) -> str:
+        """For the terminal."""
+        parts = [report.to_text() for report in self.modules.values()]
+        own = ", ".join(f"{mib(count)} for {name} alone" for name, count in self.own_bytes.items() if count)
+        shared = f"{mib(self.shared_bytes)} shared" + (f", {own}" if own else "")
+        sizes = sum(report.output_bytes for report in self.modules.values())
+        total = f"bundle    {self.output}  ({len(self.modules)} modules, {mib(sizes)} of code)"
+        return "\n\n".join([*parts, f"{total}\nweights   {BUNDLE_WEIGHTS}  ({mib(self.weight_bytes)}: {shared})"])
+
+
 def mib(count: int) -> str:
     """A number of bytes for people."""
     return f"{count / 2**20:.1f} MiB"
@@ -113,31 +149,38 @@ class Progress:
     """Prints stages with their times while they run; silent without a stream."""
 
     def __init__(self, total: int, stream: TextIO | None = None) -> None:
-        self._total = total
-        self._done = 0
+        self.total = total
+        self.done = 0
         self._stream = stream
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def stage(self, title: str) -> Generator[None]:
         """Run a stage: its title is shown at once, its time when it is done."""
-        self._done += 1
-        self._write(f"[{self._done}/{self._total}] {title} ... ")
+        self.done += 1
+        self.write(f"[{self.done}/{self.total}] {title} ... ")
         start = time.perf_counter()
         try:
             yield
         except BaseException as error:
-            self._write("failed\n")
+            self.write("failed\n")
             if not isinstance(error, LinattnError):  # one of ours says what matters
                 error.add_note(f"stage '{title}'")
             raise
         self.seconds[title] = round(time.perf_counter() - start, 3)
-        self._write(f"{self.seconds[title]:.1f} s\n")
+        self.write(f"{self.seconds[title]:.1f} s\n")
 
-    def _write(self, text: str) -> None:
+    def write(self, text: str) -> None:
+        """Show something as it is."""
         if self._stream is not None:
             self._stream.write(text)
             self._stream.flush()
+
+
+def module_progress(module: str) -> Progress:
+    """Progress on standard error of one module of several."""
+    print(module, file=sys.stderr)
+    return stderr_progress(6)
 
 
 def stderr_progress(total: int) -> Progress:

@@ -5,6 +5,8 @@ Every error is one line: where, what, got, expected, what to do next.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 
 class LinattnError(Exception):
     """Base of all errors that linattn raises on purpose.
@@ -39,6 +41,17 @@ class LinattnError(Exception):
         if hint:
             text += f"; {hint}"
         super().__init__(" ".join(text.split()))
+
+    def __reduce__(self) -> tuple[Callable[..., LinattnError], tuple[object, ...]]:
+        """Errors go from process to process whole; what was found and expected goes as text."""
+        texts = [None if value is None else str(value) for value in (self.got, self.expected)]
+        return _restored, (type(self), self.message, self.where, *texts, self.hint)
+
+
+def _restored(
+    kind: type[LinattnError], message: str, where: str | None, got: str | None, expected: str | None, hint: str | None
+) -> LinattnError:
+    return kind(message, where=where, got=got, expected=expected, hint=hint)
 
 
 class UnsupportedModelError(LinattnError):

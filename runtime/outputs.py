@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 from .errors import InputError, LinattnError
 
 _OTHER_NAME = "choose another name"
+_being_written: set[Path] = set()
 
 
 def check_outputs(outputs: Mapping[str, str | Path | None], inputs: Iterable[str | Path] = ()) -> None:
@@ -47,16 +49,53 @@ def new_file(path: str | Path) -> Generator[Path]:
         LinattnError: It cannot be written: the disk is full, say.
     """
     real = _real(path)
-    partial = real.with_name(f".linattn-{secrets.token_hex(6)}.partial{real.suffix[:16]}")
+    partial = _partial(real)
     try:
         os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         try:
             yield partial
             os.replace(partial, real)
         finally:
-            partial.unlink(missing_ok=True)
+            _remove(partial)
     except OSError as error:
         raise LinattnError("cannot be written", where=str(path), got=error.strerror or str(error)) from error
+
+
+@contextmanager
+def partial_folder(path: Path) -> Generator[Path]:
+    """Inside: a new folder beside the named one, of a name of its own, to be renamed; gone after an error."""
+    partial = _partial(path)
+    try:
+        partial.mkdir()
+        yield partial
+    finally:
+        _remove(partial)
+
+
+def remove_partial(folder: Path, process: int) -> None:
+    """Removes from a folder what a process that is no more was writing."""
+    for partial in folder.glob(f".linattn-{process}-*.partial*"):
+        _remove(partial)
+
+
+def remove_all_partial() -> None:
+    """Removes what this process is writing, before it ends in the middle of that."""
+    for partial in list(_being_written):
+        _remove(partial)
+
+
+def _partial(real: Path) -> Path:
+    partial = real.with_name(f".linattn-{os.getpid()}-{secrets.token_hex(6)}.partial{real.suffix[:16]}")
+    _being_written.add(partial)
+    return partial
+
+
+def _remove(partial: Path) -> None:
+    if partial.is_dir():
+        shutil.rmtree(partial, ignore_errors=True)
+    else:
+        partial.unlink(missing_ok=True)
+    _being_written.discard(partial)
 
 
 def _real(path: str | Path) -> Path:

@@ -32,6 +32,8 @@ _SPELLINGS = {"x86_64": "x86_64", "amd64": "x86_64", "x64": "x86_64", "aarch64":
 _TRIPLE = re.compile(r"(\w+)(-(\w+-)?(linux|darwin|macos|windows|android)[\w.]*(-\w+)?)?")
 _TRIPLES = "x86_64 or aarch64: x86_64-linux-gnu, aarch64-linux-gnu, arm64-apple-macos, x86_64-pc-windows-msvc, ..."
 _WHERE = "--cpu-features"
+# What code cannot do without: where it is left out, LLVM dies, or prints errors and goes on.
+_IN_EVERY = {"x86_64": ("64bit", "sse", "sse2", "x87", "cmov", "cx8"), "aarch64": ("fp-armv8", "neon")}
 
 
 def resolve(options: TargetOptions) -> CompileTarget:
@@ -137,6 +139,8 @@ def _check_features(architecture: str, changes: Sequence[str]) -> None:
             expected = _near(name, FEATURES[architecture]) or f"features of {architecture}, as LLVM calls them"
             message = f"no feature of {architecture} that the compiler knows"
             raise TargetError(message, where=_WHERE, got=repr(change), expected=expected)
+        if change[0] == "-" and name in _IN_EVERY[architecture]:
+            raise TargetError(f"every {architecture} has it", where=_WHERE, got=repr(change), hint="leave it out")
         if change[0] == "+" and name in UNCHECKED[architecture]:
             hint = "leave it out"
             raise TargetError("no system tells whether a CPU has it", where=_WHERE, got=repr(change), hint=hint)

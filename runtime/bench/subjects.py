@@ -102,7 +102,7 @@ def compile_file(model: str | Path, output: Path, target: TargetChoice, strategy
         LinattnError: The model does not compile so, or the compiler is not installed.
     """
     with compiler_side():
-        from linattn.frontend.compile import CompileOptions, compile_model
+        from linattn.frontend import CompileOptions, compile_model
     asked = CompileOptions(target=target.name, gpu_target=target.gpu, strategy=strategy, **options)
     return compile_model(Path(model), asked, output=output)
 

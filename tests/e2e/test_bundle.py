@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import pytest
 from linattn.frontend import bundle as bundle_module
+from linattn.frontend import cli
 from linattn.frontend.cli import main
 from linattn.frontend.compile import CompileOptions
 from linattn.runtime import LinattnError, Program, greedy
@@ -138,10 +139,17 @@ def stop(*_: object) -> None:
     raise KeyboardInterrupt
 
 
+@pytest.fixture
+def compiled_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process, where it can be made to fail."""
+    monkeypatch.setattr(cli, "compile_bundle", bundle_module.compile_bundle)
+
+
 def fill_the_disk(*_: object) -> None:
     raise OSError(28, "No space left on device")
 
 
+@pytest.mark.usefixtures("compiled_here")
 @pytest.mark.parametrize(("how", "code"), [(fail, 2), (stop, 130), (fill_the_disk, 2)])
 def test_a_failure_leaves_nothing(
     how: Callable[..., None],
@@ -158,6 +166,7 @@ def test_a_failure_leaves_nothing(
     assert "Traceback" not in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("compiled_here")
 def test_an_option_that_is_wrong_for_the_last_target_is_found_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

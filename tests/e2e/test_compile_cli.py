@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -168,12 +169,12 @@ def test_bad_option(arguments: list[str], message: str, tmp_path: Path, capsys: 
     assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
 
 
-def test_without_the_compiler_packages() -> None:
+def test_without_the_compiler_packages(tmp_path: Path) -> None:
     """A device that has the runtime only is told what to install."""
-    blocked = (
-        "import sys; sys.modules['onnx'] = None; from linattn.frontend.cli import main; sys.exit(main(['m.onnx']))"
-    )
-    result = subprocess.run([sys.executable, "-c", blocked], capture_output=True, text=True, check=False)
+    (tmp_path / "onnx.py").write_text("raise ModuleNotFoundError(name='onnx')")
+    command = [sys.executable, "-m", "linattn.frontend.cli", "m.onnx"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert result.returncode == 2
     assert result.stderr.splitlines() == [
         "linattn-compile: error: the compiler needs the package onnx; pip install 'linattn[compile]'"

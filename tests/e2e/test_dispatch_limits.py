@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from linattn.frontend import CompileOptions, compile_model
+from linattn.frontend.compile import CompileOptions, compile_model
 from linattn.frontend.executables import type_bytes
 from linattn.frontend.targets import TARGETS, CompileTarget, TargetOptions, cuda, vulkan
 from linattn.runtime.errors import LoweringError

@@ -15,7 +15,9 @@ from pathlib import Path
 
 import onnx
 import pytest
+from linattn.frontend import cli
 from linattn.frontend.cli import main
+from linattn.frontend.compile import compile_model as compile_here
 from linattn.runtime import InputError, LinattnError, Program
 from linattn.runtime.outputs import check_outputs, new_file
 from test_integrity import WEIGHTS, X, model
@@ -239,6 +241,7 @@ def test_a_full_disk_for_the_report(folder: Path, monkeypatch: pytest.MonkeyPatc
     def full(self: Path, data: str) -> int:
         raise OSError(28, "No space left on device")
 
+    monkeypatch.setattr(cli, "compile_model", compile_here)
     monkeypatch.setattr(Path, "write_text", full)
     assert compile_(folder, "--report", folder / "report.json")[0] == 2
     assert sorted(contents(folder)) == ["model.onnx", "out.vmfb", "weights.bin"]

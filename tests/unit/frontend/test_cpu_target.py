@@ -210,6 +210,8 @@ HOSTILE = [
     ("+help", "x86_64", "no feature of x86_64"),
     ("+16bit-mode", "x86_64", "no feature of x86_64"),
     ("+avxvnniint8", "x86_64", "no system tells"),
+    ("-sse2", "x86_64", "every x86_64 has it"),
+    ("+sve,-neon", "aarch64", "every aarch64 has it"),
     (None, "riscv64-linux-gnu", "x86_64 or aarch64"),
     (None, "", "x86_64 or aarch64"),
     (None, "x86_64-plan9", "x86_64 or aarch64"),

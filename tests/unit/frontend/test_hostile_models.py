@@ -8,8 +8,8 @@ from typing import Any
 
 import onnx
 import pytest
-from linattn.frontend import CompileOptions, compile_model
 from linattn.frontend import compile as compiler
+from linattn.frontend.compile import CompileOptions, compile_model
 from linattn.runtime.errors import LinattnError
 
 from samples.tiny_hybrid import build

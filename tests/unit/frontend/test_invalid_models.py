@@ -10,8 +10,8 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from linattn.frontend import CompileOptions, compile_model
 from linattn.frontend import compile as compiler
+from linattn.frontend.compile import CompileOptions, compile_model
 from linattn.runtime import Program
 from linattn.runtime.errors import LinattnError, LoweringError, UnsupportedModelError
 from onnx import TensorProto, helper, numpy_helper

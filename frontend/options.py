@@ -1,0 +1,76 @@
+"""What compiling takes and gives, apart from the compiler: whoever only asks for a compile need not load it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from linattn.runtime.manifest import Manifest
+
+from .report import CompileReport
+from .targets import TargetOptions
+
+BUNDLE_SUFFIX = ".linattn"
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """Everything ``linattn-compile`` can be asked for.
+
+    Attributes:
+        target: ``cpu``, ``cuda`` or ``vulkan``.
+        cpu_features: See :class:`~linattn.frontend.targets.TargetOptions`.
+        gpu_target: Likewise.
+        target_triple: Likewise.
+        dims: Symbol -> size, for symbols that are not batch, tokens or lengths.
+        batch: Rows of a call; None for open.
+        max_context: Capacity of the KV caches in tokens; None for open; ``default`` for min(the model's, 4096).
+        prefill_blocks: Sizes in tokens; None for one entry point with any number; ``default`` for the target's.
+        chunk_size: Tokens a chunk of the chunk-parallel forms; None for the default.
+        states: Past input -> present output, for states that neither the graph nor their names show.
+        no_states: Inputs that are no states, whatever they look like.
+        strategy: Forces one strategy on the two state operators.
+        params: Write the weights to this ``.irpa`` file instead of into the module.
+        plain_abi: Functions return every output and state as ordinary results, as any caller of IREE expects; without
+            it those of fixed sizes take memory for them, which saves our runtime an allocation a call.
+        dump_ir: Folder for the IR after each stage.
+        report: Write the report to this file, as JSON.
+    """
+
+    target: str = "cpu"
+    cpu_features: str | None = None
+    gpu_target: str | None = None
+    target_triple: str | None = None
+    dims: Mapping[str, int] = field(default_factory=dict[str, int])
+    batch: int | None = 1
+    max_context: int | str | None = "default"
+    prefill_blocks: tuple[int, ...] | str | None = "default"
+    chunk_size: int | None = None
+    states: Mapping[str, str] = field(default_factory=dict[str, str])
+    no_states: frozenset[str] = frozenset()
+    strategy: str | None = None
+    params: Path | None = None
+    plain_abi: bool = False
+    dump_ir: Path | None = None
+    report: Path | None = None
+
+    @property
+    def machine(self) -> TargetOptions:
+        """What was said about the machine."""
+        return TargetOptions(self.cpu_features, self.gpu_target, self.target_triple)
+
+
+@dataclass(frozen=True)
+class CompiledModel:
+    """The result of :func:`linattn.frontend.compile_model`.
+
+    Attributes:
+        module: The bytes of the ``.vmfb``, empty if it was written to a file.
+        manifest: What the module says about itself.
+        report: What was found and chosen.
+    """
+
+    module: bytes
+    manifest: Manifest
+    report: CompileReport
