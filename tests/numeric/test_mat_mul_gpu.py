@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from harness import TARGETS, node_for, run_op, spec
+from linattn.dialect_patterns import tiled_product
 from linattn.dialect_patterns.mat_mul import fused_mma, fused_simt
 from linattn.dialect_patterns.mat_mul.contract import MatMul, parse
 from linattn.dialect_patterns.mat_mul.op import choose
@@ -49,6 +50,47 @@ def test_few_rows(target: str, dtype: Any, rows: int, depth: int, columns: int) 
     assert got.dtype == dtype
     want = a.astype(np.float64) @ b.astype(np.float64)
     assert error(got, want) <= BENIGN[np.dtype(dtype).name]
+
+
+@pytest.mark.vulkan
+@pytest.mark.xdist_group("vulkan")
+@pytest.mark.parametrize(
+    ("plan", "shape", "columns", "open_dims"),
+    [
+        (3, (1, 9, 64), 64, False),  # which IREE makes no legal SPIR-V of
+        (3, (2, 3, 5, 32), 20, True),
+        (2, (1, 40, 48), 100, False),
+        (1, (65, 16), 68, True),
+        (0, (1, 70, 128), 260, False),
+    ],
+)
+def test_many_rows_of_bf16(
+    plan: int, shape: tuple[int, ...], columns: int, open_dims: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every tile, rows and columns that do not fill the last one, open sizes."""
+    monkeypatch.setattr(tiled_product, "_PLANS", (tiled_product._PLANS[plan],))
+    rng = np.random.default_rng(columns)
+    a = rng.standard_normal(shape).astype(ml_dtypes.bfloat16)
+    b = rng.standard_normal((shape[-1], columns)).astype(ml_dtypes.bfloat16)
+    axes = {0: range(len(shape) - 1)} if open_dims else {}
+    (got,) = run_op("MatMul", [a, b], version=13, target="lavapipe", open_axes=axes)
+    assert got.dtype == ml_dtypes.bfloat16
+    assert error(got, a.astype(np.float64) @ b.astype(np.float64)) <= BENIGN["bfloat16"]
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype", "rows", "depth", "chosen"),
+    [
+        (Target("vulkan", is_gpu=True, subgroup_size=16), "bf16", 9, 64, "fused_tiled"),
+        (Target("vulkan", is_gpu=True), "bf16", None, 64, "fused_tiled"),
+        (Target("vulkan", is_gpu=True), "bf16", 8, 64, "fused_simt"),
+        (Target("vulkan", is_gpu=True), "bf16", 9, 60, "imported"),
+        (Target("vulkan", is_gpu=True), "f16", 9, 64, "imported"),
+        (Target("cuda", is_gpu=True, subgroup_size=32, matrix_units=True), "bf16", 9, 64, "imported"),
+    ],
+)
+def test_which_rows_are_tiled(target: Target, dtype: str, rows: int | None, depth: int, chosen: str) -> None:
+    assert choose(contract(rows, depth, 64, dtype), target, LoweringOptions()).strategy == chosen
 
 
 @pytest.mark.vulkan

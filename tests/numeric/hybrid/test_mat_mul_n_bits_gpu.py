@@ -15,6 +15,7 @@ from comparing import MICROSOFT
 from harness import DTYPES, TARGETS, compile_module, lowered, node_for, run_op, spec
 from iree.compiler import ir
 from iree.compiler.api import Session
+from linattn.dialect_patterns import tiled_product
 from linattn.dialect_patterns.mat_mul import fused_mma as plain_mma
 from linattn.dialect_patterns.mat_mul import mma_kernel
 from linattn.dialect_patterns.mat_mul_n_bits import fused_mma, fused_simt, fused_tiled
@@ -92,7 +93,7 @@ class TestTiles:
         self, plan: int, target: str, bits: int, block: int, zeros: str, depth: int, columns: int, tokens: int,
         accuracy: int, monkeypatch: pytest.MonkeyPatch,
     ):  # fmt: skip
-        monkeypatch.setattr(fused_tiled, "_PLANS", (fused_tiled._PLANS[plan],))
+        monkeypatch.setattr(tiled_product, "_PLANS", (tiled_product._PLANS[plan],))
         attributes = shape_attributes(depth, block, bits, accuracy, columns)
         check(attributes, operands(attributes, (1, tokens), zeros=zeros, bias=tokens < 40), target=target)
 
