@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from linattn.runtime.errors import InputError, LinattnError
+from linattn.runtime.command import run_command
+from linattn.runtime.errors import InputError
 
 from .isolated import compile_bundle, compile_model
 from .options import BUNDLE_SUFFIX, CompileOptions
@@ -119,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(arguments: argparse.Namespace) -> None:
+def _run(arguments: argparse.Namespace) -> int:
     chunk = arguments.chunk_size
     given = TargetOptions(arguments.cpu_features, arguments.gpu_target, arguments.target_triple)
     options = CompileOptions(
@@ -156,22 +156,13 @@ def _run(arguments: argparse.Namespace) -> None:
         report = compile_model(model, machines[0], output=output, progress=progress).report
     if not arguments.quiet:
         print(report.to_text())
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, or 2 for an error that the user can mend."""
+    """Run the command line; returns the exit code: 0, or what :mod:`linattn.runtime.command` has for an error."""
     arguments = _parser().parse_args(argv)
-    try:
-        _run(arguments)
-    except (LinattnError, OSError) as error:
-        if arguments.debug:
-            traceback.print_exc()
-        print(f"linattn-compile: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("linattn-compile: stopped", file=sys.stderr)
-        return 130
-    return 0
+    return run_command("linattn-compile", lambda: _run(arguments), debug=arguments.debug)
 
 
 if __name__ == "__main__":

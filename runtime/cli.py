@@ -13,10 +13,12 @@ from typing import cast
 import numpy as np
 
 from .arrays import token_ids
+from .command import run_command
 from .device import HostArray
 from .discover import FoundDevice, devices
-from .errors import InputError, LinattnError
+from .errors import InputError
 from .generate import greedy, token_input
+from .outputs import check_outputs, new_file
 from .program import Program
 
 _EPILOG = """A .vmfb is code: run only what you trust.
@@ -34,23 +36,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; None: those of the process.
 
     Returns:
-        Exit status: 0, or 2 after an error (one line on stderr).
+        Exit status: 0; 2 after an error (one line on stderr); 130 after Ctrl-C; 141 where nobody reads on.
     """
     parser = _parser()
     options = parser.parse_args(argv)
     if options.model is None and not options.list_devices:
         parser.error("the following arguments are required: MODEL")
-    try:
-        if options.list_devices:
-            print("\n".join(describe_devices(devices())))
-        else:
-            _run(options)
-    except (LinattnError, OSError) as error:
-        if options.debug:
-            raise
-        print(f"linattn-run: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command("linattn-run", lambda: _run(options), debug=options.debug)
 
 
 def describe_devices(found: Sequence[FoundDevice]) -> list[str]:
@@ -124,7 +116,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(options: argparse.Namespace) -> None:
+def _run(options: argparse.Namespace) -> int:
+    if options.list_devices:
+        print("\n".join(describe_devices(devices())))
+        return 0
     if options.generate is not None and options.generate < 1:
         raise InputError("nothing to generate", where="--generate", got=options.generate, expected="at least 1")
     start = time.perf_counter()
@@ -137,18 +132,27 @@ def _run(options: argparse.Namespace) -> None:
         _note(f"took {program.choice.module} on {program.choice.device} ({program.device.description})")
     level = f" ({program.cpu_level})" if program.cpu_level else ""
     _note(f"loaded {options.model} on {program.device.uri}{level} in {time.perf_counter() - start:.2f} s")
-    inputs = read_inputs(program, options.input, options.ids)
-    if options.generate is not None:
-        _generate(program, inputs, options.generate)
-        return
-    start = time.perf_counter()
+    with program:
+        inputs = read_inputs(program, options.input, options.ids)
+        if options.generate is not None:
+            _generate(program, inputs, options.generate)
+        else:
+            _call(program, inputs, options)
+    return 0
+
+
+def _call(program: Program, inputs: Mapping[str, HostArray], options: argparse.Namespace) -> None:
     stateless = not program.states or any(state.name in inputs for state in program.states)
+    names = [spec.name for spec in program.outputs]
+    names += [state.output for state in program.states] if stateless else []
+    files = _files(names, options) if options.output_dir is not None else {}
+    start = time.perf_counter()
     outputs = program.run(inputs) if stateless else program.session().run(inputs)
     seconds = time.perf_counter() - start
     tokens = sum(inputs[spec.name].size for spec in program.inputs if spec.role == "tokens" and spec.name in inputs)
     rate = f", {tokens / seconds:.1f} tokens/s" if tokens else ""
     _note(f"ran in {seconds * 1e3:.1f} ms{rate}")
-    _report(outputs, options.output_dir)
+    _report(outputs, files)
 
 
 def _generate(program: Program, inputs: Mapping[str, HostArray], count: int) -> None:
@@ -168,18 +172,33 @@ def _generate(program: Program, inputs: Mapping[str, HostArray], count: int) -> 
     _note(f"prompt of {prompt} tokens in {first * 1e3:.1f} ms ({prompt * rows / first:.1f} tokens/s){rate}")
 
 
-def _report(outputs: Mapping[str, HostArray], folder: str | None) -> None:
+def _files(names: Sequence[str], options: argparse.Namespace) -> dict[str, Path]:
+    """Output -> file, each of its own; none of them is a file that was read."""
+    folder = Path(options.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    files: dict[str, Path] = {}
+    for name in names:
+        safe = "".join(char if char.isalnum() or char in "._-" else "_" for char in name).lstrip(".") or "output"
+        file, number = folder / f"{safe}.npy", 2
+        while file in files.values():
+            file, number = folder / f"{safe}_{number}.npy", number + 1
+        files[name] = file
+    given = [text.partition("=")[2] or text for text in options.input]
+    read = [*given, options.model, *([options.parameters] if options.parameters else [])]
+    check_outputs({f"--output-dir ('{name}')": file for name, file in files.items()}, read)
+    return files
+
+
+def _report(outputs: Mapping[str, HostArray], files: Mapping[str, Path]) -> None:
     for name, array in outputs.items():
         line = f"{name}: {list(array.shape)} {array.dtype}"
         if array.size and array.dtype.kind != "b":
             values = array.astype(np.float64)
             line += f" min {values.min():.6g} max {values.max():.6g} mean {values.mean():.6g}"
-        if folder is not None:
-            safe = "".join(char if char.isalnum() or char in "._-" else "_" for char in name).lstrip(".") or "output"
-            file = Path(folder) / f"{safe}.npy"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            np.save(file, array, allow_pickle=False)
-            line += f" -> {file}"
+        if name in files:
+            with new_file(files[name]) as partial, partial.open("wb") as file:
+                np.save(file, array, allow_pickle=False)
+            line += f" -> {files[name]}"
         print(line)
 
 

@@ -179,12 +179,14 @@ class Module(Owned):
                         if array is not None:
                             packed.push_ref(array.view.ref)
                     packed.push_ref(self._workspace_of(function))
-                batch = has_worker_threads(self.device.uri) and _let_workers_finish()
+                waits = has_worker_threads(self.device.uri) and _is_ordinary_thread()
                 try:
+                    if waits:
+                        _let_workers_finish()
                     self._invoke(function, packed, results)
-                finally:
-                    if batch:
-                        os.sched_setscheduler(0, os.SCHED_OTHER, _NO_PRIORITY)
+                finally:  # after a Ctrl-C anywhere in between, too
+                    if waits:
+                        _set_policy(os.SCHED_OTHER)
         except (RuntimeError, ValueError, LookupError, NotImplementedError) as error:
             hint = one_line(error)
             if "empty buffer range" in hint:
@@ -255,20 +257,23 @@ def _map(path: Path) -> mmap.mmap:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-def _let_workers_finish() -> bool:
+def _is_ordinary_thread() -> bool:
+    """Whether this thread's scheduling is Linux's ordinary one, which any thread may leave and come back to."""
+    return _NO_PRIORITY is not None and os.sched_getscheduler(0) == os.SCHED_OTHER
+
+
+def _let_workers_finish() -> None:
     """Before a wait for CPU workers: being woken does not take the CPU from the worker that wakes.
 
     IREE 3.13 wakes the caller from within a worker and has it spin until that worker is out of its callback. Where the
     caller is put on that worker's CPU, it spins until the scheduler's next tick: up to 4 ms, in a fourth of the calls
     on 2 CPUs that the call keeps busy. A thread of Linux's SCHED_BATCH waits for its turn instead.
-
-    Returns:
-        Whether the thread was made one of SCHED_BATCH and must be made an ordinary one again.
     """
-    if _NO_PRIORITY is None or os.sched_getscheduler(0) != os.SCHED_OTHER:
-        return False
+    _set_policy(os.SCHED_BATCH)
+
+
+def _set_policy(policy: int) -> None:
     try:
-        os.sched_setscheduler(0, os.SCHED_BATCH, _NO_PRIORITY)
-    except OSError:  # not allowed here; it is only slower
-        return False
-    return True
+        os.sched_setscheduler(0, policy, _NO_PRIORITY)
+    except OSError:  # not allowed here; calls are only slower
+        return

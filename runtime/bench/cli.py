@@ -6,19 +6,20 @@ import argparse
 import json
 import math
 import sys
-import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from linattn.runtime.errors import InputError, LinattnError
+from linattn.runtime.command import run_command
+from linattn.runtime.errors import InputError
+from linattn.runtime.outputs import check_outputs, new_file
 
 from .cases import RULES, AttentionCase, Case, ConvCase, dtype_name
 from .model_bench import run_model
 from .op_bench import run_op
 from .op_models import DOMAINS, MICROSOFT, strategy_names
 from .options import DEFAULT, OP_PEERS, ModelOptions, OpOptions
-from .subjects import Note, parse_targets, split
+from .subjects import Note, files_of, parse_targets, split
 from .table import to_text
 
 OPS = {"linear_attention": "LinearAttention", "causal_conv": "CausalConvWithState"}
@@ -37,24 +38,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; None: those of the process.
 
     Returns:
-        Exit status: 0; 1 if a subject of linattn gave a wrong result; 2 after an error (one line on stderr).
+        Exit status: 0; 1 if a subject of linattn gave a wrong result; 2 after an error (one line on stderr);
+        130 after Ctrl-C; 141 where nobody reads on.
     """
     arguments = _parser().parse_args(argv)
-    try:
-        if arguments.command == "plot":
-            _plot(arguments)
-            return 0
-        _check_files(arguments)
-        result = _run_op(arguments) if arguments.command == "op" else _run_model(arguments)
-        _write(arguments, result)
-    except (LinattnError, OSError) as error:
-        if arguments.debug:
-            traceback.print_exc()
-        print(f"linattn-bench: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("linattn-bench: stopped", file=sys.stderr)
-        return 130
+    return run_command("linattn-bench", lambda: _run(arguments), debug=arguments.debug)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    if arguments.command == "plot":
+        _plot(arguments)
+        return 0
+    _check_files(arguments)
+    result = _run_op(arguments) if arguments.command == "op" else _run_model(arguments)
+    _write(arguments, result)
     return int(any(row["status"] != "ok" and row["kind"] == "linattn" for row in result["rows"]))
 
 
@@ -226,7 +223,8 @@ def _write(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
     print(to_text(result))
     result["command"] = ["linattn-bench", *sys.argv[1:]]
     if arguments.json:
-        Path(arguments.json).write_text(json.dumps(_finite(result), indent=2, allow_nan=False) + "\n")
+        with new_file(arguments.json) as partial:
+            partial.write_text(json.dumps(_finite(result), indent=2, allow_nan=False) + "\n")
     if arguments.plot and result["kind"] != "profile":
         from .plot import draw
 
@@ -237,6 +235,7 @@ def _plot(arguments: argparse.Namespace) -> None:
     from .plot import check, draw
 
     check(Path(arguments.output))
+    check_outputs({"-o": arguments.output}, arguments.results)
     results: list[dict[str, Any]] = []
     for path in arguments.results:
         try:
@@ -260,9 +259,10 @@ def _finite(value: Any) -> Any:
 
 def _check_files(arguments: argparse.Namespace) -> None:
     """Finds out before the measuring what would fail after it."""
-    for path in (arguments.json, arguments.plot):
-        if path is not None and not Path(path).resolve().parent.is_dir():
-            raise InputError("no such folder", where=str(path), hint="create it first")
+    if arguments.json or arguments.plot:
+        models = [Path(path) for path in getattr(arguments, "models", [])]
+        inputs = [file for model in models for file in files_of(model)]
+        check_outputs({"--json": arguments.json, "--plot": arguments.plot}, inputs)
     if arguments.plot:
         from .plot import check
 

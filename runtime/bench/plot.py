@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from linattn.runtime.errors import InputError
+from linattn.runtime.outputs import new_file
 
 from .lazy import need
 from .table import time_text
@@ -57,7 +58,8 @@ def draw(results: Sequence[Mapping[str, Any]], path: Path) -> None:
     }  # fmt: skip
     with pyplot.rc_context(style):
         figure = _draw_op(pyplot, results[0]) if kinds == {"op"} else _draw_models(pyplot, results)
-        figure.savefig(path, dpi=150, bbox_inches="tight", facecolor="white")
+        with new_file(path) as partial:
+            figure.savefig(partial, dpi=150, bbox_inches="tight", facecolor="white")
         pyplot.close(figure)
 
 

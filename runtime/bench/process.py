@@ -10,9 +10,11 @@ from __future__ import annotations
 import importlib
 import multiprocessing
 import os
+import signal
 import tempfile
 import traceback
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -49,7 +51,8 @@ class Subject:
         self._process = context.Process(
             target=_serve, args=(theirs, factory, dict(arguments), str(self._log)), daemon=True
         )
-        self._process.start()
+        with _deaf_to_ctrl_c():
+            self._process.start()
         theirs.close()
         try:
             self._reply("start")
@@ -101,6 +104,19 @@ class Subject:
         hint = f"it said: {said[-1][:200]}" if said else None
         code = self._process.exitcode
         return SubjectError("its process died", where=self.name, got=f"status {code} in '{method}'", hint=hint)
+
+
+@contextmanager
+def _deaf_to_ctrl_c() -> Generator[None]:
+    """Inside: processes are started that Ctrl-C does not reach, since the one that started them ends them."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _serve(pipe: Connection, factory: str, arguments: dict[str, Any], log: str) -> None:

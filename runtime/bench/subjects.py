@@ -8,7 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from linattn.runtime.bundle import read_bundle
 from linattn.runtime.errors import InputError, LinattnError
+from linattn.runtime.loading import read_manifest
+from linattn.runtime.module import Module
 
 from .lazy import compiler_side
 from .machine import missing_device
@@ -86,6 +89,20 @@ def split(text: str, option: str) -> list[str]:
 def file_name(name: str) -> str:
     """A subject's name as a file name."""
     return "".join(char if char.isalnum() or char in "._-" else "-" for char in name)
+
+
+def files_of(model: Path) -> list[Path]:
+    """The files that a model is read from; what is wrong with it, if anything, is said where it is measured."""
+    if model.is_dir():
+        return [model / name for name in read_bundle(model).names]
+    if model.suffix == ".vmfb" and model.is_file():
+        parameters = read_manifest(Module(model)).parameters
+        return [model, *([model.parent / parameters.file] if parameters else [])]
+    if model.suffix == ".onnx" and model.is_file():
+        with compiler_side():
+            from linattn.frontend.model import load_model
+        return list(load_model(model).files)
+    return [model]
 
 
 def compile_file(model: str | Path, output: Path, target: TargetChoice, strategy: str | None, **options: Any) -> Any:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from linattn.runtime import LinattnError, Program, greedy
+from linattn.runtime import Program, greedy
 from linattn.runtime.cli import main
 from tiny_hybrid import Hybrid, reference
 
@@ -83,6 +83,8 @@ def test_missing_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == "linattn-run: error: nowhere.vmfb: no such file\n"
 
 
-def test_debug_shows_the_error() -> None:
-    with pytest.raises(LinattnError):
-        main(["nowhere.vmfb", "--debug"])
+def test_debug_shows_where_an_error_comes_from(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["nowhere.vmfb", "--debug"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("Traceback")
+    assert err.endswith("linattn-run: error: nowhere.vmfb: no such file\n")

@@ -150,14 +150,15 @@ def test_missing_device(name: str, words: str) -> None:
 
 @pytest.mark.vulkan
 def test_a_software_vulkan_device_lets_others_go_first(device: Device) -> None:
-    """Mesa spins where IREE's queue threads wait: whatever spins while the device is idle has the lowest priority."""
+    """Mesa spins where IREE's queue threads wait: what spins while the device is idle steps back, and nothing else."""
     if device.driver != "vulkan" or "llvmpipe" not in device.description:
         pytest.skip("for software Vulkan")
     before = {task.name: _ticks(task) for task in Path("/proc/self/task").iterdir()}
     time.sleep(0.5)
-    busy = [task for task in Path("/proc/self/task").iterdir() if _ticks(task) - before.get(task.name, 0) > 20]
-    assert all(os.getpriority(os.PRIO_PROCESS, int(task.name)) == 19 for task in busy)
-    assert any(os.getpriority(os.PRIO_PROCESS, int(name)) == 19 for name in before)
+    nice = {name: os.getpriority(os.PRIO_PROCESS, int(name)) for name in before}
+    busy = {task.name for task in Path("/proc/self/task").iterdir() if _ticks(task) - before.get(task.name, 0) > 20}
+    assert all(nice[name] == 10 for name in busy)
+    assert 1 <= list(nice.values()).count(10) <= 3, nice
 
 
 def _ticks(task: Path) -> int:

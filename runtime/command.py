@@ -1,0 +1,59 @@
+"""How every command of linattn ends: one line for an error, quietly where nobody reads on, `stopped` after Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import select
+import sys
+import traceback
+from collections.abc import Callable
+
+from .errors import LinattnError
+
+ERROR, STOPPED, UNREAD = 2, 130, 141
+"""Exit codes: an error that the user can mend; as after SIGINT; as after SIGPIPE."""
+
+
+def run_command(name: str, body: Callable[[], int], *, debug: bool) -> int:
+    """Runs what a command does, and turns the exceptions that are no bugs into an exit code.
+
+    Args:
+        name: The command, for its messages.
+        body: Does it, and returns the exit code.
+        debug: Show where an error comes from.
+    """
+    try:
+        code = body()
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        return _say(f"{name}: stopped", STOPPED)
+    except (LinattnError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return _say("", UNREAD)
+        if debug:
+            traceback.print_exc()
+        return _say(f"{name}: error: {' '.join(str(error).split())}", ERROR)
+
+
+def _nobody_reads() -> bool:
+    """Whether it is our own output that nobody reads, and not another pipe that broke."""
+    if not hasattr(select, "poll"):
+        return True
+    poll = select.poll()
+    for stream in (sys.stdout, sys.stderr):
+        poll.register(stream, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+def _say(text: str, code: int) -> int:
+    """Prints a last line if there is one; what nobody reads goes nowhere, at the interpreter's end too."""
+    with open(os.devnull, "w") as nowhere:
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                if text and stream is sys.stderr:
+                    print(text, file=stream)
+                stream.flush()
+            except BrokenPipeError:
+                os.dup2(nowhere.fileno(), stream.fileno())
+    return code
