@@ -12,7 +12,7 @@ from linattn.runtime.command import run_command
 from linattn.runtime.errors import InputError
 
 from .isolated import compile_bundle, compile_model
-from .options import BUNDLE_SUFFIX, CompileOptions
+from .options import BUNDLE_SUFFIX, DEFAULT_MAX_MEMORY, CompileOptions, parse_size
 from .report import module_progress, stderr_progress
 from .targets import TARGETS, TargetOptions
 from .targets.lists import read_machines
@@ -42,6 +42,10 @@ def _blocks(text: str | None) -> tuple[int, ...] | str | None:
     if text == OPEN:
         return None
     return tuple(_positive(part, "--prefill-blocks") for part in text.split(","))
+
+
+def _size(text: str | None) -> int:
+    return DEFAULT_MAX_MEMORY if text is None else parse_size(text, "--max-memory")
 
 
 def _dims(pairs: Sequence[str]) -> dict[str, int]:
@@ -112,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--strategy", metavar="NAME", help="force one lowering of the two operators; fails where it is not legal")
     add("--params", metavar="FILE.irpa", help="write the weights to this file instead of into the module")
     add("--plain-abi", action="store_true", help="functions that iree-run-module and C programs can call as they are")
+    add("--max-memory", metavar="SIZE", help="memory that a call may need, such as 16GiB (default: 64GiB)")
     add("--dump-ir", metavar="DIR", help="keep the IR after each stage")
     add("--report", metavar="FILE.json", help="write what was found and chosen as JSON")
     add("--quiet", action="store_true", help="show neither progress nor the report")
@@ -133,6 +138,7 @@ def _run(arguments: argparse.Namespace) -> int:
         strategy=arguments.strategy,
         params=Path(arguments.params) if arguments.params else None,
         plain_abi=arguments.plain_abi,
+        max_memory=_size(arguments.max_memory),
         dump_ir=Path(arguments.dump_ir) if arguments.dump_ir else None,
         report=Path(arguments.report) if arguments.report else None,
     )

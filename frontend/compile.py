@@ -34,6 +34,7 @@ from .index_bounds import index_bounds
 from .iree import CompiledCode, Compiler
 from .joined_products import join_products
 from .last_position import LEAST_TOKENS, keep_last
+from .limits import check_memory
 from .model import LoadedModel, load_model
 from .options import CompiledModel, CompileOptions
 from .parameters import PARAMETER_SCOPE, write_parameters
@@ -255,6 +256,7 @@ def _plan(
             )
             break
         check_contracts(specialized.proto.graph, specialized.types, versions)
+        check_memory(specialized, entry.symbol, options.max_memory)
         graphs.append(join_products(specialized, versions, target.capabilities, _lowering_options(options)))
     bounds = index_bounds(graphs, [spec.name for spec in plan.inputs])
     inputs = tuple(dataclasses.replace(spec, bounds=bounds.get(spec.name)) for spec in plan.inputs)

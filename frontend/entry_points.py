@@ -13,6 +13,7 @@ from linattn.runtime.manifest import EntryPoint, InputSpec, OutputSpec, StateSpe
 
 from .dims import DimRoles, dim_names, evaluate
 from .importer import Signature
+from .limits import MAX_PREFILL_BLOCKS
 from .schema import domain_of, node_view
 from .specialize import state_type
 from .states import KV_LENGTH_AXIS, StatePair
@@ -202,6 +203,11 @@ def _entry_points(
     if options.prefill_blocks is None:
         return (decode, EntryPoint("prefill", "prefill", None)), []
     blocks = sorted({b for b in options.prefill_blocks if b > 1}, reverse=True)
+    if len(blocks) > MAX_PREFILL_BLOCKS:
+        raise UnsupportedModelError(
+            "too many sizes", where="--prefill-blocks", got=len(blocks), expected=f"up to {MAX_PREFILL_BLOCKS}",
+            hint="each is compiled by itself, and the runtime cuts prompts into them",
+        )  # fmt: skip
     fitting = [b for b in blocks if max_context is None or b <= max_context]
     notes = [
         f"prefill block {b} left out: longer than the context of {max_context}" for b in blocks if b not in fitting

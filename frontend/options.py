@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from linattn.runtime.errors import InputError
 from linattn.runtime.manifest import Manifest
 
 from .report import CompileReport
 from .targets import TargetOptions
 
 BUNDLE_SUFFIX = ".linattn"
+
+DEFAULT_MAX_MEMORY = 64 << 30
+"""Bytes that one call may need for its inputs, states, outputs and what it computes between."""
+
+_UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,7 @@ class CompileOptions:
         params: Write the weights to this ``.irpa`` file instead of into the module.
         plain_abi: Functions return every output and state as ordinary results, as any caller of IREE expects; without
             it those of fixed sizes take memory for them, which saves our runtime an allocation a call.
+        max_memory: Bytes that a call may need, weights not counted; see :mod:`linattn.frontend.limits`.
         dump_ir: Folder for the IR after each stage.
         report: Write the report to this file, as JSON.
     """
@@ -52,6 +60,7 @@ class CompileOptions:
     strategy: str | None = None
     params: Path | None = None
     plain_abi: bool = False
+    max_memory: int = DEFAULT_MAX_MEMORY
     dump_ir: Path | None = None
     report: Path | None = None
 
@@ -74,3 +83,15 @@ class CompiledModel:
     module: bytes
     manifest: Manifest
     report: CompileReport
+
+
+def parse_size(text: str, option: str) -> int:
+    """A number of bytes: ``2000000``, ``500MiB``, ``64GiB``.
+
+    Raises:
+        InputError: if it is none.
+    """
+    match = re.fullmatch(r"([1-9][0-9]{0,14}) ?(|[KMGT]iB)", text)
+    if match is None:
+        raise InputError("not a size", where=option, got=repr(text[:40]), expected="bytes, or such as 500MiB or 64GiB")
+    return int(match[1]) * _UNITS[match[2]]

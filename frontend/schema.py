@@ -66,6 +66,12 @@ _IMPORTER_NAMES = """
 """
 IMPORTER_OPS = frozenset(_IMPORTER_NAMES.split())
 
+MAX_PROPAGATED = 1024
+"""Elements of a list whose values shape inference may follow."""
+
+MAX_SEEN = 1 << 20
+"""Elements of a list that shape inference may see: it makes a symbol for each where it knows no values."""
+
 NOT_IN_ONNX = frozenset((op.domain, op.op_type) for op in OPS if not onnx.defs.has(op.op_type, domain=op.domain))
 """Operators of ours that ONNX does not define; found before they are registered with it."""
 
@@ -250,6 +256,7 @@ def infer_types(model: onnx.ModelProto) -> dict[str, onnx.TypeProto]:
     probe.CopyFrom(model)
     del probe.graph.value_info[:]
     try:
+        hidden = _cut_long_lists(probe)
         types = value_types(onnx.shape_inference.infer_shapes(probe, data_prop=True).graph)
         missing = [
             n for node in probe.graph.node for n in node.output if n in declared and not spec_of_type(types.get(n))
@@ -260,7 +267,50 @@ def infer_types(model: onnx.ModelProto) -> dict[str, onnx.TypeProto]:
     except onnx.shape_inference.InferenceError as error:
         line = next((line for line in str(error).splitlines() if "Error" in line), str(error))
         raise UnsupportedModelError(f"the model's shapes contradict each other: {line}", where="model") from error
-    return types
+    return types | hidden
+
+
+def _cut_long_lists(probe: onnx.ModelProto) -> dict[str, onnx.TypeProto]:
+    """Hide long lists from inference with values, which follows them element by element.
+
+    Their types, and those of what reads them, are found without values first. A Range of numbers that only values tell
+    has an open size then; it is found when they have been folded.
+
+    Args:
+        probe: The model, changed in place: nodes that make or read such lists are gone, their outputs inputs.
+
+    Returns:
+        The types of what was hidden.
+    """
+    graph = probe.graph
+    types = value_types(onnx.shape_inference.infer_shapes(probe).graph)
+    lengths = {n: s.shape[0] or 0 for n, t in types.items() if (s := spec_of_type(t)) is not None and s.rank == 1}
+    long = {name for name, length in lengths.items() if length > MAX_PROPAGATED}
+    hidden = {name: types[name] for name in long}
+    kept: list[onnx.NodeProto] = []
+    for node in graph.node:
+        specs = [spec_of_type(types.get(name)) for name in node.output if name]
+        is_static = all(spec is not None and None not in spec.shape for spec in specs)
+        if (is_static and long & {*node.input, *node.output}) or (
+            node.op_type == "Range" and not is_static and all(specs)
+        ):
+            hidden |= {name: types[name] for name in node.output if name}
+        else:
+            kept.append(node)
+    known = {v.name for v in graph.input}
+    read = {name for node in kept for name in node.input}
+    inside = [t for t in graph.initializer if t.name not in long]
+    del graph.initializer[:]
+    graph.initializer.extend(inside)
+    graph.input.extend(
+        onnx.ValueInfoProto(name=name, type=proto) for name, proto in hidden.items() if name not in known
+    )
+    for value in graph.input:
+        if value.name in read and lengths.get(value.name, 0) > MAX_SEEN:
+            value.type.tensor_type.shape.dim[0].dim_param = f"{value.name}.length"
+    del graph.node[:]
+    graph.node.extend(kept)
+    return hidden
 
 
 def check_contracts(

@@ -24,6 +24,9 @@ from .states import KV_LENGTH_AXIS, StatePair
 MAX_FOLDED_ELEMENTS = 65_536
 """Larger results stay in the graph: IREE folds what is worth folding, with the weights where they are."""
 
+MAX_FOLDED_BYTES = 64 << 20
+"""Of all values that are folded for one entry point; what comes after stays in the graph as well."""
+
 MAX_FOLDING_ROUNDS = 64
 """A chain in which each result's size depends on the one before takes a round a link, and inference each time."""
 
@@ -192,8 +195,10 @@ def _fold(
     outputs = {v.name for v in graph.output}
     kept: list[onnx.NodeProto] = []
     folded = False
+    held = sum(value.nbytes for name, value in constants.items() if name not in weights)
     for node in graph.node:
-        values = _constant_results(node, constants, types) if not outputs & set(node.output) else None
+        is_inner = not outputs & set(node.output) and held < MAX_FOLDED_BYTES
+        values = _constant_results(node, constants, types) if is_inner else None
         if values is None:
             kept.append(node)
             continue
@@ -202,6 +207,7 @@ def _fold(
             if name:
                 _check_folded(node, name, value, types)
                 constants[name] = value
+                held += value.nbytes
                 graph.initializer.append(numpy_helper.from_array(np.asarray(value, order="C"), name))
     del graph.node[:]
     graph.node.extend(kept)

@@ -21,6 +21,10 @@ from .schema import DTYPES, NOT_IN_ONNX, domain_of
 MAX_NODES = 200_000
 """More nodes than any exporter of today writes; keeps hostile graphs from compiling for days."""
 
+MAX_INLINED_NODES = 20_000
+MAX_INLINED_BYTES = 64 << 20
+"""What functions may add to a model; nested ones grow with the power of their depth."""
+
 MAX_TENSOR_ELEMENTS = 2**40
 MAX_RANK = 16
 """Axes of a tensor; the runtime's manifest takes no more."""
@@ -120,12 +124,14 @@ def check_functions(proto: onnx.ModelProto) -> None:
         return sizes[key]
 
     count, total = size(proto.graph.node)
-    if count > MAX_NODES or total > 1 << 30:
+    written = len(proto.graph.node) + sum(len(f.node) for f in proto.functions)
+    most_nodes, most_bytes = min(written + MAX_INLINED_NODES, MAX_NODES), proto.ByteSize() + MAX_INLINED_BYTES
+    if count > most_nodes or total > most_bytes:
         raise UnsupportedModelError(
             "too large with its functions inlined",
             where="model",
             got=f"{count} nodes, {total} bytes",
-            expected=f"up to {MAX_NODES} nodes and {1 << 30} bytes",
+            expected=f"up to {most_nodes} nodes and {most_bytes} bytes",
         )
 
 

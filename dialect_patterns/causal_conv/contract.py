@@ -24,6 +24,7 @@ _ONLY_DEFAULT = {
     "input_channels": (0, "slice the channels with a Slice node"),
 }
 _MAX_STATE = 2**31 - 1
+_MAX_KERNEL = 256  # taps; they are unrolled, and models have 2 to 8
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,8 @@ def _kernel(node: Node) -> tuple[int, int]:
         raise node.error("input 'weight' has an open shape", got=weight, expected="static channels and kernel size")
     if one not in (None, 1) or channels == 0 or kernel == 0:
         raise node.error("input 'weight'", got=weight, expected="[channels, 1, kernel], none of them 0")
+    if kernel > _MAX_KERNEL:
+        raise node.error("input 'weight'", got=f"{kernel} taps", expected=f"up to {_MAX_KERNEL}")
     return channels, kernel
 
 
