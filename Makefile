@@ -31,6 +31,9 @@ test-quick: $(STAMP)  ## the tests that need neither a GPU driver nor much time
 test-sweep: $(STAMP)  ## LinearAttention at every head size on every width of vectors: half an hour
 	LINATTN_SWEEP=1 $(BIN)/python -m pytest -q -n 2 tests/numeric/test_every_head_size.py
 
+fuzz: $(STAMP)  ## ten minutes of each fuzzer (damaged models, manifests, files; random calls)
+	$(BIN)/python -m pytest -q -s tests/fuzz --fuzz-seconds 600
+
 lint: $(STAMP)  ## ruff: style, imports, docstrings, formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

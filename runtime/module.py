@@ -67,16 +67,19 @@ class Module(Owned):
                 self._module: Any = _rt.VmModule.wrap_buffer(self._instance, _map(source))
             else:  # always copies: a module at an unaligned address computes zeros (iree#13887)
                 self._module = _rt.VmModule.copy_buffer(self._instance, source)
+            names = [str(name) for name in self._module.function_names]
         except (RuntimeError, ValueError, OSError) as error:
             hint = f"is it complete? ({one_line(error)})"
             raise TargetError("not an IREE module", where=self.where, hint=hint) from error
-        self.functions: dict[str, Any] = {
-            str(name): self._module.lookup_function(name) for name in self._module.function_names
-        }
+        self.functions: dict[str, Any] = {name: self._module.lookup_function(name) for name in names}
 
     def reflection(self, function: str) -> Mapping[str, str]:
         """The reflection attributes of an exported function."""
-        return cast(Mapping[str, str], self.functions[function].reflection)
+        try:
+            return cast(Mapping[str, str], self.functions[function].reflection)
+        except (RuntimeError, ValueError) as error:
+            message = f"the attributes of '{function}' are not text"
+            raise TargetError(message, where=self.where, hint=one_line(error)) from error
 
     @property
     def device(self) -> Device:

@@ -14,6 +14,11 @@ sys.path.insert(0, str(ROOT))
 MODELS = ROOT.parent / "shared" / "models"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fuzz-seconds", type=float, default=4.0, help="how long each fuzzer of tests/fuzz runs")
+    parser.addoption("--fuzz-seed", type=int, default=0, help="the seed of its cases")
+
+
 def _vulkan_error() -> str | None:
     import iree.runtime as rt
 
