@@ -8,7 +8,7 @@ from pathlib import Path
 
 import onnx
 from damage import damage_bytes, damage_graph
-from linattn.frontend import CompileOptions, compile_model
+from linattn.frontend.compile import CompileOptions, compile_model
 from linattn.frontend.iree import Compiler
 
 from samples.tiny_hybrid import build

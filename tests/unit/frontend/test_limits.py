@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from linattn.frontend import CompileOptions, compile_model
+from linattn.frontend.compile import CompileOptions, compile_model
 from linattn.frontend.options import parse_size
 from linattn.runtime.errors import InputError, LinattnError
 from onnx import TensorProto, helper, numpy_helper
