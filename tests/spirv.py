@@ -5,6 +5,7 @@ python tests/spirv.py adreno,valhall,xe,rdna3,apple,hopper ../shared/models/*/mo
 
 from __future__ import annotations
 
+import itertools
 import struct
 import subprocess
 import sys
@@ -32,8 +33,18 @@ def codes(module: bytes) -> list[bytes]:
     return sorted(found)
 
 
+def uses_matrices(code: bytes) -> bool:
+    """Whether a kernel declares cooperative matrices, which validators before SPIRV-Tools 2023.5 do not know."""
+    words = struct.unpack(f"<{len(code) // _WORD}I", code)
+    capability = (2 << 16) | 17  # OpCapability, two words
+    return (capability, 6022) in itertools.pairwise(words[_LEAST_WORDS:])
+
+
 def faults(module: bytes) -> list[str]:
-    """What ``spirv-val`` finds wrong with the code of a module, a line for each kernel that is not valid."""
+    """What ``spirv-val`` finds wrong with the code of a module, a line for each kernel that is not valid.
+
+    Kernels with cooperative matrices are left out where the validator is too old for them (Debian 12's is).
+    """
     found: list[str] = []
     with tempfile.TemporaryDirectory(prefix="linattn-spirv-") as folder:
         for index, code in enumerate(codes(module)):
@@ -41,7 +52,8 @@ def faults(module: bytes) -> list[str]:
             path.write_bytes(code)
             command = ["spirv-val", "--target-env", "vulkan1.3", str(path)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
+            too_old = "Invalid capability operand: 6022" in done.stdout + done.stderr and uses_matrices(code)
+            if done.returncode and not too_old:
                 found.append((done.stdout + done.stderr).strip().splitlines()[0])
     return found
 
@@ -56,7 +68,9 @@ def main(devices: str, *models: str) -> int:
             try:
                 module = compile_model(model, options).module
                 wrong = faults(module)
-                said = f"{len(codes(module))} kernels, {len(wrong)} not valid {sorted(set(wrong))[:3]}"
+                matrices = sum(map(uses_matrices, codes(module)))
+                said = f"{len(codes(module))} kernels ({matrices} with cooperative matrices), {len(wrong)} not valid"
+                said += f" {sorted(set(wrong))[:3]}"
             except LinattnError as error:
                 wrong, said = [str(error)], f"error: {error}"
             bad += bool(wrong)
