@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from linattn.runtime.bundle import INDEX, Bundle, BundledModule, describe_file, read_bundle
-from linattn.runtime.errors import InputError, TargetError
+from linattn.runtime.errors import InputError, LinattnError, TargetError
 from linattn.runtime.outputs import check_outputs, partial_folder
 
 from .compile import compile_model
@@ -36,12 +36,14 @@ class _Weights:
     """The union of the modules' weights, by content.
 
     Attributes:
+        where: The bundle, for errors.
         spill: Where to put those that lie in memory.
         mapped: Key -> values that lie in a file of the model.
         spilled: Key -> place in ``spill``, in bytes, and number of bytes.
         readers: Key -> the modules that read it.
     """
 
+    where: str
     spill: BinaryIO
     mapped: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict[str, "np.ndarray[Any, Any]"])
     spilled: dict[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]])
@@ -58,11 +60,17 @@ class _Weights:
                 self.mapped[key] = array
             else:
                 self.spilled[key] = self.spill.tell(), array.nbytes
-                self.spill.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+                self._write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+
+    def _write(self, data: memoryview) -> None:
+        try:
+            self.spill.write(data)
+            self.spill.flush()
+        except OSError as error:
+            raise LinattnError("the weights cannot be written", where=self.where, got=error.strerror) from error
 
     def arrays(self) -> dict[str, np.ndarray[Any, Any]]:
         """Key -> values, all of them in files."""
-        self.spill.flush()
         whole = np.memmap(self.spill, np.uint8, "r") if self.spill.tell() else np.zeros(0, np.uint8)
         return self.mapped | {key: whole[start : start + size] for key, (start, size) in self.spilled.items()}
 
@@ -104,14 +112,15 @@ def compile_bundle(
     folder, report_file = Path(output), machines[0].report
     check_output(folder)
     new = {} if folder.is_dir() else {"-o": folder}
-    check_outputs({**new, "--report": report_file}, load_model(source).files)
+    descriptions = [options.gpu_target for options in machines if options.gpu_target is not None]
+    check_outputs({**new, "--report": report_file}, [*load_model(source).files, *descriptions])
     for options in machines:
         resolve_target(options.target, options.machine)
     reports: dict[str, CompileReport] = {}
     compiled: dict[str, CompiledModel] = {}
     with _new_folder(folder) as building:
         with tempfile.TemporaryFile(dir=building) as spill:
-            weights = _Weights(spill)
+            weights = _Weights(str(folder), spill)
             for file, options in _named(machines).items():
                 dump = options.dump_ir / file.removesuffix(".vmfb") if options.dump_ir else None
                 each = dataclasses.replace(options, params=building / BUNDLE_WEIGHTS, dump_ir=dump, report=None)
