@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .isolated import compile_model
+    from .isolated import compile_bundle, compile_model
     from .options import CompileOptions
 
-__all__ = ["CompileOptions", "compile_model"]
+__all__ = ["CompileOptions", "compile_bundle", "compile_model"]
 
 
 def __getattr__(name: str) -> object:

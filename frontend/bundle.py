@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -188,7 +189,7 @@ def _new_folder(folder: Path) -> Generator[Path]:
         yield building
         if folder.exists():
             check_output(folder)
-            old = Path(f"{building}.old")
+            old = folder.with_name(f".{folder.name}.{secrets.token_hex(6)}.old")  # no partial one: nobody may remove it
             os.rename(folder, old)
             try:
                 os.rename(building, folder)

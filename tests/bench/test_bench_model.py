@@ -57,8 +57,7 @@ def test_json(result: dict[str, Any]) -> None:
 
 
 def test_each_module_of_a_bundle(bench: Bench, tiny_model: Path, tmp_path: Path) -> None:
-    from linattn.frontend import CompileOptions
-    from linattn.frontend.bundle import compile_bundle
+    from linattn.frontend import CompileOptions, compile_bundle
 
     small = CompileOptions(max_context=16, prefill_blocks=())
     machines = [small, dataclasses.replace(small, cpu_features="generic")]
