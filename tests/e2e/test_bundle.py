@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from linattn.frontend.compile import CompileOptions
 from linattn.runtime import LinattnError, Program, greedy
 from linattn.runtime.bundle import read_bundle
 from linattn.runtime.discover import look_for
+from linattn.runtime.outputs import remove_partial
 from onnx import helper, numpy_helper
 
 from samples.tiny_hybrid import build
@@ -204,6 +206,27 @@ def test_only_a_bundle_is_replaced(folder: Path, tmp_path: Path, monkeypatch: py
     (output / "tokenizer.json").unlink()
     (output / "cpu.vmfb").unlink()
     assert "a damaged bundle is not replaced" in refused()
+
+
+def test_the_old_bundle_outlives_a_death_between_two_renames(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What tidies up after the process that wrote takes the new one away, never the old one."""
+    output, rename, calls = tmp_path / "old.linattn", os.rename, list[str]()
+    shutil.copytree(folder, output)
+
+    def die(old: Path, new: Path) -> None:
+        calls.append(f"{old} {new}")
+        if len(calls) == 2:
+            remove_partial(tmp_path, os.getpid())
+            raise KeyboardInterrupt
+        rename(old, new)
+
+    monkeypatch.setattr(os, "rename", die)
+    with pytest.raises(KeyboardInterrupt), bundle_module._new_folder(output):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["old.linattn"]
+    assert read_bundle(output) == read_bundle(folder)
 
 
 def test_a_bundle_of_one_target_replaces_the_last(tmp_path: Path) -> None:
