@@ -10,6 +10,7 @@ Facts about IREE 3.13.0 that shape this file (each has a test):
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import math
 import os
@@ -96,11 +97,13 @@ class DeviceArray:
         shape: Sizes of the axes, dense and row-major.
         dtype: Name of the element type (`DTYPE_NAMES`).
         view: The IREE buffer view that owns the memory; for `device.py` and `module.py` only.
+        allocator: Where the memory goes back to; IREE's buffers do not keep it, and crash where it is freed first.
     """
 
     shape: tuple[int, ...]
     dtype: str
     view: Any
+    allocator: Any
 
     @property
     def nbytes(self) -> int:
@@ -165,7 +168,7 @@ class Device(Owned):
             buffer=raw,
             element_type=_hal_type(dtype),
         )
-        return DeviceArray(tuple(array.shape), dtype, view)
+        return DeviceArray(tuple(array.shape), dtype, view, self._hal_allocator)
 
     def host_buffer(self, shape: Sequence[int], dtype: str) -> DeviceArray:
         """Allocates an array in host memory that the device reads where it is; fill it with `write`.
@@ -249,7 +252,7 @@ class Device(Owned):
         if view.byte_length != needed:
             got = f"{view.byte_length} bytes for shape {list(shape)}"
             raise TargetError("a result does not fit the manifest", got=got, expected=f"{needed} bytes of {dtype}")
-        return DeviceArray(shape, dtype, view)
+        return DeviceArray(shape, dtype, view, self._hal_allocator)
 
     def _empty(self, shape: Sequence[int], dtype: str, memory: Any = None, usage: Any = None) -> DeviceArray:
         sizes = tuple(int(size) for size in shape)
@@ -262,7 +265,8 @@ class Device(Owned):
             )
         except (RuntimeError, MemoryError) as error:
             raise TargetError("cannot allocate", where=self.uri, got=f"{nbytes} bytes", hint=one_line(error)) from error
-        return DeviceArray(sizes, dtype, _rt.HalBufferView(buffer, list(sizes), _hal_type(dtype)))
+        view = _rt.HalBufferView(buffer, list(sizes), _hal_type(dtype))
+        return DeviceArray(sizes, dtype, view, self._hal_allocator)
 
     def _execute(self, commands: Any) -> None:
         commands.end()
@@ -341,6 +345,7 @@ def _forget_in_child() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_in_child)
+atexit.register(_open_devices.clear)  # the interpreter keeps what forks call, and with it this module, beyond its end
 
 
 def open_device(name: str, threads: int | None = None) -> Device:

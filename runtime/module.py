@@ -54,7 +54,7 @@ class Module(Owned):
         self._closed = False
         self.where = str(source) if isinstance(source, Path) else "module bytes"
         self._lock = threading.Lock()
-        self._workspace: tuple[int, Any] = (0, None)
+        self._workspace: DeviceArray | None = None
         self._workspace_bytes: dict[str, int | None] = {}
         self._semaphore: Any = None
         self._submitted = 0
@@ -115,7 +115,7 @@ class Module(Owned):
         with self._lock:
             self._closed = True
             self._context = self._module = self._semaphore = None
-            self._workspace = 0, None
+            self._workspace = None
             self.functions.clear()
 
     def link(self, device: Device, parameters: tuple[str, Path] | None) -> None:
@@ -243,12 +243,9 @@ class Module(Owned):
     def _workspace_of(self, function: str) -> Any:
         """Memory for a function's intermediate values; the calls share it, since they are let in one by one."""
         needed = self.workspace_bytes(function) or 0
-        size, buffer = self._workspace
-        if buffer is None or size < needed:
-            size = needed
-            buffer = self.device.empty([size], "uint8").view.get_buffer()
-            self._workspace = size, buffer
-        return buffer.ref
+        if self._workspace is None or self._workspace.nbytes < needed:
+            self._workspace = self.device.empty([needed], "uint8")
+        return self._workspace.view.get_buffer().ref
 
 
 def _map(path: Path) -> mmap.mmap:

@@ -298,3 +298,36 @@ def test_a_forked_child_does_not_hang(what: str, target: str, tmp_path: Path) ->
     command = [sys.executable, "-W", "ignore", "-c", FORKED, str(Path(__file__).parent), str(path), target, what]
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert (result.returncode, result.stderr) == (0, "")
+
+
+AT_THE_END = """
+import sys
+import numpy as np
+import linattn.runtime.device as last
+from linattn.runtime import Program
+file, device, what = sys.argv[1:]
+program = Program.load(file, device)
+session = program.session()
+session.run({"input_ids": np.array([[1, 2, 3]])})
+if what == "cycle":
+    cycle = [program, session]
+    cycle.append(cycle)
+    del program, session
+elif what == "function":
+    last.keep = lambda: program  # a cycle with our own modules, and all they hold
+elif what == "state":
+    kept = session._arrays
+    del session, program
+"""
+
+
+@pytest.mark.parametrize("what", ["plain", "cycle", "function", "state"])
+@pytest.mark.parametrize("target", ["cpu", pytest.param("vulkan", marks=pytest.mark.vulkan)])
+def test_the_interpreter_ends_in_any_order(what: str, target: str, tmp_path: Path) -> None:
+    """What lies on a device is freed before the device, whatever Python frees first."""
+    need_device("vulkan" if target == "vulkan" else "local-sync")
+    path = tmp_path / "hybrid.vmfb"
+    path.write_bytes(Hybrid(target).compile())
+    command = [sys.executable, "-c", AT_THE_END, str(path), target, what]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (result.returncode, result.stderr) == (0, "")
