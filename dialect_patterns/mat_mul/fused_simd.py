@@ -60,34 +60,38 @@ def plan_for(contract: MatMul, target: Target) -> Plan:
 
 def emit_mat_mul_fused_simd(context: LoweringContext, contract: MatMul, a: ir.Value, b: ir.Value) -> ir.Value:
     """Emit the product of ``a`` [..., K] and the weight ``b`` [K, N]."""
-    build, machines, symbol = context.builder, context.target, weight_symbol(b)
-    p = plan_for(contract, machines.machines[0])
+    build, target, symbol = context.builder, context.target, weight_symbol(b)
+    plans = [plan_for(contract, machine) for machine in target.machines]
+    p, direct = plans[0], [plan.direct for plan in plans]
     assert symbol is not None
     assert context.weights is not None
     packed = context.weights.repacked(symbol, p.layout.name, p.layout.pack)
     leading = build.shape(a)[:-1]
     a = build.refine(a, TensorSpec((*spec_of(a).shape[:-1], contract.depth), contract.a.dtype))
-    rows = build.collapse(a, 0, len(leading) - 1)
-    count = build.dim(rows, 0)
+    rows = [build.collapse(a, 0, len(leading) - 1)]
+    count = build.dim(rows[0], 0)
     tiles = build.floordiv(build.add(count, p.tile - 1), p.tile)
-    if not p.direct:
-        kernel = for_machines(machines, lambda machine: rows_kernel(contract, plan_for(contract, machine)))
-        (rows,) = dispatch(build, kernel, [rows], count, count, tiles)
-    kernel = for_machines(machines, lambda machine: product_kernel(contract, plan_for(contract, machine)))
-    (y,) = dispatch(build, kernel, [rows, packed], 1 if p.direct else count, count, tiles)
+    if not all(direct):
+        kernel = for_machines(target, lambda machine: rows_kernel(contract, plan_for(contract, machine)))
+        arranged = dispatch(build, kernel, rows, count, count, tiles)
+        rows = [*rows, *arranged] if any(direct) else arranged
+    both = len(rows) > 1
+    kernel = for_machines(target, lambda machine: product_kernel(contract, plan_for(contract, machine), both=both))
+    (y,) = dispatch(build, kernel, [*rows, packed], count, count, tiles)
     return build.expand(y, 0, leading) if len(leading) > 1 else y
 
 
 def rows_kernel(contract: MatMul, p: Plan) -> Kernel:
-    """The kernel that arranges many rows."""
+    """The kernel that arranges many rows; it does nothing on a machine that takes them as they are."""
     dtype = contract.a.dtype
 
     def write(k: KernelText, batch: Index, rows: Index, memrefs: Sequence[str]) -> None:
         del batch
-        write_rows(k, p, rows, *memrefs)
+        if not p.direct:
+            write_rows(k, p, rows, *memrefs)
 
     return Kernel(
-        name=f"mat_mul_rows_{dtype}_{_dim(p.rows)}x{p.depth}_t{p.tile}",
+        name=f"mat_mul_rows_{dtype}_{_dim(p.rows)}x{p.depth}_t{0 if p.direct else p.tile}",
         inputs=(TensorSpec((p.rows, p.depth), dtype),),
         outputs=(_arranged(p),),
         axes=("T_", "R_"),
@@ -97,28 +101,30 @@ def rows_kernel(contract: MatMul, p: Plan) -> Kernel:
     )
 
 
-def product_kernel(contract: MatMul, p: Plan) -> Kernel:
-    """The kernel of the product."""
+def product_kernel(contract: MatMul, p: Plan, *, both: bool = False) -> Kernel:
+    """The kernel of the product; ``both``: it is given the rows as they are and, after those, arranged."""
     dtype = contract.a.dtype
+    rows = [(TensorSpec((p.rows, p.depth), dtype), "T_")] if both or p.direct else []
+    rows += [(_arranged(p), "R_")] if both or not p.direct else []
 
-    def write(k: KernelText, batch: Index, rows: Index, memrefs: Sequence[str]) -> None:
+    def write(k: KernelText, batch: Index, count: Index, memrefs: Sequence[str]) -> None:
         del batch
         if p.direct:
-            write_direct(k, p, memrefs)
+            write_direct(k, p, [memrefs[0], *memrefs[-2:]])
         else:
-            TiledBody(k, p, rows, memrefs).write()
+            TiledBody(k, p, count, memrefs[-3:]).write()
 
     return Kernel(
         name=f"mat_mul_fused_simd_{dtype}_{_dim(p.rows)}x{p.columns}x{p.depth}_v{32 * p.lanes}",
         inputs=(
-            TensorSpec((p.rows, p.depth), dtype) if p.direct else _arranged(p),
+            *(spec for spec, _ in rows),
             TensorSpec((p.layout.panels(p.columns), p.depth, p.layout.width), dtype),
         ),
         outputs=(TensorSpec((p.rows, p.columns), dtype),),
-        axes=("T_" if p.direct else "R_", "___", "T_"),
+        axes=(*(axes for _, axes in rows), "___", "T_"),
         workgroups=(-(-p.panels // p.group), 1),
         write=write,
-        share=max(p.tile * p.chunk, 1),
+        share=p.tile * max(p.chunk, 1),
     )
 
 

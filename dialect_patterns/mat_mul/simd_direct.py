@@ -1,4 +1,4 @@
-"""The body of strategy ``fused_simd`` for few rows: one tile or two, read where they are, by a group of panels.
+"""The body of strategy ``fused_simd`` for few rows: one tile, read where it is, by a group of panels.
 
 for each panel:  acc[r, :] += a[r, k] * b[k, :]         streaming through the weights once
 """
@@ -29,16 +29,14 @@ def write_direct(k: KernelText, p: Plan, memrefs: Sequence[str]) -> None:
     end = k.add(first, p.group)
 
     def panel(index: Index, _: list[str]) -> list[str]:
-        for row in range(0, p.rows or 0, p.tile):
-            store_rows(k, p, y, p.rows or 0, row, index, _products(k, p, a, b, index, row))
+        store_rows(k, p, y, p.tile, 0, index, _products(k, p, a, b, index))
         return []
 
     k.loop(end if p.panels % p.group == 0 else k.minimum(end, p.panels), [], panel, start=first)
 
 
-def _products(k: KernelText, p: Plan, a: str, b: str, panel: Index, first: int) -> list[str]:
-    """The vectors of each row of a tile, row after row; the last row of all stands for those beyond it."""
-    places = [min(first + i, (p.rows or 0) - 1) for i in range(p.tile)]
+def _products(k: KernelText, p: Plan, a: str, b: str, panel: Index) -> list[str]:
+    """The vectors of each row, row after row."""
     sets = max(1, min(p.unroll, 4 // p.tile))  # sums side by side: one multiply-add takes as long as several
     size = p.tile * p.vectors
     vectors = [p.layout.place(k, p.width, panel, v * p.lanes) for v in range(p.vectors)]
@@ -49,7 +47,7 @@ def _products(k: KernelText, p: Plan, a: str, b: str, panel: Index, first: int) 
         for line in range(0, p.unroll * row_bytes, LINE) if k.element_type(b) != "f32" else ():
             for stream in streams:
                 k.prefetch(b, [stream, k.add(at, (_AHEAD + line) // row_bytes), 0])
-        rows = [k.load(a, [place, at], p.unroll) for place in places]
+        rows = [k.load(a, [i, at], p.unroll) for i in range(p.tile)]
         for u in range(p.unroll):
             depth = k.add(at, u)
             weights = [k.load(b, [stored, depth, column], p.lanes) for stored, column in vectors]

@@ -28,10 +28,7 @@ def store_rows(k: KernelText, p: Plan, y: str, rows: Index, row: Index, panel: I
                 _store(k, p, y, k.add(row, i), panel, sums[i * p.vectors : (i + 1) * p.vectors], columns)
                 return []
 
-            if isinstance(rows, int) and isinstance(row, int):
-                if row + i < rows:
-                    one()
-            elif isinstance(rows, int) and (rows % p.tile == 0 or i < rows % p.tile):
+            if isinstance(rows, int) and (rows % p.tile == 0 or i < rows % p.tile):
                 one()
             else:
                 k.when(k.less(k.add(row, i), rows), [], one, lambda: [])

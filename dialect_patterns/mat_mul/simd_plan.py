@@ -14,7 +14,7 @@ VECTORS = 2
 LINE = 64
 """Bytes of a cache line."""
 
-_ROWS, _MOST_ROWS = 6, 12  # of a tile, in 16 and in 32 registers
+_ROWS = 6  # of a tile of two vectors each, in 16 registers
 _ROWS_OF_LINES = 2  # that have registers for vectors of whole lines of the shared layout
 _BLOCK_BYTES = 16 << 10  # of a panel in f32: half of a first-level cache
 _SUMS_BYTES = 12 << 10  # with a block, less than the 32 KiB of stack that IREE allows
@@ -39,7 +39,7 @@ class Plan:
         block: Rows of the weights in a block; K where the rows are few.
         group: Panels of a workgroup.
         unroll: Rows of the weights in one iteration.
-        chunk: Tiles of a workgroup; 0 where the rows are few, all of a workgroup, and read where they are.
+        chunk: Tiles of a workgroup; 0 where the rows are few, one tile, and read where they are.
         layout: How the weights lie in memory.
         vectors: Vectors side by side in a panel of columns.
     """
@@ -68,7 +68,7 @@ class Plan:
 
     @property
     def direct(self) -> bool:
-        """Whether the rows are few."""
+        """Whether all rows are one tile."""
         return self.chunk == 0
 
     @property
@@ -90,13 +90,12 @@ def plan(rows: int | None, depth: int, columns: int, target: Target, weight_byte
     lanes = max(target.vector_bits // 32, 4)
     width = lanes * VECTORS
     panels, packed = -(-columns // width), layout(target, width)
-    most = _MOST_ROWS if target.vector_bits >= 512 else _ROWS  # two vectors each, most of 32 or 16 registers
-    if rows is not None and rows <= (_MOST_ROWS if target.shares_weights else most):
+    most = 12 if target.vector_bits >= 512 else _ROWS  # with two vectors each, most of 32 or 16 registers
+    if rows is not None and rows <= most:
         vectors = max(VECTORS, packed.width // lanes) if rows <= _ROWS_OF_LINES else VECTORS
         panels = -(-columns // (lanes * vectors))
         group = _group(panels, depth * lanes * vectors * weight_bytes)
-        tile = -(-rows // -(-rows // most))
-        return Plan(rows, depth, columns, lanes, tile, depth, group, _unroll(depth, depth), 0, packed, vectors)
+        return Plan(rows, depth, columns, lanes, rows, depth, group, _unroll(depth, depth), 0, packed, vectors)
     tile = (_ROWS if target.shares_weights else most) if rows is None else _tile(rows, most)
     blocks = -(-depth * width * 4 // _BLOCK_BYTES)
     block = -(-depth // blocks)
