@@ -28,7 +28,7 @@ _ANY = 1 << 63
 
 
 @dataclass(frozen=True)
-class _Range:
+class Range:
     """What is known of an index.
 
     Attributes:
@@ -70,7 +70,7 @@ def _guard_read(read: ir.Operation) -> int:
     count = 0
     for axis, index in enumerate(indices):
         size = spec_of(source).shape[axis]
-        found = _range(index)
+        found = range_of(index)
         if found.trusted or size == 0 or (size is not None and found.low >= 0 and found.high < size):
             continue
         with read.location:
@@ -127,28 +127,29 @@ def _guard_scatter(scatter: ir.Operation) -> None:
     scatter.operands[1] = b.map(f"{letters}->{letters}", clamp, indices)
 
 
-def _range(value: ir.Value) -> _Range:
+def range_of(value: ir.Value) -> Range:
     """What an index can be, as far as the operations that it is computed with say so."""
     owner = value.owner
     if isinstance(owner, ir.Block):
         is_counter = owner.owner.operation.name == "scf.for" and ir.BlockArgument(value).arg_number == 0
-        return _Range(trusted=is_counter)
+        return Range(trusted=is_counter)
     op = owner.operation
     if op.name == "arith.constant":
-        number = ir.IntegerAttr(op.attributes["value"]).value
-        return _Range(number, number, True)
+        attribute = op.attributes["value"]
+        low, high = (attribute.value,) * 2 if isinstance(attribute, ir.IntegerAttr) else (-_ANY, _ANY)
+        return Range(low, high, True)
     if op.name in ("linalg.index", "tensor.dim"):
-        return _Range(0, _ANY, True)
+        return Range(0, _ANY, True)
     if op.name == "arith.index_cast":
-        return _range(op.operands[0])
+        return range_of(op.operands[0])
     if not op.name.startswith(("arith.", "affine.")):
-        return _Range()
-    operands = [_range(operand) for operand in op.operands]
+        return Range()
+    operands = [range_of(operand) for operand in op.operands]
     trusted = all(operand.trusted for operand in operands)
     if op.name == "arith.minsi":
-        return _Range(min(o.low for o in operands), min(o.high for o in operands), trusted)
+        return Range(min(o.low for o in operands), min(o.high for o in operands), trusted)
     if op.name == "arith.maxsi":
-        return _Range(max(o.low for o in operands), max(o.high for o in operands), trusted)
+        return Range(max(o.low for o in operands), max(o.high for o in operands), trusted)
     if op.name == "arith.select":
-        return _Range(min(o.low for o in operands[1:]), max(o.high for o in operands[1:]), trusted)
-    return _Range(trusted=trusted)
+        return Range(min(o.low for o in operands[1:]), max(o.high for o in operands[1:]), trusted)
+    return Range(trusted=trusted)

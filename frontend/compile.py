@@ -14,6 +14,7 @@ import onnx
 import onnx.inliner
 from iree.compiler import ir
 from linattn.dialect_patterns.builder import Builder
+from linattn.dialect_patterns.guarded_divisions import guard_divisions
 from linattn.dialect_patterns.guarded_reads import guard_reads
 from linattn.dialect_patterns.op import LoweringContext, LoweringOptions
 from linattn.dialect_patterns.registry import find_op
@@ -119,6 +120,7 @@ def compile_model(
         compiler.convert_torch(module, takes_workspace=signature.takes_results)
         with compiler.building():
             guard_reads(module)
+            guard_divisions(module)
         compiler.dump(module, "linalg")
     with progress.stage(f"generate code for {target.name} ({target.description})"):
         code = compiler.compile(module, manifest)

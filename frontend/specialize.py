@@ -19,6 +19,7 @@ from onnx.reference import ReferenceEvaluator
 
 from .dims import evaluate
 from .schema import CAPACITY, DTYPES, check_contracts, domain_of, infer_types, spec_of_type, type_of_spec
+from .slices import explicit_slices
 from .states import KV_LENGTH_AXIS, StatePair
 
 MAX_FOLDED_ELEMENTS = 65_536
@@ -93,6 +94,7 @@ def specialize(
             break
         types = _infer(model, present)
     _explicit_reshapes(graph, types)
+    explicit_slices(graph, types)
     _drop_unused(graph)
     versions = {("" if o.domain == "ai.onnx" else o.domain): o.version for o in model.opset_import}
     check_contracts(graph, types, versions)  # its errors say more than a missing type further down

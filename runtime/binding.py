@@ -12,7 +12,7 @@ import numpy as np
 
 from .arrays import check_bounds
 from .device import HostArray, numpy_dtype
-from .errors import InputError
+from .errors import InputError, StateError
 from .manifest import Dim, EntryPoint, InputSpec, Manifest
 
 
@@ -216,6 +216,9 @@ def positions(manifest: Manifest, spec: InputSpec, sizes: Sizes, past: int, mask
     """Position ids P..P+T-1 in every row (every leading axis alike).
 
     With zeros in a two-dimensional mask, positions count the ones before, as exporters of left-padded batches do.
+
+    Raises:
+        StateError: The model has no such positions.
     """
     shape = sizes.concrete(spec.name, spec.shape)
     axis = axis_of(manifest, spec.shape, "tokens")
@@ -225,6 +228,9 @@ def positions(manifest: Manifest, spec: InputSpec, sizes: Sizes, past: int, mask
         steps = np.maximum(np.cumsum(mask != 0, axis=1) - 1, 0)[:, -shape[axis] :]
     else:
         steps = steps.reshape([-1] + [1] * (len(shape) - 1 - axis))
+    if spec.bounds is not None and steps.size and steps.max() > spec.bounds[1]:
+        got, expected = f"{past} + {shape[axis]} tokens", f"at most {spec.bounds[1] + 1}"
+        raise StateError("context full", got=got, expected=expected, hint="reset the session")
     found = np.empty(shape, numpy_dtype(spec.dtype))
     found[...] = steps
     return found

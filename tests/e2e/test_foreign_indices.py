@@ -11,8 +11,9 @@ import onnx
 import onnxruntime
 import pytest
 from linattn.frontend import CompileOptions, compile_model
-from linattn.runtime import InputError, Program, greedy
+from linattn.runtime import InputError, Program, StateError, greedy
 from linattn.runtime.cli import main
+from linattn.runtime.state import zero_states
 from onnx import TensorProto, helper
 
 ROWS, POSITIONS, WIDTH = 1000, 16, 8
@@ -156,6 +157,17 @@ def test_positions_beyond_their_table(target: str) -> None:
 def test_positions_that_the_session_counts_itself() -> None:
     session = program("cpu").session()
     session.run({"input_ids": np.ones((1, POSITIONS), np.int64)})
-    with pytest.raises(InputError, match=r"position_ids\[0, 0\]: index out of range, got 16, expected -16 to 15"):
+    with pytest.raises(StateError, match=r"context full, got 16 \+ 1 tokens, expected at most 16; reset the session"):
         session.run({"input_ids": [[1]]})
     assert session.position == POSITIONS
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_module_without_the_runtime_protects_memory(target: str) -> None:
+    """Whoever calls the module itself gets the nearest rows."""
+    loaded = program(target)
+    entry = next(entry for entry in loaded.manifest.entry_points if entry.tokens == 4)
+    ids, positions = np.array([[5 * 10**9, 10**9, -(10**6), ROWS]]), np.array([[POSITIONS, 0, -POSITIONS - 1, 1 << 40]])
+    (logits,), _ = loaded.call(entry, [ids, positions], zero_states(loaded.manifest, loaded.device, 1), 0)
+    want = reference([[ROWS - 1, ROWS - 1, 0, ROWS - 1]], [[POSITIONS - 1, 0, 0, POSITIONS - 1]])
+    np.testing.assert_allclose(loaded.device.to_host(logits), want, rtol=1e-5, atol=1e-6)
