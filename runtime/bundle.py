@@ -55,7 +55,7 @@ class Bundle:
 
     Attributes:
         model_name: Name of the model.
-        model_sha256: Hash of the ONNX file, hex.
+        model_sha256: Hash of the graph and of what all weights hold, hex.
         weights: The file that all modules take their weights from.
         modules: The modules; of several for one target the better one comes first.
         producer: Versions that made it.

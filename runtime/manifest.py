@@ -187,7 +187,7 @@ class Manifest:
 
     Attributes:
         model_name: Name of the model.
-        model_sha256: Hash of the ONNX file, hex.
+        model_sha256: Hash of the graph and of what all weights hold, hex.
         target: What it was compiled for.
         batch: Compiled batch size; None: open.
         max_context: Capacity of the KV caches, in tokens; None: open, or no KV cache.
