@@ -262,7 +262,15 @@ class KernelText:
         least, zero = self.constant(_LEAST_EXPONENT, dtype), self.constant(0.0, dtype)
         mask = "i1" if dtype == "f32" else re.sub("f32", "i1", dtype)
         small = self.op(f"arith.cmpf olt, {a}, {least} : {dtype}", mask)
-        return self.op(f"arith.select {small}, {zero}, {power} : {mask}, {dtype}", dtype)
+        return self.select(small, zero, power)
+
+    def select(self, mask: str, a: str, b: str) -> str:
+        """``a`` where the mask says so, else ``b``; nothing of the other one, not even NaN."""
+        return self.op(f"arith.select {mask}, {a}, {b} : {self.types[mask]}, {self.types[a]}", self.types[a])
+
+    def lanes_mask(self, values: Sequence[bool]) -> str:
+        """A constant mask."""
+        return self._literal(f"dense<[{', '.join(str(v).lower() for v in values)}]>", vector_type(len(values), "i1"))
 
     def negate(self, a: str) -> str:
         """-a."""

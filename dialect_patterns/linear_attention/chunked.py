@@ -19,6 +19,8 @@ Everything but the terms with S is done for all chunks at once, with M = chunks 
 T that is no multiple of C is padded with zeros, under which no rule changes the state. Sums, decays, the inverse and
 the carried state are f32; the state is rounded once a call.
 
+NaN and inf reach the earlier tokens of their chunk (0 times NaN is NaN), never other rows or heads.
+
 Legal: always. Cost per token and head in multiply-adds: 3 dk dv + C (3 dk + 2 dv) + C^2 / 3 (delta rules), so not fewer
 than the recurrence's 4 dk dv, but S is read and written once a chunk instead of once a token.
 Source: NUMERICS.md sections 1 to 4; Yang et al., Parallelizing Linear Transformers with the Delta Rule (2024).

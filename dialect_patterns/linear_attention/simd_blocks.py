@@ -16,6 +16,8 @@ on AVX2) comes from the second-level cache once; what all panels need (``simd_fa
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Sequence
 
 from ..kernel_text import Index, KernelText
@@ -142,7 +144,10 @@ class BlocksBody:
         return k.when(fits, ["index"], take, lambda: [self._step(t, sizes[1:])])[0]
 
     def _is_bounded(self, t: Index, tokens: int) -> str:
-        """Whether the products of the decays of a chunk stay far from overflow; NaN says no."""
+        """Whether the products of the decays of a chunk stay far from overflow.
+
+        A decay of NaN or inf says nothing: what follows is lost anyway, and what precedes is to be as without it.
+        """
         k, decay = self.k, self.o.decay
         assert decay is not None
         zero = k.constant(0.0, "f32")
@@ -150,7 +155,11 @@ class BlocksBody:
         def growth(column: Index, lanes: int, total: str) -> str:
             here = None
             for i in range(tokens):
-                positive = k.maxf(k.load(decay, [self.o.batch, k.add(t, i), column], lanes), zero)
+                log = k.load(decay, [self.o.batch, k.add(t, i), column], lanes)
+                infinity, none = (k.constant(value, k.types[log]) for value in (math.inf, 0.0))
+                mask = re.sub("f32", "i1", k.types[log])
+                finite = k.op(f"arith.cmpf olt, {log}, {infinity} : {k.types[log]}", mask)
+                positive = k.select(finite, k.maxf(log, none), none)
                 here = positive if here is None else k.addf(here, positive)
             assert here is not None
             return k.maxf(total, here)

@@ -185,7 +185,7 @@ class Factors:
         return [k.load(self._rest, [i]) for i in range(tokens)]
 
     def _spans(self, decays: list[str] | None, tokens: int) -> list[list[str]]:
-        """Rows of D, as vectors, zeros after the diagonal."""
+        """Rows of D, as vectors, zeros after the diagonal: selected, since 0 times a decay of NaN or inf is NaN."""
         k, lanes = self._k, self._x.lanes
         vectors = -(-tokens // lanes)
         row = [k.constant(0.0, vector_type(lanes))] * vectors
@@ -197,6 +197,11 @@ class Factors:
             if decays is None:
                 row = [k.addf(old, unit) for old, unit in zip(row, units, strict=True)]
             else:
-                row = [k.fma(k.splat(decays[i], lanes), old, unit) for old, unit in zip(row, units, strict=True)]
+                earlier = [k.lanes_mask([n * lanes + e < i for e in range(lanes)]) for n in range(vectors)]
+                decay = k.splat(decays[i], lanes)
+                row = [
+                    k.select(mask, k.mulf(decay, old), unit)
+                    for mask, old, unit in zip(earlier, row, units, strict=True)
+                ]
             rows.append(row)
         return rows

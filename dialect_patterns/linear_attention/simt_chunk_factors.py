@@ -7,6 +7,7 @@ row, exactly as the recurrence would. The layout is that of ``simt_chunk_operand
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from iree.compiler import ir
@@ -184,9 +185,11 @@ class Factors:
                 t = self.start + i
                 value = k.load(self.decay, self.o.row(t) * c.kv_heads + self.o.head)
                 value = k.select(t < self.o.tokens, k.widen(self.decay, value), k.constant(0.0))
+                # NaN and inf say nothing: what follows is lost anyway, what precedes is to be as without them.
+                value = k.select(Scalar(value) < Scalar(k.constant(math.inf)), value, k.constant(0.0))
                 growth = k.add(growth, k.maximum(value, k.constant(0.0)))
         k.store(before, self.found, self._vector(TOTAL, 0))
-        bounded = Scalar(growth) <= Scalar(k.constant(MAX_GROWTH))  # NaN is not
+        bounded = Scalar(growth) <= Scalar(k.constant(MAX_GROWTH))
         k.store(k.select(bounded, k.constant(1.0), k.constant(0.0)), self.found, self._vector(BOUNDED, 0))
         for i in range(BOUNDED + 1, VECTORS):
             k.store(k.constant(0.0), self.found, self._vector(i, 0))
@@ -202,4 +205,5 @@ class Factors:
                 factor = k.load(self.products, Scalar.constant(i * STRIDE + m, "index"))
                 value = k.fma(k.neg(factor), earlier, value)
             values.append(value)
-            k.store(k.mul(value, rate), self.found, column + i * STRIDE)
+            own = k.select(column <= Scalar.constant(i, "index"), k.mul(value, rate), k.constant(0.0))
+            k.store(own, self.found, column + i * STRIDE)

@@ -35,6 +35,7 @@ from .simt_chunk_operands import (
     scatter,
 )
 
+_LARGEST = 3.4028234663852886e38  # finite f32
 _PAD = COLUMNS + 1  # numbers from token to token of the updates, against bank conflicts
 
 
@@ -234,19 +235,43 @@ class Chunks:
     def _times_column(
         self, start: int, column: Buffer, initial: list[ir.Value]
     ) -> tuple[list[ir.Value], list[ir.Value]]:
-        """The own tokens' rows of a matrix of factors times this thread's columns; and the columns."""
+        """The own tokens' rows of a matrix of factors times this thread's columns; and the columns.
+
+        Factors of later tokens are zeros. NaN or inf of such a token would spoil the sum all the same, so one that is
+        not finite is taken again, without them: that costs a comparison where all is well.
+        """
         k, width = self.k, self.p.columns
         places = [self.place * width + j * _PAD for j in range(CHUNK)]
         numbers = [k.join([k.load(column, place + e) for e in range(width)]) for place in places]
-        results: list[ir.Value] = []
-        for i, total in enumerate(initial):
-            place = self._own(i) * (STRIDE // WIDTH) + start // WIDTH
-            for part in range(CHUNK // WIDTH):
-                row = k.elements(k.load(self.matrices, place + part))
-                for factor, number in zip(row, numbers[part * WIDTH :], strict=False):
-                    total = k.fma(k.splat(factor, width), number, total)
-            results.append(total)
-        return results, numbers
+
+        def rows(causal: bool) -> list[ir.Value]:
+            results: list[ir.Value] = []
+            for i, total in enumerate(initial):
+                place = self._own(i) * (STRIDE // WIDTH) + start // WIDTH
+                for part in range(CHUNK // WIDTH):
+                    row = k.elements(k.load(self.matrices, place + part))
+                    for j, factor in enumerate(row, part * WIDTH):
+                        added = k.fma(k.splat(factor, width), numbers[j], total)
+                        if causal:
+                            added = k.select(self._own(i) >= Scalar.constant(j, "index"), added, total)
+                        total = added
+                results.append(total)
+            return results
+
+        results = rows(causal=False)
+        finite = self._are_finite([element for value in results for element in k.elements(value)])
+        types = [value.type for value in results]
+        return k.choose(finite, lambda: results, lambda: rows(causal=True), types), numbers
+
+    def _are_finite(self, values: list[ir.Value]) -> Scalar:
+        """Whether none is NaN or inf, which comparisons tell; the difference of a value with itself may be folded."""
+        k = self.k
+        lowest, highest = (Scalar(k.constant(bound)) for bound in (-_LARGEST, _LARGEST))
+        checks = [check for value in values for check in (Scalar(value) >= lowest, Scalar(value) <= highest)]
+        found = checks[0]
+        for check in checks[1:]:
+            found = found & check
+        return found
 
     def _one_by_one(self, t: Scalar, state: list[ir.Value]) -> list[ir.Value]:
         """Token by token; the next state."""
