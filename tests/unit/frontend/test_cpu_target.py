@@ -143,11 +143,22 @@ def test_host_goes_without_what_the_system_does_not_tell() -> None:
 def test_portable_levels_are_as_the_compiler_describes_them() -> None:
     """IREE's text for the machines of a portable module, which is written here: a module has flags for one only."""
     for level in LEVELS:
-        text = re.sub(r"\s+", " ", executable_text("x86_64", "generic", level.flags))
-        assert text == level.executable
+        told = executable_text("x86_64", level.cpu, level.flags)
+        assert without_features(told) == without_features(level.executable)
+        assert enabled("x86_64", features_of(told)) & INSTRUCTION_SETS["x86_64"] == {*level.instruction_sets}
         on = enabled("x86_64", level.flags.split(","))
         assert on <= {*level.features}, "what LLVM adds by itself is asked for too"
         assert level.vector_bits == width("x86_64", on)
+
+
+def features_of(executable: str) -> list[str]:
+    found = re.search(r'cpu_features = "([^"]*)"', executable)
+    assert found
+    return found[1].split(",")
+
+
+def without_features(executable: str) -> str:
+    return re.sub(r'cpu_features = "[^"]*"', "", re.sub(r"\s+", " ", executable))
 
 
 def executable_text(architecture: str, cpu: str, features: str) -> str:
