@@ -96,6 +96,10 @@ def read_manifest(module: Module) -> Manifest:
         if symbol not in module.functions:
             expected = ", ".join(name for name in module.functions if "$" not in name and name != "__init")
             raise TargetError("missing entry point", where=module.where, got=symbol, expected=expected)
+        specs, results = module.result_specs(symbol), len(manifest.outputs) + len(manifest.states)
+        if specs is not None and (len(specs) != results or f"{symbol}$async" not in module.functions):
+            message = f"the results of '{symbol}' are not those of the manifest"
+            raise TargetError(message, where=module.where, got=len(specs), expected=results)
     return manifest
 
 

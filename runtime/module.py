@@ -11,7 +11,6 @@ Facts about IREE 3.13.0 that shape this file (each has a test):
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
 import threading
@@ -27,6 +26,7 @@ from .errors import StateError, TargetError
 from .integrity import check_seal
 from .manifest import RESULTS_KEY
 from .owned import Owned, check_process
+from .result_specs import ResultSpec, read_result_specs
 
 _rt: Any = cast(Any, _untyped_rt)
 
@@ -58,7 +58,7 @@ class Module(Owned):
         self._workspace_bytes: dict[str, int | None] = {}
         self._semaphore: Any = None
         self._submitted = 0
-        self._result_specs: dict[str, list[tuple[str, list[int]] | None] | None] = {}
+        self._result_specs: dict[str, list[ResultSpec | None] | None] = {}
         self._instance: Any = _rt.VmInstance()
         self._context: Any = None
         check_seal(source, self.where, whole=verify)
@@ -229,10 +229,12 @@ class Module(Owned):
             self._workspace_bytes[function] = None if told is None else max(int(told.get(_WORKSPACE_BYTES, 0)), 16)
         return self._workspace_bytes[function]
 
-    def result_specs(self, function: str) -> list[tuple[str, list[int]] | None] | None:
+    def result_specs(self, function: str) -> list[ResultSpec | None] | None:
         """Element type and shape of each result of a function that takes their memory, see `RESULTS_KEY`."""
         if function not in self._result_specs:
-            self._result_specs[function] = json.loads(self.reflection(function).get(RESULTS_KEY, "null"))
+            text = self.reflection(function).get(RESULTS_KEY)
+            specs = None if text is None else read_result_specs(text, self.where, function)
+            self._result_specs[function] = specs
         return self._result_specs[function]
 
     def new_results(self, function: str) -> list[DeviceArray | None] | None:
