@@ -1,4 +1,4 @@
-"""What functions that take memory for their results say of it (`linattn.results`): trusted no more than the manifest."""
+"""What functions taking memory for their results say of it (`linattn.results`), trusted no more than the manifest."""
 
 from __future__ import annotations
 
