@@ -34,6 +34,9 @@ test-sweep: $(STAMP)  ## LinearAttention at every head size on every width of ve
 fuzz: $(STAMP)  ## ten minutes of each fuzzer (damaged models, manifests, files; random calls)
 	$(BIN)/python -m pytest -q -s tests/fuzz --fuzz-seconds 600
 
+aarch64: $(STAMP)  ## an AArch64 Python in build/ for the test that emulates one (needs Debian and its package qemu-user)
+	PYTHON=$(BIN)/python tests/aarch64_root.sh build/aarch64
+
 lint: $(STAMP)  ## ruff: style, imports, docstrings, formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
