@@ -18,8 +18,10 @@ from linattn.frontend.targets import TargetOptions, cpu_query, resolve_target
 from linattn.frontend.targets.cpu_levels import LEVELS
 from linattn.frontend.targets.cpu_names import CPUS, FEATURES
 from linattn.frontend.targets.cpu_query import UNCHECKED, enabled, query
-from linattn.runtime import TargetError
+from linattn.runtime import Program, TargetError
+from linattn.runtime import cpu as runtime_cpu
 from linattn.runtime.cpu import INSTRUCTION_SETS, machine_architecture, machine_features
+from onnx import TensorProto, helper
 
 from samples.tiny_hybrid import build
 
@@ -242,3 +244,20 @@ def test_names_that_the_compiler_would_die_of(features: str | None, triple: str,
 def test_gpus_have_no_triple(target: str) -> None:
     with pytest.raises(TargetError, match="--target-triple: a CPU option"):
         resolve_target(target, TargetOptions(target_triple="aarch64-linux-gnu"))
+
+
+@pytest.mark.parametrize("cpu", ["sapphirerapids", "znver5"])
+def test_a_module_for_another_cpu_is_refused(cpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From its name to the machine that lacks it, here one of Zen 2's instruction sets."""
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [4]) for name in "xy")
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "relu", [x], [y])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)])
+    module = compile_model(model, CompileOptions(cpu_features=cpu, target_triple="x86_64-linux-gnu")).module
+    zen2 = query("x86_64", "znver2").instruction_sets
+    monkeypatch.setattr(runtime_cpu, "machine_features", lambda: zen2)
+    monkeypatch.setattr(runtime_cpu, "machine_architecture", lambda: "x86_64")
+    with pytest.raises(
+        TargetError, match=rf"compiled for x86_64 {cpu}, whose .*without .*avx512f.*or x86-64-v3"
+    ) as caught:
+        Program.load(module)
+    assert "\n" not in str(caught.value)
