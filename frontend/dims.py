@@ -58,12 +58,16 @@ def find_roles(graph: onnx.GraphProto, types: Mapping[str, onnx.TypeProto], stat
         if isinstance(symbol, str):
             roles.setdefault(symbol, role)
 
-    by_name = {v.name: v for v in graph.input}
+    def give_axis(name: str, axis: int, role: str) -> None:
+        dims = dim_names(values[name])
+        give(dims[axis] if -len(dims) <= axis < len(dims) else None, role)  # a damaged model may declare fewer
+
+    values = {v.name: v for v in (*graph.output, *graph.input)}
+    inputs = {v.name for v in graph.input}
     for name in ("input_ids", "inputs_embeds"):
-        if name in by_name:
-            dims = dim_names(by_name[name])
-            give(dims[0], "batch")
-            give(dims[1] if len(dims) > 1 else None, "tokens")
+        if name in inputs:
+            give_axis(name, 0, "batch")
+            give_axis(name, 1, "tokens")
     for node in graph.node:
         first = types.get(node.input[0]) if node.input else None
         if first is None or domain_of(node) not in ("", "com.microsoft"):
@@ -74,17 +78,14 @@ def find_roles(graph: onnx.GraphProto, types: Mapping[str, onnx.TypeProto], stat
             give(dims[axes[0]], "batch")
             give(dims[axes[1]], "tokens")
     for state in states:
-        dims = dim_names(by_name[state.past])
-        give(dims[0], "batch")
+        give_axis(state.past, 0, "batch")
         if state.kind == "kv_cache":
-            give(dims[KV_LENGTH_AXIS], "past")
-    if "attention_mask" in by_name:
-        give(dim_names(by_name["attention_mask"])[-1], "total")
+            give_axis(state.past, KV_LENGTH_AXIS, "past")
+    if "attention_mask" in inputs:
+        give_axis("attention_mask", -1, "total")
     for state in states:
         if state.kind == "kv_cache":
-            value = next(v for v in graph.output if v.name == state.present)
-            dims = dim_names(value)
-            give(dims[KV_LENGTH_AXIS] if len(dims) > KV_LENGTH_AXIS else None, "total")
+            give_axis(state.present, KV_LENGTH_AXIS, "total")
     for value in (*graph.input, *graph.output):
         for symbol in dim_names(value):
             give(symbol, "open")

@@ -228,6 +228,15 @@ def _states(
     specs: list[StateSpec] = []
     for pair in pairs:
         known = _known_sizes(nodes[pair.node], pair, types, versions) if pair.shaped_by_node else {}
+        for name in (pair.past, pair.present):
+            if len(dims := dim_names(values[name])) <= max(known, default=-1):
+                raise UnsupportedModelError(
+                    f"the state '{name}' has too few dimensions",
+                    where=f"node '{pair.node}'",
+                    got=dims,
+                    expected=f"at least {max(known) + 1}",
+                    hint="export the model again",
+                )
         past = state_type(values[pair.past].type, known)
         is_kv = pair.kind == "kv_cache"
         proto_types[pair.past] = past

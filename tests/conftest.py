@@ -12,6 +12,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 MODELS = ROOT.parent / "shared" / "models"
+NO_GPUS = {"VK_DRIVER_FILES": "/nowhere", "VK_ICD_FILENAMES": "/nowhere", "CUDA_VISIBLE_DEVICES": "-1"}
+"""Environment in which drivers find no GPU."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

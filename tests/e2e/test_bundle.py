@@ -24,10 +24,10 @@ from linattn.runtime.outputs import remove_partial
 from onnx import helper, numpy_helper
 
 from samples.tiny_hybrid import build
+from tests.conftest import NO_GPUS
 
 PROMPT = [72, 101, 108, 108, 111, 32, 119, 111, 114, 108]
 SMALL = ["--max-context", "32", "--prefill-blocks", "8", "--quiet"]
-NO_VULKAN = {"VK_DRIVER_FILES": "/nowhere", "VK_ICD_FILENAMES": "/nowhere"}
 
 
 def save(folder: Path, model: onnx.ModelProto | None = None) -> Path:
@@ -112,7 +112,7 @@ program = Program.load({str(folder)!r})
 print(program.choice.module, *(passed.what for passed in program.choice.passed))
 print(*greedy(program.session(), {PROMPT}, 8))
 """
-    environment = os.environ | NO_VULKAN
+    environment = os.environ | NO_GPUS
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
     assert done.stderr == ""
     assert done.stdout.splitlines() == ["cpu.vmfb cuda vulkan", " ".join(map(str, plain))]

@@ -102,7 +102,12 @@ def test_code_and_tables_are_always_checked(twins: dict[int, Path], name: str) -
     if name == "m.vmfb":
         assert unseen == []
         return
-    assert WEIGHTS[0].nbytes - (3 << 16) < unseen[-1] - unseen[0] < WEIGHTS[0].nbytes - (2 << 16)
+    weights = WEIGHTS[0].nbytes
+    if name == "inside.vmfb":  # which lie there with all other constants, more of them for some CPUs
+        members = zipfile.ZipFile(twins[0] / name).infolist()
+        weights = max(member.file_size for member in members if member.filename.startswith("_const"))
+        assert weights >= WEIGHTS[0].nbytes
+    assert weights - (3 << 16) < unseen[-1] - unseen[0] < weights - (2 << 16)
 
 
 @pytest.mark.parametrize("name", ["m.vmfb", "inside.vmfb", "w.irpa"])

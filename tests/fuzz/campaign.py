@@ -30,6 +30,8 @@ LEAST_CASES = 10
 
 MEMORY = 8 << 30
 """Address space of a child: what would take the machine's memory ends in an error, or is a finding."""
+COMPILER_DIED = "compiler died"
+"""Outcome of a case in which IREE's conversion ended the process, as the product's own process contains it."""
 
 
 @dataclass
@@ -72,6 +74,10 @@ def run(kind: str, seconds: float, seed: int, folder: Path) -> Outcome:
                 outcome.words[row["outcome"].split(":")[0]] += 1
         if child.returncode == 0:
             break
+        first = (last if last is not None else first) + 1
+        if child.returncode < 0 and b" in convert_torch" in errors.read_bytes():
+            outcome.words[COMPILER_DIED] += 1
+            continue
         kept = folder / f"{kind}-{seed}-{last}"
         shutil.rmtree(kept, ignore_errors=True)
         shutil.copytree(work, kept)
@@ -79,7 +85,6 @@ def run(kind: str, seconds: float, seed: int, folder: Path) -> Outcome:
         outcome.findings.append(
             f"{kind} seed {seed} case {last}: exit code {child.returncode}, kept in {kept}: ...{text}"
         )
-        first = (last if last is not None else first) + 1
     return outcome
 
 

@@ -181,3 +181,11 @@ def test_what_an_exporter_says_of_inner_values_is_not_believed() -> None:
     model.graph.value_info.append(wrong)
     types = infer_types(model)
     assert len(types["layers.0.norm"].tensor_type.shape.dim) == 3
+
+
+@pytest.mark.parametrize("name", ["input_ids", "attention_mask", "past.0.conv"])
+def test_roles_of_inputs_without_dimensions(name: str) -> None:
+    model = build()
+    value = next(v for v in model.graph.input if v.name == name)
+    value.CopyFrom(onnx.helper.make_tensor_value_info(name, value.type.tensor_type.elem_type, []))
+    assert "batch" in find_roles(model.graph, infer_types(model), find_states(model.graph)).roles.values()

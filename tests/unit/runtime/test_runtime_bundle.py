@@ -24,7 +24,8 @@ from linattn.runtime.integrity import SEAL_BYTES, sealed
 from linattn.runtime.manifest import Target
 from tiny_hybrid import Hybrid, reference
 
-NO_VULKAN = {"VK_DRIVER_FILES": "/nowhere", "VK_ICD_FILENAMES": "/nowhere"}
+from tests.conftest import NO_GPUS
+
 IDS = np.array([[3, 1, 2]])
 
 
@@ -174,7 +175,7 @@ def test_weights_are_the_bundles_own(folder: Path) -> None:
 
 def loaded_by(code: str) -> subprocess.CompletedProcess[str]:
     """Runs in a process that finds no Vulkan driver."""
-    environment = os.environ | NO_VULKAN
+    environment = os.environ | NO_GPUS
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
 
 
