@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+import shutil
 from pathlib import Path
 
 import onnx
@@ -47,10 +48,10 @@ def case(rng: random.Random, folder: Path) -> str:
         data = proto.SerializeToString()
     path = folder / "model.onnx"
     path.write_bytes(data)
-    link = folder / "model.onnx.data"
-    link.unlink(missing_ok=True)
-    if beside is not None and (beside / link.name).exists():
-        link.hardlink_to(beside / link.name)
+    weights = folder / "model.onnx.data"
+    weights.unlink(missing_ok=True)
+    if beside is not None and (beside / weights.name).exists():
+        shutil.copyfile(beside / weights.name, weights)  # ONNX takes no file that has another name elsewhere
     options = CompileOptions(
         cpu_features="generic",
         batch=rng.choice([1, 1, None, 3]),
