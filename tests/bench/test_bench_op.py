@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+from linattn.frontend import CompileOptions, compile_model
 from linattn.runtime.bench import cases, fla_runner
 from linattn.runtime.bench.cases import AttentionCase, ConvCase, judge, relative_error
 from linattn.runtime.bench.device_times import per_call, tells_times
-from linattn.runtime.bench.op_models import build_op, chain_feeds
+from linattn.runtime.bench.op_models import COPY, build_copy, build_op, chain_feeds
 from linattn.runtime.bench.op_rows import kernel_time
 from linattn.runtime.bench.process import Subject, SubjectError
 from linattn.runtime.bench.timing import summarize
@@ -240,3 +242,8 @@ def test_chain_waits_for_the_node_before() -> None:
 def test_statistics() -> None:
     stats = summarize([float(value) for value in range(1, 101)])
     assert stats == {"n": 100, "min": 1, "mean": 50.5, "median": 50.5, "p90": 90, "p99": 99, "max": 100}
+
+
+@pytest.mark.parametrize("size", COPY)
+def test_the_copy_behind_a_ceiling_compiles_for_every_vulkan_device(size: int) -> None:
+    compile_model(onnx.ModelProto.FromString(build_copy(size)), CompileOptions(target="vulkan"))
