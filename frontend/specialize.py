@@ -100,7 +100,16 @@ def specialize(
     check_contracts(graph, types, versions)  # its errors say more than a missing type further down
     for node in graph.node:
         for name in node.output:
-            if name and spec_of_type(types.get(name)) is None:
+            spec = spec_of_type(types.get(name)) if name else None
+            if spec is not None and any(size is not None and size < 0 for size in spec.shape):
+                raise UnsupportedModelError(
+                    f"its output '{name}' has a negative size",
+                    where=f"node '{node.name}' ({node.op_type})",
+                    got=spec,
+                    expected="sizes of 0 or more",
+                    hint="export the model again, or compile with larger --prefill-blocks",
+                )
+            if name and spec is None:
                 raise UnsupportedModelError(
                     f"the shape of its output '{name}' cannot be inferred",
                     where=f"node '{node.name}' ({node.op_type})",

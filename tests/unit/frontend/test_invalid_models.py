@@ -321,3 +321,13 @@ def test_last_net(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(caught.value, LinattnError)
     assert isinstance(caught.value.__cause__, KeyError)
     assert not re.search(r"[\n\x1b]", str(caught.value))
+
+
+def test_a_negative_size_is_named() -> None:
+    """ONNX's shape inference takes it: 2 elements less than there are."""
+    sizes = numpy_helper.from_array(np.array([-2], np.int64), "sizes")
+    nodes = [node("Expand", ["x", "sizes"], ["y"], name="expand"), node("Neg", ["y"], ["z"])]
+    bad = model(nodes, [value("z", shape=("n",))], [sizes], [value("x", shape=(1,))])
+    with pytest.raises(LinattnError, match=r"^node 'expand'") as caught:
+        compile_model(bad)
+    assert "bug in linattn" not in str(caught.value)
