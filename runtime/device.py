@@ -430,7 +430,7 @@ def _make_nice(threads: set[int]) -> None:
     IREE's queue threads wait for any of several semaphores, and Mesa's software driver waits for that by spinning: two
     cores are busy as long as the device is open, which slows down the driver's own workers most of all. They also
     submit the work, so a machine that others keep busy must still let them come to it: with the lowest priority, 19,
-    calls took 6 times as long there as with none, with 10 twice.
+    calls took several times as long there as with none; 10 lies between (few calls, an uncontrolled load).
     """
     spinning = set(threads)
     for _ in range(_SAMPLES):
