@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from iree.compiler import ir
 
+from .emit.scalar import Scalar
 from .guarded_reads import range_of
-from .scalar import Scalar
 
 _SIGNED = frozenset({"arith.divsi", "arith.remsi", "arith.floordivsi", "arith.ceildivsi"})
 _UNSIGNED = frozenset({"arith.divui", "arith.remui", "arith.ceildivui"})

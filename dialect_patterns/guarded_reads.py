@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from iree.compiler import ir
 from iree.compiler.dialects import tensor
 
-from .builder import Builder, Size, spec_of
-from .scalar import Scalar
+from .emit.builder import Builder, Size, spec_of
+from .emit.scalar import Scalar
 
 _ANY = 1 << 63
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import takewhile
 
-from .dispatch import Kernel, Variant
+from .emit.dispatch import Kernel, Variant
 from .node import TensorSpec
 from .target import Target
 

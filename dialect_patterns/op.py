@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from iree.compiler import ir
 
-from .builder import Builder
+from .emit.builder import Builder
 from .node import Node, TensorSpec
 from .target import Target
 

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
+from .attention import group_query as group_query_attention
+from .attention import op as attention
 from .causal_conv import op as causal_conv
-from .hybrid import (
-    attention,
-    gated_rms_norm,
-    group_query_attention,
-    linear_attention_gate,
-    lp_normalization,
-    m_rotary_embedding,
-    rms_normalization,
-    rotary_embedding,
-    simplified_layer_normalization,
-    skip_simplified_layer_normalization,
-)
+from .linear_attention import gate as linear_attention_gate
 from .linear_attention import op as linear_attention
 from .mat_mul import joined
 from .mat_mul import op as mat_mul
 from .mat_mul_n_bits import op as mat_mul_n_bits
+from .norms import (
+    gated_rms_norm,
+    lp_normalization,
+    rms_normalization,
+    simplified_layer_normalization,
+    skip_simplified_layer_normalization,
+)
 from .op import Op
+from .rotary import m_rotary_embedding, rotary_embedding
 
 OPS: tuple[Op, ...] = (
     *linear_attention.OPS,

@@ -1,8 +1,8 @@
 """The one adapter over ``iree.compiler.rewrite``: applies the operator modules to imported functions.
 
 The importer leaves ``torch.operator "onnx.X"`` ops with the attributes ``linattn.domain``, ``linattn.version`` and
-``linattn.node`` (see ``linattn.frontend.importer``). For each one that an operator module claims, the pattern parses
-the node into the module's contract, casts operands to builtin tensors, lets the module emit, and casts back.
+``linattn.node`` (see ``linattn.frontend.lower.importer``). For each one that an operator module claims, the pattern
+parses the node into the module's contract, casts operands to builtin tensors, lets the module emit, and casts back.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any
 
 from iree.compiler import ir, rewrite
 
+from .emit.torch_values import from_builtin, spec_from_torch, to_builtin
 from .node import Node
 from .op import IMPORTED, LoweringContext, weight_symbol
 from .registry import find_op
-from .torch_values import from_builtin, spec_from_torch, to_builtin
 
 DOMAIN, VERSION, NODE = "linattn.domain", "linattn.version", "linattn.node"
 _ONNX_ATTRIBUTE = "torch.onnx."

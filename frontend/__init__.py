@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .isolated import compile_bundle, compile_model
     from .options import CompileOptions
+    from .process.isolated import compile_bundle, compile_model
 
 __all__ = ["CompileOptions", "compile_bundle", "compile_model"]
 
@@ -15,6 +15,6 @@ def __getattr__(name: str) -> object:
     """Import what compiles when it is first asked for."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import isolated
+    from .process import isolated
 
     return getattr(isolated, name)

@@ -24,11 +24,11 @@ from linattn.runtime.errors import InputError, LinattnError, TargetError
 from linattn.runtime.outputs import check_outputs, partial_folder
 
 from .compile import compile_model
-from .guard import last_net
+from .lower.parameters import write_parameters
 from .model import load_model
 from .options import CompiledModel, CompileOptions
-from .parameters import write_parameters
-from .report import BUNDLE_WEIGHTS, BundleReport, CompileReport, Progress, write_report
+from .plan.report import BUNDLE_WEIGHTS, BundleReport, CompileReport, Progress, write_report
+from .process.guard import last_net
 from .targets import resolve_target
 
 

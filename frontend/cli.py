@@ -11,9 +11,9 @@ from pathlib import Path
 from linattn.runtime.command import run_command
 from linattn.runtime.errors import InputError
 
-from .isolated import compile_bundle, compile_model
 from .options import BUNDLE_SUFFIX, DEFAULT_MAX_MEMORY, CompileOptions, parse_size
-from .report import module_progress, stderr_progress
+from .plan.report import module_progress, stderr_progress
+from .process.isolated import compile_bundle, compile_model
 from .targets import TARGETS, TargetOptions
 from .targets.lists import read_machines
 

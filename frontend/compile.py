@@ -5,49 +5,50 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-import onnx.inliner
 from iree.compiler import ir
-from linattn.dialect_patterns.builder import Builder
+from linattn.dialect_patterns.emit.builder import Builder
 from linattn.dialect_patterns.guarded_divisions import guard_divisions
 from linattn.dialect_patterns.guarded_reads import guard_reads
 from linattn.dialect_patterns.op import LoweringContext, LoweringOptions
-from linattn.dialect_patterns.registry import find_op
 from linattn.dialect_patterns.rewrite import lower_operators
-from linattn.runtime.errors import InputError, LoweringError, UnsupportedModelError
+from linattn.runtime.errors import InputError, LoweringError
 from linattn.runtime.integrity import seal_file, sealed
-from linattn.runtime.manifest import REFLECTION_KEY, RESULTS_KEY, EntryPoint, Manifest, Parameters
-from linattn.runtime.manifest import Target as ManifestTarget
+from linattn.runtime.manifest import REFLECTION_KEY, RESULTS_KEY, EntryPoint
 from linattn.runtime.outputs import check_outputs, new_file
 
-from .abi import describe_abi
-from .choices import describe_choices
-from .dims import find_roles
-from .entry_points import ModuleOptions, ModulePlan, plan_module
-from .guard import last_net
-from .importer import Signature, import_entry_point
-from .index_bounds import index_bounds
-from .iree import CompiledCode, Compiler
-from .joined_products import join_products
-from .last_position import LEAST_TOKENS, keep_last
+from .graph.bind_dims import bind_dims
+from .graph.index_bounds import index_bounds
+from .graph.inline_functions import inline_functions
+from .graph.join_products import join_products
+from .graph.last_position import LEAST_TOKENS, keep_last
+from .graph.name_nodes import name_nodes
+from .graph.schema import check_contracts, check_supported, infer_types, opset_versions
+from .graph.single_token import squeezes_tokens
+from .graph.specialize import SpecializedGraph, specialize
+from .graph.state_names import Pairing
+from .graph.states import find_states
+from .graph.unused_outputs import leave_out_unused_outputs
+from .graph.validate import check_graph
 from .limits import check_memory
+from .lower.importer import Signature, import_entry_point
+from .lower.iree import CompiledCode, Compiler
+from .lower.parameters import PARAMETER_SCOPE, write_parameters
+from .lower.weights import Weights
 from .model import LoadedModel, load_model
 from .options import CompiledModel, CompileOptions
-from .parameters import PARAMETER_SCOPE, write_parameters
-from .report import CompileReport, Progress, write_report
-from .schema import check_contracts, check_supported, domain_of, infer_types
-from .single_token import squeezes_tokens
-from .specialize import SpecializedGraph, specialize
-from .state_names import Pairing
-from .states import find_states
+from .plan.abi import describe_abi
+from .plan.choices import describe_choices
+from .plan.dims import find_roles
+from .plan.entry_points import ModuleOptions, ModulePlan, plan_module
+from .plan.module import describe_module
+from .plan.report import Progress, write_report
+from .process.guard import last_net
 from .targets import CompileTarget, resolve_target
-from .validate import check_functions, check_graph
-from .weights import Weights
 
 
 @last_net
@@ -82,18 +83,18 @@ def compile_model(
     with progress.stage("load and check the model"):
         model = load_model(source)
         _check_outputs(model, options, output)
-        _bind_named_dims(model.proto, options.dims)
-        _inline_functions(model.proto)
-        _name_nodes(model.proto.graph)
-        versions = _versions(model.proto)
+        bind_dims(model.proto, options.dims)
+        inline_functions(model.proto)
+        name_nodes(model.proto.graph)
+        versions = opset_versions(model.proto)
         check_supported(model.proto.graph.node, versions)  # says more of an unknown operator than ONNX's checker
         check_graph(model.proto)
-        _leave_out_unused_outputs(model.proto)
+        leave_out_unused_outputs(model.proto)
     with progress.stage("pair states, plan entry points"):
         plan, graphs = _plan(model, versions, options, target)
         plan, functions = _functions(plan, graphs)
     report = describe_choices(model, plan, graphs, versions, _lowering_options(options), target)
-    manifest = _manifest(model, plan, report, target, options)
+    manifest = describe_module(model, plan, report, target, options)
     compiler = Compiler(target, options.dump_ir)
     # IREE 3.13 cannot tell the memory of functions that loop over tokens, and fails.
     can_take = options.strategy != "recurrent" and all(_is_static(graph) for graph in functions.values())
@@ -174,65 +175,8 @@ def _result(name: str, signature: Signature, graph: SpecializedGraph) -> list[An
     return [dtype, [dim.dim_value for dim in tensor.shape.dim]]
 
 
-def _versions(proto: onnx.ModelProto) -> dict[str, int]:
-    return {("" if o.domain == "ai.onnx" else o.domain): o.version for o in proto.opset_import}
-
-
 def _lowering_options(options: CompileOptions) -> LoweringOptions:
     return LoweringOptions(options.strategy, options.chunk_size)
-
-
-def _bind_named_dims(proto: onnx.ModelProto, dims: Mapping[str, int]) -> None:
-    graph = proto.graph
-    found: set[str] = set()
-    for value in (*graph.input, *graph.output, *graph.value_info):
-        for dim in value.type.tensor_type.shape.dim:
-            if dim.dim_param:
-                found.add(dim.dim_param)
-                if dim.dim_param in dims:
-                    dim.dim_value = dims[dim.dim_param]
-    for name in dims:
-        if name not in found:
-            known = ", ".join(sorted(found)) or "none"
-            raise UnsupportedModelError("the model has no such dim", where=f"--dim {name}", expected=known)
-
-
-def _inline_functions(proto: onnx.ModelProto) -> None:
-    """Drop function bodies of operators that we lower ourselves, inline the others."""
-    if not proto.functions:
-        return
-    versions = _versions(proto)
-    kept = [f for f in proto.functions if find_op(f.domain, f.name, versions.get(f.domain, 1)) is None]
-    del proto.functions[:]
-    if kept:
-        proto.functions.extend(kept)
-        check_functions(proto)
-        try:
-            proto.CopyFrom(onnx.inliner.inline_local_functions(proto))
-        except (RuntimeError, ValueError, TypeError) as error:
-            raise UnsupportedModelError(
-                "its functions cannot be inlined", where="model", hint=str(error).partition("\n")[0][:300]
-            ) from error
-
-
-def _name_nodes(graph: onnx.GraphProto) -> None:
-    """Give every node a name of its own, so that errors and reports can point at it."""
-    seen: set[str] = set()
-    for index, node in enumerate(graph.node):
-        if not node.name or node.name in seen:
-            node.name = f"{node.name or node.op_type}_{index}"
-        seen.add(node.name)
-
-
-def _leave_out_unused_outputs(proto: onnx.ModelProto) -> None:
-    """Exporters name optional outputs that nobody reads (a norm's mean); leave them out as ONNX does."""
-    graph, versions = proto.graph, _versions(proto)
-    used = {v.name for v in graph.output} | {name for node in graph.node for name in node.input}
-    for node in graph.node:
-        if find_op(domain_of(node), node.op_type, versions.get(domain_of(node), 1)) is not None:
-            for i, name in enumerate(node.output):
-                if i and name not in used:
-                    node.output[i] = ""
 
 
 def _plan(
@@ -279,38 +223,6 @@ def _functions(plan: ModulePlan, graphs: Sequence[SpecializedGraph]) -> tuple[Mo
             functions[symbol] = short
         entries.append(dataclasses.replace(entry, last=symbol) if short is not None else entry)
     return dataclasses.replace(plan, entry_points=tuple(entries)), functions
-
-
-def _manifest(
-    model: LoadedModel, plan: ModulePlan, report: CompileReport, target: CompileTarget, options: CompileOptions
-) -> Manifest:
-    versions = {name: metadata.version(name) for name in ("linattn", "onnx")}
-    versions["iree"] = metadata.version("iree-base-compiler")
-    nodes: tuple[Any, ...] = tuple(dataclasses.asdict(row) for row in report.nodes)
-    return Manifest(
-        model_name=model.name,
-        model_sha256=model.sha256,
-        target=ManifestTarget(
-            target.name,
-            target.device,
-            target.description,
-            target.subgroup_size,
-            target.architecture,
-            target.instruction_sets,
-            target.levels,
-        ),
-        batch=plan.batch,
-        max_context=plan.max_context,
-        context_limit=plan.context_limit,
-        inputs=plan.inputs,
-        outputs=plan.outputs,
-        states=plan.states,
-        entry_points=plan.entry_points,
-        dims=plan.roles.roles,
-        nodes=nodes,
-        parameters=Parameters(PARAMETER_SCOPE, options.params.name) if options.params else None,
-        producer=versions,
-    )
 
 
 __all__ = ["CompileOptions", "CompiledModel", "LoweringError", "compile_model"]

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 import onnx
 from linattn.runtime.errors import UnsupportedModelError
 
-from .schema import spec_of_type
-from .specialize import SpecializedGraph
-from .validate import tensor_bytes
+from .graph.schema import spec_of_type
+from .graph.specialize import SpecializedGraph
+from .graph.validate import tensor_bytes
 
 _CONSTANT_SHARE = 256
 """Values computed from constants may take this part of it (256 MiB), and ``_PER_WEIGHT`` times the weights."""

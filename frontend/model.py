@@ -16,9 +16,9 @@ import onnx
 from google.protobuf.message import DecodeError
 from linattn.runtime.errors import UnsupportedModelError
 
-from .schema import MIN_WEIGHT_ELEMENTS
-from .validate import check_fields, tensor_bytes
-from .weights import content_key
+from .graph.schema import MIN_WEIGHT_ELEMENTS
+from .graph.validate import check_fields, tensor_bytes
+from .lower.weights import content_key
 
 MAX_GRAPH_BYTES = 2 * 1024**3 - 1
 """Protobuf's own limit for one message."""
@@ -44,7 +44,7 @@ class LoadedModel:
 
     @functools.cached_property
     def keys(self) -> dict[str, str]:
-        """Initializer name -> :func:`~linattn.frontend.weights.content_key`, of all ``weights``, which are read."""
+        """Initializer name -> :func:`~linattn.frontend.lower.weights.content_key` of all ``weights``; reads them."""
         return {name: content_key(array) for name, array in self.weights.items()}
 
     @property

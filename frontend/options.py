@@ -10,7 +10,7 @@ from pathlib import Path
 from linattn.runtime.errors import InputError
 from linattn.runtime.manifest import Manifest
 
-from .report import CompileReport
+from .plan.report import CompileReport
 from .targets import TargetOptions
 
 BUNDLE_SUFFIX = ".linattn"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from iree.compiler import ir
 from iree.compiler.api import Invocation, Output, Session
-from linattn.dialect_patterns.builder import Builder
+from linattn.dialect_patterns.emit.builder import Builder
 from linattn.dialect_patterns.node import Node, TensorSpec
 from linattn.dialect_patterns.op import LoweringContext, LoweringOptions
 from linattn.dialect_patterns.registry import find_op

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from iree.compiler import ir
 from iree.compiler.dialects import arith, vector
-from linattn.dialect_patterns import simt_kernel
-from linattn.dialect_patterns.scalar import Scalar
-from linattn.dialect_patterns.simt_kernel import Buffer, Group, Kernel
+from linattn.dialect_patterns.emit import simt_kernel
+from linattn.dialect_patterns.emit.scalar import Scalar
+from linattn.dialect_patterns.emit.simt_kernel import Buffer, Group, Kernel
 from linattn.dialect_patterns.target import Target
 
 SUBGROUP = 32

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 
 from iree.compiler import ir
 
-from ..builder import Builder, Size, spec_of
+from ..emit.builder import Builder, Size, spec_of
+from ..emit.scalar import Scalar
 from ..node import TensorSpec
 from ..op import LoweringContext
-from ..scalar import Scalar
 from ..select import Legality, Yes
 from ..target import Target
 from .contract import CausalConv

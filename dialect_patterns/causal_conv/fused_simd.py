@@ -20,14 +20,14 @@ from collections.abc import Callable, Sequence
 
 from iree.compiler import ir
 
-from ..dispatch import Kernel, dispatch
-from ..kernel_text import Index, KernelText
+from ..emit.dispatch import Kernel, dispatch
+from ..emit.kernel_text import Index, KernelText
+from ..emit.workers import slowest_share
 from ..machines import for_machines
 from ..node import Dim, TensorSpec
 from ..op import LoweringContext
 from ..select import Legality, No, Yes
 from ..target import Target
-from ..workers import slowest_share
 from .contract import CausalConv
 from .direct import Operands
 from .simd_channels import ChannelsBody

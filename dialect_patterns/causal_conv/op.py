@@ -7,11 +7,11 @@ from dataclasses import replace
 
 from iree.compiler import ir
 
+from ..emit.torch_values import before_transpose
 from ..node import TensorSpec
 from ..op import MICROSOFT, Choice, LoweringContext, LoweringOptions, Op
 from ..select import Strategy, select, wherever_legal
 from ..target import Target
-from ..torch_values import before_transpose
 from . import direct, fused_simd, fused_simt
 from .contract import CausalConv, output_types, parse
 from .direct import Operands, emit_causal_conv_direct, prepare

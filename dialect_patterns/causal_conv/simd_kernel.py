@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from ..kernel_text import Index, KernelText
+from ..emit.kernel_text import Index, KernelText
 from .contract import CausalConv
 
 

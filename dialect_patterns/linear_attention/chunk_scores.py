@@ -13,8 +13,8 @@ from functools import partial
 
 from iree.compiler import ir
 
-from ..builder import Builder, spec_of
-from ..scalar import Scalar
+from ..emit.builder import Builder, spec_of
+from ..emit.scalar import Scalar
 from .triangular import join_blocks
 
 LOG_CAP = 80.0

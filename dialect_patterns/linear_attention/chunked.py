@@ -30,9 +30,9 @@ from __future__ import annotations
 
 from iree.compiler import ir
 
-from ..builder import Builder, Size
+from ..emit.builder import Builder, Size
+from ..emit.scalar import Scalar
 from ..op import LoweringContext
-from ..scalar import Scalar
 from ..select import Legality, Yes
 from ..target import Target
 from .chunk_scores import Scores, head_scores, key_scores, plain_scores

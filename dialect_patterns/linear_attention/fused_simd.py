@@ -21,9 +21,9 @@ from dataclasses import replace
 
 from iree.compiler import ir
 
-from ..builder import Size
-from ..dispatch import Kernel, dispatch
-from ..kernel_text import Index, KernelText
+from ..emit.builder import Size
+from ..emit.dispatch import Kernel, dispatch
+from ..emit.kernel_text import Index, KernelText
 from ..machines import for_machines
 from ..node import Dim, TensorSpec
 from ..op import LoweringContext

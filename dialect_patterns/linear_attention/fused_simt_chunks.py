@@ -17,11 +17,11 @@ from __future__ import annotations
 
 from iree.compiler import ir
 
-from ..builder import Size, tensor_type
+from ..emit.builder import Size, tensor_type
+from ..emit.scalar import Scalar
+from ..emit.simt_kernel import Group, Kernel, dispatch
 from ..op import LoweringContext
-from ..scalar import Scalar
 from ..select import Legality, No, Yes
-from ..simt_kernel import Group, Kernel, dispatch
 from ..target import Target
 from .contract import LinearAttention, output_specs
 from .operands import Operands, kernel_name

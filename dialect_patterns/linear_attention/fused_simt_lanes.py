@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from iree.compiler import ir
 
-from ..scalar import Scalar
-from ..simt_kernel import Buffer, Kernel
+from ..emit.scalar import Scalar
+from ..emit.simt_kernel import Buffer, Kernel
 from .fused_simt_plan import Plan
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ..simt_kernel import Group
+from ..emit.simt_kernel import Group
 from ..target import Target
 from .contract import LinearAttention
 

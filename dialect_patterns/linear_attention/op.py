@@ -8,7 +8,7 @@ from dataclasses import replace
 from iree.compiler import ir
 from linattn.runtime.errors import LoweringError
 
-from ..builder import spec_of
+from ..emit.builder import spec_of
 from ..op import MICROSOFT, Choice, LoweringContext, LoweringOptions, Op
 from ..select import Legality, No, Strategy, Yes, select
 from ..target import Target

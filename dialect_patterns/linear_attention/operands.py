@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from iree.compiler import ir
 
-from ..builder import Builder, Size
+from ..emit.builder import Builder, Size
 from .contract import LinearAttention
 
 

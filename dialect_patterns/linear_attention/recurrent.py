@@ -27,9 +27,9 @@ from typing import cast
 
 from iree.compiler import ir
 
-from ..builder import Builder, ElementFunction, Size
+from ..emit.builder import Builder, ElementFunction, Size
+from ..emit.scalar import Scalar
 from ..op import LoweringContext
-from ..scalar import Scalar
 from ..select import Legality, Yes
 from ..target import Target
 from .contract import LinearAttention

@@ -20,7 +20,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 
-from ..kernel_text import Index, KernelText
+from ..emit.kernel_text import Index, KernelText
 from .contract import LinearAttention
 from .simd_factors import Factors
 from .simd_operands import Operands

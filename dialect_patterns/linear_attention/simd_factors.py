@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..kernel_text import Index, KernelText, vector_type
+from ..emit.kernel_text import Index, KernelText, vector_type
 from .contract import LinearAttention
 from .simd_operands import Gates, Operands
 from .simd_products import product, row_blocks, transpose

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from ..kernel_text import Index, KernelText, vector_type
+from ..emit.kernel_text import Index, KernelText, vector_type
 
 Row = list[str]
 """The vectors of a row of a panel."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from ..kernel_text import Index, KernelText
+from ..emit.kernel_text import Index, KernelText
 from .contract import LinearAttention
 from .simd_operands import Operands
 

@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 from iree.compiler import ir
 
-from ..scalar import Scalar
-from ..simt_kernel import Buffer, Kernel
+from ..emit.scalar import Scalar
+from ..emit.simt_kernel import Buffer, Kernel
 from .contract import LinearAttention
 from .simt_chunk_operands import (
     BOUNDED,

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 from iree.compiler import ir
 
-from ..scalar import Scalar
-from ..simt_kernel import Buffer, Kernel
+from ..emit.scalar import Scalar
+from ..emit.simt_kernel import Buffer, Kernel
 from .contract import LinearAttention
 
 CHUNK = 16

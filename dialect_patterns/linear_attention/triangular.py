@@ -13,8 +13,8 @@ from __future__ import annotations
 
 from iree.compiler import ir
 
-from ..builder import LETTERS, Builder, spec_of
-from ..scalar import Scalar
+from ..emit.builder import LETTERS, Builder, spec_of
+from ..emit.scalar import Scalar
 
 _BASE = 4
 

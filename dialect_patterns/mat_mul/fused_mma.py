@@ -10,11 +10,11 @@ from collections.abc import Sequence
 
 from iree.compiler import ir
 
-from ..builder import tensor_type
+from ..emit.builder import tensor_type
+from ..emit.scalar import Scalar
+from ..emit.simt_kernel import Group, Kernel, dispatch
 from ..op import LoweringContext
-from ..scalar import Scalar
 from ..select import Legality, No
-from ..simt_kernel import Group, Kernel, dispatch
 from ..target import Target
 from .contract import MatMul
 from .mma_kernel import CHUNK, SIDE, Plan, Product, Size, is_possible, plan_for

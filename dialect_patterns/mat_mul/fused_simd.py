@@ -23,9 +23,9 @@ from collections.abc import Sequence
 
 from iree.compiler import ir
 
-from ..builder import spec_of
-from ..dispatch import Kernel, dispatch
-from ..kernel_text import Index, KernelText
+from ..emit.builder import spec_of
+from ..emit.dispatch import Kernel, dispatch
+from ..emit.kernel_text import Index, KernelText
 from ..machines import for_machines
 from ..node import Dim, TensorSpec
 from ..op import LoweringContext, weight_symbol

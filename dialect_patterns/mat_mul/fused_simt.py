@@ -22,11 +22,11 @@ from dataclasses import dataclass
 
 from iree.compiler import ir
 
-from ..builder import tensor_type
+from ..emit.builder import tensor_type
+from ..emit.scalar import Scalar
+from ..emit.simt_kernel import Buffer, Group, Kernel, dispatch
 from ..op import LoweringContext
-from ..scalar import Scalar
 from ..select import Legality, No, Yes
-from ..simt_kernel import Buffer, Group, Kernel, dispatch
 from ..target import Target
 from .contract import MatMul
 

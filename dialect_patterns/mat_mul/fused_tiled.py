@@ -15,13 +15,13 @@ from __future__ import annotations
 
 from iree.compiler import ir
 
-from ..builder import Size, tensor_type
+from ..emit.builder import Size, tensor_type
+from ..emit.scalar import Scalar
+from ..emit.simt_kernel import Buffer, Group, Kernel, dispatch
+from ..emit.tiled_product import CHUNKS, DEPTH, STRIDE, VECTOR, TiledProduct, places, plan_for
 from ..op import LoweringContext
-from ..scalar import Scalar
 from ..select import Legality, No, Yes
-from ..simt_kernel import Buffer, Group, Kernel, dispatch
 from ..target import Target
-from ..tiled_product import CHUNKS, DEPTH, STRIDE, VECTOR, TiledProduct, places, plan_for
 from .contract import MatMul
 
 

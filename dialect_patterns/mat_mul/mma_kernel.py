@@ -19,9 +19,9 @@ from typing import Protocol
 
 from iree.compiler import ir
 
-from ..scalar import Scalar
+from ..emit.scalar import Scalar
+from ..emit.simt_kernel import Kernel
 from ..select import Legality, No, Yes
-from ..simt_kernel import Kernel
 from ..target import Target
 
 SIDE = 16

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..kernel_text import Index, KernelText
+from ..emit.kernel_text import Index, KernelText
 from .simd_plan import Plan
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..kernel_text import Index, KernelText
+from ..emit.kernel_text import Index, KernelText
 from ..target import Target
 
 

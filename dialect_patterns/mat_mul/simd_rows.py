@@ -8,7 +8,7 @@ often than not, and would share a few lines of the first-level cache.
 
 from __future__ import annotations
 
-from ..kernel_text import Index, KernelText
+from ..emit.kernel_text import Index, KernelText
 from .simd_plan import Plan
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..hybrid.checks import float_input, only_attributes, require_dtype, require_shape
+from ..checks import float_input, only_attributes, require_dtype, require_shape
 from ..node import FLOATS, Dim, Node, TensorSpec
 
 WORD = 32

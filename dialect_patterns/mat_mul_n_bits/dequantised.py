@@ -24,9 +24,9 @@ import numpy as np
 from iree.compiler import ir
 from iree.compiler.dialects import arith
 
-from ..builder import Builder, tensor_type
+from ..emit.builder import Builder, tensor_type
+from ..emit.scalar import Scalar
 from ..op import LoweringContext
-from ..scalar import Scalar
 from ..select import Legality, Yes
 from ..target import Target
 from .contract import WORD, MatMulNBits

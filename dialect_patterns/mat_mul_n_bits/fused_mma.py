@@ -18,12 +18,12 @@ from collections.abc import Sequence
 
 from iree.compiler import ir
 
-from ..builder import tensor_type
+from ..emit.builder import tensor_type
+from ..emit.scalar import Scalar
+from ..emit.simt_kernel import Group, Kernel, dispatch
 from ..mat_mul.mma_kernel import CHUNK, SIDE, VECTOR, Plan, Product, Size, is_possible, plan_for
 from ..op import LoweringContext
-from ..scalar import Scalar
 from ..select import Legality, No
-from ..simt_kernel import Group, Kernel, dispatch
 from ..target import Target
 from .contract import MatMulNBits
 from .operands import Operands

@@ -22,8 +22,8 @@ from collections.abc import Sequence
 
 from iree.compiler import ir
 
-from ..dispatch import Kernel, dispatch
-from ..kernel_text import Index, KernelText
+from ..emit.dispatch import Kernel, dispatch
+from ..emit.kernel_text import Index, KernelText
 from ..machines import for_machines
 from ..node import TensorSpec
 from ..op import LoweringContext

@@ -22,11 +22,11 @@ from dataclasses import dataclass, replace
 
 from iree.compiler import ir
 
-from ..builder import spec_of, tensor_type
+from ..emit.builder import spec_of, tensor_type
+from ..emit.scalar import Scalar
+from ..emit.simt_kernel import Buffer, Group, Kernel, dispatch
 from ..op import LoweringContext
-from ..scalar import Scalar
 from ..select import Legality, No
-from ..simt_kernel import Buffer, Group, Kernel, dispatch
 from ..target import Target
 from .contract import MatMulNBits
 from .operands import Operands

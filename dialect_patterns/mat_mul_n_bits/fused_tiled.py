@@ -16,13 +16,13 @@ from __future__ import annotations
 
 from iree.compiler import ir
 
-from ..builder import spec_of, tensor_type
+from ..emit.builder import spec_of, tensor_type
+from ..emit.scalar import Scalar
+from ..emit.simt_kernel import Group, Kernel, dispatch
+from ..emit.tiled_product import DEPTH, STRIDE, VECTOR, Plan, TiledProduct, places, plan_for
 from ..op import LoweringContext
-from ..scalar import Scalar
 from ..select import Legality, No
-from ..simt_kernel import Group, Kernel, dispatch
 from ..target import Target
-from ..tiled_product import DEPTH, STRIDE, VECTOR, Plan, TiledProduct, places, plan_for
 from .contract import MatMulNBits
 from .operands import Operands
 from .rounded_simt import emit_a

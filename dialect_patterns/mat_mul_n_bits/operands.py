@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from iree.compiler import ir
 
-from ..builder import Builder, spec_of, tensor_type
+from ..emit.builder import Builder, spec_of, tensor_type
 from ..node import TensorSpec
 from .contract import MatMulNBits
 

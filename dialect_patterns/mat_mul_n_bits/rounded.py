@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from iree.compiler import ir
 
-from ..builder import Builder, spec_of
-from ..scalar import Scalar
+from ..emit.builder import Builder, spec_of
+from ..emit.scalar import Scalar
 from .contract import INT8_MAX, MatMulNBits
 
 

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from iree.compiler import ir
 from iree.compiler.dialects import arith
 
-from ..builder import Builder, spec_of, tensor_type
-from ..scalar import Scalar
-from ..simt_kernel import Buffer, Group, Kernel, dispatch
+from ..emit.builder import Builder, spec_of, tensor_type
+from ..emit.scalar import Scalar
+from ..emit.simt_kernel import Buffer, Group, Kernel, dispatch
 from .contract import INT8_MAX, MatMulNBits
 
 _VECTOR = 4

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..kernel_text import Index, KernelText, vector_type
+from ..emit.kernel_text import Index, KernelText, vector_type
 from .contract import MatMulNBits
 from .simd_plan import CHUNK, Plan
 

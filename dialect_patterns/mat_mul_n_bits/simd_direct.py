@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..kernel_text import Index, KernelText, vector_type
+from ..emit.kernel_text import Index, KernelText, vector_type
 from .contract import MatMulNBits
 from .simd_columns import Columns
 from .simd_edges import Edges

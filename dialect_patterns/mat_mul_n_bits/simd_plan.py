@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..emit.workers import slowest_share
 from ..target import Target
-from ..workers import slowest_share
 from .contract import MatMulNBits
 from .simd_dot import DotInstruction, dot_instruction
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from ..kernel_text import Index, KernelText, vector_type
+from ..emit.kernel_text import Index, KernelText, vector_type
 from ..node import Dim, TensorSpec
 from .contract import INT8_MAX, MatMulNBits
 from .simd_plan import Plan, groups

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from iree.compiler import ir
 from iree.compiler.dialects import arith
 
-from ..builder import tensor_type
-from ..scalar import Scalar
+from ..emit.builder import tensor_type
+from ..emit.scalar import Scalar
+from ..emit.simt_kernel import Kernel
 from ..select import Legality, No, Yes
-from ..simt_kernel import Kernel
 from .contract import WORD, MatMulNBits
 from .operands import Operands
 

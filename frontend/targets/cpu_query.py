@@ -11,7 +11,7 @@ from iree.compiler import ir
 from iree.compiler.api import Invocation, Session
 from linattn.runtime.cpu import INSTRUCTION_SETS
 
-from ..iree import execute
+from ..lower.iree import execute
 
 DEVICE_FLAGS = ("--iree-hal-target-device=local", "--iree-hal-local-target-device-backends=llvm-cpu")
 

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import onnx
 import pytest
-from linattn.frontend import CompileOptions, compile_model, isolated
+from linattn.frontend import CompileOptions, compile_model
 from linattn.frontend.cli import main
 from linattn.frontend.compile import compile_model as compile_here
-from linattn.frontend.isolated import compile_bundle, run_isolated
-from linattn.frontend.report import Progress, module_progress
+from linattn.frontend.plan.report import Progress, module_progress
+from linattn.frontend.process import isolated
+from linattn.frontend.process.isolated import compile_bundle, run_isolated
 from linattn.runtime.errors import InputError, LinattnError, LoweringError, TargetError
 from onnx import helper
 
@@ -201,11 +202,11 @@ def test_an_unguarded_script(tmp_path: Path) -> None:
 KILLED = """
 import sys, time
 from linattn.frontend import compile_model
-from linattn.frontend.report import Progress
+from linattn.frontend.plan.report import Progress
 class Stream:
     def write(self, text):
         if "generate" in text:
-            from linattn.frontend import isolated
+            from linattn.frontend.process import isolated
             print(isolated._worker.process.pid, flush=True)
     def flush(self): pass
 compile_model(sys.argv[1], output=sys.argv[2], progress=Progress(6, Stream()))

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 from linattn.frontend.compile import CompileOptions, compile_model
-from linattn.frontend.executables import type_bytes
+from linattn.frontend.lower.executables import type_bytes
 from linattn.frontend.targets import TARGETS, CompileTarget, TargetOptions, cuda, vulkan
 from linattn.runtime.errors import LoweringError
 from onnx import TensorProto, helper, numpy_helper
@@ -73,7 +73,7 @@ def test_what_breaks_a_limit_is_refused(name: str, limit: str, monkeypatch: pyte
     module = {"cuda": cuda, "vulkan": vulkan}[name]
     monkeypatch.setitem(TARGETS, name, lambda options: stricter(module.resolve(options), **{limit: value}))
     if limit == "bindings":  # joined for another driver than the one that is checked
-        monkeypatch.setattr("linattn.frontend.joined_products.most_products", lambda target: 4)
+        monkeypatch.setattr("linattn.frontend.graph.join_products.most_products", lambda target: 4)
         monkeypatch.setattr("linattn.dialect_patterns.mat_mul.joined.most_products", lambda target: 4)
     with pytest.raises(LoweringError) as error:
         compile_model(model(4), CompileOptions(target=name))

@@ -6,7 +6,7 @@ from typing import Any
 
 import onnx
 import pytest
-from linattn.frontend.onnx_backend import LinattnBackend
+from linattn.frontend.lower.onnx_backend import LinattnBackend
 from linattn.runtime.errors import UnsupportedModelError
 from onnx.backend.test.loader import load_model_tests
 from onnx.backend.test.runner import Runner

@@ -8,8 +8,9 @@ from functools import cache
 import numpy as np
 import onnxruntime
 import pytest
-from linattn.frontend import CompileOptions, last_position
+from linattn.frontend import CompileOptions
 from linattn.frontend.compile import compile_model  # in this process, where a limit can be patched
+from linattn.frontend.graph import last_position
 from linattn.runtime import Program, Session
 from linattn.runtime.binding import Sizes
 from linattn.runtime.program import block_inputs, complete_inputs

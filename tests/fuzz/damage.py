@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 from linattn.dialect_patterns.registry import OPS
-from linattn.frontend.schema import IMPORTER_OPS
+from linattn.frontend.graph.schema import IMPORTER_OPS
 from onnx import helper, numpy_helper
 
 SIZES = [

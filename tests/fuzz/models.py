@@ -10,7 +10,7 @@ from pathlib import Path
 import onnx
 from damage import damage_bytes, damage_graph
 from linattn.frontend.compile import CompileOptions, compile_model
-from linattn.frontend.iree import Compiler
+from linattn.frontend.lower.iree import Compiler
 
 from samples.tiny_hybrid import build
 

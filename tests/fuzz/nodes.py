@@ -9,7 +9,7 @@ from pathlib import Path
 import onnx
 from damage import damage_bytes, damage_graph
 from linattn.frontend import CompileOptions, compile_model
-from linattn.frontend.schema import is_supported
+from linattn.frontend.graph.schema import is_supported
 from onnx.backend.test.loader import load_model_tests
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"

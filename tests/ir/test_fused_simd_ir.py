@@ -9,9 +9,9 @@ import pytest
 from data import Shape, causal_conv, linear_attention
 from harness import lowered, module_text, node_for
 from iree.compiler import ir
-from linattn.dialect_patterns.builder import Builder
 from linattn.dialect_patterns.causal_conv import contract as conv_contract
 from linattn.dialect_patterns.causal_conv import fused_simd as conv_fused
+from linattn.dialect_patterns.emit.builder import Builder
 from linattn.dialect_patterns.linear_attention import contract as attention_contract
 from linattn.dialect_patterns.linear_attention import fused_simd
 from linattn.dialect_patterns.op import MICROSOFT, LoweringContext, LoweringOptions

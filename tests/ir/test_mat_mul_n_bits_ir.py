@@ -6,7 +6,7 @@ import pytest
 from harness import TARGETS, compile_module, lowered, module_text, node_for
 from iree.compiler import ir
 from iree.compiler.api import Session
-from linattn.dialect_patterns.builder import Builder
+from linattn.dialect_patterns.emit.builder import Builder
 from linattn.dialect_patterns.mat_mul_n_bits.contract import MatMulNBits, output_types
 from linattn.dialect_patterns.mat_mul_n_bits.op import choose, parse
 from linattn.dialect_patterns.mat_mul_n_bits.simd_plan import plan

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from data import DATA, HARD_DATA, Shape, linear_attention
-from linattn.dialect_patterns import simt_kernel
+from linattn.dialect_patterns.emit import simt_kernel
 from linattn.dialect_patterns.linear_attention.reference import reference
 from linattn.dialect_patterns.op import MICROSOFT, LoweringOptions
 from state_ops import run

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from harness import TARGETS, node_for, run_op, spec
-from linattn.dialect_patterns import tiled_product
+from linattn.dialect_patterns.emit import tiled_product
 from linattn.dialect_patterns.mat_mul import fused_mma, fused_simt
 from linattn.dialect_patterns.mat_mul.contract import MatMul, parse
 from linattn.dialect_patterns.mat_mul.op import choose

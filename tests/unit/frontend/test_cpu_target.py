@@ -13,7 +13,7 @@ from iree.compiler import ir
 from iree.compiler.api import Invocation, Session
 from linattn.dialect_patterns.mat_mul_n_bits.simd_dot import dot_instruction
 from linattn.frontend import CompileOptions, compile_model
-from linattn.frontend.iree import execute
+from linattn.frontend.lower.iree import execute
 from linattn.frontend.targets import TargetOptions, cpu_query, resolve_target
 from linattn.frontend.targets.cpu_levels import LEVELS
 from linattn.frontend.targets.cpu_names import CPUS, FEATURES

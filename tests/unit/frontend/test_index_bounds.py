@@ -10,8 +10,8 @@ import onnxruntime
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from linattn.frontend.index_bounds import index_bounds
-from linattn.frontend.specialize import specialize
+from linattn.frontend.graph.index_bounds import index_bounds
+from linattn.frontend.graph.specialize import specialize
 from onnx import TensorProto, helper
 
 Node = tuple[str, list[Any], str, dict[str, Any]]

@@ -9,9 +9,9 @@ import onnx
 import pytest
 from linattn.dialect_patterns.op import LoweringOptions
 from linattn.dialect_patterns.target import Limits, Target
-from linattn.frontend.joined_products import join_products
-from linattn.frontend.schema import infer_types
-from linattn.frontend.specialize import SpecializedGraph
+from linattn.frontend.graph.join_products import join_products
+from linattn.frontend.graph.schema import infer_types
+from linattn.frontend.graph.specialize import SpecializedGraph
 from onnx import TensorProto, helper, numpy_helper
 
 GPU = Target("vulkan", is_gpu=True, subgroup_size=32)

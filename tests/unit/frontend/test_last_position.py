@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from linattn.frontend import last_position
-from linattn.frontend.last_position import keep_last
-from linattn.frontend.schema import infer_types
-from linattn.frontend.specialize import SpecializedGraph
+from linattn.frontend.graph import last_position
+from linattn.frontend.graph.last_position import keep_last
+from linattn.frontend.graph.schema import infer_types
+from linattn.frontend.graph.specialize import SpecializedGraph
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 

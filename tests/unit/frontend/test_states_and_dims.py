@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import onnx
 import pytest
-from linattn.frontend.dims import evaluate, find_roles
-from linattn.frontend.schema import infer_types
-from linattn.frontend.specialize import specialize
-from linattn.frontend.state_names import Pairing
-from linattn.frontend.states import find_states
+from linattn.frontend.graph.schema import infer_types
+from linattn.frontend.graph.specialize import specialize
+from linattn.frontend.graph.state_names import Pairing
+from linattn.frontend.graph.states import find_states
+from linattn.frontend.plan.dims import evaluate, find_roles
 from linattn.runtime.errors import UnsupportedModelError
 
 from samples.tiny_hybrid import build

@@ -1,0 +1,1 @@
+"""Attention (ai.onnx) and GroupQueryAttention (com.microsoft): contracts and strategies."""

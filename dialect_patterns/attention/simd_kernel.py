@@ -1,0 +1,320 @@
+"""The body of strategy ``fused_simd`` of softmax attention: some query rows of one key head, over the keys they see.
+
+Rows m = t * G + g of a key head are its G query heads at each token, so one pass over keys and values serves a group.
+
+    for each 64 keys from the first to the last that a row sees:
+      s[r, j] = q[r] . k[j]                                  rows x 2 keys in registers, vectors along the head
+      s = softcap(s) + bias, -inf where hidden; m' = max(m, s); p = exp(s - m'); l = l exp(m - m') + sum p
+      y[r, :] = y[r, :] exp(m - m') + p[r, j] v[j, :]        rows x 2 vectors, 8 keys at a time
+    y / l
+
+Keys past the last one are read as the last one and weigh nothing, so neither the rest of a cache's capacity nor memory
+behind it is ever read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ..emit.kernel_text import Index, KernelText, vector_type
+
+KEYS = 64
+"""Keys of a pass."""
+_KEYS_OF_SCORES = 2
+_KEYS_OF_VALUES = 8
+_LOWEST = -3.4028234663852886e38  # the lowest finite f32
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes of one kernel.
+
+    Attributes:
+        tokens: T.
+        group: G, query heads of a key head.
+        kv_heads: Hkv.
+        dk: Size of a query or key head.
+        dv: Size of a value head.
+        rows: Query rows of a workgroup.
+        lanes: Lanes of a vector, a divisor of dk and dv.
+        scale: Factor on q . k.
+        softcap: c in c * tanh(s / c), 0 for none.
+        left: How many keys before its own position a query sees, None for all.
+        right: How many after it, None for all.
+        first: Position of the first query where it is known, None if it comes in memory.
+        has_limit: Whether a limit on the keys comes in memory.
+        bias_dims: For batch, query head and token whether the bias has that dimension; None without a bias.
+    """
+
+    tokens: int
+    group: int
+    kv_heads: int
+    dk: int
+    dv: int
+    rows: int
+    lanes: int
+    scale: float
+    softcap: float
+    left: int | None
+    right: int | None
+    first: int | None
+    has_limit: bool
+    bias_dims: tuple[bool, bool, bool] | None
+
+    @property
+    def needs_first(self) -> bool:
+        """Whether the position of the first query is read."""
+        return self.first is None and (self.left is not None or self.right is not None)
+
+    @property
+    def tiles(self) -> int:
+        """Workgroups of a key head."""
+        return -(-self.tokens * self.group // self.rows)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One query row: its token and query head, and the keys it sees, all indices."""
+
+    token: Index
+    head: Index
+    low: str
+    high: str
+
+
+class Body:
+    """Writes the body; q [B, T, Hq * dk], k [B, Hkv, S, dk], v [B, Hkv, S, dv], y [B, T, Hq * dv]."""
+
+    def __init__(self, k: KernelText, p: Plan, keys: Index, memrefs: Sequence[str]) -> None:
+        self.k, self.p, self.keys = k, p, keys
+        given = iter(memrefs)
+        self.q, self.key, self.value = next(given), next(given), next(given)
+        self.first = next(given) if p.needs_first else None
+        self.limit = next(given) if p.has_limit else None
+        self.bias = next(given) if p.bias_dims is not None else None
+        self.y = next(given)
+        self.queries = k.alloca([p.rows, p.dk])
+        self.scores = k.alloca([p.rows, KEYS])
+        self.sums = k.alloca([p.rows, p.dv])
+        self.tile = k.op("hal.interface.workgroup.id[0] : index", "index")
+        group = k.op("hal.interface.workgroup.id[1] : index", "index")
+        self.batch, self.head = k.div(group, p.kv_heads), k.rem(group, p.kv_heads)
+        steps = ", ".join(map(str, range(p.lanes)))
+        self.steps = k.op(f"arith.constant dense<[{steps}]> : vector<{p.lanes}xi32>", f"vector<{p.lanes}xi32>")
+
+    # ---- which keys ------------------------------------------------------------------------------------------------
+    def _signed(self, name: str, a: Index, b: Index) -> str:
+        k = self.k
+        return k.op(f"arith.{name} {k.index(a)}, {k.index(b)} : index", "index")
+
+    def _bound(self, memref: str) -> str:
+        """A bound of this batch row, an index."""
+        k = self.k
+        value = k.op(f"memref.load {memref}[{k.index(self.batch)}] : {k.types[memref]}", "i32")
+        return k.op(f"arith.index_cast {value} : i32 to index", "index")
+
+    def _rows(self) -> list[_Row]:
+        k, p = self.k, self.p
+        last = p.tokens * p.group - 1
+        start = k.mul(self.tile, p.rows)
+        end = k.index(self.keys)
+        if self.limit is not None:
+            end = self._signed("maxsi", self._signed("minsi", end, self._bound(self.limit)), 0)
+        first: Index | None = self._bound(self.first) if self.first is not None else p.first
+        rows: list[_Row] = []
+        for i in range(p.rows):
+            m = k.minimum(k.add(start, i), last)
+            token = k.div(m, p.group)
+            head = k.add(k.mul(self.head, p.group), k.rem(m, p.group))
+            low, high = k.index(0), end
+            if p.left is not None or p.right is not None:
+                assert first is not None
+                own = k.add(first, token)
+                if p.left is not None:
+                    low = self._signed("maxsi", k.sub(own, p.left), 0)
+                if p.right is not None:
+                    high = self._signed("maxsi", self._signed("minsi", end, k.add(own, p.right + 1)), 0)
+            rows.append(_Row(token, head, low, high))
+        return rows
+
+    # ---- the whole -------------------------------------------------------------------------------------------------
+    def write(self) -> None:
+        """The whole body."""
+        k, p = self.k, self.p
+        rows = self._rows()
+        zero = k.constant(0.0, vector_type(p.lanes))
+        scale = k.constant(p.scale, vector_type(p.lanes))
+
+        def read(at: Index) -> None:
+            for i, row in enumerate(rows):
+                place = k.add(k.mul(row.head, p.dk), at)
+                k.store(k.mulf(k.load(self.q, [self.batch, row.token, place], p.lanes), scale), self.queries, [i, at])
+
+        def clear(at: Index) -> None:
+            for i in range(p.rows):
+                k.store(zero, self.sums, [i, at])
+
+        self._each(p.dk, p.lanes, read)
+        self._each(p.dv, p.lanes, clear)
+        highest, total = k.constant(_LOWEST, "f32"), k.constant(0.0, "f32")
+        low, high = rows[0].low, rows[-1].high
+
+        def keys(start: str, carried: list[str]) -> list[str]:
+            count = k.minimum(k.sub(high, start), KEYS)
+            last = k.sub(high, 1)
+            self._products(start, count, last)
+            state: list[str] = []
+            for i, row in enumerate(rows):
+                state += self._soften(i, row, start, carried[2 * i], carried[2 * i + 1])
+            self._mix(start, count, last)
+            return state
+
+        state = k.loop(high, [highest, total] * p.rows, keys, start=low, step=KEYS)
+
+        def finish(at: Index) -> None:
+            for i, row in enumerate(rows):
+                # A row that sees a key has a sum of at least 1 (its maximum): the bound only turns 0 / 0 into 0.
+                divisor = k.splat(k.maxf(state[2 * i + 1], k.constant(0.5, "f32")), p.lanes)
+                result = k.divf(k.load(self.sums, [i, at], p.lanes), divisor)
+                k.store(result, self.y, [self.batch, row.token, k.add(k.mul(row.head, p.dv), at)])
+
+        self._each(p.dv, p.lanes, finish)
+
+    def _each(self, stop: Index, step: int, body: Callable[[Index], None]) -> None:
+        def once(index: str, _: list[str]) -> list[str]:
+            body(index)
+            return []
+
+        self.k.loop(stop, [], once, step=step)
+
+    def _row_tiles(self) -> list[range]:
+        """Four rows at a time."""
+        return [range(i, min(i + 4, self.p.rows)) for i in range(0, self.p.rows, 4)]
+
+    # ---- the three steps of a pass ---------------------------------------------------------------------------------
+    def _products(self, start: str, count: Index, last: Index) -> None:
+        """The scores of some keys without anything done to them."""
+        k, p = self.k, self.p
+        zero = k.constant(0.0, vector_type(p.lanes))
+
+        def pair(j: Index) -> None:
+            at = [k.minimum(k.add(k.add(start, j), u), last) for u in range(_KEYS_OF_SCORES)]
+            for tile in self._row_tiles():
+
+                def step(c: str, sums: list[str], tile: range = tile) -> list[str]:
+                    keys = [k.load(self.key, [self.batch, self.head, s, c], p.lanes) for s in at]
+                    queries = [k.load(self.queries, [i, c], p.lanes) for i in tile]
+                    pairs = [(q, key) for q in queries for key in keys]
+                    return [k.fma(q, key, acc) for (q, key), acc in zip(pairs, sums, strict=True)]
+
+                sums = k.loop(p.dk, [zero] * (len(tile) * len(at)), step, step=p.lanes)
+                totals = iter(k.sum_lanes(sums))
+                for i in tile:
+                    for u in range(len(at)):
+                        k.store(next(totals), self.scores, [i, k.add(j, u)])
+
+        self._each(count, _KEYS_OF_SCORES, pair)
+
+    def _soften(self, i: int, row: _Row, start: str, highest: str, total: str) -> list[str]:
+        """Scores of a row to weights; the sums so far to the new maximum. Returns maximum and total."""
+        k, p = self.k, self.p
+        lanes, vector = p.lanes, vector_type(p.lanes)
+        infinity = k.constant(float("-inf"), vector)
+        low, high = (self._splat_i32(bound) for bound in (row.low, row.high))
+        origin = k.op(f"arith.index_cast {start} : index to i32", "i32")
+
+        def visible(j: Index, value: str) -> str:
+            index = k.op(f"arith.index_cast {k.index(j)} : index to i32", "i32")
+            base = k.op(f"arith.addi {origin}, {index} : i32", "i32")
+            ints, mask = f"vector<{lanes}xi32>", f"vector<{lanes}xi1>"
+            key = k.op(f"arith.addi {self._splat(base)}, {self.steps} : {ints}", ints)
+            before = k.op(f"arith.cmpi slt, {key}, {high} : {ints}", mask)
+            if p.left is not None:
+                after = k.op(f"arith.cmpi sge, {key}, {low} : {ints}", mask)
+                before = k.op(f"arith.andi {before}, {after} : {mask}", mask)
+            return k.op(f"arith.select {before}, {value}, {infinity} : {mask}, {vector}", vector)
+
+        def score(j: str, carried: list[str]) -> list[str]:
+            value = k.load(self.scores, [i, j], lanes)
+            if p.softcap:
+                value = self._capped(value)
+            if self.bias is not None:
+                value = k.addf(value, self._bias(row, k.add(start, j)))
+            value = visible(j, value)
+            k.store(value, self.scores, [i, j])
+            return [k.maxf(carried[0], value)]
+
+        lowest = k.constant(_LOWEST, vector)
+        (peaks,) = k.loop(KEYS, [lowest], score, step=lanes)
+        peak = k.maxf(highest, k.op(f"vector.reduction <maximumf>, {peaks} : {vector} into f32", "f32"))
+        factor = k.exp(k.subf(highest, peak))
+        offset = k.splat(peak, lanes)
+
+        def weigh(j: str, carried: list[str]) -> list[str]:
+            weight = k.exp(k.subf(k.load(self.scores, [i, j], lanes), offset))
+            k.store(weight, self.scores, [i, j])
+            return [k.addf(carried[0], weight)]
+
+        (weights,) = k.loop(KEYS, [k.constant(0.0, vector)], weigh, step=lanes)
+        total = k.fma(total, factor, k.op(f"vector.reduction <add>, {weights} : {vector} into f32", "f32"))
+        factors = k.splat(factor, lanes)
+        self._each(p.dv, lanes, lambda c: k.store(k.mulf(k.load(self.sums, [i, c], lanes), factors), self.sums, [i, c]))
+        return [peak, total]
+
+    def _mix(self, start: str, count: Index, last: Index) -> None:
+        """Add the values, weighed."""
+        k, p = self.k, self.p
+        vectors = 2 if p.dv // p.lanes % 2 == 0 else 1
+
+        def some(j: Index) -> None:
+            at = [k.minimum(k.add(k.add(start, j), u), last) for u in range(_KEYS_OF_VALUES)]
+            for tile in self._row_tiles():
+                weights = {(i, u): k.load(self.scores, [i, k.add(j, u)]) for i in tile for u in range(len(at))}
+
+                def columns(c: Index, tile: range = tile, weights: dict[tuple[int, int], str] = weights) -> None:
+                    places = [(i, k.add(c, v * p.lanes)) for i in tile for v in range(vectors)]
+                    sums = [k.load(self.sums, list(place), p.lanes) for place in places]
+                    for u, s in enumerate(at):
+                        values = [
+                            k.load(self.value, [self.batch, self.head, s, k.add(c, v * p.lanes)], p.lanes)
+                            for v in range(vectors)
+                        ]
+                        for n, (i, _) in enumerate(places):
+                            sums[n] = k.fma(weights[i, u], values[n % vectors], sums[n])
+                    for place, value in zip(places, sums, strict=True):
+                        k.store(value, self.sums, list(place))
+
+                self._each(p.dv, vectors * p.lanes, columns)
+
+        self._each(count, _KEYS_OF_VALUES, some)
+
+    # ---- parts of a score ------------------------------------------------------------------------------------------
+    def _capped(self, value: str) -> str:
+        """The capped value: c * tanh(s / c) = c - 2 c / (1 + exp(2 s / c))."""
+        k, p = self.k, self.p
+        vector = vector_type(p.lanes)
+        cap, twice = k.constant(p.softcap, vector), k.constant(2.0 * p.softcap, vector)
+        power = k.exp(k.mulf(value, k.constant(2.0 / p.softcap, vector)))
+        return k.subf(cap, k.divf(twice, k.addf(k.constant(1.0, vector), power)))
+
+    def _bias(self, row: _Row, key: Index) -> str:
+        """The bias of some keys; those behind the last are read as keys before it, and hidden later."""
+        k, p = self.k, self.p
+        assert self.bias is not None
+        assert p.bias_dims is not None
+        chosen = (self.batch, row.head, row.token)
+        place = [index if has else 0 for index, has in zip(chosen, p.bias_dims, strict=True)]
+        last = k.sub(self.keys, 1)
+        elements = [k.load(self.bias, [*place, k.minimum(k.add(key, lane), last)]) for lane in range(p.lanes)]
+        vector = vector_type(p.lanes)
+        return k.op(f"vector.from_elements {', '.join(elements)} : {vector}", vector)
+
+    def _splat(self, value: str) -> str:
+        """An i32 in all lanes."""
+        ints = f"vector<{self.p.lanes}xi32>"
+        return self.k.op(f"vector.broadcast {value} : i32 to {ints}", ints)
+
+    def _splat_i32(self, index: str) -> str:
+        """An index in all lanes, as i32."""
+        return self._splat(self.k.op(f"arith.index_cast {index} : index to i32", "i32"))

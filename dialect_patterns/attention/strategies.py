@@ -1,0 +1,95 @@
+"""Softmax attention (Attention, GroupQueryAttention): which strategy lowers a node, and lowering with it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from iree.compiler import ir
+
+from ..op import Choice, LoweringContext, LoweringOptions
+from ..select import Legality, No, Strategy, Yes, always, select, wherever_legal
+from ..target import Target
+from .core import AttentionShape, Visibility, emit_attention, join_heads, split_heads
+from .fused_simd import emit_attention_fused_simd
+from .fused_simd import is_legal as simd_is_legal
+from .fused_simt import emit_attention_fused_simt
+from .fused_simt import is_legal as simt_is_legal
+from .simt_tiles import emit_attention_fused_simt_tiles
+from .simt_tiles import is_legal as tiles_is_legal
+
+
+def _tiles_are_preferred(shape: AttentionShape, target: Target, options: LoweringOptions) -> Legality:
+    """Unless IREE has matrix units for the products; see ``attention_simt_tiles`` for the times."""
+    del options
+    if target.matrix_units and shape.dtype != "f32":
+        return No("IREE's products on the matrix units are faster over a long cache")
+    return Yes("one kernel over tiles of the keys that are seen")
+
+
+STRATEGIES = (
+    Strategy("fused_simd", simd_is_legal, wherever_legal("one kernel over the keys that are seen")),
+    Strategy("fused_simt", simt_is_legal, wherever_legal("two kernels over the filled rows")),
+    Strategy("fused_simt_tiles", tiles_is_legal, _tiles_are_preferred),
+    Strategy("linalg", always, wherever_legal("portable, over all rows")),
+)
+
+
+def choose(shape: AttentionShape, where: str, target: Target) -> Choice:
+    """The strategy for a node; what is forced for the state operators says nothing here."""
+    heads = shape.heads
+    choice = select(STRATEGIES, shape, target, LoweringOptions(), where)
+    return replace(choice, rule="softmax", heads=f"{heads.q}/{heads.kv} x {heads.dk}x{heads.dv}")
+
+
+def emit_softmax_attention(
+    context: LoweringContext,
+    shape: AttentionShape,
+    where: str,
+    q: ir.Value,
+    k: ir.Value,
+    v: ir.Value,
+    *,
+    scale: float,
+    softcap: float,
+    visibility: Visibility,
+    mask: ir.Value | None,
+    flat: bool = True,
+) -> ir.Value:
+    """Attention of ``q`` over the visible rows of ``k`` and ``v`` with the chosen strategy.
+
+    Args:
+        context: Builder and target.
+        shape: What the strategy is chosen by.
+        where: The node, as errors name it.
+        q: [B, T, Hq * dk], or [B, Hq, T, dk] if not ``flat``.
+        k: [B, Hkv, S, dk].
+        v: [B, Hkv, S, dv].
+        scale: Factor on q . k.
+        softcap: c in c * tanh(s / c), 0 for none.
+        visibility: Which keys are visible by position.
+        mask: From :func:`~.attention_core.align_mask`, or None.
+        flat: The layout of ``q`` and of the result.
+
+    Returns:
+        [B, T, Hq * dv], or [B, Hq, T, dv]; of the type of ``q``. A query that sees no key gives zeros.
+    """
+    b, target, heads = context.builder, context.target, shape.heads
+    strategy = choose(shape, where, target).strategy
+    if strategy == "fused_simd":
+        y = emit_attention_fused_simd(
+            b, target, q if flat else join_heads(b, q), k, v, heads,
+            scale=scale, softcap=softcap, visibility=visibility, mask=mask,
+        )  # fmt: skip
+        return y if flat else split_heads(b, y, heads.q)
+    q = split_heads(b, q, heads.q) if flat else q
+    if strategy == "fused_simt":
+        y = emit_attention_fused_simt(
+            b, target, q, k, v, first=visibility.first, scale=scale, softcap=softcap, left=visibility.left
+        )
+    elif strategy == "fused_simt_tiles":
+        y = emit_attention_fused_simt_tiles(
+            b, target, q, k, v, first=visibility.first, scale=scale, softcap=softcap, left=visibility.left
+        )
+    else:
+        y = emit_attention(b, q, k, v, heads, scale=scale, softcap=softcap, visibility=visibility, mask=mask)
+    return join_heads(b, y) if flat else y

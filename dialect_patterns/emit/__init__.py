@@ -1,0 +1,1 @@
+"""How kernels are written: builder, kernel text, SIMT kernels, dispatches, scalars."""

@@ -1,1 +1,0 @@
-"""The operators that exporters put around the two state operators, one file an operator."""

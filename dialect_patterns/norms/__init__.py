@@ -1,0 +1,1 @@
+"""The normalisations: RMS, skip and gated RMS, L2 (LpNormalization)."""

@@ -1,0 +1,121 @@
+"""Sum and RMS norm of rows as one GPU kernel, where IREE makes two of it: the norm, and the sum in its own type.
+
+    total = x + skip,  y = total / sqrt(mean(total^2) + epsilon) * gamma       total in f32, rounded where it is stored
+
+    %y, %total = flow.dispatch @rms_fused_simt_...[%rows](%x, %skip, %gamma)
+
+A workgroup has a row; its threads keep their part of it in registers between the sum of squares and the scaling.
+
+Legal: on GPUs with subgroup operations, for static rows whose length 4 divides. Cost: inputs and outputs once.
+"""
+
+from __future__ import annotations
+
+from iree.compiler import ir
+
+from ..emit.builder import Builder, spec_of, tensor_type
+from ..emit.scalar import Scalar
+from ..emit.simt_kernel import MAX_GROUPS, Group, Kernel, dispatch
+from ..select import Legality, No, Yes
+from ..target import Target
+
+_WIDTH = 4
+_MAX_THREADS = 256
+_MAX_LOADS = 8  # of a row, for each thread
+
+
+def is_legal(x: ir.Value, skip: ir.Value, target: Target) -> Legality:
+    """For static rows that a workgroup can hold."""
+    spec = spec_of(x)
+    if not target.subgroup_size:
+        return No(f"{target.name} has no subgroup operations")
+    if None in spec.shape or spec_of(skip).shape != spec.shape:
+        return No(f"{spec} and {spec_of(skip)} are not of one static shape")
+    size = spec.shape[-1] or 0
+    if size % _WIDTH or not 0 < size <= _WIDTH * _MAX_LOADS * _threads(size, target):
+        return No(f"rows of {size}")
+    if not 0 < _rows(x) <= MAX_GROUPS:
+        return No(f"{_rows(x)} rows")
+    return Yes()
+
+
+def _rows(x: ir.Value) -> int:
+    rows = 1
+    for size in spec_of(x).shape[:-1]:
+        rows *= size or 0
+    return rows
+
+
+def _threads(size: int, target: Target) -> int:
+    """As many as there are loads, in whole subgroups."""
+    threads = target.subgroup_size
+    while 2 * threads <= min(_MAX_THREADS, target.max_threads) and threads * _WIDTH < size:
+        threads *= 2
+    return threads
+
+
+def emit_rms_fused_simt(
+    b: Builder, target: Target, x: ir.Value, skip: ir.Value, gamma: ir.Value, epsilon: float, *, with_sum: bool
+) -> list[ir.Value]:
+    """The norm of ``x + skip``, and that sum if it is wanted; both of the type of ``x``."""
+    shape, dtype = [size or 0 for size in spec_of(x).shape], spec_of(x).dtype
+    threads, rows = _threads(shape[-1], target), _rows(x)
+
+    def body(k: Kernel) -> None:
+        _emit(k, rows, shape[-1], dtype, epsilon, with_sum)
+
+    factor = epsilon.hex().replace(".", "p").replace("-", "m").replace("+", "")
+    name = f"rms_fused_simt_{dtype}_{rows}x{shape[-1]}_{factor}_g{target.subgroup_size}" + ("_sum" if with_sum else "")
+    outputs: list[tuple[ir.RankedTensorType, list[ir.Value]]] = [
+        (tensor_type(shape, dtype), []) for _ in range(1 + with_sum)
+    ]
+    return dispatch(name, Group(threads, target.subgroup_size), 1, b.index(rows), [], [x, skip, gamma], outputs, body)
+
+
+def _emit(k: Kernel, rows: int, size: int, dtype: str, epsilon: float, with_sum: bool) -> None:
+    vectors, threads = size // _WIDTH, k.group.threads
+    all_of_it, row_of_it = (Scalar.constant(n, "index") for n in (rows * vectors, vectors))
+    x, skip = k.buffer(0, dtype, all_of_it, _WIDTH), k.buffer(1, dtype, all_of_it, _WIDTH)
+    gamma, y = k.buffer(2, dtype, row_of_it, _WIDTH), k.buffer(3, dtype, all_of_it, _WIDTH)
+    total = k.buffer(4, dtype, all_of_it, _WIDTH) if with_sum else None
+    start, thread = k.item() * vectors, k.thread()
+    sums, places, squares = list[ir.Value](), list[tuple[Scalar, Scalar]](), k.constant(0.0, _WIDTH)
+    for first in range(0, vectors, threads):
+        place = thread + first
+        inside, place = place < vectors, place.minimum(vectors - 1)
+        value = k.add(k.widen(x, k.load(x, start + place)), k.widen(skip, k.load(skip, start + place)))
+        counted = value if first + threads <= vectors else k.select(inside, value, k.constant(0.0, _WIDTH))
+        squares = k.fma(counted, counted, squares)
+        sums.append(value)
+        places.append((inside, place))
+    one, two, three, four = k.elements(squares)
+    mean = k.mul(_over_workgroup(k, k.add(k.add(one, two), k.add(three, four))), k.constant(1.0 / size))
+    factor = k.splat(k.rsqrt(k.add(mean, k.constant(epsilon))), _WIDTH)
+    for value, (inside, place) in zip(sums, places, strict=True):
+
+        def write(value: ir.Value = value, place: Scalar = place) -> None:
+            weight = k.widen(gamma, k.load(gamma, place))
+            k.store(k.mul(k.mul(value, factor), weight), y, start + place)
+            if total is not None:
+                k.store(value, total, start + place)
+
+        k.when(inside, write)
+
+
+def _over_workgroup(k: Kernel, value: ir.Value) -> ir.Value:
+    """The sum of a value over all threads."""
+    offset, subgroup = 1, k.group.subgroup
+    while offset < subgroup:
+        value = k.add(value, k.shuffle_xor(value, offset))
+        offset *= 2
+    count = k.group.threads // subgroup
+    if count == 1:
+        return value
+    scratch = k.shared(count)
+    place, lane = k.thread().divide_unsigned(subgroup)
+    k.when(lane.equals(0), lambda: k.store(value, scratch, place))
+    k.barrier()
+    found = [k.load(scratch, Scalar.constant(i, "index")) for i in range(count)]
+    while len(found) > 1:
+        found = [k.add(found[i], found[i + 1]) for i in range(0, len(found), 2)]
+    return found[0]

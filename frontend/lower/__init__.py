@@ -1,0 +1,1 @@
+"""From the specialised graph through MLIR and IREE to executables and parameters."""

@@ -1,0 +1,188 @@
+"""Runs IREE's compiler in this process: passes, code generation, and its diagnostics as one line."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import os
+import re
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from iree.compiler import ir
+from iree.compiler.api import Invocation, Output, Session, ctypes_dl
+from iree.compiler.passmanager import PassManager
+from linattn.runtime.errors import LoweringError
+from linattn.runtime.manifest import REFLECTION_KEY, Manifest
+from linattn.runtime.owned import never_free
+
+from ..targets import CompileTarget
+from .cpu_variants import add_conditions, load_before_asking
+from .device_needs import device_needs
+from .dispatch_limits import DispatchLimits
+from .dispatches import attach_dispatches
+from .executables import state_spirv_versions
+from .reflection import set_reflection
+
+_TORCH_PIPELINE = "builtin.module(func.func(convert-torch-onnx-to-torch),torch-to-iree{externalize-transients=%s})"
+_NAMED = re.compile(r'loc\("([^"]*)"')
+
+
+def execute(invocation: Invocation, *phases: str) -> bool:
+    """Run a part of IREE's pipeline: pairs of ``FromPhase`` or ``ToPhase`` and a phase's name.
+
+    IREE 3.13 has no Python name for these two functions of its C API.
+    """
+    library: Any = ctypes_dl._dylib  # pyright: ignore
+    handle = ctypes.c_void_p(invocation._inv_p)  # pyright: ignore
+    for which, phase in zip(phases[::2], phases[1::2], strict=True):
+        getattr(library, f"ireeCompilerInvocationSetCompile{which}")(handle, phase.encode())
+    return invocation.execute()
+
+
+class CompiledCode:
+    """A compiled module that is to be written.
+
+    Args:
+        invocation: The run of IREE's pipeline that has made it.
+        manifest: What the module says about itself.
+    """
+
+    def __init__(self, invocation: Invocation, manifest: Manifest) -> None:
+        self._invocation = invocation
+        self.manifest = manifest
+
+    def to_bytes(self) -> bytes:
+        """The bytes of the ``.vmfb``."""
+        memory = Output.open_membuffer()
+        self._invocation.output_vm_bytecode(memory)
+        return bytes(memory.map_memory())
+
+    def write(self, path: Path) -> None:
+        """Write the ``.vmfb`` to a file.
+
+        Raises:
+            OSError: if the system does not take all of it.
+        """
+        file = Output.open_file(str(path))
+        try:
+            self._invocation.output_vm_bytecode(file)
+            file.keep()
+        except (ValueError, RuntimeError) as error:
+            never_free(file)  # LLVM ends the process when it closes a file that it could not write
+            os.truncate(path, 0)
+            raise OSError(str(error)) from error
+        file.close()
+
+
+class Compiler:
+    """One compilation: a context, a module in it, and IREE's flags.
+
+    Args:
+        target: What to compile for.
+        dump: Folder for the IR after each stage, or None.
+    """
+
+    def __init__(self, target: CompileTarget, dump: Path | None = None) -> None:
+        self._target = target
+        self._session = Session()
+        self._session.set_flags("--iree-input-type=none", *target.flags)
+        self.context: ir.Context = self._session.context
+        # A session loads no dialects by itself, and building ops of a dialect that is not loaded corrupts memory.
+        self.context.load_all_available_dialects()
+        self._dump = dump
+        self._dumped = 0
+        self._errors: list[tuple[str, str]] = []
+        self._handler = self.context.attach_diagnostic_handler(self._on_diagnostic)
+
+    def _on_diagnostic(self, diagnostic: Any) -> bool:
+        if diagnostic.severity == ir.DiagnosticSeverity.ERROR:
+            self._errors.append((diagnostic.message, str(diagnostic.location)))
+        return True
+
+    @contextmanager
+    def building(self) -> Generator[None]:
+        """Inside: ops can be built in this compiler's context."""
+        with self.context, ir.Location.unknown():
+            yield
+
+    def dump(self, module: ir.Module, stage: str) -> None:
+        """Write the module to the dump folder, weights elided."""
+        if self._dump is None:
+            return
+        self._dump.mkdir(parents=True, exist_ok=True)
+        self._dumped += 1
+        text = module.operation.get_asm(
+            large_elements_limit=16, large_resource_limit=16, enable_debug_info=False, assume_verified=True
+        )
+        (self._dump / f"{self._dumped:02d}-{stage}.mlir").write_text(text)
+
+    def convert_torch(self, module: ir.Module, takes_workspace: bool = False) -> None:
+        """From IREE's ONNX dialect to linalg: IREE's own conversions for what our patterns left.
+
+        Args:
+            module: The module, changed in place.
+            takes_workspace: Whether every function takes the memory for its intermediate values as a last argument.
+
+        Raises:
+            LoweringError: if an operator cannot be converted.
+        """
+        with self.building():
+            try:
+                PassManager.parse(_TORCH_PIPELINE % str(takes_workspace).lower()).run(module.operation)
+            except ir.MLIRError as error:
+                text = str(error).splitlines()
+                first = next((line for line in text if "error:" in line), text[0])
+                self._errors.append((first.partition("error:")[2] or first, str(error)))
+                raise self._failure("the importer could not convert the model") from error
+
+    def compile(self, module: ir.Module, manifest: Manifest) -> CompiledCode:
+        """Generate code, and complete the module's manifest with what that code needs of a device.
+
+        Args:
+            module: The module, with its manifest in a reflection attribute.
+            manifest: That manifest.
+
+        Raises:
+            LoweringError: if IREE fails, or a dispatch breaks a limit of the target's driver.
+        """
+        invocation = Invocation(self._session)
+        invocation.import_module(module.operation)
+        levels = self._target.capabilities.levels
+        self._run(invocation, "ToPhase", "flow")
+        with self.building():
+            nodes = attach_dispatches(module.operation)
+        limits = DispatchLimits(self._target.capabilities, self._target.description, nodes)
+        self._run(invocation, "FromPhase", "flow", "ToPhase", "executable-targets")
+        with self.building():
+            limits.check_kernels(module.operation)
+            state_spirv_versions(module.operation)
+            if self._target.capabilities.is_gpu:
+                target = dataclasses.replace(manifest.target, needs=device_needs(module.operation))
+                manifest = dataclasses.replace(manifest, target=target)
+                set_reflection(module.operation, REFLECTION_KEY, manifest.to_json())
+            if levels:
+                add_conditions(module.operation, levels)
+        self._run(invocation, "FromPhase", "executable-targets", "ToPhase", "hal")
+        limits.check_counts(module.operation)
+        if levels:
+            with self.building():
+                load_before_asking(module.operation)
+        self._run(invocation, "FromPhase", "hal", "ToPhase", "end")
+        return CompiledCode(invocation, manifest)
+
+    def _run(self, invocation: Invocation, *phases: str) -> None:
+        if not execute(invocation, *phases):
+            raise self._failure("IREE could not compile the model")
+
+    def _failure(self, what: str) -> LoweringError:
+        message, location = self._errors[0] if self._errors else ("no diagnostic", "")
+        named = _NAMED.search(location)
+        message = " ".join(message.split())[:300]
+        return LoweringError(
+            f"{what}: {message}",
+            where=f"node '{named[1]}'" if named and named[1] else None,
+            hint="--dump-ir DIR keeps the IR for a report",
+        )

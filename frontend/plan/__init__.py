@@ -1,0 +1,1 @@
+"""What a module will offer: roles of dims, entry points, states, the choices and the report."""

@@ -1,0 +1,211 @@
+"""The GPU kernels of MatMulNBits against ONNX Runtime on a Vulkan device (lavapipe in CI), and when they are chosen.
+
+``vulkan`` is without subgroup operations and 16-bit storage, ``lavapipe`` with both; the matrix units are emulated.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import matrices
+import ml_dtypes
+import numpy as np
+import pytest
+from comparing import MICROSOFT
+from harness import DTYPES, TARGETS, compile_module, lowered, node_for, run_op, spec
+from iree.compiler import ir
+from iree.compiler.api import Session
+from linattn.dialect_patterns.emit import tiled_product
+from linattn.dialect_patterns.mat_mul import fused_mma as plain_mma
+from linattn.dialect_patterns.mat_mul import mma_kernel
+from linattn.dialect_patterns.mat_mul_n_bits import fused_mma, fused_simt, fused_tiled
+from linattn.dialect_patterns.mat_mul_n_bits.contract import MatMulNBits
+from linattn.dialect_patterns.mat_mul_n_bits.op import choose, parse
+from linattn.dialect_patterns.node import TensorSpec
+from linattn.dialect_patterns.op import LoweringOptions
+from linattn.dialect_patterns.select import No, Yes
+from linattn.dialect_patterns.target import Target
+from test_mat_mul_n_bits import OP, check, operands, shape_attributes
+from tolerances import BENIGN, error
+
+CUDA = Target("cuda", is_gpu=True, subgroup_size=32, max_threads=1024, workgroup_memory=49_152, matrix_units=True,
+              matrix_stride="elements")  # fmt: skip
+OPTIONS = LoweringOptions()
+
+vulkan = [pytest.mark.vulkan, pytest.mark.xdist_group("vulkan")]
+
+
+def contract(
+    rows: int | None, depth: int = 128, columns: int = 96, dtype: Any = np.float32,
+    block: int = 32, accuracy: int = 0, zeros: str = "",
+) -> MatMulNBits:  # fmt: skip
+    attributes = shape_attributes(depth, block, 4, accuracy, columns)
+    inputs = operands(attributes, (1, 1), zeros=zeros, dtype=dtype)
+    specs = [TensorSpec((1, rows, depth), DTYPES[np.dtype(dtype).name]), *(spec(array) for array in inputs[1:])]
+    return parse(node_for(MICROSOFT, OP, 1, specs, attributes, 1))
+
+
+class TestFewRows:
+    pytestmark = vulkan
+
+    @pytest.mark.parametrize("target", ["vulkan", "lavapipe"])
+    @pytest.mark.parametrize(
+        ("bits", "block", "zeros", "depth", "columns", "tokens", "accuracy"),
+        [
+            (4, 32, "", 1184, 300, 1, 0),  # 148 words by 64 threads; a tile of columns that is not full
+            (4, 32, "packed", 328, 44, 3, 4),  # the last block not full
+            (4, 16, "float", 88, 41, 8, 4),
+            (8, 256, "packed", 900, 12, 2, 4),  # a block of more words than there are threads in a subgroup
+            (2, 16, "packed", 88, 44, 1, 0),  # a word is a block
+        ],
+    )
+    def test_f32(
+        self, target: str, bits: int, block: int, zeros: str, depth: int, columns: int, tokens: int, accuracy: int
+    ):
+        attributes = shape_attributes(depth, block, bits, accuracy, columns)
+        inputs = operands(attributes, (1, tokens), zeros=zeros, bias=tokens > 1)
+        if accuracy:
+            inputs[0][0, 0, :block] = 0.0  # a block without a largest value
+        check(attributes, inputs, target=target)
+
+    @pytest.mark.parametrize("accuracy", [0, 4])
+    @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+    def test_16_bits(self, dtype: Any, accuracy: int):
+        attributes = shape_attributes(192, 32, 4, accuracy, 40)
+        zeros = "packed" if accuracy else "float"
+        check(attributes, operands(attributes, (2, 1), zeros=zeros, bias=True, dtype=dtype), target="lavapipe")
+
+
+class TestTiles:
+    pytestmark = vulkan
+
+    # Tiles of 64 x 128, 64 x 64, 32 x 64 and 16 x 64, whatever would be chosen.
+    @pytest.mark.parametrize(
+        ("plan", "target", "bits", "block", "zeros", "depth", "columns", "tokens", "accuracy"),
+        [
+            (0, "vulkan", 4, 32, "", 128, 132, 70, 0),
+            (1, "lavapipe", 4, 16, "float", 88, 40, 20, 4),
+            (2, "vulkan", 2, 16, "packed", 88, 44, 12, 0),  # fewer words of a tile than threads
+            (3, "lavapipe", 8, 256, "packed", 400, 68, 40, 4),
+        ],
+    )
+    def test_f32(
+        self, plan: int, target: str, bits: int, block: int, zeros: str, depth: int, columns: int, tokens: int,
+        accuracy: int, monkeypatch: pytest.MonkeyPatch,
+    ):  # fmt: skip
+        monkeypatch.setattr(tiled_product, "_PLANS", (tiled_product._PLANS[plan],))
+        attributes = shape_attributes(depth, block, bits, accuracy, columns)
+        check(attributes, operands(attributes, (1, tokens), zeros=zeros, bias=tokens < 40), target=target)
+
+    @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+    def test_16_bits_with_open_rows(self, dtype: Any):
+        attributes = shape_attributes(96, 32, 4, 4, 20)
+        inputs = operands(attributes, (1, 65), zeros="packed", bias=True, dtype=dtype)
+        check(attributes, inputs, target="lavapipe", open_axes={0: (0, 1)})
+
+
+class TestMatrixUnits:
+    """K is a multiple of 32 and not of 64: less code."""
+
+    pytestmark = vulkan
+
+    @pytest.fixture(autouse=True)
+    def _emulate(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(TARGETS, "lavapipe", matrices.TARGET)
+        matrices.emulate(monkeypatch, plain_mma)
+        matrices.emulate(monkeypatch, fused_mma)
+
+    # Two tiles each way of 64 x 64 and of 64 x 32, the last ones not full; then of 32 x 32.
+    @pytest.mark.parametrize(
+        ("enough", "bits", "block", "zeros", "depth", "columns", "tokens", "accuracy"),
+        [
+            (4, 4, 32, "packed", 320, 72, 70, 4),
+            (5, 4, 32, "", 96, 72, 70, 4),
+            (100, 4, 16, "float", 90, 44, 20, 0),
+            (100, 2, 32, "", 96, 40, 12, 0),  # fewer words of a tile than threads
+            (100, 8, 32, "packed", 90, 36, 24, 0),
+        ],
+    )
+    def test_packed_weights(
+        self, enough: int, bits: int, block: int, zeros: str, depth: int, columns: int, tokens: int, accuracy: int,
+        monkeypatch: pytest.MonkeyPatch,
+    ):  # fmt: skip
+        monkeypatch.setattr(mma_kernel, "_ENOUGH_TILES", enough)
+        attributes = shape_attributes(depth, block, bits, accuracy, columns)
+        inputs = operands(attributes, (1, tokens), zeros=zeros, bias=tokens != 70, dtype=np.float16)
+        check(attributes, inputs, target="lavapipe")
+
+    def test_f16_weights(self):
+        rng = np.random.default_rng(0)
+        a, b = rng.standard_normal((1, 40, 96)).astype(np.float16), rng.standard_normal((96, 72)).astype(np.float16)
+        (got,) = run_op("MatMul", [a, b], version=13, target="lavapipe")
+        assert error(got, a.astype(np.float64) @ b.astype(np.float64)) <= BENIGN["float16"]
+
+
+@pytest.mark.parametrize(
+    ("case", "target", "strategy"),
+    [
+        (contract(1), CUDA, "fused_simt"),
+        (contract(8, dtype=np.float16), CUDA, "fused_simt"),
+        (contract(9, dtype=np.float16), CUDA, "fused_mma"),
+        (contract(9), CUDA, "fused_tiled"),
+        (contract(None, dtype=np.float16), CUDA, "fused_tiled"),
+        (contract(64, dtype=np.float16), TARGETS["vulkan"], "fused_tiled"),
+        (contract(64, depth=80, block=16, dtype=np.float16), CUDA, "fused_tiled"),
+        (contract(64, columns=41), CUDA, "dequantised"),
+        (contract(1, depth=96, columns=41, zeros="packed"), CUDA, "dequantised"),
+    ],
+)
+def test_selection(case: MatMulNBits, target: Target, strategy: str) -> None:
+    chosen = choose(case, target, OPTIONS)
+    assert chosen.strategy == strategy
+    assert all(chosen.rejected.values())
+
+
+def test_reasons() -> None:
+    open_rows = choose(contract(None, columns=42, dtype=np.float16), CUDA, OPTIONS)
+    assert open_rows.rejected == {
+        "fused_simd": "the target is not a CPU with vectors",
+        "fused_mma": "? rows, less than 9",
+        "fused_simt": "? rows, not 1 to 8",
+        "fused_tiled": "N=42 is not a multiple of 4",
+    }
+    bytes_left = choose(contract(1, depth=96, columns=41, zeros="packed"), CUDA, OPTIONS)
+    assert bytes_left.rejected["fused_simt"] == "the zero points, 41 x 2 bytes, are not whole words"
+    assert choose(contract(1, accuracy=4), CUDA, OPTIONS).reason.endswith("A rounded on the way")
+    assert choose(contract(1), CUDA, LoweringOptions("dequantised")).strategy == "dequantised"
+
+
+@pytest.mark.parametrize("target", [CUDA, TARGETS["vulkan"], TARGETS["lavapipe"]], ids=["cuda", "vulkan", "lavapipe"])
+@pytest.mark.parametrize(("depth", "columns"), [(16, 4), (1024, 1000), (3584, 1024), (1024, 151_936)])
+def test_plans_fit(target: Target, depth: int, columns: int) -> None:
+    for rows in (1, 8):
+        for bits in (2, 4, 8):
+            case = MatMulNBits(
+                "test", TensorSpec((rows, depth), "f32"), columns, depth, bits, 16, "default",
+                with_bias=False, rounds_a=True,
+            )  # fmt: skip
+            plan = fused_simt.plan_for(case, target)
+            assert plan.memory(rows) <= target.workgroup_memory
+            assert plan.threads <= target.max_threads
+            assert not plan.subgroup or plan.threads % plan.subgroup == 0
+            assert isinstance(fused_tiled.is_legal(case, target), Yes)
+            assert isinstance(fused_mma.is_legal(case, target), No)
+
+
+@pytest.mark.parametrize(("rows", "dtype"), [(1, np.float32), (2, np.float16), (40, np.float32), (40, np.float16)])
+def test_compiles_for_cuda(rows: int, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One dispatch where A is not rounded in one of its own; nothing is run."""
+    monkeypatch.setitem(TARGETS, "cuda", CUDA)
+    attributes = shape_attributes(128, 32, 4, 4, 96)
+    specs = [spec(a) for a in operands(attributes, (1, rows), zeros="packed", bias=True, dtype=dtype)]
+    session = Session()
+    session.set_flags("--iree-hal-target-device=cuda", "--iree-cuda-target=sm_89", "--iree-input-type=none")
+    module = lowered(MICROSOFT, OP, 1, specs, attributes, 1, "cuda", OPTIONS, session.context)
+    found: list[str] = []
+    for op in module.body.operations:
+        if op.operation.name == "func.func":
+            op.operation.walk(lambda inner: (found.append(inner.name), ir.WalkResult.ADVANCE)[1])
+    assert found.count("flow.dispatch") == (2 if rows > 8 else 1)
+    assert "linalg.generic" not in found
+    assert len(compile_module(module, session, "cuda")) > 0

@@ -1,0 +1,81 @@
+"""SkipSimplifiedLayerNormalization against ONNX Runtime."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from comparing import DTYPES, MICROSOFT, assert_matches, normal
+from harness import lowered, node_for, spec
+from linattn.dialect_patterns.norms import skip_simplified_layer_normalization
+from linattn.runtime.errors import UnsupportedModelError
+
+OP = "SkipSimplifiedLayerNormalization"
+B, T, N = 2, 5, 64
+
+
+def operands(*, bias: bool = False, dtype: Any = np.float32) -> list[np.ndarray | None]:
+    rest = [normal(N + 1, dtype=dtype)[:N]] if bias else []
+    return [
+        normal(B, T, N, dtype=dtype),
+        normal(B, T, N + 1, dtype=dtype)[..., :N].copy(),
+        normal(N, dtype=dtype),
+        *rest,
+    ]
+
+
+def check(inputs: list[np.ndarray | None], **run: Any) -> None:
+    assert_matches(OP, inputs, {"epsilon": 1e-6}, domain=MICROSOFT, version=1, **run)
+
+
+@pytest.mark.parametrize(("used", "bias"), [((1,), False), ((1, 0, 0, 0), True), ((1, 0, 0, 1), False)])
+def test_outputs(used: tuple[int, ...], bias: bool):
+    check(operands(bias=bias), num_outputs=len(used), used=[bool(u) for u in used])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dtypes_with_open_tokens(dtype: Any):
+    axes = {0: (0, 1), 1: (0, 1)}
+    check(operands(bias=True, dtype=dtype), num_outputs=4, used=[True, False, False, True], open_axes=axes)
+
+
+@pytest.mark.parametrize(("shape", "opened"), [((1, T, N), True), ((T, N), False), ((T, N), True)])
+def test_broadcast_skip(shape: tuple[int, ...], opened: bool):
+    inputs = operands()
+    inputs[1] = normal(*shape)
+    check(inputs, open_axes={0: (0, 1), 1: (len(shape) - 2,)} if opened else None)
+
+
+def test_rows_without_a_batch():
+    check([normal(T, N), normal(T, N + 1)[:, :N].copy(), normal(N)], open_axes={0: (0,), 1: (0,)})
+
+
+@pytest.mark.vulkan
+def test_vulkan():
+    check(operands(bias=True), num_outputs=4, used=[True, False, False, True], target="vulkan")
+
+
+@pytest.mark.vulkan
+@pytest.mark.parametrize(("size", "dtype"), [(64, np.float16), (1100, np.float32), (12, np.float32)])
+def test_one_kernel_on_subgroups(size: int, dtype: Any):
+    inputs = [normal(2, 3, size, dtype=dtype), normal(2, 3, size + 1, dtype=dtype)[..., :size].copy(),
+              normal(size, dtype=dtype)]  # fmt: skip
+    specs = [spec(a) for a in inputs]
+    assert "rms_fused_simt" in str(lowered(MICROSOFT, OP, 1, specs, {}, 4, "lavapipe", used=[True, False, False, True]))
+    check(inputs, num_outputs=4, used=[True, False, False, True], target="lavapipe")
+    check(inputs, target="lavapipe")
+
+
+@pytest.mark.parametrize(
+    ("change", "used", "message"),
+    [
+        ({}, (True, True), "output 'mean' is not supported"),
+        ({1: normal(B, T + 1, N)}, (True,), "input 'skip' has the wrong shape, got 2x6x64xf32"),
+        ({2: normal(N).astype(np.float16)}, (True,), "input 'gamma' has an unsupported type, got f16, expected f32"),
+    ],
+)
+def test_invalid(change: dict[int, np.ndarray], used: tuple[bool, ...], message: str):
+    inputs = [spec(change.get(i, array)) for i, array in enumerate(operands())]
+    with pytest.raises(UnsupportedModelError, match=message):
+        skip_simplified_layer_normalization.parse(node_for(MICROSOFT, OP, 1, inputs, {}, len(used), used))
