@@ -28,7 +28,7 @@ def check(got: list[np.ndarray], want: tuple[np.ndarray, ...], *, hard: bool = F
 
 
 # Logits of a whole model, relative norm, by what it computes in.
-MODEL_LOGITS = {"f32": 1e-4, "f16": 1e-2, "int4": 1e-2}
+MODEL_LOGITS = {"f32": 1e-4, "f16": 1e-2, "bf16": 1e-1, "int4": 1e-2}
 # MatMulNBits with accuracy_level 4 rounds activations to int8: with embeddings that differ by 1e-7 ONNX Runtime's own
 # logits move by 0.7e-2 to 1.6e-2 at 64 tokens and 1.6e-2 to 2.0e-2 at 200, as soon as one rounding flips. On a CPU
 # without AVX-512, ONNX Runtime 1.32 itself leaves the shipped reference by 1.4e-2 (64), 1.6e-2 (65), 1.7e-2 (200).

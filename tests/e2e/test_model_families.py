@@ -10,38 +10,23 @@ from linattn.frontend import CompileOptions, compile_model
 from linattn.frontend.compile import CompiledModel
 from linattn.runtime import Program
 
-from tests.conftest import MODELS
-from tests.tolerances import MODEL_LOGITS, relative_norm
+from tests.families.compare import LENGTHS, Family, compare
 
-TOKENS = 16
 # Family -> what stands between its states: a Concat of caches; nothing at all, the states are found by name.
 FAMILIES = ("nemotron_h--mobius-qnn-f32", "mamba_m--mobius-default-f32")
 
 
 @cache
 def compiled(family: str) -> CompiledModel:
-    return compile_model(MODELS / "families" / family / "model.onnx", CompileOptions(prefill_blocks=(8,)))
-
-
-def expected(family: str) -> np.lib.npyio.NpzFile:
-    folder = MODELS / "families" / family
-    own = folder / "ort_expected.npz"
-    return np.load(own if own.exists() else folder / "sibling_expected.npz")
+    return compile_model(Family(family).model, CompileOptions(prefill_blocks=(8,)))
 
 
 @pytest.mark.usefixtures("shared_models")
-@pytest.mark.parametrize("length", [1, 5, 65])
+@pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_prompt_and_greedy_tokens(family: str, length: int) -> None:
-    program, want = Program.load(compiled(family).module), expected(family)
-    session = program.session()
-    logits = session.run({"input_ids": want[f"ids_{length}"]})["logits"]
-    assert relative_norm(logits, want[f"logits_{length}"]) < MODEL_LOGITS["f32"]
-    tokens = []
-    for _ in range(TOKENS):
-        tokens.append(int(logits[0, -1].argmax()))
-        logits = session.run({"input_ids": np.array([[tokens[-1]]])})["logits"]
-    assert tokens == want[f"greedy_{length}"].ravel()[:TOKENS].tolist()
+    found = compare(Program.load(compiled(family).module), Family(family), length)
+    assert found.is_right(Family(family)), found
 
 
 @pytest.mark.usefixtures("shared_models")
