@@ -5,6 +5,8 @@ from __future__ import annotations
 from .attention import group_query as group_query_attention
 from .attention import op as attention
 from .causal_conv import op as causal_conv
+from .experts import gated_add
+from .experts import op as experts
 from .linear_attention import gate as linear_attention_gate
 from .linear_attention import op as linear_attention
 from .mat_mul import joined
@@ -25,6 +27,8 @@ OPS: tuple[Op, ...] = (
     *causal_conv.OPS,
     *attention.OPS,
     *group_query_attention.OPS,
+    *experts.OPS,
+    *gated_add.OPS,
     *gated_rms_norm.OPS,
     *linear_attention_gate.OPS,
     *lp_normalization.OPS,

@@ -226,6 +226,10 @@ class KernelText:
         """The larger one; NaN wins."""
         return self._arith("arith.maximumf", a, b)
 
+    def minf(self, a: str, b: str) -> str:
+        """The smaller one; NaN wins."""
+        return self._arith("arith.minimumf", a, b)
+
     def fma(self, a: str, b: str, c: str) -> str:
         """The sum a * b + c, one instruction where the target has it (``math.fma`` is a slow call elsewhere)."""
         operands, dtype = self._operands(a, b, c)

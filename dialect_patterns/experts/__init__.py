@@ -1,0 +1,1 @@
+"""Mixtures of experts: MoE, QMoE and GatedAdd of com.microsoft."""

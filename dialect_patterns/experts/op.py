@@ -1,0 +1,33 @@
+"""The operator entries of MoE and QMoE: which strategy, and lowering with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from iree.compiler import ir
+
+from ..op import MICROSOFT, Choice, LoweringContext, LoweringOptions, Op
+from ..select import Strategy, always, select, wherever_legal
+from ..target import Target
+from . import dense
+from .contract import Experts, output_types, parse
+
+STRATEGIES = (Strategy("dense", always, wherever_legal("every expert for every token; portable")),)
+
+
+def choose(contract: Experts, target: Target, options: LoweringOptions) -> Choice:
+    """The strategy for a node; of what is forced for the state operators, only a word of this one counts."""
+    forced = options.strategy if options.strategy in [strategy.name for strategy in STRATEGIES] else None
+    c = contract
+    choice = select(STRATEGIES, c, target, LoweringOptions(forced, options.chunk_size), c.where)
+    weights = f"{c.fc1.bits} bits" if c.fc1.bits else c.fc1.dtype
+    return replace(choice, rule=c.activation.kind, heads=f"{c.chosen} of {c.count} x {c.hidden}x{c.inner}, {weights}")
+
+
+def lower(context: LoweringContext, contract: Experts, operands: Sequence[ir.Value | None]) -> list[ir.Value]:
+    """Emit the node with the chosen strategy."""
+    return [dense.emit_experts_dense(context, contract, operands)]
+
+
+OPS = tuple(Op(MICROSOFT, name, 1, parse, output_types, lower, choose) for name in ("MoE", "QMoE"))

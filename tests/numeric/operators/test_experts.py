@@ -1,0 +1,126 @@
+"""MoE and QMoE: the reference against ONNX Runtime, every strategy against the reference."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from experts_runs import Case, check_program, model_of
+from linattn.dialect_patterns.experts.contract import parse
+from linattn.dialect_patterns.experts.reference import dequantised, reference
+from linattn.dialect_patterns.op import LoweringOptions
+from linattn.frontend import CompileOptions, compile_model
+from linattn.runtime import Program
+from linattn.runtime.errors import UnsupportedModelError
+
+from tests.harness import node_for, run_op, spec
+from tests.onnx_runtime import run_onnx_runtime
+from tests.tolerances import BENIGN, error
+
+DTYPES = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}
+OPENAI = {"activation_alpha": 1.702, "activation_beta": 1.0, "swiglu_limit": 1.5, "normalize_routing_weights": 1}
+NORMALISED = {"normalize_routing_weights": 1}
+
+# What ONNX Runtime's CPU kernels compute too.
+COMMON = [
+    Case("swiglu-1", 1, attributes=NORMALISED),
+    Case("swiglu-3", 3, bias=False, lead=(1, 3)),
+    Case("swiglu-65", 65, attributes=OPENAI, lead=(5, 13)),
+    Case("silu-3", 3, k=3, activation="silu"),
+    Case("gelu-1", 1, k=1, activation="gelu", inner=100),
+    Case("relu-65", 65, activation="relu", hidden=36, inner=20, attributes=NORMALISED),
+    Case("identity-3", 3, activation="identity"),
+    Case("ties-3", 3, k=3, router="ties", attributes=NORMALISED),
+    Case("pairs-65", 65, k=3, router="pairs", attributes=NORMALISED),
+    Case("one-65", 65, experts=16, router="one"),
+    Case("few-65", 65, router="few", attributes=NORMALISED),
+    Case("all-3", 3, experts=4, k=4),
+    Case("many-1", 1, experts=70, k=8, attributes=NORMALISED),
+]
+OTHERS = [
+    Case("halves-3", 3, fusion=2, attributes=OPENAI),
+    Case("halves-65", 65, fusion=2),
+    Case("separate-1", 1, fusion=0, fc3=True, attributes=OPENAI),
+    Case("separate-65", 65, fusion=0, fc3=True, bias=False),
+    Case("silu-fc3-3", 3, activation="silu", fc3=True),
+    Case("relu2-65", 65, activation="relu2"),
+    Case("geglu-3", 3, activation="geglu", fusion=2),
+    Case("limit-after-1", 1, attributes={**OPENAI, "swiglu_limit_after_activation": 1}),
+]
+QUANTISED = [
+    Case("int4-b32-1", 1, bits=4, block=32, inner=64, attributes=NORMALISED),
+    Case("int4-b16-3", 3, bits=4, block=16, zeros=True, inner=64),
+    Case("int4-b64-65", 65, bits=4, block=64, inner=64, zeros=True, router_weights=True),
+    Case("int4-column-3", 3, bits=4, zeros=True),
+    Case("int4-column-65", 65, bits=4),
+    Case("int8-b32-1", 1, bits=8, block=32, inner=64, router="one"),
+    Case("int8-b16-65", 65, bits=8, block=16, zeros=True, attributes=OPENAI),
+    Case("int8-column-3", 3, bits=8, activation="silu"),
+    Case("int4-b128-1", 1, bits=4, block=128, hidden=256, inner=128, router_weights=True, attributes=NORMALISED),
+    Case("int4-b256-65", 65, bits=4, block=256, hidden=256, inner=256, zeros=True),
+    Case("int4-halves-3", 3, bits=4, block=16, fusion=2),
+    Case("int4-fc3-65", 65, bits=4, block=16, fusion=0, fc3=True),
+]
+
+
+@pytest.mark.parametrize("case", COMMON, ids=lambda case: case.name)
+def test_reference(case: Case) -> None:
+    inputs = case.inputs(np.float32)
+    constants = [i for i in range(2, len(inputs)) if inputs[i] is not None]
+    attributes = case.all_attributes
+    (want,) = run_onnx_runtime("MoE", inputs, attributes, domain="com.microsoft", version=1, constants=constants)
+    assert error(want, reference(case.contract(inputs), inputs)) < BENIGN["float32"]
+
+
+@pytest.mark.parametrize("case", [c for c in QUANTISED if c.fusion == 1], ids=lambda case: case.name)
+def test_quantised_reference(case: Case) -> None:
+    """Against QMoE where that multiplies in f32, against MoE with the weights as they are dequantised elsewhere."""
+    inputs = case.inputs(np.float32)
+    contract = case.contract(inputs)
+    common: dict[str, Any] = {"domain": "com.microsoft", "version": 1}
+    if case.bits == 4:
+        constants = [i for i in range(2, len(inputs)) if inputs[i] is not None and i != 14]
+        (want,) = run_onnx_runtime("QMoE", inputs, case.all_attributes, constants=constants, **common)
+    else:
+        weights = [dequantised(m, inputs).astype(np.float32) for m in (contract.fc1, contract.fc2)]
+        plain = [*inputs[:2], weights[0], inputs[4], weights[1], inputs[7]]
+        attributes = {**replace(case, bits=0, block=0).all_attributes, **NORMALISED}  # as QMoE always does
+        (want,) = run_onnx_runtime("MoE", plain, attributes, **common)
+    assert error(want, reference(contract, inputs)) < BENIGN["float32"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_every_case(dtype: Any) -> None:
+    cases = [*COMMON, *OTHERS, *QUANTISED]
+    model, feeds = model_of(cases, dtype)
+    check_program(Program.load(compile_model(model, CompileOptions()).module), cases, feeds, dtype)
+
+
+@pytest.mark.parametrize("case", [COMMON[2], OTHERS[4], QUANTISED[1], QUANTISED[3]], ids=lambda case: case.name)
+def test_dense(case: Case) -> None:
+    """The portable form, which takes weights that the model computes."""
+    inputs = case.inputs(np.float32)
+    common: dict[str, Any] = {"domain": "com.microsoft", "version": 1, "options": LoweringOptions("dense")}
+    (got,) = run_op(case.op_type, inputs, case.all_attributes, **common)
+    assert error(got, reference(case.contract(inputs), inputs)) < BENIGN["float32"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"k": 9}, "attribute 'k', got 9, expected 1 to the 8 experts"),
+        ({"use_sparse_mixer": 1}, "attribute 'use_sparse_mixer', got 1, expected 0"),
+        ({"activation_type": "tanh"}, "attribute 'activation_type', got 'tanh', expected relu or gelu"),
+        ({"swiglu_fusion": 0}, "attribute 'swiglu_fusion', got 0, expected 1 or 2, or swiglu with fc3"),
+        ({"router": 1}, "unknown attribute 'router'"),
+    ],
+)
+def test_refused(changed: dict[str, Any], message: str) -> None:
+    case = Case("swiglu", 3)
+    specs = [spec(a) for a in case.inputs(np.float32)]
+    node = node_for("com.microsoft", "MoE", 1, specs, {**case.all_attributes, **changed}, 1)
+    with pytest.raises(UnsupportedModelError, match=message):
+        parse(node)
