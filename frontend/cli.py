@@ -16,6 +16,7 @@ from .plan.report import module_progress, stderr_progress
 from .process.isolated import compile_bundle, compile_model
 from .targets import TARGETS, TargetOptions
 from .targets.lists import read_machines
+from .text import BESIDE
 
 OPEN = "open"
 
@@ -115,6 +116,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--chunk-size", metavar="N", help="tokens a chunk in chunk-parallel lowerings, a power of two")
     add("--strategy", metavar="NAME", help="force one lowering of the two operators; fails where it is not legal")
     add("--params", metavar="FILE.irpa", help="write the weights to this file instead of into the module")
+    add(
+        "--tokenizer",
+        default=BESIDE,
+        metavar="DIR|FILE|none",
+        help="put this tokenizer.json, and the chat template and configs beside it, into the module (default: the one "
+        "beside MODEL)",
+    )
     add("--plain-abi", action="store_true", help="functions that iree-run-module and C programs can call as they are")
     add("--max-memory", metavar="SIZE", help="memory that a call may need, such as 16GiB (default: 64GiB)")
     add("--dump-ir", metavar="DIR", help="keep the IR after each stage")
@@ -139,6 +147,7 @@ def _run(arguments: argparse.Namespace) -> int:
         params=Path(arguments.params) if arguments.params else None,
         plain_abi=arguments.plain_abi,
         max_memory=_size(arguments.max_memory),
+        tokenizer={BESIDE: BESIDE, "none": None}.get(arguments.tokenizer, Path(arguments.tokenizer)),
         dump_ir=Path(arguments.dump_ir) if arguments.dump_ir else None,
         report=Path(arguments.report) if arguments.report else None,
     )

@@ -20,6 +20,7 @@ from linattn.runtime.errors import InputError, LoweringError
 from linattn.runtime.integrity import seal_file, sealed
 from linattn.runtime.manifest import REFLECTION_KEY, RESULTS_KEY, EntryPoint
 from linattn.runtime.outputs import check_outputs, new_file
+from linattn.runtime.text.files import TextFiles
 
 from .graph.bind_dims import bind_dims
 from .graph.index_bounds import index_bounds
@@ -49,6 +50,7 @@ from .plan.module import describe_module
 from .plan.report import Progress, write_report
 from .process.guard import last_net
 from .targets import CompileTarget, resolve_target
+from .text import add_text, report_text, text_files, with_text
 
 
 @last_net
@@ -82,6 +84,7 @@ def compile_model(
     target = resolve_target(options.target, options.machine)
     with progress.stage("load and check the model"):
         model = load_model(source)
+        text = text_files(options.tokenizer, model.path)
         _check_outputs(model, options, output)
         bind_dims(model.proto, options.dims)
         inline_functions(model.proto)
@@ -130,9 +133,11 @@ def compile_model(
         if take_weights is not None:
             take_weights(weights.archive())
         params = options.params if take_weights is None else None
-        data = _write(code, weights, output, params)
+        data = _write(code, weights, output, params, text)
         report.output = str(output or "in memory")
         report.output_bytes = Path(output).stat().st_size if output else len(data)
+    if text is not None:
+        report_text(text, report)
     report.stages = dict(progress.seconds)
     if options.report is not None:
         write_report(options.report, report.to_dict())
@@ -140,20 +145,26 @@ def compile_model(
 
 
 def _check_outputs(model: LoadedModel, options: CompileOptions, output: str | Path | None) -> None:
-    inputs = [*model.files, *([options.gpu_target] if options.gpu_target else [])]
+    inputs: list[str | Path] = [*model.files, *([options.gpu_target] if options.gpu_target else [])]
+    if isinstance(options.tokenizer, Path) and options.tokenizer.is_file():
+        inputs.append(options.tokenizer)
     check_outputs({"-o": output, "--params": options.params, "--report": options.report}, inputs)
     if options.dump_ir is not None and options.dump_ir.exists() and not options.dump_ir.is_dir():
         raise InputError("not a folder", where=f"--dump-ir {options.dump_ir}", hint="choose another name")
 
 
-def _write(code: CompiledCode, weights: Weights, output: str | Path | None, params: Path | None) -> bytes:
+def _write(
+    code: CompiledCode, weights: Weights, output: str | Path | None, params: Path | None, text: TextFiles | None
+) -> bytes:
     """Writes the module and its weights, both or none as far as the system lets us; returns it without a file."""
     if output is None:
         if params is not None:
             write_parameters(params, weights.archive())
-        return sealed(code.to_bytes())
+        return sealed(code.to_bytes() if text is None else with_text(code.to_bytes(), text))
     with new_file(output) as partial:
         code.write(partial)
+        if text is not None:
+            add_text(partial, text)
         seal_file(partial)
         if params is not None:
             write_parameters(params, weights.archive())

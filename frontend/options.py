@@ -12,6 +12,7 @@ from linattn.runtime.manifest import Manifest
 
 from .plan.report import CompileReport
 from .targets import TargetOptions
+from .text import BESIDE
 
 BUNDLE_SUFFIX = ".linattn"
 
@@ -42,6 +43,8 @@ class CompileOptions:
         plain_abi: Functions return every output and state as ordinary results, as any caller of IREE expects; without
             it those of fixed sizes take memory for them, which saves our runtime an allocation a call.
         max_memory: Bytes that a call may need, weights not counted; see :mod:`linattn.frontend.limits`.
+        tokenizer: A folder or a tokenizer.json that the module will carry, with what lies beside it; ``beside`` for the
+            one beside the model, if there is one; None for none.
         dump_ir: Folder for the IR after each stage.
         report: Write the report to this file, as JSON.
     """
@@ -61,6 +64,7 @@ class CompileOptions:
     params: Path | None = None
     plain_abi: bool = False
     max_memory: int = DEFAULT_MAX_MEMORY
+    tokenizer: Path | str | None = BESIDE
     dump_ir: Path | None = None
     report: Path | None = None
 

@@ -6,10 +6,12 @@
 from .choice import Choice
 from .discover import FoundDevice, devices
 from .errors import InputError, LinattnError, StateError, TargetError
-from .generate import greedy
+from .generation.loop import generate, greedy, greedy_rows
+from .generation.sampling import Sampling
 from .manifest import Manifest
 from .program import Program
 from .session import Session
+from .text.generator import TextGenerator, TextStream
 
 __all__ = [
     "Choice",
@@ -18,9 +20,14 @@ __all__ = [
     "LinattnError",
     "Manifest",
     "Program",
+    "Sampling",
     "Session",
     "StateError",
     "TargetError",
+    "TextGenerator",
+    "TextStream",
     "devices",
+    "generate",
     "greedy",
+    "greedy_rows",
 ]

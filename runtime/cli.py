@@ -17,12 +17,15 @@ from .command import run_command
 from .device import HostArray
 from .discover import FoundDevice, devices
 from .errors import InputError
-from .generate import greedy, token_input
+from .generation.loop import generate, greedy_rows, token_input
 from .outputs import check_outputs, new_file
 from .program import Program
+from .text.command import add_arguments, run_text
 
 _EPILOG = """A .vmfb is code: run only what you trust.
 Examples:
+  linattn-run model.vmfb --prompt "Once upon a time" --max-tokens 100
+  linattn-run model.vmfb --chat
   linattn-run model.vmfb --ids 1,2,3 --generate 32
   linattn-run model.vmfb --input ids.npy --output-dir out
   linattn-run model.vmfb --input q=q.npy k=k.npy v=v.npy past_state=state.npy
@@ -113,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
         "--list-devices", action="store_true", help="show the devices of this machine, best first, and do nothing else"
     )
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
+    add_arguments(parser)
     return parser
 
 
@@ -122,6 +126,10 @@ def _run(options: argparse.Namespace) -> int:
         return 0
     if options.generate is not None and options.generate < 1:
         raise InputError("nothing to generate", where="--generate", got=options.generate, expected="at least 1")
+    wants_text = options.prompt is not None or options.chat
+    others = [name for name in ("prompt", "chat", "generate") if getattr(options, name) not in (None, False)]
+    if len(others) > 1 or (wants_text and (options.input or options.ids or options.output_dir)):
+        raise InputError("one of them at a time", where="--" + " --".join(others), expected="--prompt alone, for one")
     start = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # what they say of a bundle is shown here, with the rest
@@ -133,6 +141,9 @@ def _run(options: argparse.Namespace) -> int:
     level = f" ({program.cpu_level})" if program.cpu_level else ""
     _note(f"loaded {options.model} on {program.device.uri}{level} in {time.perf_counter() - start:.2f} s")
     with program:
+        if wants_text:
+            run_text(program, options, _note)
+            return 0
         inputs = read_inputs(program, options.input, options.ids)
         if options.generate is not None:
             _generate(program, inputs, options.generate)
@@ -162,7 +173,8 @@ def _generate(program: Program, inputs: Mapping[str, HostArray], count: int) -> 
         raise InputError("--generate takes the token ids alone", got=", ".join(inputs) or "nothing", expected=name)
     start = last = time.perf_counter()
     first = 0.0
-    for token in greedy(session, inputs[name], count):
+    one = inputs[name].shape[0] == 1
+    for token in (generate if one else greedy_rows)(session, inputs[name], count):
         print(token if isinstance(token, int) else ",".join(map(str, token)), end=" ", flush=True)
         last = time.perf_counter()
         first = first or last - start

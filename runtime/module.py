@@ -52,7 +52,8 @@ class Module(Owned):
         self._verify = verify
         self._device: Device | None = None
         self._closed = False
-        self.where = str(source) if isinstance(source, Path) else "module bytes"
+        self.file = source if isinstance(source, Path) else None
+        self.where = str(source) if self.file else "module bytes"
         self._lock = threading.Lock()
         self._workspace: DeviceArray | None = None
         self._workspace_bytes: dict[str, int | None] = {}

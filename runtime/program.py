@@ -8,6 +8,7 @@ import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from . import binding
@@ -121,6 +122,11 @@ class Program(Owned):
     def manifest(self) -> Manifest:
         """What the module says about itself."""
         return self._manifest
+
+    @property
+    def file(self) -> Path | None:
+        """The `.vmfb` it was loaded from (one of a bundle's, if it was a bundle); None if from bytes."""
+        return self._module.file
 
     @property
     def cpu_level(self) -> str | None:

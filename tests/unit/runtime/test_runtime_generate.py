@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from linattn.runtime.generate import index_of_largest
+from linattn.runtime.generation.sampling import index_of_largest
 
 SPECIAL = [0x0000, 0x8000, 0x7C00, 0xFC00, 0x7E00, 0xFE00, 0x0001, 0x8001, 0x3C00]
 

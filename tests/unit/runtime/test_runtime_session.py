@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import need_device
-from linattn.runtime import InputError, Program, Session, StateError, TargetError, greedy
+from linattn.runtime import InputError, Program, Session, StateError, TargetError, greedy, greedy_rows
 from linattn.runtime.binding import plan_blocks
 from linattn.runtime.manifest import EntryPoint, Manifest
 from tiny_hybrid import Hybrid, open_form, reference
@@ -379,7 +379,7 @@ def test_fixed_batch(cpu: Program) -> None:
 @pytest.mark.parametrize("rows", [1, 2])
 def test_greedy(rows: int) -> None:
     program, ids = Program.load(Hybrid(batch=rows).compile()), some_ids(rows, 6)
-    tokens = list(greedy(program.session(), ids[0] if rows == 1 else ids, 8))
+    tokens = list(greedy(program.session(), ids[0], 8) if rows == 1 else greedy_rows(program.session(), ids, 8))
     want = ids
     for _ in range(8):
         want = np.concatenate([want, reference(want)[0][:, -1].argmax(-1)[:, None]], 1)

@@ -1,0 +1,219 @@
+"""Text from a program: a prompt or a conversation in, pieces of text out, the state kept for what follows."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from os import PathLike
+from typing import Any
+
+from ..errors import InputError
+from ..generation.loop import generate
+from ..generation.sampling import Sampling
+from ..program import Program
+from .defaults import read_defaults
+from .files import CONFIG, TEMPLATE, TOKENIZER, find
+from .memory import Memory
+from .stops import StopTexts
+from .template import ChatTemplate
+from .tokenizer import Tokenizer, load_tokenizer
+
+DEFAULT_MAX_TOKENS = 512
+
+_log = logging.getLogger("linattn.text")
+
+
+class TextGenerator:
+    """Generates text with one sequence of states, which it keeps from call to call.
+
+    A prompt or conversation that goes on from the last one prefills only what is new. For conversations side by side
+    make one generator each, of one program and tokenizer.
+
+    Args:
+        program: A model with one input of token ids and one output of logits.
+        tokenizer: A folder or a `tokenizer.json`, or an object that is a `Tokenizer`; None: the one inside the
+            module, or beside it.
+
+    Raises:
+        LinattnError: The packages tokenizers or jinja2 are missing.
+        InputError: No tokenizer, or a damaged file.
+    """
+
+    def __init__(self, program: Program, tokenizer: str | PathLike[str] | Tokenizer | None = None) -> None:
+        self._template: ChatTemplate | None = None
+        self._stop: frozenset[int] = frozenset()
+        self.sampling = Sampling()
+        """How tokens are drawn where a call does not say: what the model's files say, else the largest logit."""
+        if tokenizer is None or isinstance(tokenizer, (str, PathLike)):
+            files = find(program.file, tokenizer)
+            self._tokenizer: Tokenizer = load_tokenizer(files.contents[TOKENIZER], files.place(TOKENIZER))
+            defaults = read_defaults(files, self._tokenizer)
+            self._stop, self.sampling = defaults.stop, defaults.sampling
+            own = files.contents.get(TEMPLATE)
+            template = own.decode(errors="replace") if own is not None else defaults.template
+            if template is not None:
+                where = files.place(TEMPLATE if own is not None else f"{CONFIG}: chat_template")
+                self._template = ChatTemplate(template, defaults.special, where)
+        else:
+            self._tokenizer = tokenizer
+        self._memory = Memory(program.session(1 if program.manifest.batch is None else None))
+
+    @property
+    def can_chat(self) -> bool:
+        """Whether the model brings a chat template."""
+        return self._template is not None
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """What turns text into tokens and back."""
+        return self._tokenizer
+
+    def reset(self) -> None:
+        """Forgets what was read and written."""
+        self._memory.reset()
+
+    def generate(
+        self,
+        text: str,
+        *,
+        max_tokens: int = DEFAULT_MAX_TOKENS,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+    ) -> TextStream:
+        """Continues a text.
+
+        Args:
+            text: The prompt.
+            max_tokens: Most tokens to generate.
+            sampling: How they are drawn; None: `self.sampling`.
+            stop: Texts that end the answer; they are not part of it.
+
+        Returns:
+            An iterator over the pieces of the answer; nothing is computed before the first is asked for.
+
+        Raises:
+            InputError: An empty prompt or no tokens wanted.
+        """
+        return self._start(self._tokenizer.encode(text), max_tokens, sampling, stop)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        max_tokens: int = DEFAULT_MAX_TOKENS,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+        **variables: Any,
+    ) -> TextStream:
+        """Answers the last message of a conversation; give all of its messages every time.
+
+        Args:
+            messages: Each with `role` and `content`, the first one first.
+            max_tokens: Most tokens to generate.
+            sampling: How they are drawn; None: `self.sampling`.
+            stop: Texts that end the answer; they are not part of it.
+            **variables: What the chat template knows besides, such as `tools` or `enable_thinking`.
+
+        Returns:
+            An iterator over the pieces of the answer.
+
+        Raises:
+            InputError: The model has no chat template, or it refuses the messages.
+        """
+        if self._template is None:
+            hint = "write the conversation as the model was trained to read it, and continue that as a prompt"
+            raise InputError("the model has no chat template", where="chat", hint=hint)
+        text = self._template.render(messages, **variables)
+        return self._start(self._tokenizer.encode(text, special=False), max_tokens, sampling, stop)
+
+    def _start(self, ids: list[int], count: int, sampling: Sampling | None, stop: Sequence[str]) -> TextStream:
+        if not ids:
+            raise InputError("the prompt must have tokens", where="prompt", got="none")
+        if count < 1:
+            raise InputError("nothing to generate", where="max_tokens", got=count, expected="at least 1")
+        own = StopTexts((stop,) if isinstance(stop, str) else tuple(stop))
+        return TextStream(self._memory, self._tokenizer, ids, count, sampling or self.sampling, self._stop, own)
+
+
+class TextStream(Iterator[str]):
+    """The pieces of one answer, each as soon as its characters are whole.
+
+    A later answer of the same generator ends this one. `"".join(stream)` is the whole answer.
+    """
+
+    def __init__(
+        self,
+        memory: Memory,
+        tokenizer: Tokenizer,
+        ids: list[int],
+        count: int,
+        sampling: Sampling,
+        stop: frozenset[int],
+        texts: StopTexts,
+    ) -> None:
+        self.prompt_tokens = len(ids)
+        """Tokens of the prompt."""
+        self.reused_tokens = 0
+        """Those of them that the states held already."""
+        self.ids: list[int] = []
+        """Tokens generated so far, the one that stopped the answer included."""
+        self.prompt_seconds = 0.0
+        """From the first call to the first token."""
+        self.answer_seconds = 0.0
+        """From the first token to the last."""
+        self.finish_reason: str | None = None
+        """`stop`, `length` (as many tokens as were asked for, or the context is full); None while it goes on."""
+        self._pieces = self._run(memory, tokenizer, ids, count, sampling, stop, texts)
+
+    def __next__(self) -> str:
+        """The next piece, never empty."""
+        return next(self._pieces)
+
+    def close(self) -> None:
+        """Ends the answer here; the states are those after its last token but one."""
+        self._pieces.close()
+
+    def _run(
+        self,
+        memory: Memory,
+        tokenizer: Tokenizer,
+        ids: list[int],
+        count: int,
+        sampling: Sampling,
+        stop: frozenset[int],
+        texts: StopTexts,
+    ) -> Generator[str]:
+        start = time.perf_counter()
+        turn = memory.begin(ids)
+        self.reused_tokens = turn.reused
+        _log.info("prompt of %d tokens, %d of them reused", len(ids), turn.reused)
+        push, decoded = tokenizer.stream(), ""
+        count = min(count, memory.room(len(ids)))
+        for token in generate(turn.session, ids[turn.reused :], count, sampling, stop, ids[: turn.reused]):
+            turn.add(token)
+            now = time.perf_counter()
+            if not self.ids:
+                self.prompt_seconds, start = now - start, now
+            self.answer_seconds = now - start
+            self.ids.append(token)
+            if token in stop:
+                self.finish_reason = "stop"
+                break
+            whole = push(token)
+            decoded += whole
+            piece = texts.push(whole)
+            if piece:
+                yield piece
+            if texts.found:
+                self.finish_reason = "stop"
+                return
+        self.finish_reason = self.finish_reason or "length"
+        text = tokenizer.decode(self.ids[:-1] if self.ids[-1] in stop else self.ids)
+        cut_off = text[len(decoded) :] if text.startswith(decoded) else ""  # a character that was never completed
+        rest = texts.push(cut_off) + texts.finish()
+        if rest:
+            yield rest
+
+
+__all__ = ["DEFAULT_MAX_TOKENS", "TextGenerator", "TextStream"]

@@ -1,0 +1,157 @@
+"""From the command line: the tokenizer goes with the module, prompts are continued, conversations answered."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from linattn.frontend.cli import main as compile_
+from linattn.runtime import Program, TextGenerator, greedy
+from linattn.runtime.cli import main as run
+from linattn.runtime.text.files import read_module
+
+from samples.tiny_hybrid import build
+from tests import byte_tokenizer
+
+SMALL = ["--max-context", "64", "--prefill-blocks", "8", "--quiet"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with its tokenizer beside it, and the module compiled from them."""
+    folder = byte_tokenizer.write(tmp_path_factory.mktemp("text"))
+    onnx.save(build(), folder / "model.onnx")
+    assert compile_([str(folder / "model.onnx"), "-o", str(folder / "m.vmfb"), *SMALL]) == 0
+    return folder
+
+
+@pytest.fixture
+def say(capfdbinary: pytest.CaptureFixture[bytes]) -> Callable[..., tuple[int, str, str]]:
+    """Runs linattn-run; exit code and what it printed."""
+
+    def run_it(*arguments: object) -> tuple[int, str, str]:
+        code = run([str(argument) for argument in arguments])
+        out, err = capfdbinary.readouterr()
+        return code, out.decode(), err.decode()
+
+    return run_it
+
+
+def answer(module: Path, prompt: bytes, count: int) -> str:
+    """What the token ids say, by the session and the bytes alone."""
+    return bytes(greedy(Program.load(module).session(), list(prompt), count)).decode(errors="replace")
+
+
+def test_module_carries_its_tokenizer(folder: Path, tmp_path: Path, say: Callable[..., tuple[int, str, str]]) -> None:
+    module = tmp_path / "elsewhere.vmfb"
+    module.write_bytes((folder / "m.vmfb").read_bytes())
+    code, out, err = say(module, "--prompt", "Hällo", "--max-tokens", 12, "--verify")
+    assert code == 0
+    assert out == answer(module, "Hällo".encode(), 12) + "\n"
+    assert "prompt of 6 tokens in " in err
+    assert err.rstrip().endswith("; length")
+
+
+def test_prompt_from_standard_input(
+    folder: Path, say: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("abc"))
+    assert say(folder / "m.vmfb", "--prompt", "-", "--max-tokens", 5)[1] == answer(folder / "m.vmfb", b"abc", 5) + "\n"
+
+
+def test_chat_reads_only_what_is_new(
+    folder: Path, say: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n\nYou?\n/reset\nHi\n"))
+    code, out, err = say(folder / "m.vmfb", "--chat", "--max-tokens", 4, "--stop", "]")
+    lines = out.split("\n")
+    first = answer(folder / "m.vmfb", b"[user]Hi[assistant]", 4).partition("]")[0]
+    assert code == 0
+    assert (lines[0], lines[2]) == (first, first)
+    notes = [line for line in err.splitlines() if "prompt of" in line]
+    assert ["reused" in note for note in notes] == [False, True, False] or "\ufffd" in first
+
+
+def test_seeds_and_settings(folder: Path, say: Callable[..., tuple[int, str, str]]) -> None:
+    texts = [
+        say(folder / "m.vmfb", "--prompt", "abc", "--max-tokens", 20, "--temperature", 3, "--seed", seed)[1]
+        for seed in (1, 1, 2)
+    ]
+    assert texts[0] == texts[1] != texts[2]
+    plain = say(folder / "m.vmfb", "--prompt", "abc", "--max-tokens", 20)[1]
+    assert say(folder / "m.vmfb", "--prompt", "abc", "--max-tokens", 20, "--top-k", 1)[1] == plain
+    assert say(folder / "m.vmfb", "--prompt", "abc", "--max-tokens", 20, "--top-k", 90, "--seed", 1)[1] != plain
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt", ""], "the prompt must have tokens"),
+        (["--prompt", "a", "--chat"], "one of them at a time"),
+        (["--prompt", "a", "--ids", "1"], "one of them at a time"),
+        (["--prompt", "a", "--top-p", "2"], "--top-p: out of range, got 2.0, expected 0 to 1"),
+        (["--prompt", "a", "--max-tokens", "0"], "--max-tokens: nothing to generate, got 0"),
+        (["--prompt", "a", "--tokenizer", "/nowhere"], "/nowhere: no tokenizer; give its folder"),
+        (["--prompt", "a" * 65], "context full"),
+    ],
+)
+def test_errors(folder: Path, say: Callable[..., tuple[int, str, str]], arguments: list[str], message: str) -> None:
+    code, _, err = say(folder / "m.vmfb", *arguments)
+    assert code == 2
+    assert "Traceback" not in err
+    assert message in err.splitlines()[-1]
+
+
+def test_without_a_tokenizer(folder: Path, tmp_path: Path, say: Callable[..., tuple[int, str, str]]) -> None:
+    module = tmp_path / "m.vmfb"
+    assert compile_([str(folder / "model.onnx"), "--tokenizer", "none", "-o", str(module), *SMALL]) == 0
+    assert read_module(module) is None
+    assert "no tokenizer" in say(module, "--prompt", "a")[2]
+    code, out, _ = say(module, "--prompt", "a", "--tokenizer", folder, "--max-tokens", 3)
+    assert (code, out) == (0, answer(module, b"a", 3) + "\n")
+    byte_tokenizer.write(tmp_path)
+    assert say(module, "--prompt", "a", "--max-tokens", 3)[1] == out
+
+
+def test_tokenizers_that_cannot_go_with_a_module(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model.onnx"
+    model.write_bytes((folder / "model.onnx").read_bytes())
+    for content, message in (("[1]", "got other JSON"), ("{", "got Expecting"), ("{}", "got other JSON")):
+        (tmp_path / "tokenizer.json").write_text(content)
+        assert compile_([str(model), "-o", str(tmp_path / "m.vmfb"), *SMALL]) == 2
+        err = capsys.readouterr().err
+        assert "tokenizer.json: not a tokenizer" in err
+        assert message in err
+    assert compile_([str(model), "-o", str(tmp_path / "tokenizer.json"), *SMALL]) == 2
+    assert json.loads((tmp_path / "tokenizer.json").read_text()) == {}
+
+
+def test_words_of_an_exported_model(shared_models: Path, tmp_path: Path) -> None:
+    """The real tokenizer beside a real export, around the tokens that ONNX Runtime computed."""
+    source = shared_models / "genai-fp32-cpu"
+    module = tmp_path / "m.vmfb"
+    assert compile_([str(source / "model.onnx"), "-o", str(module), *SMALL]) == 0
+    prompt = np.load(shared_models / "transformers_expected.npz")["ids_5"].ravel().tolist()
+    tokens = np.load(source / "ort_expected.npz")["greedy_5"].ravel()[:16].tolist()
+
+    class Given:
+        """The library's tokenizer, but prompts are the reference's ids (its words have no letters to encode)."""
+
+        def __init__(self) -> None:
+            self.inner = TextGenerator(Program.load(module)).tokenizer
+            self.decode, self.stream, self.token_id = self.inner.decode, self.inner.stream, self.inner.token_id
+
+        def encode(self, text: str, special: bool = True) -> list[int]:
+            return prompt
+
+    stream = TextGenerator(Program.load(module), Given()).generate("", max_tokens=16)
+    assert "".join(stream) == "".join(f"w{token}" for token in tokens if token > 3)
+    assert stream.ids == tokens
