@@ -11,6 +11,7 @@ from .generation.sampling import Sampling
 from .manifest import Manifest
 from .program import Program
 from .session import Session
+from .snapshot import Snapshot
 from .text.generator import TextGenerator, TextStream
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Program",
     "Sampling",
     "Session",
+    "Snapshot",
     "StateError",
     "TargetError",
     "TextGenerator",

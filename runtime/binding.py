@@ -242,6 +242,11 @@ def cut(manifest: Manifest, spec: InputSpec, array: HostArray, start: int, size:
     return array if axis is None else _slice(array, axis, start, start + size)
 
 
+def first_of(array: HostArray, axis: int, size: int) -> HostArray:
+    """The first elements along an axis."""
+    return _slice(array, axis, 0, size)
+
+
 def _slice(array: HostArray, axis: int, start: int, stop: int) -> HostArray:
     return array[(slice(None),) * axis + (slice(start, stop),)]
 

@@ -73,6 +73,7 @@ _KEPT_STAGING = 1 << 20
 _POLLED_SECONDS = 0.02
 _NICE = 10
 _SAMPLES, _SAMPLE_SECONDS = 3, 0.004
+_ZERO = np.zeros(1, np.uint8)
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
@@ -109,6 +110,21 @@ class DeviceArray:
     def nbytes(self) -> int:
         """Size of the elements, in bytes."""
         return math.prod(self.shape) * numpy_dtype(self.dtype).itemsize
+
+
+@dataclass(frozen=True)
+class Move:
+    """Ranges of an array that `Device.move` fills.
+
+    Attributes:
+        source: Where they come from; None: they become zeros.
+        target: The array.
+        regions: Offset in the source, offset in the target, length, all in bytes.
+    """
+
+    source: DeviceArray | None
+    target: DeviceArray
+    regions: Sequence[tuple[int, int, int]]
 
 
 class Device(Owned):
@@ -204,24 +220,26 @@ class Device(Owned):
 
     def fill_zero(self, arrays: Sequence[DeviceArray]) -> None:
         """Overwrites arrays with zeros, in place and in one submission."""
-        filled = [array for array in arrays if array.nbytes]
-        if not filled:
-            return
-        commands = _rt.HalCommandBuffer(self.hal_device, begin=True)
-        for array in filled:
-            commands.fill(array.view.get_buffer(), np.zeros(1, np.uint8), 0, array.nbytes)
-        self._execute(commands)
+        self.move([Move(None, array, ((0, 0, array.nbytes),)) for array in arrays])
 
     def copy(self, arrays: Sequence[DeviceArray]) -> list[DeviceArray]:
         """Copies arrays on the device, each into memory of its own, in one submission."""
         copies = [self._empty(array.shape, array.dtype) for array in arrays]
-        pairs = [(old, new) for old, new in zip(arrays, copies, strict=True) if old.nbytes]
-        if pairs:
-            commands = _rt.HalCommandBuffer(self.hal_device, begin=True)
-            for old, new in pairs:
-                commands.copy(old.view.get_buffer(), new.view.get_buffer(), 0, 0, old.nbytes)
-            self._execute(commands)
+        self.move([Move(old, new, ((0, 0, old.nbytes),)) for old, new in zip(arrays, copies, strict=True)])
         return copies
+
+    def move(self, moves: Sequence[Move]) -> None:
+        """Copies and clears ranges of arrays, in one submission whose order is open: no range may be written twice."""
+        regions = [(move, *region) for move in moves for region in move.regions if region[2]]
+        if not regions:
+            return
+        commands = _rt.HalCommandBuffer(self.hal_device, begin=True)
+        for move, start, target, nbytes in regions:
+            if move.source is None:
+                commands.fill(move.target.view.get_buffer(), _ZERO, target, nbytes)
+            else:
+                commands.copy(move.source.view.get_buffer(), move.target.view.get_buffer(), start, target, nbytes)
+        self._execute(commands)
 
     def to_host(self, array: DeviceArray) -> HostArray:
         """Copies an array to the host: every call reads the device anew and returns memory of its own."""

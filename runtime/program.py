@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from . import binding
 from .arrays import as_array
@@ -17,15 +17,14 @@ from .binding import Sizes
 from .choice import Choice
 from .cpu import chosen_level
 from .device import Device, DeviceArray, HostArray
-from .errors import StateError
+from .feeds import block_inputs, check_room, complete_inputs
 from .loading import load
 from .manifest import EntryPoint, InputSpec, Manifest, OutputSpec, StateSpec
 from .module import Module
 from .owned import Owned
+from .session import Session
+from .snapshot import Snapshot
 from .state import next_states, read_state, state_shape, upload_state
-
-if TYPE_CHECKING:
-    from .session import Session
 
 _LARGE_INPUT = 1 << 18  # bytes; above it a copy to the device pays off
 _KEPT_INPUTS = 64
@@ -49,8 +48,8 @@ class Program(Owned):
         self._inputs: dict[tuple[int, tuple[int, ...]], DeviceArray] = {}
         self._outputs: dict[str, list[DeviceArray]] = {}
         self._lock = threading.RLock()
-        self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
-        self._sessions_lock = threading.Lock()
+        self._holders: weakref.WeakSet[Session | Snapshot] = weakref.WeakSet()
+        self._holders_lock = threading.Lock()
         self._result_dtypes = [*(output.dtype for output in manifest.outputs), *returned]
 
     @staticmethod
@@ -84,7 +83,7 @@ class Program(Owned):
         return Program(loaded.module, loaded.manifest, loaded.choice)
 
     def close(self) -> None:
-        """Frees the code, the weights and the states of all sessions, once the call under way has ended.
+        """Frees the code, the weights and the states of all sessions and snapshots, once the call under way has ended.
 
         Every later call of the program or of a session of it raises a StateError; closing twice is fine. In a child
         process that was forked it frees nothing: the memory is the parent's.
@@ -96,9 +95,9 @@ class Program(Owned):
             self._module.close()
             self._inputs.clear()
             self._outputs.clear()
-            with self._sessions_lock:
-                for session in self._sessions:
-                    session.release()
+            with self._holders_lock:
+                for holder in self._holders:
+                    holder.release()
 
     def __enter__(self) -> Self:
         """The program, to be closed at the end of the block."""
@@ -158,19 +157,27 @@ class Program(Owned):
         """The states, each a graph input and the graph output that replaces it."""
         return self._manifest.states
 
-    def session(self, batch: int | None = None) -> Session:
-        """Starts an empty sequence (or a batch of them) with states of its own.
+    def session(self, snapshot: Snapshot | None = None, *, batch: int | None = None, window: int = 0) -> Session:
+        """Starts a sequence (or a batch of them) with states of its own: an empty one, or where a snapshot was taken.
 
         Args:
-            batch: B for a model with an open batch; None: the first call decides.
-        """
-        from .session import Session
+            snapshot: Where to go on from; None: an empty sequence.
+            batch: B for a model with an open batch; None: the snapshot or the first call decides.
+            window: How many calls `Session.rollback` can take back; each keeps the recurrent and conv states before it.
 
+        Raises:
+            InputError: A batch that the model does not have, or a negative window.
+            StateError: The snapshot is of another program or another batch.
+        """
         self.check_usable()
-        session = Session(self, batch)
-        with self._sessions_lock:
-            self._sessions.add(session)
+        session = Session(self, batch, window, snapshot)
+        self.adopt(session)
         return session
+
+    def adopt(self, holder: Session | Snapshot) -> None:
+        """Lets `close` free what a session or a snapshot holds."""
+        with self._holders_lock:
+            self._holders.add(holder)
 
     def run(self, inputs: Mapping[str, Any]) -> dict[str, HostArray]:
         """Runs the graph once, without a session: everything in and out by ONNX name and in ONNX shape.
@@ -242,7 +249,7 @@ class Program(Owned):
         states: Sequence[DeviceArray],
         position: int,
         last: bool = False,
-        into: Sequence[DeviceArray] | None = None,
+        into: Sequence[DeviceArray | None] | None = None,
     ) -> tuple[list[DeviceArray], list[DeviceArray]]:
         """Calls one entry point with arrays of exactly its shapes, and waits.
 
@@ -252,7 +259,8 @@ class Program(Owned):
             states: One device array per state; those with `in_place` are written to.
             position: P.
             last: The last position's logits will do: the others are left out where the module can do without them.
-            into: Arrays like the states, to hold the next ones where the module `takes_results`. Left out: new ones.
+            into: Arrays like the states (None for those with `in_place`), to hold the next ones where the module
+                `takes_results`. Left out: new ones.
 
         Returns:
             The outputs, in arrays that the next call of the entry point may overwrite, and the states after the call.
@@ -279,7 +287,7 @@ class Program(Owned):
         """Whether calls write their results where they are told to."""
         return self._module.result_specs(self._manifest.entry_points[0].symbol) is not None
 
-    def _storage(self, symbol: str, into: Sequence[DeviceArray] | None) -> list[DeviceArray | None] | None:
+    def _storage(self, symbol: str, into: Sequence[DeviceArray | None] | None) -> list[DeviceArray | None] | None:
         """Memory for the results of an entry point: the outputs' is kept, small ones where the host reads them."""
         specs, count = self._module.result_specs(symbol), len(self._manifest.outputs)
         if specs is None:
@@ -310,41 +318,3 @@ class Program(Owned):
             self._inputs[key] = self.device.host_buffer(array.shape, dtype)
         self.device.write(self._inputs[key], array)
         return self._inputs[key]
-
-
-def check_room(manifest: Manifest, past: int, tokens: int) -> None:
-    """Refuses a call that the context has no room for, before anything runs.
-
-    Raises:
-        StateError: P+T is more than the capacity or the model's own limit.
-    """
-    limit = manifest.token_limit
-    if limit is not None and past + tokens > limit:
-        hint = "reset the session" if limit == manifest.context_limit else "reset it or compile with more --max-context"
-        raise StateError("context full", got=f"{past} + {tokens} tokens", expected=f"at most {limit}", hint=hint)
-
-
-def complete_inputs(
-    manifest: Manifest, arrays: Mapping[str, HostArray], sizes: Sizes, batch: int, past: int, tokens: int
-) -> dict[str, HostArray]:
-    """Adds the `attention_mask` and `position_ids` that the caller left out, in ONNX form."""
-    feeds = dict(arrays)
-    mask = next((spec for spec in manifest.inputs if spec.role == "attention_mask"), None)
-    if mask is not None and mask.name not in feeds:
-        feeds[mask.name] = binding.full_mask(manifest, mask, batch, past, tokens)
-    for spec in manifest.inputs:
-        if spec.role == "position_ids" and spec.name not in feeds:
-            feeds[spec.name] = binding.positions(manifest, spec, sizes, past, feeds[mask.name] if mask else None)
-    return feeds
-
-
-def block_inputs(
-    manifest: Manifest, feeds: Mapping[str, HostArray], past: int, start: int, size: int
-) -> list[HostArray]:
-    """The inputs of one block, in manifest order, cut from those of the whole call."""
-    return [
-        binding.block_mask(manifest, spec, feeds[spec.name], past, start, size)
-        if spec.role == "attention_mask"
-        else binding.cut(manifest, spec, feeds[spec.name], start, size)
-        for spec in manifest.inputs
-    ]

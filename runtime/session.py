@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from . import binding
-from .arrays import as_array
-from .binding import Sizes
+from . import binding, held
 from .device import DeviceArray, HostArray, numpy_dtype
 from .errors import InputError, StateError
-from .manifest import OutputSpec
+from .feeds import Call, block_inputs, check_room, prepare
+from .held import Held
+from .manifest import EntryPoint, OutputSpec
 from .owned import Owned
-from .program import block_inputs, check_room, complete_inputs
-from .state import read_state, state_shape, zero_states
+from .snapshot import Snapshot
+from .state import read_state, state_shape
 
 if TYPE_CHECKING:
     from .program import Program
@@ -35,26 +35,27 @@ class Session(Owned):
     Get it from `Program.session`.
     """
 
-    _copy_hint = "start another one with program.session(); fork(), which is to branch a sequence, does not exist yet"
+    _copy_hint = "fork() goes on from here a second time, save() takes it to another process"
 
-    def __init__(self, program: Program, batch: int | None = None) -> None:
+    def __init__(
+        self, program: Program, batch: int | None = None, window: int = 0, snapshot: Snapshot | None = None
+    ) -> None:
         manifest = program.manifest
         if batch is not None and manifest.batch is not None and batch != manifest.batch:
             hint = "compile with --batch open for any"
             raise InputError("wrong batch", where="batch", got=batch, expected=manifest.batch, hint=hint)
         if batch is not None and batch < 1:
             raise InputError("wrong batch", where="batch", got=batch, expected="at least 1")
+        if window < 0:
+            raise InputError("wrong window", where="window", got=window, expected="a number of calls")
         self._program = program
         self._manifest = manifest
         self._fixed_batch = batch if batch is not None else manifest.batch
+        self._window = window
         self._busy = threading.Lock()
-        self._batch: int | None = None
-        self._arrays: list[DeviceArray] = []
-        self._spare: list[list[DeviceArray]] = []  # memory of states that nobody needs any more
-        self._position = 0
-        self._mask: HostArray | None = None  # columns of committed tokens, once a caller has masked one
-        if self._fixed_batch is not None:
-            self._allocate(self._fixed_batch)
+        # What is held now, last; before it what rollback goes back to.
+        self._line = [self._empty() if snapshot is None else self._held_by(snapshot)]
+        self._spare: list[list[DeviceArray]] = []  # memory of moving states that nobody needs any more
 
     @property
     def program(self) -> Program:
@@ -64,26 +65,76 @@ class Session(Owned):
     @property
     def position(self) -> int:
         """Number of tokens committed."""
-        return self._position
+        return self._line[-1].position
+
+    @property
+    def batch(self) -> int | None:
+        """Number of rows; None where the first call decides."""
+        return self._line[-1].batch
 
     def reset(self) -> None:
-        """Forgets everything: zero states (KV caches too, since 0 * NaN is NaN), position 0.
+        """Forgets everything: zero states (KV caches too, since 0 * NaN is NaN), position 0, nothing to roll back to.
 
-        A batch size that the first call had decided is forgotten too.
+        A batch size that a call or a snapshot had decided is forgotten too.
         """
         with self._exclusive():
-            arrays = self._arrays
-            self._arrays = []
-            self._position, self._mask, self._batch = 0, None, None
-            if self._fixed_batch is None:
+            now, batch = self._line[-1], self._fixed_batch
+            self._replace([now])
+            if batch is None or not self._is_own(now) or now.batch != batch:
+                self._replace([self._empty()])
                 return
-            past = self._manifest.max_context or 0
-            shapes = [state_shape(self._manifest, spec, self._fixed_batch, past) for spec in self._manifest.states]
-            if [array.shape for array in arrays] == shapes:  # new memory costs a GPU's driver milliseconds
-                self._program.device.fill_zero(arrays)
-                self._arrays, self._batch = arrays, self._fixed_batch
+            self._line = [held.nothing(self._program.device)]  # should clearing fail, the states are of no use
+            self._line = [held.cleared(self._manifest, self._program.device, now)]
+
+    def snapshot(self) -> Snapshot:
+        """What the session holds now, as a value: nothing that it does later changes it.
+
+        Costs no copy. The memory of its recurrent and conv states is not used again as long as it lives; rows of KV
+        caches are copied when a second one goes on from it (`Session.restore`).
+        """
+        with self._exclusive():
+            now = self._line[-1]
+            now.shared = True
+            return Snapshot(self._program, now.again())
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Goes on from a snapshot; what the session held is gone, and so is what `rollback` went back to.
+
+        Raises:
+            StateError: The snapshot is of another program, even of the same model.
+        """
+        with self._exclusive():
+            self._replace([self._held_by(snapshot)])
+
+    def fork(self) -> Session:
+        """A second session that goes on from here; the two share memory until they write."""
+        return self._program.session(self.snapshot(), window=self._window)
+
+    def rollback(self, tokens: int) -> None:
+        """Takes back the last tokens: afterwards it is as if they had never been there.
+
+        Goes back to the start of one of the last calls (as many as the session's `window`), or anywhere where the model
+        has KV caches only.
+
+        Args:
+            tokens: How many, 0 or more.
+
+        Raises:
+            StateError: The states at that position are not kept; the message says which are.
+        """
+        with self._exclusive():
+            line, position = self._line, self._line[-1].position - tokens
+            kept = [one.position for one in line]
+            if position in kept:
+                self._replace(line[: len(line) - kept[::-1].index(position)])
+            elif 0 <= position < kept[-1] and all(spec.in_place for spec in self._manifest.states):
+                before = [one for one in line if one.position < position]
+                self._replace([*before, line[-1].first(self._manifest, position)])
             else:
-                self._allocate(self._fixed_batch)
+                steps = ", ".join(str(kept[-1] - other) for other in sorted(set(kept[:-1]), reverse=True))
+                hint = "program.session(window=N) keeps the states before each of the last N calls"
+                expected = f"{steps} tokens" if steps else "nothing to be taken back"
+                raise StateError("cannot roll back", got=f"{tokens} tokens", expected=expected, hint=hint)
 
     def run(self, inputs: Mapping[str, Any], logits: Literal["all", "last"] = "all") -> dict[str, HostArray]:
         """Appends T tokens and returns the outputs; the tokens are cut into the blocks that the module has.
@@ -118,10 +169,11 @@ class Session(Owned):
             StateError: No such state, or an open batch before the first call.
         """
         with self._exclusive():
-            for spec, index in zip(self._manifest.states, range(len(self._manifest.states)), strict=True):
+            for index, spec in enumerate(self._manifest.states):
                 if name in (spec.name, spec.output):
-                    array = self._need_arrays()[index]
-                    return read_state(self._manifest, self._program.device, spec, array, self._position)
+                    now = self._started()
+                    array = now.arrays(self._manifest)[index]
+                    return read_state(self._manifest, self._program.device, spec, array, now.position)
         expected = ", ".join(spec.name for spec in self._manifest.states) or "none: the model has no states"
         raise StateError("no such state", got=name, expected=expected)
 
@@ -131,86 +183,89 @@ class Session(Owned):
 
     def release(self) -> None:
         """Frees the states; the program calls it when it closes, after which a session has no use of them."""
-        self._arrays, self._spare, self._mask = [], [], None
+        self._line = [held.nothing(self._program.device, self.position)]
+        self._spare = []
 
     def _run(self, inputs: Mapping[str, Any], last: bool) -> dict[str, HostArray]:
-        m, past = self._manifest, self._position
-        feeds, batch, tokens, mask = self._prepare(inputs)
-        if tokens == 0:
-            return {spec.name: self._empty(spec, batch) for spec in m.outputs}
-        check_room(m, past, tokens)
-        binding.check_indices(m, feeds)
-        plan = binding.plan_blocks(m, tokens)
-        if self._batch is None:
-            self._allocate(batch)
+        m, now = self._manifest, self._line[-1]
+        call = prepare(m, inputs, now.position, now.batch, now.mask)
+        if call.tokens == 0:
+            return {spec.name: self._no_tokens(spec, call.batch) for spec in m.outputs}
+        check_room(m, now.position, call.tokens)
+        binding.check_indices(m, call.feeds)
+        plan = binding.plan_blocks(m, call.tokens)
+        if now.batch is None:
+            now = held.zeros(m, self._program.device, call.batch)
+        lease = now.lease.caches.extend(now.lease, now.position + call.tokens)
+        try:
+            start = Held(now.moving, lease, now.position, call.batch)
+            joined, moving = self._run_blocks(plan, call, start, last)
+        except BaseException:
+            lease.caches.release(lease)
+            raise
+        self._commit(Held(moving, lease, now.position + call.tokens, call.batch, call.mask))
+        return joined
 
-        committed = self._arrays
-        states, start = committed, 0
+    def _run_blocks(
+        self, plan: list[tuple[EntryPoint, int]], call: Call, now: Held, last: bool
+    ) -> tuple[dict[str, HostArray], list[DeviceArray]]:
+        """The outputs, joined, and the new moving states."""
+        m, start = self._manifest, 0
         parts: dict[str, list[HostArray]] = {spec.name: [] for spec in m.outputs}
         outputs: list[DeviceArray] = []
+        states = now.arrays(m)
         for entry, size in plan:
             outputs = []  # lets go of the block before, which may be large
-            block = block_inputs(m, feeds, past, start, size)
+            block = block_inputs(m, call.feeds, now.position, start, size)
             with self._program.exclusive():
-                outputs, following = self._program.call(entry, block, states, past + start, last, self._take_spare())
+                into = self._take_spare()
+                outputs, following = self._program.call(entry, block, states, now.position + start, last, into)
                 start += size
                 for spec, output in zip(m.outputs, outputs, strict=True):
-                    self._collect(parts[spec.name], spec, output, last, start == tokens)
-            if states is not committed:
-                self._keep_spare(states)
+                    self._collect(parts[spec.name], spec, output, last, start == call.tokens)
+            if start > size:
+                self._keep_memory(self._moving(states))
             states = following
         joined = {
             spec.name: found[0] if len(found) == 1 else np.concatenate(found, spec.token_axis or 0)
             for spec, found in ((spec, parts[spec.name]) for spec in m.outputs)
         }
-        states = self._compact(states, outputs)
-        self._arrays, self._position, self._mask = states, past + tokens, mask
-        self._keep_spare(committed)
-        return joined
+        return joined, self._compact(self._moving(states), outputs)
 
-    def _prepare(self, inputs: Mapping[str, Any]) -> tuple[dict[str, HostArray], int, int, HostArray | None]:
-        """Checks a call; returns its inputs in ONNX form, B, T, and the mask to remember."""
-        m, past = self._manifest, self._position
-        for state in m.states:
-            if state.name in inputs:
-                hint = "use program.run to pass states"
-                raise InputError("a session has its own states", where=state.name, hint=hint)
-        optional = ("attention_mask", "position_ids")
-        required = [spec.name for spec in m.inputs if spec.role not in optional]
-        binding.check_names(inputs, [spec.name for spec in m.inputs], required)
-        arrays = {spec.name: as_array(spec, inputs[spec.name]) for spec in m.inputs if spec.name in inputs}
-        sizes = Sizes(m, past=past) if self._batch is None else Sizes(m, past=past, batch=self._batch)
-        for spec in m.inputs:
-            if spec.name in arrays and spec.role != "attention_mask":
-                sizes.bind(spec.name, spec.shape, arrays[spec.name])
-        batch = sizes.set_default("batch", 1)
-        tokens = sizes.set_default("tokens", binding.count_tokens(m, sizes, arrays))
-        sizes.set_default("total", past + tokens)
-        mask = self._merge_mask(arrays, sizes, batch, tokens)
-        return complete_inputs(m, arrays, sizes, batch, past, tokens), batch, tokens, mask
+    def _commit(self, new: Held) -> None:
+        """Holds something more; what was there is kept for `rollback` as far as the window goes."""
+        self._replace([*self._line, new][-1 - self._window :])
 
-    def _merge_mask(self, arrays: dict[str, HostArray], sizes: Sizes, batch: int, tokens: int) -> HostArray | None:
-        """Puts the mask of all P+T columns into `arrays` where one was given or is remembered."""
-        m, past = self._manifest, self._position
-        spec = next((spec for spec in m.inputs if spec.role == "attention_mask"), None)
-        if spec is None or (spec.name not in arrays and self._mask is None):
-            return None
-        axis = binding.axis_of(m, spec.shape, "total")
-        given = arrays.get(spec.name)
-        if axis is not None and (given is None or given.shape[axis : axis + 1] == (tokens,)) and past:
-            old = self._mask if self._mask is not None else binding.full_mask(m, spec, batch, past, 0)
-            new = binding.full_mask(m, spec, batch, 0, tokens) if given is None else given
-            if new.ndim != old.ndim or new.shape[:axis] != old.shape[:axis]:
-                sizes.bind(spec.name, spec.shape, new)
-            given = np.concatenate([old, new], axis)
-        if given is None:
-            return None
-        sizes.bind(spec.name, spec.shape, given)
-        arrays[spec.name] = given
-        if given.all():
-            return None
-        binding.refuse_padding(m, spec, given)
-        return given.copy() if axis is not None else None
+    def _replace(self, line: list[Held]) -> None:
+        """What is held from now on, in one assignment; the memory of what is not is there to be used again."""
+        old, self._line = self._line, line
+        for one in old:
+            if not any(one is other for other in line) and not one.shared:
+                self._keep_memory(one.moving)
+
+    def _held_by(self, snapshot: Snapshot) -> Held:
+        if snapshot.program is not self._program:
+            hint = "session.save() and Session.load() take states from one to the other"
+            got = f"{snapshot.program.manifest.model_name} on {snapshot.program.device.uri}"
+            raise StateError("a snapshot of another program", got=got, hint=hint)
+        if snapshot.batch is None:
+            return self._empty()
+        if self._fixed_batch not in (None, snapshot.batch):
+            hint = "use program.session(snapshot)"
+            raise StateError("a snapshot of another batch", got=snapshot.batch, expected=self._fixed_batch, hint=hint)
+        return snapshot.held.again()
+
+    def _is_own(self, now: Held) -> bool:
+        """Whether nobody else reads these arrays and they are as large as those of no tokens.
+
+        Modules that allocate their results may return an array that they were given, if a state stays as it is.
+        """
+        m, batch = self._manifest, now.batch
+        if not self._program.takes_results or now.shared or batch is None:
+            return False
+        shapes = [state_shape(m, spec, batch, m.max_context or 0) for spec in m.states]
+        is_alone = now.lease.caches.is_of_one(now.lease)
+        return is_alone and [array.shape for array in now.arrays(m)] == shapes
 
     def _collect(self, found: list[HostArray], spec: OutputSpec, output: DeviceArray, last: bool, final: bool) -> None:
         device = self._program.device
@@ -223,39 +278,44 @@ class Session(Owned):
         else:
             found.append(device.to_host(output))
 
-    def _take_spare(self) -> list[DeviceArray] | None:
+    def _moving(self, states: list[DeviceArray]) -> list[DeviceArray]:
+        return [state for spec, state in zip(self._manifest.states, states, strict=True) if not spec.in_place]
+
+    def _take_spare(self) -> list[DeviceArray | None] | None:
         """Memory for the next states, None where there is none yet or the module brings it."""
-        return self._spare.pop() if self._spare else None
+        if not self._spare:
+            return None
+        memory = iter(self._spare.pop())
+        return [None if spec.in_place else next(memory) for spec in self._manifest.states]
 
-    def _keep_spare(self, states: list[DeviceArray]) -> None:
+    def _keep_memory(self, moving: list[DeviceArray]) -> None:
         """Keeps the memory of states for later ones; two sets are enough, whatever the number of blocks."""
-        if self._program.takes_results and len(self._spare) < _SPARE_STATES:
-            self._spare.append(states)
+        if moving and self._program.takes_results and len(self._spare) < _SPARE_STATES:
+            self._spare.append(moving)
 
-    def _compact(self, states: list[DeviceArray], outputs: list[DeviceArray]) -> list[DeviceArray]:
+    def _compact(self, moving: list[DeviceArray], outputs: list[DeviceArray]) -> list[DeviceArray]:
         """Copies states out of an allocation that they share with large outputs, which they would keep alive."""
         if self._program.takes_results or sum(output.nbytes for output in outputs) < _COMPACT_BYTES:
-            return states
-        moving = [i for i, spec in enumerate(self._manifest.states) if not spec.in_place]
-        copies = self._program.device.copy([states[i] for i in moving])
-        moved = dict(zip(moving, copies, strict=True))
-        return [moved.get(i, state) for i, state in enumerate(states)]
+            return moving
+        return self._program.device.copy(moving)
 
-    def _empty(self, spec: OutputSpec, batch: int) -> HostArray:
+    def _no_tokens(self, spec: OutputSpec, batch: int) -> HostArray:
         sizes = {"batch": batch}
         shape = [dim if isinstance(dim, int) else sizes.get(self._manifest.dims[dim], 0) for dim in spec.shape]
         if spec.token_axis is not None:
             shape[spec.token_axis] = 0
         return np.zeros(shape, numpy_dtype(spec.dtype))
 
-    def _allocate(self, batch: int) -> None:
-        self._arrays = zero_states(self._manifest, self._program.device, batch)
-        self._batch = batch
+    def _empty(self) -> Held:
+        """The states of no tokens."""
+        if self._fixed_batch is None:
+            return held.nothing(self._program.device)
+        return held.zeros(self._manifest, self._program.device, self._fixed_batch)
 
-    def _need_arrays(self) -> list[DeviceArray]:
-        if self._batch is None:
+    def _started(self) -> Held:
+        if self.batch is None:
             raise StateError("the batch is open until the first call", hint="use program.session(batch=B)")
-        return self._arrays
+        return self._line[-1]
 
     @contextmanager
     def _exclusive(self) -> Generator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -68,3 +69,11 @@ def next_states(
     """The states after a call: the returned arrays, but the caller's own buffers where the call wrote in place."""
     pairs = zip(manifest.states, states, returned, strict=True)
     return [old if spec.in_place else new for spec, old, new in pairs]
+
+
+def row_regions(array: DeviceArray, axis: int, first: int, last: int) -> list[tuple[int, int, int]]:
+    """Where rows of one axis lie, from `first` up to `last`, as the regions of a `Move` to the same place."""
+    row = math.prod(array.shape[axis + 1 :]) * numpy_dtype(array.dtype).itemsize
+    block = row * array.shape[axis]
+    starts = [i * block + first * row for i in range(math.prod(array.shape[:axis]))]
+    return [(start, start, (last - first) * row) for start in starts]

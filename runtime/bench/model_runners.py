@@ -11,12 +11,13 @@ import numpy as np
 from linattn.runtime.binding import Sizes
 from linattn.runtime.device import HostArray, has_worker_threads, numpy_dtype
 from linattn.runtime.errors import InputError
+from linattn.runtime.feeds import block_inputs, complete_inputs
 from linattn.runtime.generation.loop import token_input
 from linattn.runtime.generation.sampling import index_of_largest
 from linattn.runtime.loading import read_manifest
 from linattn.runtime.manifest import EntryPoint, Manifest, OutputSpec
 from linattn.runtime.module import Module
-from linattn.runtime.program import Program, block_inputs, complete_inputs
+from linattn.runtime.program import Program
 from linattn.runtime.state import state_shape, zero_states
 
 from .device_times import cuda_kernels

@@ -13,7 +13,7 @@ from linattn.frontend.compile import compile_model  # in this process, where a l
 from linattn.frontend.graph import last_position
 from linattn.runtime import Program, Session
 from linattn.runtime.binding import Sizes
-from linattn.runtime.program import block_inputs, complete_inputs
+from linattn.runtime.feeds import block_inputs, complete_inputs
 from linattn.runtime.state import read_state, zero_states
 
 from samples.tiny_hybrid import build

@@ -118,7 +118,9 @@ def case(rng: random.Random, folder: Path) -> str:
     del folder
     program = rng.choice(prepare())
     batch = program.manifest.batch or rng.choice([1, 3])
-    twins = [Twin(program.session(batch), np.zeros((batch, 0), np.int64)) for _ in range(rng.choice([1, 1, 2, 4]))]
+    twins = [
+        Twin(program.session(batch=batch), np.zeros((batch, 0), np.int64)) for _ in range(rng.choice([1, 1, 2, 4]))
+    ]
     failures: list[BaseException] = []
     seeds = [random.Random(rng.random()) for _ in twins]
     if rng.random() < 0.5:

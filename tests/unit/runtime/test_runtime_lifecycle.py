@@ -201,7 +201,7 @@ def test_copies_are_refused(of: Callable[[object], object], file: Path) -> None:
     program = Program.load(file, "local-sync")
     session = program.session()
     for thing, hint in (
-        (session, "start another one with program.session()"),
+        (session, "fork()"),
         (program, "load it again"),
         (program.device, "open_device"),
         (Module(file), "load it again"),
@@ -316,7 +316,7 @@ if what == "cycle":
 elif what == "function":
     last.keep = lambda: program  # a cycle with our own modules, and all they hold
 elif what == "state":
-    kept = session._arrays
+    kept = session._line
     del session, program
 """
 

@@ -10,6 +10,7 @@ import pytest
 from conftest import need_device
 from linattn.runtime import InputError, Program, Session, StateError, TargetError, greedy, greedy_rows
 from linattn.runtime.binding import plan_blocks
+from linattn.runtime.device import Move
 from linattn.runtime.manifest import EntryPoint, Manifest
 from tiny_hybrid import Hybrid, open_form, reference
 
@@ -113,9 +114,9 @@ def test_reset(load: Load) -> None:
     device = session.program.device
     session.run({"input_ids": some_ids(1, 24, 1)})
     for index, spec in enumerate(session.program.states):  # poison every buffer
-        old = session._arrays[index]
+        old = session._line[-1].arrays(session.program.manifest)[index]
         poison = device.upload(np.full(old.shape, np.nan, np.float32), spec.dtype)
-        session._arrays[index] = poison
+        device.move([Move(poison, old, ((0, 0, old.nbytes),))])
     session.reset()
     assert session.position == 0
     first = session.run({"input_ids": ids[:, :1]})["logits"]
@@ -392,7 +393,7 @@ def test_greedy(rows: int) -> None:
 
 def test_greedy_refuses_nan(cpu: Program) -> None:
     session = cpu.session()
-    session._arrays[0] = cpu.device.upload(np.full((1, 4), np.nan, np.float32), "float32")
+    session._line[-1].moving[0] = cpu.device.upload(np.full((1, 4), np.nan, np.float32), "float32")
     with pytest.raises(StateError, match="the logits are NaN"):
         next(greedy(session, [1, 2], 1))
 

@@ -1,0 +1,192 @@
+"""What a session or a snapshot holds on the device, and who may write to it.
+
+The states at one position are a `Held`. Recurrent and conv states come out of a call as new arrays, so those of a
+`Held` are never written again; their memory is used again only where nobody else was given it (`shared`). KV caches of
+fixed capacity are written in place: several `Held` lie in the same `Caches`, each in the first rows of them, as many as
+its `Lease` says. Who stands at the end of the rows in use goes on there; who writes elsewhere gets a copy of its rows.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from .binding import axis_of, first_of
+from .device import Device, DeviceArray, HostArray, Move
+from .manifest import Manifest, StateSpec
+from .state import row_regions, zero_states
+
+
+class Lease:
+    """That the first rows of some caches are in use; gone with the last reference to it.
+
+    Attributes:
+        caches: Which.
+        rows: How many, in tokens.
+    """
+
+    __slots__ = ("__weakref__", "caches", "rows")
+
+    def __init__(self, caches: Caches, rows: int) -> None:
+        self.caches = caches
+        self.rows = rows
+
+
+class Caches:
+    """The KV caches that are written in place, of one memory each; all threads may use it.
+
+    Args:
+        device: Where they are.
+        specs: The state that each is.
+        arrays: They, with zeros from row `filled` on.
+        filled: Rows that may hold anything.
+    """
+
+    def __init__(
+        self, device: Device, specs: Sequence[StateSpec], arrays: Sequence[DeviceArray], filled: int = 0
+    ) -> None:
+        self.specs = tuple(specs)
+        self.arrays = tuple(arrays)
+        self._device = device
+        self._filled = filled
+        self._leases: weakref.WeakSet[Lease] = weakref.WeakSet()
+        self._lock = threading.Lock()
+
+    def lease(self, rows: int) -> Lease:
+        """Keeps the first rows from being overwritten for as long as the lease lives."""
+        with self._lock:
+            lease = Lease(self, rows)
+            self._leases.add(lease)
+            return lease
+
+    def release(self, lease: Lease) -> None:
+        """Ends a lease that something may still hold, such as an exception's traceback."""
+        with self._lock:
+            self._leases.discard(lease)
+
+    def is_of_one(self, lease: Lease) -> bool:
+        """Whether nobody but the holder of this lease uses the caches."""
+        with self._lock:
+            return all(other is lease for other in self._leases)
+
+    def extend(self, held: Lease, rows: int) -> Lease:
+        """A lease of as many rows, of which those from the end of the held ones on may be written.
+
+        Costs nothing where nobody else has rows there, else a copy of the held rows into new caches. Rows that somebody
+        wrote there and gave up are cleared: nothing reads them, but a zero weight does not hide a NaN.
+
+        Raises:
+            TargetError: The device failed; nothing has changed.
+        """
+        if not self.arrays:
+            return self.lease(rows)
+        lease = Lease(self, rows)
+        with self._lock:
+            taken, filled = any(other.rows > held.rows for other in self._leases), self._filled
+            if not taken:
+                self._leases.add(lease)
+                self._filled = max(filled, rows)
+        if taken:
+            return self.copy(held.rows, rows).lease(rows)
+        try:
+            if filled > held.rows:
+                self._device.move(
+                    [
+                        Move(None, array, row_regions(array, spec.length_axis or 0, held.rows, filled))
+                        for spec, array in zip(self.specs, self.arrays, strict=True)
+                    ]
+                )
+        except BaseException:
+            self.release(lease)
+            raise
+        return lease
+
+    def copy(self, rows: int, filled: int) -> Caches:
+        """New caches with the same first rows, and zeros behind them; `filled` of them may be written at once."""
+        copies = [self._device.empty(array.shape, array.dtype) for array in self.arrays]
+        moves: list[Move] = []
+        for spec, old, new in zip(self.specs, self.arrays, copies, strict=True):
+            axis = spec.length_axis or 0
+            moves.append(Move(old, new, row_regions(old, axis, 0, rows)))
+            moves.append(Move(None, new, row_regions(new, axis, rows, new.shape[axis])))
+        self._device.move(moves)
+        return Caches(self._device, self.specs, copies, filled)
+
+
+@dataclass(eq=False)
+class Held:
+    """The states of B rows after `position` tokens.
+
+    Attributes:
+        moving: The states that every call returns in new memory, in manifest order; nobody writes to them.
+        lease: The rows of the caches that are written in place.
+        position: Tokens committed.
+        batch: B; None: still open, and there are no states.
+        mask: Columns of the committed tokens, once a caller has masked one.
+        shared: Whether somebody else was given the moving states, so that their memory may not be used again.
+    """
+
+    moving: list[DeviceArray]
+    lease: Lease
+    position: int = 0
+    batch: int | None = None
+    mask: HostArray | None = None
+    shared: bool = field(default=False)
+
+    def arrays(self, manifest: Manifest) -> list[DeviceArray]:
+        """All states, in manifest order."""
+        moving, caches = iter(self.moving), iter(self.lease.caches.arrays)
+        return [next(caches if spec.in_place else moving) for spec in manifest.states] if self.batch else []
+
+    def again(self) -> Held:
+        """The same for somebody else."""
+        self.shared = True
+        lease = self.lease.caches.lease(self.position)
+        return Held(self.moving, lease, self.position, self.batch, self.mask, True)
+
+    def first(self, manifest: Manifest, position: int) -> Held:
+        """What was held after the first tokens, where all states are caches that are written in place."""
+        spec = next((spec for spec in manifest.inputs if spec.role == "attention_mask"), None)
+        axis = axis_of(manifest, spec.shape, "total") if spec is not None else None
+        mask = self.mask if axis is None or self.mask is None else first_of(self.mask, axis, position)
+        return Held([], self.lease.caches.lease(position), position, self.batch, mask, self.shared)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the memory that it keeps; caches are whole, whoever else uses them."""
+        return sum(array.nbytes for array in (*self.moving, *self.lease.caches.arrays))
+
+
+def nothing(device: Device, position: int = 0) -> Held:
+    """What is held where there are no states: before an open batch is known, and after the end."""
+    return Held([], Caches(device, (), ()).lease(position), position)
+
+
+def zeros(manifest: Manifest, device: Device, batch: int) -> Held:
+    """The states of an empty sequence."""
+    return from_arrays(manifest, device, zero_states(manifest, device, batch), batch)
+
+
+def cleared(manifest: Manifest, device: Device, old: Held) -> Held:
+    """The states of an empty sequence in the memory of others, which nobody else may read."""
+    assert old.batch is not None
+    arrays = old.arrays(manifest)
+    device.fill_zero(arrays)
+    return from_arrays(manifest, device, arrays, old.batch)
+
+
+def from_arrays(
+    manifest: Manifest,
+    device: Device,
+    arrays: Sequence[DeviceArray],
+    batch: int,
+    position: int = 0,
+    mask: HostArray | None = None,
+) -> Held:
+    """New states, in manifest order, that nobody else holds; caches have zeros from row `position` on."""
+    pairs = list(zip(manifest.states, arrays, strict=True))
+    caches = [(spec, array) for spec, array in pairs if spec.in_place]
+    group = Caches(device, [spec for spec, _ in caches], [array for _, array in caches], position)
+    return Held([array for spec, array in pairs if not spec.in_place], group.lease(position), position, batch, mask)

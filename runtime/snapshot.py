@@ -1,0 +1,59 @@
+"""Snapshot: the states of a session at one position, to go on from as often as one likes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .held import Held, nothing
+from .owned import Owned
+
+if TYPE_CHECKING:
+    from .program import Program
+
+
+class Snapshot(Owned):
+    """States, position and mask of a session as they were; nothing changes them.
+
+    It shares the device's memory with the session it was taken from and with those that go on from it, until one of
+    them writes. Threads may share it. Get it from `Session.snapshot`.
+    """
+
+    _copy_hint = "threads may share it; session.save() takes it to another process"
+
+    def __init__(self, program: Program, held: Held) -> None:
+        self._program = program
+        self._held = held
+        program.adopt(self)
+
+    def __repr__(self) -> str:
+        rows = "no rows yet" if self.batch is None else f"batch {self.batch}"
+        return f"Snapshot(position {self.position}, {rows}, {self.nbytes} bytes)"
+
+    @property
+    def program(self) -> Program:
+        """The program that it is of."""
+        return self._program
+
+    @property
+    def position(self) -> int:
+        """Number of tokens committed."""
+        return self._held.position
+
+    @property
+    def batch(self) -> int | None:
+        """Number of rows; None where the batch is open and nothing has run."""
+        return self._held.batch
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device that it keeps from being freed, shared ones included."""
+        return self._held.nbytes
+
+    @property
+    def held(self) -> Held:
+        """What is on the device; for sessions only."""
+        return self._held
+
+    def release(self) -> None:
+        """Frees the states; the program calls it when it closes, after which a snapshot is of no use."""
+        self._held = nothing(self._program.device, self._held.position)
