@@ -57,7 +57,7 @@ class TextGenerator:
                 self._template = ChatTemplate(template, defaults.special, where)
         else:
             self._tokenizer = tokenizer
-        self._memory = Memory(program.session(1 if program.manifest.batch is None else None))
+        self._memory = Memory(program.session(batch=1 if program.manifest.batch is None else None))
 
     @property
     def can_chat(self) -> bool:
