@@ -25,7 +25,8 @@ from ..node import Dim, TensorSpec
 from ..select import Legality, No, Yes
 from ..target import Target
 from .core import AttentionShape, Heads, Visibility, as_bias
-from .simd_kernel import KEYS, Body, Plan
+from .simd_kernel import Body
+from .simd_plan import KEYS, Plan
 
 _ROWS = 8
 _STACK_FLOATS = 7 * 1024  # IREE refuses kernels with more than 32 KiB on the stack

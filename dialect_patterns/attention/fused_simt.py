@@ -251,11 +251,8 @@ class _Parts:
                 for weight in weights:
                     total[r] = k.add(total[r], weight)
                 most[r] = highest
-                for i in range(loads):
-                    value = k.mul(mixed[r * loads + i], k.splat(shrink, _WIDTH))
-                    for weight, row in zip(weights, held, strict=True):
-                        value = k.fma(k.splat(weight, _WIDTH), row[i], value)
-                    result.append(value)
+                summed = [k.mul(value, k.splat(shrink, _WIDTH)) for value in mixed[r * loads : (r + 1) * loads]]
+                result += self._mix(r, places, stop, weights, held, summed)
             return [*most, *total, *result]
 
         initial = [k.constant(LOWEST)] * c.rows + [k.constant(0.0)] * c.rows
@@ -263,6 +260,29 @@ class _Parts:
         found = k.loop(Scalar.constant(0, "index"), each, _AHEAD, initial, step)
         mixed = found[2 * c.rows :]
         return found[: c.rows], found[c.rows : 2 * c.rows], [mixed[r * loads : (r + 1) * loads] for r in range(c.rows)]
+
+    def _mix(
+        self, row: int, places: list[Scalar], stop: Scalar, weights: list[ir.Value], held: list[list[ir.Value]],
+        sums: list[ir.Value],
+    ) -> list[ir.Value]:  # fmt: skip
+        """The sums of a row and its weighted values; hidden ones weigh 0, which NaN and inf are left out for."""
+        k, c = self.k, self.c
+
+        def added(guarded: bool) -> list[ir.Value]:
+            found = list(sums)
+            for place, weight, value in zip(places, weights, held, strict=True):
+                for i, part in enumerate(value):
+                    one = k.fma(k.splat(weight, _WIDTH), part, found[i])
+                    found[i] = k.select(self._sees(row, place, stop), one, found[i]) if guarded else one
+            return found
+
+        if c.tokens == 1:  # all keys that are read are seen
+            return added(guarded=False)
+        first, last = places[0], places[-1]
+        alike = (last < stop) & (last <= self.first)
+        if c.left is not None:
+            alike = alike & (self.first + (c.tokens - 1 - c.left) <= first)
+        return k.choose(alike, lambda: added(guarded=False), lambda: added(guarded=True), [s.type for s in sums])
 
     def _score(self, query: list[ir.Value], key: list[ir.Value]) -> ir.Value:
         k = self.k
@@ -281,13 +301,17 @@ class _Parts:
 
     def _seen(self, row: int, place: Scalar, stop: Scalar, score: ir.Value) -> ir.Value:
         """The score, or -inf for a key of another slot or one that the row does not see."""
+        return self.k.select(self._sees(row, place, stop), score, self.k.constant(float("-inf")))
+
+    def _sees(self, row: int, place: Scalar, stop: Scalar) -> Scalar:
+        """Whether a key is this slot's and the row sees it."""
         c, own = self.c, self.first + row % self.c.tokens
         seen = place < stop
         if c.tokens > 1:
             seen = seen & (place <= own)
             if c.left is not None:
                 seen = seen & (own - c.left <= place)
-        return self.k.select(seen, score, self.k.constant(float("-inf")))
+        return seen
 
     def _join(self, most: list[ir.Value], total: list[ir.Value], mixed: list[list[ir.Value]]) -> None:
         """Join the slots in the workgroup's memory and write the part, one row after the other."""

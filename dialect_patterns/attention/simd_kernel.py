@@ -18,59 +18,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..emit.kernel_text import Index, KernelText, vector_type
+from .simd_plan import KEYS, Plan
+from .simd_values import Mix
 
-KEYS = 64
-"""Keys of a pass."""
 _KEYS_OF_SCORES = 2
-_KEYS_OF_VALUES = 8
 _LOWEST = -3.4028234663852886e38  # the lowest finite f32
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Sizes of one kernel.
-
-    Attributes:
-        tokens: T.
-        group: G, query heads of a key head.
-        kv_heads: Hkv.
-        dk: Size of a query or key head.
-        dv: Size of a value head.
-        rows: Query rows of a workgroup.
-        lanes: Lanes of a vector, a divisor of dk and dv.
-        scale: Factor on q . k.
-        softcap: c in c * tanh(s / c), 0 for none.
-        left: How many keys before its own position a query sees, None for all.
-        right: How many after it, None for all.
-        first: Position of the first query where it is known, None if it comes in memory.
-        has_limit: Whether a limit on the keys comes in memory.
-        bias_dims: For batch, query head and token whether the bias has that dimension; None without a bias.
-    """
-
-    tokens: int
-    group: int
-    kv_heads: int
-    dk: int
-    dv: int
-    rows: int
-    lanes: int
-    scale: float
-    softcap: float
-    left: int | None
-    right: int | None
-    first: int | None
-    has_limit: bool
-    bias_dims: tuple[bool, bool, bool] | None
-
-    @property
-    def needs_first(self) -> bool:
-        """Whether the position of the first query is read."""
-        return self.first is None and (self.left is not None or self.right is not None)
-
-    @property
-    def tiles(self) -> int:
-        """Workgroups of a key head."""
-        return -(-self.tokens * self.group // self.rows)
 
 
 @dataclass(frozen=True)
@@ -159,6 +111,7 @@ class Body:
         self._each(p.dv, p.lanes, clear)
         highest, total = k.constant(_LOWEST, "f32"), k.constant(0.0, "f32")
         low, high = rows[0].low, rows[-1].high
+        mix = Mix(k, p, (self.value, self.scores, self.sums), (self.batch, self.head), (rows[-1].low, rows[0].high))
 
         def keys(start: str, carried: list[str]) -> list[str]:
             count = k.minimum(k.sub(high, start), KEYS)
@@ -167,7 +120,7 @@ class Body:
             state: list[str] = []
             for i, row in enumerate(rows):
                 state += self._soften(i, row, start, carried[2 * i], carried[2 * i + 1])
-            self._mix(start, count, last)
+            mix.add(start, count, last)
             return state
 
         state = k.loop(high, [highest, total] * p.rows, keys, start=low, step=KEYS)
@@ -188,11 +141,7 @@ class Body:
 
         self.k.loop(stop, [], once, step=step)
 
-    def _row_tiles(self) -> list[range]:
-        """Four rows at a time."""
-        return [range(i, min(i + 4, self.p.rows)) for i in range(0, self.p.rows, 4)]
-
-    # ---- the three steps of a pass ---------------------------------------------------------------------------------
+    # ---- two of the three steps of a pass --------------------------------------------------------------------------
     def _products(self, start: str, count: Index, last: Index) -> None:
         """The scores of some keys without anything done to them."""
         k, p = self.k, self.p
@@ -200,7 +149,7 @@ class Body:
 
         def pair(j: Index) -> None:
             at = [k.minimum(k.add(k.add(start, j), u), last) for u in range(_KEYS_OF_SCORES)]
-            for tile in self._row_tiles():
+            for tile in p.row_tiles:
 
                 def step(c: str, sums: list[str], tile: range = tile) -> list[str]:
                     keys = [k.load(self.key, [self.batch, self.head, s, c], p.lanes) for s in at]
@@ -240,7 +189,9 @@ class Body:
             if p.softcap:
                 value = self._capped(value)
             if self.bias is not None:
-                value = k.addf(value, self._bias(row, k.add(start, j)))
+                bias = self._bias(row, k.add(start, j))
+                hides = k.op(f"arith.cmpf oeq, {bias}, {infinity} : {vector}", vector_type(lanes, "i1"))
+                value = k.select(hides, infinity, k.addf(value, bias))  # NaN - inf would be NaN
             value = visible(j, value)
             k.store(value, self.scores, [i, j])
             return [k.maxf(carried[0], value)]
@@ -261,33 +212,6 @@ class Body:
         factors = k.splat(factor, lanes)
         self._each(p.dv, lanes, lambda c: k.store(k.mulf(k.load(self.sums, [i, c], lanes), factors), self.sums, [i, c]))
         return [peak, total]
-
-    def _mix(self, start: str, count: Index, last: Index) -> None:
-        """Add the values, weighed."""
-        k, p = self.k, self.p
-        vectors = 2 if p.dv // p.lanes % 2 == 0 else 1
-
-        def some(j: Index) -> None:
-            at = [k.minimum(k.add(k.add(start, j), u), last) for u in range(_KEYS_OF_VALUES)]
-            for tile in self._row_tiles():
-                weights = {(i, u): k.load(self.scores, [i, k.add(j, u)]) for i in tile for u in range(len(at))}
-
-                def columns(c: Index, tile: range = tile, weights: dict[tuple[int, int], str] = weights) -> None:
-                    places = [(i, k.add(c, v * p.lanes)) for i in tile for v in range(vectors)]
-                    sums = [k.load(self.sums, list(place), p.lanes) for place in places]
-                    for u, s in enumerate(at):
-                        values = [
-                            k.load(self.value, [self.batch, self.head, s, k.add(c, v * p.lanes)], p.lanes)
-                            for v in range(vectors)
-                        ]
-                        for n, (i, _) in enumerate(places):
-                            sums[n] = k.fma(weights[i, u], values[n % vectors], sums[n])
-                    for place, value in zip(places, sums, strict=True):
-                        k.store(value, self.sums, list(place))
-
-                self._each(p.dv, vectors * p.lanes, columns)
-
-        self._each(count, _KEYS_OF_VALUES, some)
 
     # ---- parts of a score ------------------------------------------------------------------------------------------
     def _capped(self, value: str) -> str:

@@ -277,12 +277,24 @@ class _Tiles:
             score = k.mul(product, k.constant(c.scale))
             if c.softcap:
                 score = k.mul(k.tanh(k.div(score, k.constant(c.softcap))), k.constant(c.softcap))
-            query = self.first + (self.start + line).divide_unsigned(c.tokens)[1]
-            seen = (place + key <= query) & (place + key <= self.last)
-            if c.left is not None:
-                seen = seen & (query <= place + key + c.left)
+            seen = self._sees(line, place + key)
             k.store(k.select(seen, score, k.constant(float("-inf"))), self.scores, line * (_KEYS + 1) + key)
         k.barrier()
+
+    def _sees(self, line: Scalar, key: Scalar) -> Scalar:
+        """Whether a row of this workgroup sees a key."""
+        query = self.first + (self.start + line).divide_unsigned(self.c.tokens)[1]
+        seen = (key <= query) & (key <= self.last)
+        return seen if self.c.left is None else seen & (query <= key + self.c.left)
+
+    def _all_seen(self, place: Scalar) -> Scalar:
+        """Whether all rows of this workgroup see all keys of a tile."""
+        c = self.c
+        token = self.start.divide_unsigned(c.tokens)[1]
+        inside = token + _QUERIES <= Scalar.constant(c.tokens, "index")
+        lowest = self.first + inside.select(token, Scalar.constant(0, "index"))
+        seen = place + (_KEYS - 1) <= lowest
+        return seen if c.left is None else seen & (self.last <= place + c.left)
 
     def _softmax(self, top: ir.Value, total: ir.Value) -> tuple[ir.Value, ir.Value]:
         """Scores to weights; the next maximum and sum of this thread's row."""
@@ -320,22 +332,31 @@ class _Tiles:
         shrink = [k.splat(k.load(self.factors, row), _WIDTH) for row in rows]
         held = [k.mul(value, shrink[index // self.loads]) for index, value in enumerate(mixed)]
 
-        def step(key: Scalar, carried: list[ir.Value]) -> list[ir.Value]:
-            sums = list(carried)
-            at = [(place + key + u).minimum(self.last) + self.head * c.keys for u in range(_UNROLL)]
-            values = [
-                [
-                    k.load(self.values, row * (c.dv // _WIDTH) + (self.out_column + i * self.groups))
-                    for i in range(self.loads)
+        def all_keys(guarded: bool) -> list[ir.Value]:
+            def step(key: Scalar, carried: list[ir.Value]) -> list[ir.Value]:
+                sums = list(carried)
+                at = [(place + key + u).minimum(self.last) + self.head * c.keys for u in range(_UNROLL)]
+                values = [
+                    [
+                        k.load(self.values, row * (c.dv // _WIDTH) + (self.out_column + i * self.groups))
+                        for i in range(self.loads)
+                    ]
+                    for row in at
                 ]
-                for row in at
-            ]
-            for u, stored in enumerate(values):
-                wide = [k.widen(self.values, value) for value in stored]
-                for r, row in enumerate(rows):
-                    weight = k.splat(k.load(self.scores, row * (_KEYS + 1) + key + u), _WIDTH)
-                    for i, value in enumerate(wide):
-                        sums[r * self.loads + i] = k.fma(weight, value, sums[r * self.loads + i])
-            return sums
+                for u, stored in enumerate(values):
+                    wide = [k.widen(self.values, value) for value in stored]
+                    for r, row in enumerate(rows):
+                        weight = k.splat(k.load(self.scores, row * (_KEYS + 1) + key + u), _WIDTH)
+                        for i, value in enumerate(wide):
+                            one = r * self.loads + i
+                            added = k.fma(weight, value, sums[one])
+                            if guarded:
+                                added = k.select(self._sees(row, place + key + u), added, sums[one])
+                            sums[one] = added
+                return sums
 
-        return k.loop(Scalar.constant(0, "index"), Scalar.constant(_KEYS, "index"), _UNROLL, held, step)
+            return k.loop(Scalar.constant(0, "index"), Scalar.constant(_KEYS, "index"), _UNROLL, held, step)
+
+        # A hidden key weighs 0, and 0 times NaN or inf is NaN: they are left out where not all rows see all keys.
+        types = [value.type for value in held]
+        return k.choose(self._all_seen(place), lambda: all_keys(guarded=False), lambda: all_keys(guarded=True), types)
