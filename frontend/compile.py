@@ -28,6 +28,7 @@ from .graph.inline_functions import inline_functions
 from .graph.join_products import join_products
 from .graph.last_position import LEAST_TOKENS, keep_last
 from .graph.name_nodes import name_nodes
+from .graph.raising.raise_operators import RAISED_OPS, raise_operators
 from .graph.schema import check_contracts, check_supported, infer_types, opset_versions
 from .graph.single_token import squeezes_tokens
 from .graph.specialize import SpecializedGraph, specialize
@@ -89,14 +90,18 @@ def compile_model(
         bind_dims(model.proto, options.dims)
         inline_functions(model.proto)
         name_nodes(model.proto.graph)
-        versions = opset_versions(model.proto)
-        check_supported(model.proto.graph.node, versions)  # says more of an unknown operator than ONNX's checker
+        # This says more of an unknown operator than ONNX's checker.
+        check_supported(model.proto.graph.node, opset_versions(model.proto), passed=RAISED_OPS)
         check_graph(model.proto)
+        raising = raise_operators(model.proto)
+        versions = opset_versions(model.proto)
+        check_supported(model.proto.graph.node, versions, raising.misses)
         leave_out_unused_outputs(model.proto)
     with progress.stage("pair states, plan entry points"):
         plan, graphs = _plan(model, versions, options, target)
         plan, functions = _functions(plan, graphs)
     report = describe_choices(model, plan, graphs, versions, _lowering_options(options), target)
+    report.notes += raising.notes
     manifest = describe_module(model, plan, report, target, options)
     compiler = Compiler(target, options.dump_ir)
     # IREE 3.13 cannot tell the memory of functions that loop over tokens, and fails.

@@ -165,19 +165,35 @@ def is_supported(domain: str, op_type: str, version: int) -> bool:
     return ours or (domain == "" and op_type in IMPORTER_OPS)
 
 
-def check_supported(nodes: Sequence[onnx.NodeProto], versions: Mapping[str, int]) -> None:
+def check_supported(
+    nodes: Sequence[onnx.NodeProto],
+    versions: Mapping[str, int],
+    misses: Mapping[str, str] | None = None,
+    *,
+    passed: Collection[str] = (),
+) -> None:
     """Name the first node that cannot be compiled.
+
+    Args:
+        nodes: The nodes.
+        versions: Domain -> opset version.
+        misses: Node -> why it did not become one of our operators, where that was tried.
+        passed: Operators of ONNX that are not looked at.
 
     Raises:
         UnsupportedModelError: if there is one.
     """
     for node in nodes:
         domain = domain_of(node)
+        if domain == "" and node.op_type in passed:
+            continue
         if not is_supported(domain, node.op_type, versions.get(domain, 1)):
             label = f"{domain or 'ai.onnx'}.{node.op_type}"
+            miss = (misses or {}).get(node.name)
             raise UnsupportedModelError(
                 f"the operator {label} is not supported",
                 where=f"node '{node.name}'",
+                got=f"not LinearAttention in other words: it {miss}" if miss else None,
                 hint="export the model without it, or see the support table in the README",
             )
         if any(a.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS) for a in node.attribute):

@@ -13,7 +13,9 @@ from linattn.runtime import Program
 from tests.families.compare import LENGTHS, Family, compare
 
 # Family -> what stands between its states: a Concat of caches; nothing at all, the states are found by name.
-FAMILIES = ("nemotron_h--mobius-qnn-f32", "mamba_m--mobius-default-f32")
+RAISED = "nemotron_h--mobius-onnx-standard-f32"
+"""Its recurrences are Scans, its convolutions Conv between Concat and Slice."""
+FAMILIES = ("nemotron_h--mobius-qnn-f32", "mamba_m--mobius-default-f32", RAISED)
 
 
 @cache
@@ -50,3 +52,14 @@ def test_the_report_says_what_the_graph_does_not_show() -> None:
     assert "takes one token a call" in notes
     assert [entry.symbol for entry in compiled("mamba_m--mobius-default-f32").manifest.entry_points] == ["decode"]
     assert "open context" in "\n".join(compiled("nemotron_h--mobius-qnn-f32").report.notes)
+
+
+@pytest.mark.usefixtures("shared_models")
+def test_operators_in_other_words_get_the_kernels_of_the_operators() -> None:
+    report = compiled(RAISED).report
+    assert sum("-> LinearAttention (gated)" in note for note in report.notes) == 2
+    assert sum("-> CausalConvWithState (silu)" in note for note in report.notes) == 2
+    direct = compiled("nemotron_h--mobius-default-f32").report
+    strategies = [sorted((n.op, n.rule, n.dtypes, n.strategy) for n in r.nodes) for r in (report, direct)]
+    assert strategies[0] == strategies[1]
+    assert report.others == direct.others

@@ -1,0 +1,324 @@
+"""Scans that spell LinearAttention out become it, with ONNX Runtime's outputs for the Scan; others stay."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from linattn.frontend.graph.raising.raise_operators import raise_operators
+from linattn.frontend.graph.states import find_states
+from linattn.frontend.graph.validate import check_graph
+from linattn.runtime.errors import UnsupportedModelError
+from onnx import helper
+
+from tests.spelled_out import RULES, Shape, Step, by_einsum, by_matmul, by_sums, feeds_of, recurrence_model, run
+from tests.tolerances import BENIGN, error
+
+
+def raised(model: onnx.ModelProto, tokens: int = 5) -> list[onnx.NodeProto]:
+    """The LinearAttention nodes that a model has after the pass, which must not change what it computes."""
+    before = copy.deepcopy(model)
+    done = raise_operators(model)
+    assert not done.misses, done.misses
+    check_graph(model)
+    feeds = feeds_of(model, {"B": 2, "T": tokens})
+    want, got = run(before, feeds), run(model, feeds)
+    for name, value in want.items():
+        assert error(got[name], value) <= BENIGN["float32"], name
+    nodes = [node for node in model.graph.node if node.op_type == "LinearAttention"]
+    assert len(nodes) == len(done.notes)
+    assert not [node for node in model.graph.node if node.op_type == "Scan"]
+    return nodes
+
+
+def attributes(node: onnx.NodeProto) -> dict[str, Any]:
+    return {a.name: helper.get_attribute_value(a) for a in node.attribute}
+
+
+@pytest.mark.parametrize("per_key", [False, True])
+@pytest.mark.parametrize("step", [by_matmul, by_sums, by_einsum])
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_in_every_spelling(rule: str, step: Any, per_key: bool) -> None:
+    model = recurrence_model(rule, step, per_key=per_key)
+    (node,) = raised(model)
+    found = attributes(node)
+    assert (found["update_rule"], found["q_num_heads"], found["kv_num_heads"]) == (rule.encode(), 2, 4)
+    assert found["scale"] == pytest.approx(0.25)
+    # The same node as the direct export: packed inputs as they came, no moves and no repetition of heads left.
+    assert [n for n in node.input if n] == [n for n in ("q", "k", "v", "past", "decay", "beta") if n in node.input]
+    assert list(node.output)[1] == "present"
+    assert [n.op_type for n in model.graph.node] == ["LinearAttention", "Neg"]
+
+
+def test_the_report_names_what_was_raised() -> None:
+    model = recurrence_model("gated_delta")
+    name = next(n.name for n in model.graph.node if n.op_type == "Scan")
+    assert raise_operators(model).notes == [f"raised: Scan '{name}' -> LinearAttention (gated_delta)"]
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("value_first", [False, True])
+def test_heads_repeated_the_other_way_keep_their_order(rule: str, value_first: bool) -> None:
+    """Query h mod r is not what the operator reads for fewer queries: the repeated heads are its inputs then."""
+    (node,) = raised(recurrence_model(rule, repeat="before", value_first=value_first))
+    assert attributes(node)["q_num_heads"] == 4
+
+
+@pytest.mark.parametrize("sizes", [Shape(heads=1, q_heads=1), Shape(q_heads=1, heads=3), Shape(dk=4, dv=4, q_heads=4)])
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_sizes_that_coincide(sizes: Shape, tokens: int) -> None:
+    raised(recurrence_model("gated_delta", shape=sizes), tokens)
+    raised(recurrence_model("gated", by_sums, sizes, per_key=True), tokens)
+
+
+def transposed_state(rule: str) -> Callable[[Step], tuple[str, str]]:
+    """The state as [B, H, dv, dk] inside of the body."""
+
+    def step(s: Step) -> tuple[str, str]:
+        turned = Step(s.g, s.g.op("Transpose", s.state, perm=[0, 1, 3, 2]), s.q, s.k, s.v, s.decay, s.beta)
+        state, output = by_matmul(turned)
+        return s.g.op("Transpose", state, perm=[0, 1, 3, 2]), output
+
+    del rule
+    return step
+
+
+def many_queries_a_head(s: Step) -> tuple[str, str]:
+    """As ONNX's function body reads the state: repeated for the queries of a group."""
+    g = s.g
+    state = g.op("Add", s.state, g.op("MatMul", s.column(s.k), s.row(s.v)))
+    wide = g.op("Expand", g.op("Unsqueeze", state, g.ints(2)), g.ints(1, 1, 3, 1, 1))
+    read = g.op("Reshape", wide, g.ints(0, -1, 8, 6))
+    return state, g.op("Mul", g.number(0.5), g.op("Squeeze", g.op("MatMul", s.row(s.q), read), g.ints(-2)))
+
+
+def test_more_queries_than_heads() -> None:
+    model = recurrence_model("linear", many_queries_a_head, Shape(q_heads=2, heads=2))
+    for value in model.graph.input:
+        if value.name == "q":
+            value.type.tensor_type.shape.dim[2].dim_value = 48
+    for value in model.graph.output:
+        if value.name == "y":
+            value.type.tensor_type.shape.dim[2].dim_value = 36
+    for node in model.graph.node:  # the queries' own shape has six heads
+        if node.op_type == "Concat" and node.input[0] == "Shape_0_out":
+            constant = next(n for n in model.graph.node if n.output[0] == node.input[2])
+            constant.attribute[0].ints[:] = [6, -1]
+    (node,) = raised(model)
+    assert (attributes(node)["q_num_heads"], attributes(node)["kv_num_heads"]) == (6, 2)
+    assert attributes(node)["scale"] == pytest.approx(0.125)
+
+
+def test_what_reads_keys_as_values_is_raised_with_that_meaning() -> None:
+    """``o = N q`` reads along the values: a linear rule in which the two have changed places."""
+
+    def step(s: Step) -> tuple[str, str]:
+        state, _ = by_matmul(s)
+        return state, s.g.op("Squeeze", s.g.op("MatMul", state, s.column(s.q)), s.g.ints(-1))
+
+    (node,) = raised(recurrence_model("linear", step, Shape(q_heads=4, dk=6)))
+    assert list(node.input[:3]) == ["q", "v", "k"]
+
+
+def test_an_exponential_outside_of_the_scan() -> None:
+    def step(s: Step) -> tuple[str, str]:
+        g = s.g
+        state = g.op("Add", g.op("Mul", s.state, s.column(s.decay)), g.op("MatMul", s.column(s.k), s.row(s.v)))
+        return state, g.op("Squeeze", g.op("MatMul", s.row(s.q), state), g.ints(-2))
+
+    model = recurrence_model("gated", step)
+    (scan,) = (n for n in model.graph.node if n.op_type == "Scan")
+    place = list(model.graph.node).index(scan)
+    without = copy.deepcopy(model)
+    assert "no exponential" in next(iter(raise_operators(without).misses.values()))
+    for node in model.graph.node[:place]:
+        for i, name in enumerate(node.input):
+            if name == "decay":
+                node.input[i] = "decay_exp"
+    model.graph.node.insert(0, helper.make_node("Exp", ["decay"], ["decay_exp"], "exp"))
+    (node,) = raised(model)
+    assert node.input[4] == "decay"
+
+
+# What is nearly LinearAttention: name -> rule, body, and what the nearest miss says.
+def undecayed_retrieval(s: Step) -> tuple[str, str]:
+    g = s.g
+    state = g.op("Mul", s.state, g.op("Exp", s.column(s.decay)))
+    found = g.op("Squeeze", g.op("MatMul", s.row(s.k), s.state), g.ints(-2))
+    delta = g.op("Mul", g.op("Sub", s.v, found), s.column(s.beta))
+    state = g.op("Add", state, g.op("MatMul", s.column(s.k), s.row(delta)))
+    return state, g.op("Squeeze", g.op("MatMul", s.row(s.q), state), g.ints(-2))
+
+
+def decay_after_update(s: Step) -> tuple[str, str]:
+    state, _ = by_matmul(Step(s.g, s.state, s.q, s.k, s.v))
+    state = s.g.op("Mul", state, s.g.op("Exp", s.column(s.decay)))
+    return state, s.g.op("Squeeze", s.g.op("MatMul", s.row(s.q), state), s.g.ints(-2))
+
+
+def reads_before(s: Step) -> tuple[str, str]:
+    state, _ = by_matmul(s)
+    return state, s.g.op("Squeeze", s.g.op("MatMul", s.row(s.q), s.state), s.g.ints(-2))
+
+
+def scaled_state(s: Step) -> tuple[str, str]:
+    scaled = s.g.op("Mul", s.state, s.g.number(0.5))
+    return by_matmul(Step(s.g, scaled, s.q, s.k, s.v, s.decay, s.beta))
+
+
+def scaled_update(s: Step) -> tuple[str, str]:
+    g = s.g
+    state = g.op("Add", s.state, g.op("Mul", g.op("MatMul", s.column(s.k), s.row(s.v)), g.number(2.0)))
+    return state, g.op("Squeeze", g.op("MatMul", s.row(s.q), state), g.ints(-2))
+
+
+def beta_on_values_only(s: Step) -> tuple[str, str]:
+    g = s.g
+    found = g.op("Squeeze", g.op("MatMul", s.row(s.k), s.state), g.ints(-2))
+    delta = g.op("Sub", g.op("Mul", s.v, s.column(s.beta)), found)
+    state = g.op("Add", s.state, g.op("MatMul", s.column(s.k), s.row(delta)))
+    return state, g.op("Squeeze", g.op("MatMul", s.row(s.q), state), g.ints(-2))
+
+
+def adds_the_value(s: Step) -> tuple[str, str]:
+    state, output = by_matmul(s)
+    return state, s.g.op("Add", output, s.v)
+
+
+def rounds_the_state(s: Step) -> tuple[str, str]:
+    state, output = by_matmul(s)
+    half = s.g.op("Cast", state, to=onnx.TensorProto.FLOAT16)
+    return s.g.op("Cast", half, to=onnx.TensorProto.FLOAT), output
+
+
+def keys_to_queries(s: Step) -> tuple[str, str]:
+    """Takes away what the query finds, not the key."""
+    g = s.g
+    found = g.op("Squeeze", g.op("MatMul", s.row(s.q), s.state), g.ints(-2))
+    delta = g.op("Mul", g.op("Sub", s.v, found), s.column(s.beta))
+    state = g.op("Add", s.state, g.op("MatMul", s.column(s.k), s.row(delta)))
+    return state, g.op("Squeeze", g.op("MatMul", s.row(s.q), state), g.ints(-2))
+
+
+def beta_without_delta(s: Step) -> tuple[str, str]:
+    g = s.g
+    row = s.row(g.op("Mul", s.v, s.column(s.beta)))
+    state = g.op("Add", s.state, g.op("MatMul", s.column(s.k), row))
+    return state, g.op("Squeeze", g.op("MatMul", s.row(s.q), state), g.ints(-2))
+
+
+def mirrored_state(s: Step) -> tuple[str, str]:
+    turned = s.g.op("Transpose", s.state, perm=[0, 1, 3, 2])
+    return by_matmul(Step(s.g, turned, s.q, s.k, s.v))
+
+
+NEAR = {
+    "takes away before the decay": ("gated_delta", undecayed_retrieval, "before the decay, not after it"),
+    "decays after the update": ("gated", decay_after_update, "something else than key times value"),
+    "reads before the update": ("gated", reads_before, "from the state before the update"),
+    "scales the state": ("linear", scaled_state, "scales the state by 0.5 in every step"),
+    "scales the gated state": ("gated_delta", scaled_state, "scales the state by 0.5 in every step"),
+    "scales the update": ("linear", scaled_update, "scales what it writes by 2"),
+    "beta on values only": ("delta", beta_on_values_only, "something else than what the key finds"),
+    "adds the value": ("gated", adds_the_value, "sum of several products"),
+    "rounds the state": ("gated_delta", rounds_the_state, "rounds the state to a smaller type|rounded"),
+    "keys and queries": ("delta", keys_to_queries, "something else than what the key finds"),
+    "beta without delta": ("delta", beta_without_delta, "takes nothing away, which no rule does"),
+    "transposes the state": ("linear", mirrored_state, "mixes the state's axes"),
+}
+
+
+@pytest.mark.parametrize("case", NEAR)
+def test_near_misses_stay_as_they_are(case: str) -> None:
+    rule, step, reason = NEAR[case]
+    model = recurrence_model(rule, step, Shape(q_heads=4, dk=6))
+    before = copy.deepcopy(model)
+    done = raise_operators(model)
+    assert not done.notes
+    ((name, miss),) = done.misses.items()
+    assert re.search(reason, miss), miss
+    assert name in {node.name for node in model.graph.node if node.op_type == "Scan"}
+    assert model == before
+
+
+def test_a_state_given_out_at_every_token_is_not_raised() -> None:
+    model = recurrence_model("gated", extra=lambda step, state, output: step.g.op("Identity", state))
+    assert "gives 2 outputs a token" in next(iter(raise_operators(model).misses.values()))
+
+
+def test_backwards_is_not_raised() -> None:
+    model = recurrence_model("linear", scan={"scan_input_directions": [1, 1, 1]})
+    assert "from the last token to the first" in next(iter(raise_operators(model).misses.values()))
+
+
+def test_two_scans_of_one_state_are_raised_and_refused_as_states() -> None:
+    model = recurrence_model("gated_delta")
+    first = next(n for n in model.graph.node if n.op_type == "Scan")
+    second = copy.deepcopy(first)
+    second.name, second.output[:] = "second", ["present_2", "tokens_2"]
+    place = list(model.graph.node).index(first)
+    model.graph.node.insert(place + 1, second)
+    present = model.graph.output[1].type.tensor_type
+    model.graph.output.append(helper.make_tensor_value_info("present_2", present.elem_type, ["B", 4, 8, 6]))
+    model.graph.output.append(helper.make_tensor_value_info("tokens_2", present.elem_type, ["T", "B", 4, 6]))
+    assert len(raised(model)) == 2
+    with pytest.raises(UnsupportedModelError, match="state of two nodes"):
+        find_states(model.graph)
+
+
+def test_a_state_that_others_read_too_is_still_theirs() -> None:
+    model = recurrence_model("gated_delta")
+    model.graph.node.append(helper.make_node("Neg", ["past"], ["negative"], "reader"))
+    model.graph.node.append(helper.make_node("Abs", ["present"], ["absolute"], "other_reader"))
+    for name, dims in (("negative", ["B", 4, 8, 6]), ("absolute", ["B", 4, 8, 6]), ("tokens_out", ["T", "B", 4, 6])):
+        model.graph.output.append(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, dims))
+    raised(model)
+
+
+def test_what_is_raised_computes_the_same_whatever_the_body() -> None:
+    """Bodies with an operator, an operand or an axis changed: either left alone, or equal in ONNX Runtime."""
+    count = 0
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        rule, step = RULES[seed % 4], (by_matmul, by_sums, by_einsum)[seed // 4 % 3]
+        model = recurrence_model(rule, step, Shape(q_heads=4, heads=4, dk=4, dv=4), per_key=bool(seed % 2), scale=1.0)
+        scan = next(n for n in model.graph.node if n.op_type == "Scan")
+        body = next(a for a in scan.attribute if a.name == "body").g
+        before = body.SerializeToString()
+        _mutate(body, rng)
+        feeds = feeds_of(model, {"B": 4, "T": 4})
+        try:
+            want = run(model, feeds)
+        except Exception:  # noqa: BLE001, S112: a body that ONNX Runtime refuses says nothing
+            continue
+        if not raise_operators(model).notes:
+            continue
+        count += body.SerializeToString() != before
+        for name, value in run(model, feeds).items():
+            assert error(value, want[name]) <= BENIGN["float32"], f"seed {seed}, {name}"
+    assert count >= 5  # changes that mean the same, such as operands of a sum in the other order
+
+
+def _mutate(body: onnx.GraphProto, rng: np.random.Generator) -> None:
+    nodes = [n for n in body.node if n.op_type not in ("Constant", "Identity")]
+    node = nodes[rng.integers(len(nodes))]
+    place = list(body.node).index(node)
+    known = [v.name for v in body.input] + [n.output[0] for n in body.node[:place] if n.op_type != "Constant"]
+    kind = rng.integers(4)
+    if kind == 0 and node.op_type in ("Add", "Sub", "Mul"):
+        node.op_type = ("Add", "Sub", "Mul")[rng.integers(3)]
+    elif kind == 1 and len(node.input) > 1:
+        first, second = node.input[0], node.input[1]
+        node.input[0], node.input[1] = second, first
+    elif kind == 2:
+        node.input[0] = known[rng.integers(len(known))]
+    else:
+        constants = [n for n in body.node if n.op_type == "Constant"]
+        if constants:
+            constant = constants[rng.integers(len(constants))]
+            constant.attribute[0].ints[0] = int(rng.integers(-3, 3))
