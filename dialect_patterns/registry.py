@@ -7,6 +7,7 @@ from .attention import op as attention
 from .causal_conv import op as causal_conv
 from .experts import gated_add
 from .experts import op as experts
+from .gather_block_quantized import op as gather_block_quantized
 from .linear_attention import gate as linear_attention_gate
 from .linear_attention import op as linear_attention
 from .mat_mul import joined
@@ -30,6 +31,7 @@ OPS: tuple[Op, ...] = (
     *experts.OPS,
     *gated_add.OPS,
     *gated_rms_norm.OPS,
+    *gather_block_quantized.OPS,
     *linear_attention_gate.OPS,
     *lp_normalization.OPS,
     *m_rotary_embedding.OPS,

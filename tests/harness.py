@@ -280,7 +280,7 @@ def run_op(
             )
             arrays.append(rt.DeviceArray(config.device, view, override_dtype=np.dtype(np.uint16)))
         else:
-            arrays.append(rt.asdevicearray(config.device, np.ascontiguousarray(array)))
+            arrays.append(rt.asdevicearray(config.device, np.asarray(array, order="C")))
     results = function(*arrays)
     results = results if isinstance(results, tuple | list) else [results]
     host = [_host(config.device, r) for r in results]

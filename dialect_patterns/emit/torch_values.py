@@ -44,17 +44,29 @@ def from_builtin(value: ir.Value, torch_type: ir.Type) -> ir.Value:
     return ir.Operation.create("torch_c.from_builtin_tensor", results=[torch_type], operands=[refined]).result
 
 
+def before_reshape(value: ir.Value) -> ir.Value | None:
+    """The builtin tensor that an ONNX Reshape made a builtin tensor of, which moves nothing; None if none did."""
+    operation = _operator(value, "onnx.Reshape")
+    return None if operation is None else to_builtin(operation.operands[0])
+
+
 def before_transpose(value: ir.Value, permutation: Sequence[int]) -> ir.Value | None:
     """The builtin tensor that an ONNX Transpose with this permutation made a builtin tensor of; None if none did."""
+    operation = _operator(value, "onnx.Transpose")
+    if operation is None or "torch.onnx.perm" not in operation.attributes:
+        return None
+    axes = ir.ArrayAttr(operation.attributes["torch.onnx.perm"])
+    if [ir.IntegerAttr(axis).value for axis in axes] != list(permutation):
+        return None
+    return to_builtin(operation.operands[0])
+
+
+def _operator(value: ir.Value, name: str) -> ir.Operation | None:
+    """The imported operator of this name that a builtin tensor is the result of; None if it is of anything else."""
     cast = value.owner
     if isinstance(cast, ir.Block) or cast.operation.name != "torch_c.to_builtin_tensor":
         return None
     owner = cast.operation.operands[0].owner
     if isinstance(owner, ir.Block) or owner.operation.name != "torch.operator":
         return None
-    attributes = owner.operation.attributes
-    if ir.StringAttr(attributes["name"]).value != "onnx.Transpose" or "torch.onnx.perm" not in attributes:
-        return None
-    if [ir.IntegerAttr(axis).value for axis in ir.ArrayAttr(attributes["torch.onnx.perm"])] != list(permutation):
-        return None
-    return to_builtin(owner.operation.operands[0])
+    return owner.operation if ir.StringAttr(owner.operation.attributes["name"]).value == name else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ from linattn.runtime.errors import UnsupportedModelError
 from onnx import numpy_helper
 
 from .evaluate import evaluate_node
-from .schema import DTYPES, domain_of, spec_of_type
+from .schema import DTYPES, domain_of, is_weight, spec_of_type
 
 MAX_FOLDED_ELEMENTS = 65_536
 """Larger results stay in the graph: IREE folds what is worth folding, with the weights where they are."""
@@ -56,8 +57,9 @@ def fold_constants(
     kept: list[onnx.NodeProto] = []
     folded = False
     held = sum(value.nbytes for name, value in constants.items() if name not in weights)
+    views = _views(graph)
     for node in graph.node:
-        is_inner = not outputs & set(node.output) and held < MAX_FOLDED_BYTES
+        is_inner = not outputs & set(node.output) and held < MAX_FOLDED_BYTES and node.name not in views
         values = _constant_results(node, constants, types) if is_inner else None
         if values is None:
             kept.append(node)
@@ -72,6 +74,13 @@ def fold_constants(
     del graph.node[:]
     graph.node.extend(kept)
     return folded
+
+
+def _views(graph: onnx.GraphProto) -> set[str]:
+    """Reshapes of weights that other nodes read as well: the importer makes views of one copy, folding a second one."""
+    weights = {tensor.name for tensor in graph.initializer if is_weight(tensor)}
+    readers = Counter(name for node in graph.node for name in set(node.input) & weights)
+    return {node.name for node in graph.node if node.op_type == "Reshape" and readers[node.input[0]] > 1}
 
 
 def _check_folded(

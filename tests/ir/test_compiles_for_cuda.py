@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,8 @@ import pytest
 from data import Shape, causal_conv, linear_attention
 from harness import TARGETS, compile_module, lowered
 from iree.compiler.api import Session
-from linattn.dialect_patterns.op import LoweringOptions
+from linattn.dialect_patterns.node import TensorSpec
+from linattn.dialect_patterns.op import MICROSOFT, LoweringOptions
 from linattn.dialect_patterns.target import Target
 from state_ops import specs_of
 
@@ -22,11 +24,21 @@ def _cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def compiles(op_type: str, inputs: list[np.ndarray | None], attributes: dict[str, Any], open_dims: bool) -> bool:
+    return compiles_node("", op_type, 27, specs_of(op_type, inputs, open_dims), attributes, 2)
+
+
+def compiles_node(
+    domain: str,
+    op_type: str,
+    version: int,
+    specs: Sequence[TensorSpec | None],
+    attributes: Mapping[str, Any],
+    num_outputs: int = 1,
+) -> bool:
     session = Session()
     session.set_flags(*FLAGS)
-    specs = specs_of(op_type, inputs, open_dims)
     options = LoweringOptions(chunk_size=16)
-    module = lowered("", op_type, 27, specs, attributes, 2, "cuda", options, session.context)
+    module = lowered(domain, op_type, version, specs, attributes, num_outputs, "cuda", options, session.context)
     return len(compile_module(module, session, "cuda")) > 0
 
 
@@ -47,3 +59,11 @@ def test_linear_attention(shape: Shape, tokens: int, open_dims: bool, dtype: Any
 @pytest.mark.parametrize("open_dims", [False, True])
 def test_causal_conv(open_dims: bool) -> None:
     assert compiles("CausalConvWithState", causal_conv(1, 6, 5, 4, dtype=np.float16), {}, open_dims)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
+def test_gather_block_quantized(dtype: str) -> None:
+    table, scales, zeros = TensorSpec((37, 36), "i8"), TensorSpec((37, 3), dtype), TensorSpec((37, 2), "i8")
+    attributes = {"bits": 4, "block_size": 32, "gather_axis": 0, "quantize_axis": 1}
+    specs = [table, TensorSpec((1, None), "i64"), scales, zeros]
+    assert compiles_node(MICROSOFT, "GatherBlockQuantized", 1, specs, attributes)
