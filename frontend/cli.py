@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from linattn.runtime.command import run_command
+from linattn.runtime.command import run_command, version_line
 from linattn.runtime.errors import InputError
 
 from .options import BUNDLE_SUFFIX, DEFAULT_MAX_MEMORY, CompileOptions, parse_size
@@ -128,6 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--dump-ir", metavar="DIR", help="keep the IR after each stage")
     add("--report", metavar="FILE.json", help="write what was found and chosen as JSON")
     add("--quiet", action="store_true", help="show neither progress nor the report")
+    add("--version", action="version", version=version_line("iree-base-compiler", "onnx"))
     add("--debug", action="store_true", help="show a traceback with an error")
     return parser
 

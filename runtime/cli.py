@@ -13,7 +13,7 @@ from typing import cast
 import numpy as np
 
 from .arrays import token_ids
-from .command import run_command
+from .command import run_command, version_line
 from .device import HostArray
 from .discover import FoundDevice, devices
 from .errors import InputError
@@ -115,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--list-devices", action="store_true", help="show the devices of this machine, best first, and do nothing else"
     )
+    parser.add_argument("--version", action="version", version=version_line("iree-base-runtime", "numpy"))
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
     add_arguments(parser)
     return parser

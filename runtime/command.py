@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import platform
 import select
 import sys
 import traceback
 from collections.abc import Callable
+from importlib import metadata
 
 from .errors import LinattnError
 
@@ -34,6 +37,15 @@ def run_command(name: str, body: Callable[[], int], *, debug: bool) -> int:
         if debug:
             traceback.print_exc()
         return _say(f"{name}: error: {' '.join(str(error).split())}", ERROR)
+
+
+def version_line(*packages: str) -> str:
+    """What `--version` prints: linattn's version and those of the packages that the command rests on, if there."""
+    found: list[str] = []
+    for package in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found.append(f"{package} {metadata.version(package)}")
+    return f"linattn {metadata.version('linattn')} ({', '.join(found)}, Python {platform.python_version()})"
 
 
 def _nobody_reads() -> bool:

@@ -82,6 +82,11 @@ class Program(Owned):
         loaded = load(source, device, parameters, threads, verify)
         return Program(loaded.module, loaded.manifest, loaded.choice)
 
+    def __repr__(self) -> str:
+        """Model, device and entry points, as in `<Program tiny on local-task: decode, prefill_64>`."""
+        m = self._manifest
+        return f"<Program {m.model_name} on {self.device.uri}: {', '.join(entry.symbol for entry in m.entry_points)}>"
+
     def close(self) -> None:
         """Frees the code, the weights and the states of all sessions and snapshots, once the call under way has ended.
 

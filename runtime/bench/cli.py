@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from linattn.runtime.command import run_command
+from linattn.runtime.command import run_command, version_line
 from linattn.runtime.errors import InputError
 from linattn.runtime.outputs import check_outputs, new_file
 
@@ -62,6 +62,8 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    packages = "iree-base-compiler", "iree-base-runtime", "onnxruntime"
+    parser.add_argument("--version", action="version", version=version_line(*packages))
     commands = parser.add_subparsers(dest="command", required=True, metavar="op|model|plot")
     _op_options(commands.add_parser("op", help="one operator over token counts"))
     _model_options(commands.add_parser("model", help="prefill and decode of whole models"))

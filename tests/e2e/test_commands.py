@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import linattn
 import numpy as np
 import onnx
 import pytest
@@ -56,6 +57,21 @@ def test_nobody_reads_on(name: str, arguments: list[str], folder: Path) -> None:
     os.close(writer)
     assert result.returncode == 141, result.stderr
     assert not [word for word in ("Errno", "Traceback", "Broken", "error:", "Exception") if word in result.stderr]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_version(name: str) -> None:
+    """Of the command itself, and of `python -m linattn`, which is the same."""
+    commands = ([sys.executable, "-m", NAMES[name]], [sys.executable, "-m", "linattn", name])
+    found = [subprocess.run([*command, "--version"], capture_output=True, text=True).stdout for command in commands]
+    assert found[0] == found[1]
+    assert found[0].startswith(f"linattn {linattn.__version__} (iree-base-")
+
+
+def test_python_m_linattn_names_its_commands() -> None:
+    done = subprocess.run([sys.executable, "-m", "linattn", "compute"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "usage: python -m linattn {compile,run,bench} ...\n"
 
 
 def test_another_pipe_that_breaks_is_an_error(capfd: pytest.CaptureFixture[str]) -> None:

@@ -5,10 +5,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import iree.runtime as rt
+import linattn
 import numpy as np
 import pytest
 from conftest import need_device
@@ -306,6 +308,18 @@ def test_static_state_model() -> None:
         session.run({"x": np.ones((1, 5), np.float32)})
 
 
+def test_the_face(cpu: Program) -> None:
+    """`import linattn` has the names of the runtime and the compiler, each loaded when it is asked for."""
+    assert linattn.Program is Program
+    assert all(getattr(linattn, name) is not None for name in linattn.__all__)
+    assert linattn.__version__ == metadata.version("linattn")
+    with pytest.raises(AttributeError, match="module 'linattn' has no attribute 'Programm'"):
+        linattn.Programm  # noqa: B018
+    code = "import sys, linattn; print(sorted(name for name in sys.modules if name.startswith(('linattn.', 'iree'))))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+    assert repr(cpu) == "<Program tiny-hybrid on local-sync: decode, prefill_3, prefill_8>"
+
+
 def test_runs_without_the_compiler(tmp_path: Path) -> None:
     """The runtime imports the standard library, numpy, iree.runtime (and what that brings), nothing else."""
     path = tmp_path / "tiny.vmfb"
@@ -330,4 +344,4 @@ print(sorted(name for name in third if not name.startswith("_") and getattr(sys.
     assert done.returncode == 0, done.stderr
     tokens, modules = done.stdout.splitlines()
     assert tokens.startswith("[")
-    assert set(eval(modules)) <= {"numpy", "ml_dtypes", "iree", "sitecustomize"}
+    assert set(eval(modules)) <= {"linattn", "numpy", "ml_dtypes", "iree", "sitecustomize"}
