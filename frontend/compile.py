@@ -23,6 +23,7 @@ from linattn.runtime.outputs import check_outputs, new_file
 from linattn.runtime.text.files import TextFiles
 
 from .graph.bind_dims import bind_dims
+from .graph.check_operands import check_operands
 from .graph.index_bounds import index_bounds
 from .graph.inline_functions import inline_functions
 from .graph.join_products import join_products
@@ -218,6 +219,7 @@ def _plan(
             )
             break
         check_contracts(specialized.proto.graph, specialized.types, versions)
+        check_operands(specialized, versions)
         check_memory(specialized, entry.symbol, options.max_memory)
         graphs.append(join_products(specialized, versions, target.capabilities, _lowering_options(options)))
     bounds = index_bounds(graphs, [spec.name for spec in plan.inputs])

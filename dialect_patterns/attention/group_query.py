@@ -248,7 +248,12 @@ def lower(
     seqlens, bias = inputs[5], inputs[10]
     assert inputs[0] is not None
     assert seqlens is not None
-    new = [core.refined(b, x, heads.batch, contract.length, None) for x in inputs[:3] if x is not None]
+    columns = (None, heads.kv * heads.dk, heads.kv * heads.dk)  # a packed query holds the others too
+    new = [
+        core.refined(b, x, heads.batch, contract.length, size)
+        for x, size in zip(inputs[:3], columns, strict=True)
+        if x is not None
+    ]
     query, key, value = _split_packed(b, contract, new[0]) if contract.packed else new
     batch, length = b.dim(query, 0), b.dim(query, 1)
     pasts = [core.refined(b, x, heads.batch, heads.kv, contract.past, heads.dk) for x in inputs[3:5] if x is not None]

@@ -78,6 +78,7 @@ def check_graph(proto: onnx.ModelProto) -> None:
         _check_value(value, "graph input")
     for value in graph.output:
         _check_value(value, "graph output", shape=False)
+    _check_splits(graph)
     try:
         onnx.checker.check_model(_skeleton(proto))  # pyright: ignore[reportUnknownMemberType]
     except onnx.checker.ValidationError as error:
@@ -88,6 +89,17 @@ def check_graph(proto: onnx.ModelProto) -> None:
         raise UnsupportedModelError(
             f"not valid ONNX: {' '.join(text.split())[:400]}", where=where, hint="see onnx.checker; export it again"
         ) from error
+
+
+def _check_splits(graph: onnx.GraphProto) -> None:
+    """A Split has as many outputs as it says: ONNX's own inference reads past the end of a list, and aborts."""
+    for node in graph.node:
+        said = next((a.i for a in node.attribute if a.name == "num_outputs"), None)
+        if node.op_type == "Split" and domain_of(node) == "" and said is not None and said != len(node.output):
+            raise UnsupportedModelError(
+                "attribute 'num_outputs'", where=f"node '{node.name}' (Split)", got=said,
+                expected=f"{len(node.output)}, the number of its outputs", hint="export the model again",
+            )  # fmt: skip
 
 
 def check_functions(proto: onnx.ModelProto) -> None:

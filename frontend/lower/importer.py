@@ -18,6 +18,7 @@ from iree.compiler import ir
 from iree.compiler.dialects import func
 from iree.compiler.extras import onnx_importer
 from linattn.dialect_patterns.rewrite import DOMAIN, NODE, VERSION
+from linattn.runtime.errors import UnsupportedModelError
 
 from ..graph.schema import domain_of, is_weight
 from ..graph.specialize import SpecializedGraph
@@ -44,6 +45,12 @@ class _EntryPointImporter(onnx_importer.NodeImporter):
     def import_node(self, node: onnx.NodeProto) -> None:
         try:
             super().import_node(node)
+        except onnx.shape_inference.InferenceError as error:  # of the function that IREE writes for the operator
+            raise UnsupportedModelError(
+                f"its inputs do not fit: {' '.join(str(error).split())[:300]}",
+                where=f"node '{node.name}' ({node.op_type})",
+                hint="export the model again",
+            ) from error
         except Exception as error:
             error.add_note(f"node '{node.name}' ({node.op_type})")
             raise

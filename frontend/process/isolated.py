@@ -68,14 +68,21 @@ class _Worker:
         Raises:
             LoweringError: if the process dies.
         """
-        message = self._hear(request)
-        while not isinstance(message, Reply):
-            assert isinstance(message, Text)
-            if message.is_progress:
-                progress.write(message.text)
-            else:
-                sys.stderr.write(message.text)
-            message = self._hear()
+        inside_a_line = False
+        try:
+            message = self._hear(request)
+            while not isinstance(message, Reply):
+                assert isinstance(message, Text)
+                if message.is_progress:
+                    progress.write(message.text)
+                    inside_a_line = not message.text.endswith("\n")
+                else:
+                    sys.stderr.write(message.text)
+                message = self._hear()
+        except LoweringError:
+            if inside_a_line:
+                progress.write("died\n")
+            raise
         return message
 
     def _hear(self, request: Request | None = None) -> object:

@@ -1,7 +1,9 @@
 """Runs a fuzzer in child processes for a while and keeps what it finds: the case's number and its input.
 
 A case is good if it ends within a minute in a result or in one line of linattn's own errors. A signal, a hang, another
-exception or an error of several lines is a finding. Each case follows from kind, seed and number alone:
+exception or an error of several lines is a finding. Models are compiled in the fuzzer's own process, which is faster;
+where that dies, the command decides, as a user has it: it must say so in one line. Each case follows from kind, seed
+and number alone (and the models there are in ../shared):
 `python tests/fuzz/campaign.py KIND --seed S --first N --count 1` runs it again.
 """
 
@@ -30,8 +32,11 @@ LEAST_CASES = 10
 
 MEMORY = 8 << 30
 """Address space of a child: what would take the machine's memory ends in an error, or is a finding."""
+COMMAND = "command.json"
+"""In a case's folder: options of `linattn-compile` that compile its model as the fuzzer does."""
+
 COMPILER_DIED = "compiler died"
-"""Outcome of a case in which IREE's conversion ended the process, as the product's own process contains it."""
+"""Outcome of a case in which the compiler ended the process, and of which the command says so in one line."""
 
 
 @dataclass
@@ -75,17 +80,33 @@ def run(kind: str, seconds: float, seed: int, folder: Path) -> Outcome:
         if child.returncode == 0:
             break
         first = (last if last is not None else first) + 1
-        if child.returncode < 0 and b" in convert_torch" in errors.read_bytes():
+        verdict = _command_fails(work) if child.returncode < 0 else None
+        if verdict == "":
             outcome.words[COMPILER_DIED] += 1
             continue
         kept = folder / f"{kind}-{seed}-{last}"
         shutil.rmtree(kept, ignore_errors=True)
         shutil.copytree(work, kept)
-        text = " ".join(errors.read_text(errors="replace").split()[-40:])
+        text = verdict or " ".join(errors.read_text(errors="replace").split()[-40:])
         outcome.findings.append(
             f"{kind} seed {seed} case {last}: exit code {child.returncode}, kept in {kept}: ...{text}"
         )
     return outcome
+
+
+def _command_fails(work: Path) -> str | None:
+    """What is wrong with how `linattn-compile` ends where a case killed its process; None where it has no command."""
+    if not (work / COMMAND).exists():
+        return None
+    command = [sys.executable, "-P", "-m", "linattn.frontend.cli", str(work / "model.onnx"), "--quiet"]
+    command += [f"-o{work / 'out.vmfb'}", *json.loads((work / COMMAND).read_text())]
+    try:
+        ended = subprocess.run(command, capture_output=True, check=False, timeout=2 * CASE_SECONDS, cwd=ROOT)
+    except subprocess.TimeoutExpired:
+        return f"linattn-compile took more than {2 * CASE_SECONDS} s"
+    said = ended.stderr.decode(errors="replace")
+    is_good = ended.returncode == 2 and said.count("\n") == 1 and "bug in linattn" not in said
+    return "" if is_good or (ended.returncode, said) == (0, "") else f"linattn-compile: {ended.returncode}, {said}"
 
 
 def child(kind: str, seed: int, first: int, count: int | None, seconds: float, folder: Path) -> int:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import json
 import random
 import shutil
 from pathlib import Path
 
 import onnx
+from campaign import COMMAND
 from damage import damage_bytes, damage_graph
 from linattn.frontend.compile import CompileOptions, compile_model
 from linattn.frontend.lower.iree import Compiler
@@ -36,6 +38,15 @@ def prepare() -> list[tuple[bytes, Path | None]]:
     return found
 
 
+def _command(options: CompileOptions) -> list[str]:
+    """The command's options for the same; it has no word for no prefill at all."""
+    command = ["--cpu-features=generic", f"--batch={options.batch or 'open'}"]
+    if options.max_context != "default":
+        command.append(f"--max-context={options.max_context or 'open'}")
+    blocks = options.prefill_blocks
+    return [*command, f"--prefill-blocks={'open' if blocks is None else ','.join(map(str, blocks or (1,)))}"]
+
+
 def case(rng: random.Random, folder: Path) -> str:
     """Damage one model and compile it."""
     data, beside = rng.choice(prepare())
@@ -58,6 +69,7 @@ def case(rng: random.Random, folder: Path) -> str:
         max_context=rng.choice([16, "default", None]),
         prefill_blocks=rng.choice([(4,), (), None]),
     )
+    (folder / COMMAND).write_text(json.dumps(_command(options)))
     Compiler.compile = _stop  # type: ignore[assignment]
     try:
         compile_model(path, options)

@@ -137,7 +137,7 @@ def test_narrow_types(dtype):
 @pytest.mark.parametrize("case", ["prompt", "decode-ragged"])
 def test_open_dimensions(case):
     inputs, _ = CASES[case]
-    axes = {0: (0, 1), 1: (0, 1), 2: (0, 1), 3: (0, 2, 3), 4: (0, 2, 3), 5: (0,)}
+    axes = {0: (0, 1), 1: (0, 1, 2), 2: (0, 1, 2), 3: (0, 1, 2, 3), 4: (0, 1, 2, 3), 5: (0,)}  # all but a query's size
     got = run_open("GroupQueryAttention", inputs, COUNTS, axes, **OP)
     for g, w in zip(got, reference(inputs, {}), strict=True):
         assert error(g, w) < TOLERANCE["float32"]
