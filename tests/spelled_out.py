@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx.inliner
 import onnxruntime
+from linattn.frontend.graph.name_nodes import name_nodes
 from onnx import TensorProto, helper, numpy_helper
 
 RULES = ("linear", "gated", "delta", "gated_delta")
@@ -213,6 +216,18 @@ def model_of(
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
 
 
+def optimized(model: onnx.ModelProto, level: Any, path: Path) -> onnx.ModelProto:
+    """What ONNX Runtime makes of a model before it runs it."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = level
+    options.optimized_model_filepath = str(path)
+    options.log_severity_level = 4
+    onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    result = onnx.load(path)
+    name_nodes(result.graph)
+    return result
+
+
 def feeds_of(model: onnx.ModelProto, sizes: Mapping[str, int], seed: int = 0) -> dict[str, np.ndarray]:
     """Random inputs: keys of length about 1, decays below 0, betas between 0 and 1."""
     rng = np.random.default_rng(seed)
@@ -238,3 +253,47 @@ def run(model: onnx.ModelProto, feeds: Mapping[str, np.ndarray]) -> dict[str, np
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     names = [o.name for o in session.get_outputs()]
     return dict(zip(names, session.run(names, dict(feeds)), strict=True))
+
+
+def operator_model(
+    op_type: str,
+    inputs: Mapping[str, tuple[int, Sequence[int | str]]],
+    outputs: Mapping[str, tuple[int, Sequence[int | str]]],
+    **attributes: Any,
+) -> onnx.ModelProto:
+    """A model of one operator of opset 27; input names that start with "-" are left out."""
+    names = ["" if name.startswith("-") else name for name in inputs]
+    while not names[-1]:
+        names.pop()
+    (first, (dtype, dims)), *others = outputs.items()
+    nodes = [
+        helper.make_node(op_type, names, ["inner", *(name for name, _ in others)], "operator", **attributes),
+        helper.make_node("Neg", ["inner"], [first], "negative"),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "operator",
+        [helper.make_tensor_value_info(n, *inputs[n]) for n in names if n],
+        [helper.make_tensor_value_info(first, dtype, dims), *(helper.make_tensor_value_info(n, *t) for n, t in others)],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 27)], ir_version=10)
+
+
+def inlined(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same model with the operator replaced by the body that ONNX defines it with."""
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    node = result.graph.node[0]
+    types = {v.name: v.type for v in result.graph.input}
+    context = [types.get(name, onnx.TypeProto()).SerializeToString() for name in node.input]
+    schema = onnx.defs.get_schema(node.op_type, 27, "")
+    body = onnx.FunctionProto()
+    body.ParseFromString(
+        schema.get_context_dependent_function_with_opset_version(27, node.SerializeToString(), context)
+    )
+    body.domain = node.domain = "spelled_out"
+    result.functions.append(body)
+    result.opset_import.append(helper.make_opsetid("spelled_out", 1))
+    result = onnx.inliner.inline_local_functions(result)
+    name_nodes(result.graph)
+    return result

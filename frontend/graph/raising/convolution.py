@@ -13,11 +13,12 @@ from linattn.dialect_patterns.op import MICROSOFT
 from ..schema import attributes_of, domain_of
 from .algebra import Algebra, NotProvenError
 from .moves import Raised, Writer, trace
-from .readers import Readers
+from .readers import Readers, is_cast
 from .sizes import Size
-from .values import Values
+from .values import Values, is_zero
 
-_FLOATS = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT)
+_FLOATS = {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT}
+_MAX_TAPS = 256  # of the operator
 _FAR = (1 << 31) - 1
 """An end from here on means the last column."""
 
@@ -47,28 +48,34 @@ def raise_convolution(node: onnx.NodeProto, values: Values, readers: Readers) ->
     if int(str(attributes_of(concat).get("axis", 0))) % 3 != 2:
         raise NotProvenError("reads a Concat along another axis than the last")
     taps, dilation = _taps(node, weight)
-    if any(values.element_type(name) not in _FLOATS for name in (past, x, node.input[1])):
-        raise NotProvenError("computes with other types than f32, f16 and bf16")
+    kinds = {values.element_type(name) for name in (past, x, *node.input[1:]) if name}
+    if len(kinds) != 1 or not kinds <= _FLOATS:
+        raise NotProvenError("computes with other types than f32, f16 and bf16, or with several")
     held, needed = before[2].value, (taps - 1) * dilation
-    if held is None or held < needed:
+    if held is None or held < needed or not needed:
         raise NotProvenError(f"reads {before[2]} columns of state, where {taps} taps need {needed}")
+    slices = [n for n in readers.of(concat.output[0]) if n.op_type == "Slice" and domain_of(n) == ""]
+    ends = [n.output[0] for n in slices if _is_range(n, values, new[2], before[2] + new[2])]
+    others = [n.name for n in slices if n.output[0] not in ends]
+    zero = held == needed and is_zero(values, past)
+    if others or not (ends or zero):
+        how = f"Slice '{others[0]}' takes others than its last {held} columns" if others else "no Slice takes the next"
+        raise NotProvenError(f"reads a state of {held} columns, but {how}")
     writer = Writer(Algebra(), node.name)
-    result, chain = _cut(node, values, readers, held - needed, new[2])
-    result, chain, bias = _bias(writer, node, values, readers, result, chain, weight[0])
-    result, activation = _activation(values, readers, result, chain)
-    ports = [x, node.input[1], bias, _columns(writer, past, held - needed, held) if held > needed else past]
-    ends = [
-        reader.output[0]
-        for reader in readers.of(concat.output[0])
-        if reader.op_type == "Slice" and domain_of(reader) == "" and _is_last(reader, values, held, before[2] + new[2])
-    ]
+    result, following = _cut(node, values, readers, held - needed, new[2])
+    result, following, bias = _bias(writer, node, values, readers, result, following, weight[0])
+    result, activation = _activation(values, readers, result, following)
+    state = "" if zero else past if held == needed else _columns(writer, past, held - needed, held)
+    present = "" if not ends else ends[0] if held == needed else f"{node.name}.present"
     attributes: dict[str, object] = {"activation": activation} if activation != "none" else {}
     if dilation != 1:
         attributes["dilation"] = dilation
-    present = ends[0] if ends and held == needed else f"{node.name}.present" if ends else ""
+    ports = [x, node.input[1], bias, state]
+    while not ports[-1]:
+        ports.pop()
     writer.node("CausalConvWithState", ports, [result, present], domain=MICROSOFT, name=node.name, **attributes)
-    if ends and held > needed:
-        older = _columns(writer, concat.output[0], -held, -needed) if needed else concat.output[0]
+    if held > needed:
+        older = _columns(writer, concat.output[0], -held, -needed)
         writer.node("Concat", [older, present], [ends[0]], axis=2)
     for name in ends[1:]:
         writer.node("Identity", [ends[0]], [name])
@@ -80,7 +87,7 @@ def _taps(node: onnx.NodeProto, weight: tuple[Size, ...]) -> tuple[int, int]:
     """Taps and dilation of a convolution with a kernel a channel and nothing else."""
     attributes = attributes_of(node)
     channels, one, taps = (size.value for size in weight)
-    if channels is None or taps is None or one != 1 or attributes.get("group") != channels:
+    if channels is None or taps is None or taps > _MAX_TAPS or one != 1 or attributes.get("group") != channels:
         raise NotProvenError("has no kernel of its own for each channel")
     if attributes.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID") or any(_ints(attributes, "pads", 0)):
         raise NotProvenError("pads its input besides the state")
@@ -148,13 +155,13 @@ def _bias(
 def _activation(values: Values, readers: Readers, result: str, following: list[onnx.NodeProto]) -> tuple[str, str]:
     """``y * Sigmoid(y)``, where it follows, perhaps in f32."""
     name, wide = result, ""
-    if len(following) == 1 and following[0].op_type == "Cast":
+    if len(following) == 1 and is_cast(following[0]):
         wide = following[0].output[0]
         if values.element_type(wide) != onnx.TensorProto.FLOAT:
             return result, "none"
         name, following = wide, readers.only(wide)
     end = ""
-    if len(following) == 1 and following[0].op_type == "Swish" and attributes_of(following[0]).get("alpha", 1.0) == 1.0:
+    if len(following) == 1 and _is_silu(following[0]):
         end = following[0].output[0]
     gates = [n for n in following if n.op_type == "Sigmoid" and domain_of(n) == ""]
     products = [n for n in following if n.op_type == "Mul" and domain_of(n) == ""]
@@ -166,7 +173,7 @@ def _activation(values: Values, readers: Readers, result: str, following: list[o
         return result, "none"
     if wide:
         back = readers.only(end)
-        if len(back) != 1 or back[0].op_type not in ("Cast", "CastLike"):
+        if len(back) != 1 or not is_cast(back[0]):
             return result, "none"
         end = back[0].output[0]
         if values.element_type(end) != values.element_type(result):
@@ -174,9 +181,10 @@ def _activation(values: Values, readers: Readers, result: str, following: list[o
     return end, "silu"
 
 
-def _is_last(node: onnx.NodeProto, values: Values, count: int, length: Size) -> bool:
-    """Whether a Slice takes the last ``count`` columns of ``length``."""
-    return _is_range(node, values, length - Size.of(count), length)
+def _is_silu(node: onnx.NodeProto) -> bool:
+    """Whether a node alone is ``y * Sigmoid(y)``: ONNX's, or ONNX Runtime's with its factor at 1."""
+    alpha = {("", "Swish"): 1.0, (MICROSOFT, "QuickGelu"): 1.702}.get((domain_of(node), node.op_type))
+    return alpha is not None and attributes_of(node).get("alpha", alpha) == 1.0
 
 
 def _is_range(node: onnx.NodeProto, values: Values, start: Size, end: Size) -> bool:

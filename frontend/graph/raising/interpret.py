@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import onnx
+from linattn.dialect_patterns.op import MICROSOFT
 
 from ..schema import attributes_of, domain_of
 from .algebra import Algebra, NotProvenError, Tensor
@@ -41,7 +42,7 @@ class Interpreter:
         Raises:
             NotProvenError: if it is not a product, a sum or a move of what is known.
         """
-        step = _STEPS.get(node.op_type) if domain_of(node) == "" else None
+        step = _STEPS.get((domain_of(node), node.op_type))
         if step is None:
             raise NotProvenError("is not understood")
         tensor = step(self, node, known)
@@ -181,6 +182,21 @@ def _matmul(run: Interpreter, node: onnx.NodeProto, known: Mapping[str, Tensor])
     return run.algebra.matmul(run.tensor(node.input[0], known), run.tensor(node.input[1], known))
 
 
+def _fused_matmul(run: Interpreter, node: onnx.NodeProto, known: Mapping[str, Tensor]) -> Tensor:
+    """ONNX Runtime's product of matrices that may be transposed."""
+    attributes = attributes_of(node)
+    if attributes.get("transBatchA") or attributes.get("transBatchB"):
+        raise NotProvenError("transposes the batch")
+    operands: list[Tensor] = []
+    for name, turned in zip(node.input, ("transA", "transB"), strict=True):
+        tensor = run.tensor(name, known)
+        rank = len(tensor.axes)
+        if attributes.get(turned) and rank > 1:
+            tensor = run.algebra.transpose(tensor, [*range(rank - 2), rank - 1, rank - 2])
+        operands.append(tensor)
+    return run.algebra.scale(run.algebra.matmul(*operands), float(str(attributes.get("alpha", 1.0))))
+
+
 def _exp(run: Interpreter, node: onnx.NodeProto, known: Mapping[str, Tensor]) -> Tensor:
     return run.algebra.exp(run.tensor(node.input[0], known))
 
@@ -228,7 +244,7 @@ MOVES: dict[str, Step] = {
 }
 """Operators that give the elements of their first input, in other places or repeated."""
 
-_STEPS: dict[str, Step] = MOVES | {
+_ARITHMETIC: dict[str, Step] = {
     "Cast": _cast,
     "CastLike": _cast,
     "Constant": _constant,
@@ -242,4 +258,8 @@ _STEPS: dict[str, Step] = MOVES | {
     "Exp": _exp,
     "ReduceSum": _reduce,
     "Einsum": _einsum,
+}
+
+_STEPS: dict[tuple[str, str], Step] = {("", name): step for name, step in (MOVES | _ARITHMETIC).items()} | {
+    (MICROSOFT, "FusedMatMul"): _fused_matmul
 }

@@ -14,13 +14,16 @@ from .convolution import is_candidate, raise_convolution
 from .interpret import MOVES
 from .moves import Raised
 from .readers import Readers, read_by
-from .scan import Outcome, raise_scan
+from .scan import raise_scan
 from .values import Values
+from .write_recurrence import Outcome
 
 RAISED_OPS = frozenset({"Scan"})
 """Operators that only this pass can take out of a graph."""
 
-_OLDEST_SCAN = 9  # before it had a batch axis of its own
+_RAISED = "raised: "
+_OLDEST = 9
+"""The opset from which on Scan has no batch axis of its own, and sums stretch their operands."""
 
 
 @dataclass
@@ -51,7 +54,7 @@ def raise_operators(model: onnx.ModelProto) -> Raising:
     done = Raising()
     _raise_convolutions(model, done)
     _raise_scans(model, done)
-    if done.notes:
+    if any(note.startswith(_RAISED) for note in done.notes):
         drop_unused(model.graph)
     return done
 
@@ -60,7 +63,7 @@ def _raise_convolutions(model: onnx.ModelProto, done: Raising) -> None:
     graph = model.graph
     structure = Values(graph, {})
     names = [node.name for node in graph.node if is_candidate(node, structure)]
-    if not names:
+    if not names or opset_versions(model).get("", 1) < _OLDEST:
         return
     values = Values(graph, infer_types(model))
     for name in names:
@@ -68,7 +71,7 @@ def _raise_convolutions(model: onnx.ModelProto, done: Raising) -> None:
         try:
             raised = raise_convolution(node, values, Readers(graph))
         except NotProvenError as error:
-            done.misses[name] = str(error)
+            done.notes.append(f"not raised: Conv '{name}' {error}")
             continue
         _put(model, raised, done)
 
@@ -81,9 +84,9 @@ def _raise_scans(model: onnx.ModelProto, done: Raising) -> None:
     values = Values(graph, infer_types(model))
     for node in scans:
         try:
-            if opset_versions(model).get("", 1) < _OLDEST_SCAN:
-                raise NotProvenError(f"is of an opset before {_OLDEST_SCAN}")
-            raised, outcome = raise_scan(node, values)
+            if opset_versions(model).get("", 1) < _OLDEST:
+                raise NotProvenError(f"is of an opset before {_OLDEST}")
+            raised, outcome = raise_scan(node, values, Readers(graph))
         except NotProvenError as error:
             done.misses[node.name] = str(error)
             continue
@@ -130,4 +133,4 @@ def _put(model: onnx.ModelProto, raised: Raised, done: Raising) -> None:
     del graph.node[:]
     graph.node.extend(ordered)
     graph.initializer.extend(raised.initializers)
-    done.notes.append(f"raised: {raised.what}")
+    done.notes.append(f"{_RAISED}{raised.what}")

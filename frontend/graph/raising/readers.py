@@ -6,6 +6,8 @@ from collections import defaultdict
 
 import onnx
 
+from ..schema import domain_of
+
 
 class Readers:
     """Who reads a value of a graph."""
@@ -23,8 +25,15 @@ class Readers:
         return self._nodes[name]
 
     def only(self, name: str) -> list[onnx.NodeProto]:
-        """The nodes that read it, none if it leaves the graph as well."""
-        return [] if name in self._outside else self._nodes[name]
+        """The nodes that read its elements, none if it leaves the graph as well."""
+        if not name or name in self._outside:
+            return []
+        return [node for node in self._nodes[name] if node.op_type != "CastLike" or node.input[0] == name]
+
+
+def is_cast(node: onnx.NodeProto) -> bool:
+    """Whether a node gives its first input in another type."""
+    return node.op_type in ("Cast", "CastLike") and domain_of(node) == ""
 
 
 def names_in(body: onnx.GraphProto) -> set[str]:

@@ -27,6 +27,8 @@ _COMPUTED_NAMES = """
 """
 _COMPUTED = frozenset(_COMPUTED_NAMES.split())
 
+_SAME_SHAPE = frozenset(("Cast", "CastLike", "Clip", "Exp", "Identity", "Neg", "Relu", "Sigmoid", "Softplus", "Tanh"))
+
 
 class Values:
     """The values of a graph, or of a body inside it that sees them too.
@@ -34,21 +36,22 @@ class Values:
     Attributes:
         types: Inferred types of the outer graph's values.
         producers: Value -> the node that makes it.
+        shapes: Shapes of which more is known than was inferred.
     """
 
     def __init__(
         self, graph: onnx.GraphProto, types: Mapping[str, onnx.TypeProto], outer: Values | None = None
     ) -> None:
-        self.types = types
-        inner = {v.name for v in graph.input} if outer else set[str]()
-        self.producers: dict[str, onnx.NodeProto] = {
-            name: node for name, node in (outer.producers if outer else {}).items() if name not in inner
-        }
-        self.producers |= {name: node for node in graph.node for name in node.output if name}
-        self._initializers: dict[str, onnx.TensorProto] = {
-            name: tensor for name, tensor in (outer._initializers if outer else {}).items() if name not in inner
-        }
-        self._initializers |= {tensor.name: tensor for tensor in graph.initializer}
+        self.producers: dict[str, onnx.NodeProto] = {name: n for n in graph.node for name in n.output if name}
+        self._initializers: dict[str, onnx.TensorProto] = {tensor.name: tensor for tensor in graph.initializer}
+        self.types: Mapping[str, onnx.TypeProto] = types
+        self.shapes: dict[str, tuple[Size, ...]] = {}
+        if outer is not None:  # a body's own names hide those around it
+            own = {v.name for v in graph.input} | self.producers.keys() | self._initializers.keys()
+            self.producers |= {name: n for name, n in outer.producers.items() if name not in own}
+            self._initializers |= {name: t for name, t in outer._initializers.items() if name not in own}
+            self.types = {name: proto for name, proto in types.items() if name not in own}
+            self.shapes = {name: shape for name, shape in outer.shapes.items() if name not in own}
         self._constants: dict[str, np.ndarray[Any, Any] | None] = {}
         self._lists: dict[str, tuple[Size, ...] | None] = {}
 
@@ -124,26 +127,47 @@ class Values:
             return None
         return tuple(Size.of(int(v)) for v in value.reshape(-1))
 
-    def shape(self, name: str) -> tuple[Size, ...] | None:
-        """Shape as inferred, with the lengths of concatenations, which inference leaves open."""
-        dims = self.dims(name)
-        node = self.producers.get(name)
-        if dims is None or node is None or node.op_type != "Concat" or domain_of(node) != "":
-            return dims
+    def shape(self, name: str, depth: int = 0) -> tuple[Size, ...] | None:
+        """Shape as inferred, and where inference leaves a size open what the nodes before tell."""
+        if name not in self.shapes:
+            dims, node = self.dims(name), self.producers.get(name)
+            if dims is None or node is None or domain_of(node) != "" or depth > _MAX_DEPTH:
+                return dims
+            more = dims if all(size.value is not None for size in dims) else self._more(node, dims, depth + 1)
+            self.shapes[name] = more if more is not None and len(more) == len(dims) else dims
+        return self.shapes[name]
+
+    def _more(self, node: onnx.NodeProto, dims: tuple[Size, ...], depth: int) -> tuple[Size, ...] | None:
+        if node.op_type in _SAME_SHAPE:
+            return self.shape(node.input[0], depth)
+        if node.op_type == "ConstantOfShape":
+            return self.sizes(node.input[0], depth)
+        if node.op_type != "Concat":
+            return None
         axis = int(str(attributes_of(node).get("axis", 0))) % max(len(dims), 1)
-        parts = [self.dims(n) for n in node.input]
-        if any(part is None or len(part) != len(dims) for part in parts):
-            return dims
         total = Size.of(0)
-        for part in parts:
-            assert part is not None
+        for name in node.input:
+            part = self.shape(name, depth)
+            if part is None or len(part) != len(dims):
+                return None
             total = total + part[axis]
         return (*dims[:axis], total, *dims[axis + 1 :])
 
 
+def is_zero(values: Values, name: str) -> bool:
+    """Whether a value is zeros of whatever shape."""
+    while (node := values.producers.get(name)) is not None and domain_of(node) == "":
+        if node.op_type == "ConstantOfShape":
+            fill = next((a.t for a in node.attribute if a.name == "value"), None)
+            return fill is None or not numpy_helper.to_array(fill).any()
+        if node.op_type not in ("Cast", "CastLike", "Expand", "Identity", "Reshape", "Transpose"):
+            break
+        name = node.input[0]
+    return False
+
+
 def _shape(values: Values, node: onnx.NodeProto, depth: int) -> tuple[Size, ...] | None:
-    del depth
-    dims = values.shape(node.input[0])
+    dims = values.shape(node.input[0], depth)
     attributes = {a.name: a.i for a in node.attribute}
     return None if dims is None else dims[slice(attributes.get("start", 0), attributes.get("end"))]
 

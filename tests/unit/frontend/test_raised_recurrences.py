@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from linattn.frontend.graph.raising.raise_operators import raise_operators
 from linattn.frontend.graph.states import find_states
@@ -16,7 +17,20 @@ from linattn.frontend.graph.validate import check_graph
 from linattn.runtime.errors import UnsupportedModelError
 from onnx import helper
 
-from tests.spelled_out import RULES, Shape, Step, by_einsum, by_matmul, by_sums, feeds_of, recurrence_model, run
+from tests.spelled_out import (
+    RULES,
+    Shape,
+    Step,
+    by_einsum,
+    by_matmul,
+    by_sums,
+    feeds_of,
+    inlined,
+    operator_model,
+    optimized,
+    recurrence_model,
+    run,
+)
 from tests.tolerances import BENIGN, error
 
 
@@ -29,7 +43,7 @@ def raised(model: onnx.ModelProto, tokens: int = 5) -> list[onnx.NodeProto]:
     feeds = feeds_of(model, {"B": 2, "T": tokens})
     want, got = run(before, feeds), run(model, feeds)
     for name, value in want.items():
-        assert error(got[name], value) <= BENIGN["float32"], name
+        assert error(got[name], value) <= BENIGN[value.dtype.name], name
     nodes = [node for node in model.graph.node if node.op_type == "LinearAttention"]
     assert len(nodes) == len(done.notes)
     assert not [node for node in model.graph.node if node.op_type == "Scan"]
@@ -76,16 +90,43 @@ def test_sizes_that_coincide(sizes: Shape, tokens: int) -> None:
     raised(recurrence_model("gated", by_sums, sizes, per_key=True), tokens)
 
 
-def transposed_state(rule: str) -> Callable[[Step], tuple[str, str]]:
-    """The state as [B, H, dv, dk] inside of the body."""
+def defined_model(
+    rule: str, dtype: int, state: int, q_heads: int, *, per_key: bool = False, past: bool = True
+) -> onnx.ModelProto:
+    """LinearAttention of opset 27, with two state heads."""
+    inputs: dict[str, tuple[int, list[int | str]]] = {
+        "q": (dtype, ["B", "T", q_heads * 8]),
+        "k": (dtype, ["B", "T", 16]),
+        "v": (dtype, ["B", "T", 12]),
+        "past" if past else "-past": (state, ["B", 2, 8, 6]),
+        "decay" if "gated" in rule else "-decay": (dtype, ["B", "T", 16 if per_key else 2]),
+        "beta" if "delta" in rule else "-beta": (dtype, ["B", "T", 1 if per_key else 2]),
+    }
+    outputs = {"y": (dtype, ["B", "T", q_heads * 6]), "present": (state if past else dtype, ["B", 2, 8, 6])}
+    more = {"q_num_heads": q_heads, "kv_num_heads": 2, "update_rule": rule}
+    return operator_model("LinearAttention", inputs, outputs, **more)
 
-    def step(s: Step) -> tuple[str, str]:
-        turned = Step(s.g, s.g.op("Transpose", s.state, perm=[0, 1, 3, 2]), s.q, s.k, s.v, s.decay, s.beta)
-        state, output = by_matmul(turned)
-        return s.g.op("Transpose", state, perm=[0, 1, 3, 2]), output
 
-    del rule
-    return step
+HALF, SINGLE = onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT
+
+
+@pytest.mark.parametrize("form", [{"q_heads": 4}, {"q_heads": 2, "per_key": True}, {"q_heads": 6, "past": False}])
+@pytest.mark.parametrize(("dtype", "state"), [(SINGLE, SINGLE), (HALF, HALF), (HALF, SINGLE)])
+@pytest.mark.parametrize("rule", RULES)
+def test_the_body_that_onnx_defines_the_operator_with(rule: str, dtype: int, state: int, form: dict[str, Any]) -> None:
+    (node,) = raised(inlined(model := defined_model(rule, dtype, state, **form)))
+    assert list(node.input) == list(model.graph.node[0].input)  # of the same types, too: no casts are left
+    assert attributes(node)["q_num_heads"] == form["q_heads"]
+    assert attributes(node)["scale"] == pytest.approx(8**-0.5)
+
+
+@pytest.mark.parametrize("level", ["ORT_ENABLE_BASIC", "ORT_ENABLE_EXTENDED"])
+@pytest.mark.parametrize("rule", RULES)
+def test_what_onnx_runtime_expands_the_operator_to(rule: str, level: str, tmp_path: Path) -> None:
+    model = defined_model(rule, SINGLE, SINGLE, 4)
+    levels = onnxruntime.GraphOptimizationLevel
+    (node,) = raised(optimized(model, getattr(levels, level), tmp_path / "optimized.onnx"))
+    assert list(node.input) == list(model.graph.node[0].input)
 
 
 def many_queries_a_head(s: Step) -> tuple[str, str]:
