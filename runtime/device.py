@@ -127,6 +127,14 @@ class Move:
     regions: Sequence[tuple[int, int, int]]
 
 
+def row_regions(array: DeviceArray, axis: int, first: int, last: int) -> list[tuple[int, int, int]]:
+    """Where rows of one axis lie, from `first` up to `last`, as the regions of a `Move` to the same place."""
+    row = math.prod(array.shape[axis + 1 :]) * numpy_dtype(array.dtype).itemsize
+    block = row * array.shape[axis]
+    starts = [i * block + first * row for i in range(math.prod(array.shape[:axis]))]
+    return [(start, start, (last - first) * row) for start in starts]
+
+
 class Device(Owned):
     """One opened device; get it from `open_device`, which opens each device once per process."""
 
@@ -245,19 +253,11 @@ class Device(Owned):
         """Copies an array to the host: every call reads the device anew and returns memory of its own."""
         return self._read(array, [(0, array.nbytes)], array.shape)
 
-    def to_host_last(self, array: DeviceArray, axis: int) -> HostArray:
-        """Copies only the last position of one axis to the host.
-
-        Args:
-            array: At least one element along `axis`.
-            axis: Which axis; it stays in the result with size 1.
-        """
-        shape, itemsize = array.shape, numpy_dtype(array.dtype).itemsize
-        row = math.prod(shape[axis + 1 :]) * itemsize
-        block = row * shape[axis]
-        outer = math.prod(shape[:axis])
-        regions = [(i * block + block - row, row) for i in range(outer)]
-        return self._read(array, regions, (*shape[:axis], 1, *shape[axis + 1 :]))
+    def to_host_rows(self, array: DeviceArray, axis: int, first: int, last: int) -> HostArray:
+        """Copies only some rows of one axis to the host, from `first` up to `last`."""
+        shape = array.shape
+        regions = [(start, nbytes) for start, _, nbytes in row_regions(array, axis, first, last)]
+        return self._read(array, regions, (*shape[:axis], last - first, *shape[axis + 1 :]))
 
     def wrap(self, view: Any, dtype: str) -> DeviceArray:
         """Takes a buffer view that a call returned, with the element type that the manifest names.

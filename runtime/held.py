@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from .binding import axis_of, first_of
-from .device import Device, DeviceArray, HostArray, Move
+from .device import Device, DeviceArray, HostArray, Move, row_regions
 from .manifest import Manifest, StateSpec
-from .state import row_regions, zero_states
+from .state import zero_states
 
 
 class Lease:

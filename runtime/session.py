@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -16,6 +18,7 @@ from .feeds import Call, block_inputs, check_room, prepare
 from .held import Held
 from .manifest import EntryPoint, OutputSpec
 from .owned import Owned
+from .saved import load_states, save_states
 from .snapshot import Snapshot
 from .state import read_state, state_shape
 
@@ -109,6 +112,35 @@ class Session(Owned):
     def fork(self) -> Session:
         """A second session that goes on from here; the two share memory until they write."""
         return self._program.session(self.snapshot(), window=self._window)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes states, position and mask to a file (safetensors), whole or not at all; see `load`.
+
+        Raises:
+            StateError: The batch is open and nothing has run.
+            InputError: There is no such folder, or something that may not be replaced.
+            LinattnError: The package safetensors is missing, or the file cannot be written.
+        """
+        with self._exclusive():
+            save_states(Path(path), self._manifest, self._program.device, self._started())
+
+    @staticmethod
+    def load(program: Program, path: str | os.PathLike[str], *, window: int = 0) -> Session:
+        """Goes on where a session was saved, with the same model on this or any other target.
+
+        Args:
+            program: Its graph and weights must be those of the session that was saved; its target, the capacity of its
+                KV caches and the sizes of its blocks may be others.
+            path: What `save` wrote. It is checked before anything in it is used, and holds no code.
+            window: As of `Program.session`.
+
+        Raises:
+            StateError: No such file, another model's, more tokens than fit, or a damaged file.
+            LinattnError: The package safetensors is missing.
+        """
+        program.check_usable()
+        loaded = load_states(Path(path), program.manifest, program.device)
+        return program.session(Snapshot(program, loaded), window=window)
 
     def rollback(self, tokens: int) -> None:
         """Takes back the last tokens: afterwards it is as if they had never been there.
@@ -274,7 +306,8 @@ class Session(Owned):
                 found.append(device.to_host(output))
         elif last and spec.role == "logits":
             if final:
-                found.append(device.to_host_last(output, spec.token_axis))
+                count = output.shape[spec.token_axis]
+                found.append(device.to_host_rows(output, spec.token_axis, count - 1, count))
         else:
             found.append(device.to_host(output))
 

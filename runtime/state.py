@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -57,10 +56,9 @@ def upload_state(manifest: Manifest, device: Device, spec: StateSpec, array: Hos
 
 def read_state(manifest: Manifest, device: Device, spec: StateSpec, array: DeviceArray, tokens: int) -> HostArray:
     """Copies a state to the host in ONNX form: a KV cache with `tokens` rows, whatever its capacity."""
-    host = device.to_host(array)
     if spec.length_axis is None or manifest.max_context is None:
-        return host
-    return host[(slice(None),) * spec.length_axis + (slice(0, tokens),)].copy()
+        return device.to_host(array)
+    return device.to_host_rows(array, spec.length_axis, 0, tokens)
 
 
 def next_states(
@@ -69,11 +67,3 @@ def next_states(
     """The states after a call: the returned arrays, but the caller's own buffers where the call wrote in place."""
     pairs = zip(manifest.states, states, returned, strict=True)
     return [old if spec.in_place else new for spec, old, new in pairs]
-
-
-def row_regions(array: DeviceArray, axis: int, first: int, last: int) -> list[tuple[int, int, int]]:
-    """Where rows of one axis lie, from `first` up to `last`, as the regions of a `Move` to the same place."""
-    row = math.prod(array.shape[axis + 1 :]) * numpy_dtype(array.dtype).itemsize
-    block = row * array.shape[axis]
-    starts = [i * block + first * row for i in range(math.prod(array.shape[:axis]))]
-    return [(start, start, (last - first) * row) for start in starts]

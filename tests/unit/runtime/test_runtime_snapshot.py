@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from linattn.runtime import InputError, Program, Session, Snapshot, StateError, TargetError
-from linattn.runtime.device import Device, DeviceArray
+from linattn.runtime.device import Device, DeviceArray, Move, row_regions
 from linattn.runtime.manifest import Manifest
 from tiny_hybrid import Hybrid, open_form, reference
 
@@ -165,9 +165,6 @@ def test_whoever_is_left_goes_on_in_place(cpu: Program, monkeypatch: pytest.Monk
 
 
 def poison_rows(array: DeviceArray, first: int, last: int, device: Device) -> None:
-    from linattn.runtime.device import Move
-    from linattn.runtime.state import row_regions
-
     poison = device.upload(np.full(array.shape, np.nan, np.float32), array.dtype)
     device.move([Move(poison, array, row_regions(array, 2, first, last))])
 
