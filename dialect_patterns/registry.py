@@ -8,6 +8,7 @@ from .causal_conv import op as causal_conv
 from .experts import gated_add
 from .experts import op as experts
 from .gather_block_quantized import op as gather_block_quantized
+from .gather_columns import op as gather_columns
 from .linear_attention import gate as linear_attention_gate
 from .linear_attention import op as linear_attention
 from .mat_mul import joined
@@ -32,6 +33,7 @@ OPS: tuple[Op, ...] = (
     *gated_add.OPS,
     *gated_rms_norm.OPS,
     *gather_block_quantized.OPS,
+    *gather_columns.OPS,
     *linear_attention_gate.OPS,
     *lp_normalization.OPS,
     *m_rotary_embedding.OPS,

@@ -35,6 +35,7 @@ from .graph.single_token import squeezes_tokens
 from .graph.specialize import SpecializedGraph, specialize
 from .graph.state_names import Pairing
 from .graph.states import find_states
+from .graph.transpose_weights import transpose_weights
 from .graph.unused_outputs import leave_out_unused_outputs
 from .graph.validate import check_graph
 from .limits import check_memory
@@ -98,6 +99,7 @@ def compile_model(
         versions = opset_versions(model.proto)
         check_supported(model.proto.graph.node, versions, raising.misses)
         leave_out_unused_outputs(model.proto)
+        transpose_weights(model)
     with progress.stage("pair states, plan entry points"):
         plan, graphs = _plan(model, versions, options, target)
         plan, functions = _functions(plan, graphs)

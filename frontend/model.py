@@ -34,6 +34,7 @@ class LoadedModel:
         weights: Initializer name -> its values, for every initializer whose bytes lie outside the graph.
         graph_sha256: Hash of the graph file and of the small values that lie outside it, hex.
         files: The graph file and those of the weights.
+        derived: Names of those ``weights`` that passes have made of others.
     """
 
     path: Path | None
@@ -41,6 +42,7 @@ class LoadedModel:
     weights: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict[str, "np.ndarray[Any, Any]"])
     graph_sha256: str = ""
     files: tuple[Path, ...] = ()
+    derived: set[str] = field(default_factory=set[str])
 
     @functools.cached_property
     def keys(self) -> dict[str, str]:
@@ -52,7 +54,7 @@ class LoadedModel:
         """Hash of the graph and of what all weights hold, hex."""
         if not self.weights:
             return self.graph_sha256
-        lines = [self.graph_sha256, *(f"{self.keys[name]} {name}" for name in self.weights)]
+        lines = [self.graph_sha256, *(f"{self.keys[name]} {name}" for name in self.weights if name not in self.derived)]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     @property

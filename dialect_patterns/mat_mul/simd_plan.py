@@ -77,6 +77,15 @@ class Plan:
         return None if self.rows is None else -(-self.rows // self.tile)
 
 
+def weight_layout(target: Target) -> Layout:
+    """How the weights of all products lie for a machine, whatever their rows are."""
+    return layout(target, _lanes(target) * VECTORS)
+
+
+def _lanes(target: Target) -> int:
+    return max(target.vector_bits // 32, 4)
+
+
 def plan(rows: int | None, depth: int, columns: int, target: Target, weight_bytes: int) -> Plan:
     """The sizes for a product.
 
@@ -87,9 +96,9 @@ def plan(rows: int | None, depth: int, columns: int, target: Target, weight_byte
         target: The machine.
         weight_bytes: Of one weight.
     """
-    lanes = max(target.vector_bits // 32, 4)
+    lanes = _lanes(target)
     width = lanes * VECTORS
-    panels, packed = -(-columns // width), layout(target, width)
+    panels, packed = -(-columns // width), weight_layout(target)
     most = 12 if target.vector_bits >= 512 else _ROWS  # with two vectors each, most of 32 or 16 registers
     if rows is not None and rows <= most:
         vectors = max(VECTORS, packed.width // lanes) if rows <= _ROWS_OF_LINES else VECTORS

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 
 import onnx
-from linattn.dialect_patterns.op import MICROSOFT
+from linattn.dialect_patterns.gather_columns.op import GATHER_COLUMNS
+from linattn.dialect_patterns.op import INTERNAL, MICROSOFT
 
 from .schema import CAPACITY, attributes_of, domain_of, spec_of_type
 
@@ -79,6 +80,10 @@ def _along_axis(attribute: str) -> _Rule:
     return rule
 
 
+def _of_columns(node: onnx.NodeProto, shapes: Shapes) -> Lookup:
+    return operand(node, 1), _from_the_end_too(shapes.size(operand(node, 0), 1))
+
+
 def _several_axes(node: onnx.NodeProto, shapes: Shapes) -> Lookup:
     """GatherND, ScatterND: a row of the indices has one index for each of some axes, bounded by the longest."""
     name, data = operand(node, 1), shapes.of(operand(node, 0)) or ()
@@ -118,6 +123,7 @@ _RULES: dict[tuple[str, str], _Rule] = {
     ("", "ScatterND"): _several_axes,
     ("", "RotaryEmbedding"): _rotary(3, 1),
     ("", "Attention"): _attention,
+    (INTERNAL, GATHER_COLUMNS): _of_columns,
     (MICROSOFT, "GatherBlockQuantized"): _along_axis("gather_axis"),
     (MICROSOFT, "RotaryEmbedding"): _rotary(1, 2),
     (MICROSOFT, "MRotaryEmbedding"): _rotary(1, 2),
