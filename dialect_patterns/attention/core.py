@@ -3,6 +3,8 @@
     s[t, j] = softcap(scale * q[t] . k[j]) + bias[t, j]      -inf where key j is not visible to query t
     y[t]    = sum_j exp(s[t, j] - max_j s[t, :]) v[j] / sum_j exp(s[t, j] - max_j s[t, :])
 
+With a sink the softmax sees one more score, the same for all queries of a head, whose value is zero.
+
 The query heads of a group are rows of one product, [B*Hkv, r*T, d] against [B*Hkv, S, d], so keys and values are never
 repeated in memory. Which keys are visible is computed from loop indices inside the elementwise step before the
 reductions (Vulkan's code generator dislikes ``linalg.index`` inside one). Scores, maxima and sums are f32.
@@ -211,6 +213,7 @@ def emit_attention(
     softcap: float,
     visibility: Visibility,
     mask: ir.Value | None = None,
+    sink: ir.Value | None = None,
 ) -> ir.Value:
     """Attention of ``q`` over all rows of ``k`` and ``v``; a query that sees no key gives zeros.
 
@@ -224,6 +227,7 @@ def emit_attention(
         softcap: c in c * tanh(s / c), 0 for none.
         visibility: Which keys are visible by position.
         mask: From :func:`align_mask`, or None.
+        sink: What the softmax of each query head sees beside its keys [Hq], or None.
 
     Returns:
         [B, Hq, T, dv] of the type of ``q``.
@@ -263,10 +267,23 @@ def emit_attention(
 
     scores = b.map(f"{','.join(terms)}->bhrts", score, *operands)
     scores = b.collapse(b.collapse(scores, 2, 3), 0, 1)
+
+    def by_head(x: ir.Value) -> ir.Value:
+        return b.expand(b.expand(x, 1, [heads.group, length]), 0, [batch, heads.kv])
+
+    def by_row(x: ir.Value) -> ir.Value:
+        return b.collapse(b.collapse(x, 2, 3), 0, 1)
+
     # The floor keeps a row without any visible key at exp(-inf) = 0 instead of exp(-inf + inf) = NaN.
     highest = b.reduce("gms->gm", lambda acc, s: acc.maximum(s), scores, initial=_LOWEST)
+    sinks = None if sink is None else b.expand(b.cast(sink, "f32"), 0, [heads.kv, heads.group])
+    if sinks is not None:
+        highest = by_row(b.map("bhrt,hr->bhrt", lambda m, s: m.maximum(s), by_head(highest), sinks))
     weights = b.map("gms,gm->gms", lambda s, m: (s - m).exp(), scores, highest, dtype=spec_of(v).dtype)
     sums = b.sum("gms->gm", weights)
+    if sinks is not None:
+        own = [by_head(sums), by_head(highest), sinks]
+        sums = by_row(b.map("bhrt,bhrt,hr->bhrt", lambda n, m, s: n + (s - m).exp(), *own))
     mixed = b.contract("gms,gsd->gmd", weights, b.collapse(v, 0, 1))
     # A row that sees a key has a sum of at least 1 (its maximum), so the bound only turns 0 / 0 into 0.
     result = b.map("gmd,gm->gmd", lambda o, n: o / n.maximum(0.5), mixed, sums, dtype=spec_of(q).dtype)

@@ -1,6 +1,6 @@
 """Strategy ``fused_simd`` of softmax attention (Attention, GroupQueryAttention): one hand-made CPU kernel.
 
-    %y = flow.dispatch @attention_fused_simd_...[B](%q, %keys, %values, %first?, %limit?, %bias?)
+    %y = flow.dispatch @attention_fused_simd_...[B](%q, %keys, %values, %first?, %limit?, %sink?, %bias?)
 
 Scores never reach memory, only keys that a query can see are read (a cache of large capacity costs what is in it),
 heads are neither split nor repeated. See ``attention_simd_kernel``; the portable form is ``attention_core``.
@@ -65,6 +65,7 @@ def emit_attention_fused_simd(
     softcap: float,
     visibility: Visibility,
     mask: ir.Value | None = None,
+    sink: ir.Value | None = None,
 ) -> ir.Value:
     """Attention of ``q`` over the visible rows of ``k`` and ``v``; a query that sees no key gives zeros.
 
@@ -79,6 +80,7 @@ def emit_attention_fused_simd(
         softcap: c in c * tanh(s / c), 0 for none.
         visibility: Which keys are visible by position.
         mask: From :func:`~.attention_core.align_mask`, or None.
+        sink: What the softmax of each query head sees beside its keys [Hq], or None.
 
     Returns:
         [B, T, Hq * dv] of the type of ``q``.
@@ -103,6 +105,7 @@ def emit_attention_fused_simd(
         right=visibility.right,
         first=first if isinstance(first, int) else None,
         has_limit=visibility.limit is not None,
+        has_sink=sink is not None,
         bias_dims=None if bias_spec is None else _bias_dims(bias_spec),
     )
     operands, specs, axes = [q, k, v], [spec_of(x) for x in (q, k, v)], ["B__", "B_T_", "B_T_"]
@@ -112,6 +115,10 @@ def emit_attention_fused_simd(
             operands.append(_as_rows(b, bound, batch))
             specs.append(spec_of(operands[-1]))
             axes.append("B")
+    if sink is not None:
+        operands.append(sink)
+        specs.append(spec_of(sink))
+        axes.append("_")
     if bias is not None and shared.bias_dims is not None and bias_spec is not None:
         operands.append(bias)
         specs.append(bias_spec)
@@ -166,10 +173,11 @@ def _symbol(p: Plan, specs: Sequence[TensorSpec]) -> str:
         return "x" if size is None else str(size)
 
     q, k, v = specs[:3]
+    sink = "_sink" + specs[3 + p.needs_first + p.has_limit].dtype if p.has_sink else ""
     sees = f"l{dim(p.left)}r{dim(p.right)}_first{dim(p.first)}" + ("_limit" if p.has_limit else "")
     bias = "" if p.bias_dims is None else "_bias" + "".join(str(int(has)) for has in p.bias_dims)
     heads = f"q{p.kv_heads * p.group}kv{p.kv_heads}_{p.dk}x{p.dv}"
     lead = f"b{dim(q.shape[0])}t{p.tokens}s{dim(k.shape[2])}"
     types = q.dtype if v.dtype == q.dtype else f"{q.dtype}_{v.dtype}"
     numbers = f"{p.scale:.9g}_{p.softcap:.9g}".replace(".", "_").replace("-", "m").replace("+", "p")
-    return f"attention_fused_simd_{types}_{heads}_{lead}_{sees}{bias}_{numbers}_v{32 * p.lanes}"
+    return f"attention_fused_simd_{types}_{heads}_{lead}_{sees}{sink}{bias}_{numbers}_v{32 * p.lanes}"

@@ -1,9 +1,11 @@
 """GroupQueryAttention (com.microsoft 1): causal attention with grouped heads and a KV cache.
 
 Query i of batch row b stands at ``past_len[b] + i`` with ``past_len[b] = max(seqlens_k[b] + 1 - T, 0)`` and sees the
-keys up to there. With q_norm_weight and k_norm_weight every head is RMS-normalised before it is rotated. The new keys
-and values are written at ``past_len[b]``: into [B, Hkv, P+T, d] in the ONNX form, into the past's own buffer
-[B, Hkv, M, d], at the entry point's position, in the capacity form.
+keys up to there. With q_norm_weight and k_norm_weight every head is RMS-normalised before it is rotated. With head_sink
+the softmax of a head sees one more score, whose value is zero; with smooth_softmax that score is 0. The new keys and
+values are written at ``past_len[b]``: into [B, Hkv, P+T, d] in the ONNX form, at the entry point's position into the
+past's own buffer [B, Hkv, M, d] in the capacity form. There ``sliding_window_cache``, a smaller buffer for the same
+outputs, changes nothing: the whole sequence is kept, the window read.
 
 Source: onnxruntime ContribOperators.md, com.microsoft.GroupQueryAttention (ONNX Runtime 1.32).
 """
@@ -20,34 +22,21 @@ from ..checks import float_input, refuse_outputs, require_dtype, require_shape
 from ..emit.builder import Builder, Size, spec_of
 from ..emit.scalar import Scalar
 from ..node import Dim, Node, TensorSpec
-from ..norms.rms_normalization import emit_inverse_rms, emit_scaled
 from ..op import MICROSOFT, Choice, LoweringContext, LoweringOptions, Op
-from ..rotary.rotary_embedding import Rotation, clamp_position, emit_rotation, parse_caches
+from ..rotary.rotary_embedding import parse_caches
 from ..target import Target
 from . import core
 from .checks import check_mask, known, past_and_capacity, refuse_attributes, refuse_inputs, total
+from .query_heads import Rotary, normed, rotated, split_packed
 from .strategies import choose as choose_strategy
 from .strategies import emit_softmax_attention
 
 _SUPPORTED = ("num_heads", "kv_num_heads", "scale", "softcap", "local_window_size", "do_rotary", "rotary_interleaved",
-              "qk_norm_epsilon", "kv_cache_bit_width")  # fmt: skip
-_NEUTRAL = {"smooth_softmax": 0, "qk_output": 0, "causal": 1, "sliding_window_cache": 0,
-            "k_quant_type": "NONE", "v_quant_type": "NONE"}  # fmt: skip
-_REFUSED = {11: "head_sink", 12: "k_scale", 13: "v_scale", 16: "query_seqlens"}
+              "rotary_embedding_dim", "smooth_softmax", "qk_norm_epsilon", "q_norm_epsilon", "k_norm_epsilon",
+              "kv_cache_bit_width", "sliding_window_cache")  # fmt: skip
+_NEUTRAL = {"qk_output": 0, "causal": 1, "k_quant_type": "NONE", "v_quant_type": "NONE"}
+_REFUSED = {12: "k_scale", 13: "v_scale", 16: "query_seqlens"}
 _NORM_WEIGHTS = {14: "q_norm_weight", 15: "k_norm_weight"}
-
-
-@dataclass(frozen=True)
-class Rotary:
-    """The rotary embedding inside the op.
-
-    Attributes:
-        size: Leading elements of each head that are rotated.
-        interleaved: Whether pairs are neighbours.
-    """
-
-    size: int
-    interleaved: bool
 
 
 @dataclass(frozen=True)
@@ -66,7 +55,8 @@ class GroupQueryAttention:
         softcap: c in c * tanh(s / c), 0 for none.
         window: How many keys before its own position a query sees (local_window_size - 1), None for all.
         rotation: How the op rotates queries and keys itself, None if they come rotated.
-        norm_epsilon: Of the norm of each head of queries and keys; None without their weights.
+        norm_epsilons: Of the norm of each head of queries and of keys; None without their weights.
+        sinks: Whether the softmax of each query head sees something beside its keys: the scores of head_sink, or 0.
         masked: Whether there is an attention_bias.
         num_outputs: How many outputs the node lists, 1 to 4.
         where: The node, as errors name it.
@@ -83,7 +73,8 @@ class GroupQueryAttention:
     softcap: float
     window: int | None
     rotation: Rotary | None
-    norm_epsilon: float | None
+    norm_epsilons: tuple[float, float] | None
+    sinks: bool
     masked: bool
     num_outputs: int
     where: str
@@ -137,6 +128,13 @@ def parse(node: Node) -> GroupQueryAttention:
     if bias is not None:
         require_dtype(node, "attention_bias", bias, query.dtype)
     window = node.attr("local_window_size", -1)
+    if node.attr("sliding_window_cache", 0) and not (capacity and window > 0):
+        raise node.error("attribute 'sliding_window_cache'", got=1, expected="a window, and a cache of fixed capacity",
+                         hint="compile with --max-context N")  # fmt: skip
+    sink = node.input(11)
+    if sink is not None:
+        require_shape(node, "head_sink", sink, (q_heads,))
+        require_dtype(node, "head_sink", sink, query.dtype)
     return GroupQueryAttention(
         dtype=query.dtype,
         heads=core.Heads(batch, q_heads, kv_heads, size, size),
@@ -149,14 +147,15 @@ def parse(node: Node) -> GroupQueryAttention:
         softcap=node.attr("softcap", 0.0),
         window=window - 1 if window >= 0 else None,
         rotation=_parse_rotation(node, query, size) if node.attr("do_rotary", 0) else None,
-        norm_epsilon=_parse_norms(node, query, size),
+        norm_epsilons=_parse_norms(node, query, size),
+        sinks=sink is not None or node.attr("smooth_softmax", 0) == 1,
         masked=bias is not None,
         num_outputs=node.num_outputs,
         where=node.where,
     )
 
 
-def _parse_norms(node: Node, query: TensorSpec, size: int) -> float | None:
+def _parse_norms(node: Node, query: TensorSpec, size: int) -> tuple[float, float] | None:
     weights = [(name, node.input(port)) for port, name in _NORM_WEIGHTS.items()]
     given = [(name, spec) for name, spec in weights if spec is not None]
     if not given:
@@ -166,7 +165,8 @@ def _parse_norms(node: Node, query: TensorSpec, size: int) -> float | None:
     for name, spec in given:
         require_shape(node, name, spec, (size,))
         require_dtype(node, name, spec, query.dtype)
-    return node.attr("qk_norm_epsilon", 1e-6)
+    both = node.attr("qk_norm_epsilon", 1e-6)
+    return node.attr("q_norm_epsilon", both), node.attr("k_norm_epsilon", both)
 
 
 def _parse_rotation(node: Node, query: TensorSpec, size: int) -> Rotary:
@@ -175,6 +175,9 @@ def _parse_rotation(node: Node, query: TensorSpec, size: int) -> Rotary:
     columns = cos.shape[1]
     if columns is None or not 0 < 2 * columns <= size:
         raise node.error("input 'cos_cache' has the wrong shape", got=cos, expected=f"[positions, at most {size // 2}]")
+    if node.attr("rotary_embedding_dim", 0) not in (0, 2 * columns):
+        raise node.error("attribute 'rotary_embedding_dim'", got=node.attr("rotary_embedding_dim", 0),
+                         expected=f"{2 * columns}, of the columns of 'cos_cache'")  # fmt: skip
     ids = node.input(9)
     if ids is not None:
         require_shape(node, "position_ids", ids, query.shape[:2])
@@ -199,46 +202,6 @@ def _past_lengths(b: Builder, seqlens: ir.Value, batch: Size, length: Size) -> i
     return b.map(f"{term}->b", lambda last: (last + 1 - tokens).maximum(0), seqlens, dtype="i32", sizes={"b": batch})
 
 
-def _rotated(b: Builder, contract: GroupQueryAttention, x: ir.Value, heads: int, first: Size,
-             caches: Sequence[ir.Value | None], position_ids: ir.Value | None) -> ir.Value:  # fmt: skip
-    """Queries or keys [B, T, H*d] rotated for their positions."""
-    cos, sin = caches
-    assert contract.rotation is not None
-    assert cos is not None
-    assert sin is not None
-
-    def lookup(cache: ir.Value, batch: Scalar, token: Scalar, column: Scalar) -> Scalar:
-        if position_ids is not None:
-            position = b.load(position_ids, batch, token)
-        elif isinstance(first, int):
-            position = token + first
-        elif isinstance(first.type, ir.IndexType):
-            position = token + Scalar(first)
-        else:
-            position = token + b.load(first, batch).to("index")
-        return b.load(cache, clamp_position(b, position, cache), column)
-
-    rotation = Rotation(spec_of(x), heads, contract.heads.dk, contract.rotation.size, contract.rotation.interleaved)
-    return emit_rotation(b, rotation, x, cos, sin, lookup)
-
-
-def _normed(b: Builder, x: ir.Value, heads: int, weight: ir.Value, epsilon: float) -> ir.Value:
-    """Queries or keys [B, T, H*d] with every head normalised."""
-    spec = spec_of(x)
-    by_head = b.expand(x, 2, [heads, (spec.shape[2] or 0) // heads])
-    inverse = emit_inverse_rms(b, by_head, 3, epsilon)
-    return b.collapse(emit_scaled(b, by_head, inverse, weight, spec.dtype), 2, 3)
-
-
-def _split_packed(b: Builder, contract: GroupQueryAttention, x: ir.Value) -> list[ir.Value]:
-    """Query, key and value out of [B, T, (Hq + 2 Hkv) * d]."""
-    heads, start, parts = contract.heads, 0, list[ir.Value]()
-    for count in (heads.q, heads.kv, heads.kv):
-        parts.append(b.slice(x, [0, 0, start], [b.dim(x, 0), b.dim(x, 1), count * heads.dk]))
-        start += count * heads.dk
-    return parts
-
-
 def lower(
     context: LoweringContext, contract: GroupQueryAttention, operands: Sequence[ir.Value | None]
 ) -> list[ir.Value | None]:
@@ -254,7 +217,7 @@ def lower(
         for x, size in zip(inputs[:3], columns, strict=True)
         if x is not None
     ]
-    query, key, value = _split_packed(b, contract, new[0]) if contract.packed else new
+    query, key, value = split_packed(b, heads, new[0]) if contract.packed else new
     batch, length = b.dim(query, 0), b.dim(query, 1)
     pasts = [core.refined(b, x, heads.batch, heads.kv, contract.past, heads.dk) for x in inputs[3:5] if x is not None]
     first: Size = 0
@@ -263,15 +226,13 @@ def lower(
         first = core.bounded(b, context.position, b.dim(pasts[0], 2), length)
     elif contract.has_lengths:
         first = _past_lengths(b, seqlens, batch, length)
-    if contract.norm_epsilon is not None:
-        q_weight, k_weight = inputs[14], inputs[15]
-        assert q_weight is not None
-        assert k_weight is not None
-        query = _normed(b, query, heads.q, q_weight, contract.norm_epsilon)
-        key = _normed(b, key, heads.kv, k_weight, contract.norm_epsilon)
+    if contract.norm_epsilons is not None:
+        weights = [weight for weight in inputs[14:16] if weight is not None]
+        query = normed(b, query, heads.q, weights[0], contract.norm_epsilons[0])
+        key = normed(b, key, heads.kv, weights[1], contract.norm_epsilons[1])
     if contract.rotation is not None:
-        query = _rotated(b, contract, query, heads.q, first, inputs[7:9], inputs[9])
-        key = _rotated(b, contract, key, heads.kv, first, inputs[7:9], inputs[9])
+        query = rotated(b, contract.rotation, query, heads.q, first, inputs[7:9], inputs[9])
+        key = rotated(b, contract.rotation, key, heads.kv, first, inputs[7:9], inputs[9])
     k, v = (core.split_heads(b, x, heads.kv) for x in (key, value))
     if contract.capacity:
         k, v = (core.write_at(b, past, x, first) for past, x in zip(pasts, (k, v), strict=True))
@@ -280,10 +241,13 @@ def lower(
     if bias is not None:
         sizes = [batch, heads.q, length, b.dim(k, 2)]
         bias = core.align_mask(b, bias, sizes, (first, length) if contract.capacity else None)
+    sink = inputs[11]
+    if sink is None and contract.sinks:
+        sink = b.full(0.0, [heads.q], "f32")
     visibility = core.Visibility(first=first, left=contract.window, right=0)
     y = emit_softmax_attention(
         context, contract.shape, contract.where, query, k, v,
-        scale=contract.scale, softcap=contract.softcap, visibility=visibility, mask=bias,
+        scale=contract.scale, softcap=contract.softcap, visibility=visibility, mask=bias, sink=sink,
     )  # fmt: skip
     return [y, k, v, None][: contract.num_outputs]
 

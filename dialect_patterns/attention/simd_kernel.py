@@ -44,6 +44,7 @@ class Body:
         self.q, self.key, self.value = next(given), next(given), next(given)
         self.first = next(given) if p.needs_first else None
         self.limit = next(given) if p.has_limit else None
+        self.sink = next(given) if p.has_sink else None
         self.bias = next(given) if p.bias_dims is not None else None
         self.y = next(given)
         self.queries = k.alloca([p.rows, p.dk])
@@ -109,7 +110,10 @@ class Body:
 
         self._each(p.dk, p.lanes, read)
         self._each(p.dv, p.lanes, clear)
-        highest, total = k.constant(_LOWEST, "f32"), k.constant(0.0, "f32")
+        if self.sink is None:
+            initial = [k.constant(_LOWEST, "f32"), k.constant(0.0, "f32")] * p.rows
+        else:  # as a key that is seen first, whose value is zero
+            initial = [x for row in rows for x in (k.load(self.sink, [row.head]), k.constant(1.0, "f32"))]
         low, high = rows[0].low, rows[-1].high
         mix = Mix(k, p, (self.value, self.scores, self.sums), (self.batch, self.head), (rows[-1].low, rows[0].high))
 
@@ -123,7 +127,7 @@ class Body:
             mix.add(start, count, last)
             return state
 
-        state = k.loop(high, [highest, total] * p.rows, keys, start=low, step=KEYS)
+        state = k.loop(high, initial, keys, start=low, step=KEYS)
 
         def finish(at: Index) -> None:
             for i, row in enumerate(rows):

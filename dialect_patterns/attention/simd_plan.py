@@ -26,6 +26,7 @@ class Plan:
         right: How many after it, None for all.
         first: Position of the first query where it is known, None if it comes in memory.
         has_limit: Whether a limit on the keys comes in memory.
+        has_sink: Whether the softmax of each query head sees something beside its keys.
         bias_dims: For batch, query head and token whether the bias has that dimension; None without a bias.
     """
 
@@ -42,6 +43,7 @@ class Plan:
     right: int | None
     first: int | None
     has_limit: bool
+    has_sink: bool
     bias_dims: tuple[bool, bool, bool] | None
 
     @property

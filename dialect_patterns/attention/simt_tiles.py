@@ -32,9 +32,9 @@ from ..node import TensorSpec
 from ..select import Legality, No, Yes
 from ..target import Target
 from .core import AttentionShape
-from .fused_simt import LOWEST, Call, emit_join, why_not_by_position
+from .simt_call import WIDTH, Call, why_not_by_position
+from .simt_join import LOWEST, emit_join, sink_of_row
 
-_WIDTH = 4  # f32 of a load
 _THREADS = 128
 _QUERIES = 32  # rows of a workgroup
 _KEYS = 32  # of a tile
@@ -58,8 +58,8 @@ def is_legal(shape: AttentionShape, target: Target) -> Legality:
         return No(reason)
     if not shape.length or not heads.batch:
         return No("there is no query")
-    if heads.dk % _WIDTH or _groups(heads.dv) < _LEAST_GROUPS:
-        return No(f"head size {heads.dk} is not a multiple of {_WIDTH} or {heads.dv} not of {_WIDTH * _LEAST_GROUPS}")
+    if heads.dk % WIDTH or _groups(heads.dv) < _LEAST_GROUPS:
+        return No(f"head size {heads.dk} is not a multiple of {WIDTH} or {heads.dv} not of {WIDTH * _LEAST_GROUPS}")
     if heads.batch * heads.kv > MAX_GROUPS:
         return No(f"more than {MAX_GROUPS} key heads")
     if heads.dv > _MAX_SIZE:
@@ -69,13 +69,13 @@ def is_legal(shape: AttentionShape, target: Target) -> Legality:
 
 def _groups(dv: int) -> int:
     """Threads along the columns of the values: the largest power of two that divides their loads."""
-    loads = dv // _WIDTH if dv % _WIDTH == 0 else 0
+    loads = dv // WIDTH if dv % WIDTH == 0 else 0
     return min(loads & -loads, _MOST_GROUPS)
 
 
 def emit_attention_fused_simt_tiles(
     b: Builder, target: Target, q: ir.Value, k: ir.Value, v: ir.Value, *,
-    first: Size, scale: float, softcap: float, left: int | None,
+    first: Size, scale: float, softcap: float, left: int | None, sink: ir.Value | None,
 ) -> ir.Value:  # fmt: skip
     """[B, Hq, T, dv] from q [B, Hq, T, dk] and the cache k, v [B, Hkv, S, d]; query i sees the keys up to first + i."""
     c = Call.of(q, k, v, scale, softcap, left)
@@ -87,16 +87,20 @@ def emit_attention_fused_simt_tiles(
 
     def body(kernel: Kernel) -> None:
         given = Scalar.constant(first, "index") if isinstance(first, int) else kernel.number(0)
-        _Tiles(kernel, c, given, parts, result).emit()
+        _Tiles(kernel, c, given, parts, sink_type, result).emit()
 
-    lead = f"at{first}_" if isinstance(first, int) else ""
+    inputs = [q, k, v]
+    if sink is not None and parts == 1:
+        inputs.append(sink)
+    sink_type = spec_of(inputs[3]).dtype if inputs[3:] else ""
+    lead = (f"at{first}_" if isinstance(first, int) else "") + (f"sink{sink_type}_" if sink_type else "")
     name = f"attention_fused_simt_tiles_{lead}{c}_p{parts}_{result}"
     y = TensorSpec(c.shape, result)
     specs = [y] if parts == 1 else [TensorSpec((heads, parts, c.rows, size), "f32") for size in (2, c.dv)]
     outputs: list[tuple[ir.RankedTensorType, list[ir.Value]]] = [(tensor_type(s.shape, s.dtype), []) for s in specs]
     group = Group(_THREADS, 0)
-    found = dispatch(name, group, blocks * parts, b.index(heads), numbers, [q, k, v], outputs, body)
-    return found[0] if parts == 1 else emit_join(b, target, c, parts, found, y)
+    found = dispatch(name, group, blocks * parts, b.index(heads), numbers, inputs, outputs, body)
+    return found[0] if parts == 1 else emit_join(b, target, c, parts, found, sink, y)
 
 
 @dataclass
@@ -107,24 +111,27 @@ class _Tiles:
     c: Call
     first: Scalar
     parts: int
+    sink_type: str  # of the sinks that come in memory, if they do
     result: str
 
     def emit(self) -> None:
         """Emit everything."""
         k, c = self.k, self.c
-        heads, vectors = c.batch * c.kv_heads, c.dk // _WIDTH
+        heads, vectors = c.batch * c.kv_heads, c.dk // WIDTH
 
         def count(elements: int) -> Scalar:
             return Scalar.constant(elements, "index")
 
-        self.query = k.buffer(0, c.dtype, count(heads * c.rows * vectors), _WIDTH)
-        self.keys = k.buffer(1, c.dtype, count(heads * c.keys * vectors), _WIDTH)
-        self.values = k.buffer(2, c.value_dtype, count(heads * c.keys * c.dv // _WIDTH), _WIDTH)
+        self.query = k.buffer(0, c.dtype, count(heads * c.rows * vectors), WIDTH)
+        self.keys = k.buffer(1, c.dtype, count(heads * c.keys * vectors), WIDTH)
+        self.values = k.buffer(2, c.value_dtype, count(heads * c.keys * c.dv // WIDTH), WIDTH)
         if self.parts == 1:
-            self.output = k.buffer(3, self.result, count(heads * c.rows * c.dv // _WIDTH), _WIDTH)
+            self.output = k.buffer(
+                4 if self.sink_type else 3, self.result, count(heads * c.rows * c.dv // WIDTH), WIDTH
+            )
         else:
             self.stats = k.buffer(3, "f32", count(heads * self.parts * c.rows * 2))
-            self.output = k.buffer(4, "f32", count(heads * self.parts * c.rows * c.dv // _WIDTH), _WIDTH)
+            self.output = k.buffer(4, "f32", count(heads * self.parts * c.rows * c.dv // WIDTH), WIDTH)
         self.slice = max(n for n in range(1, _SLICE + 1) if vectors % n == 0)
         self.stride = self.slice | 1  # odd, against bank conflicts
         self.tile_q, self.tile_k = (k.shared_chunks(n * self.stride) for n in (_QUERIES, _KEYS))
@@ -139,7 +146,7 @@ class _Tiles:
         self.groups = _groups(c.dv)
         self.out_row, self.out_column = k.thread().divide_unsigned(self.groups)
         self.out_rows = _QUERIES * self.groups // _THREADS
-        self.loads = c.dv // _WIDTH // self.groups
+        self.loads = c.dv // WIDTH // self.groups
         self._run()
 
     def _run(self) -> None:
@@ -159,7 +166,10 @@ class _Tiles:
             return [top, total, *self._mix(place, carried[2:])]
 
         initial = [k.constant(LOWEST), k.constant(0.0)]
-        initial += [k.constant(0.0, _WIDTH)] * (self.out_rows * self.loads)
+        if self.sink_type:  # as a key that is seen first, whose value is zero
+            row = (self.start + self.own).minimum(c.rows - 1)
+            initial = [sink_of_row(k, c, self.sink_type, 3, self.head, row), k.constant(1.0)]
+        initial += [k.constant(0.0, WIDTH)] * (self.out_rows * self.loads)
         top, total, *mixed = k.loop(place, stop, _KEYS, initial, tile)
         if self.parts > 1:
             self._write_part(top, total, mixed)
@@ -168,7 +178,7 @@ class _Tiles:
         k.when(self.share.equals(0), lambda: k.store(total, self.factors, self.own))
         k.barrier()
         shares = [k.div(k.constant(1.0), k.load(self.factors, row)) for row in self._out_rows()]
-        scaled = [k.mul(value, k.splat(shares[i // self.loads], _WIDTH)) for i, value in enumerate(mixed)]
+        scaled = [k.mul(value, k.splat(shares[i // self.loads], WIDTH)) for i, value in enumerate(mixed)]
         self._write_rows(scaled, self.head * c.rows)
 
     def _range(self) -> tuple[Scalar, Scalar]:
@@ -194,7 +204,7 @@ class _Tiles:
 
             def write(r: int = r, own: Scalar = own) -> None:
                 for i in range(self.loads):
-                    place = (base + own) * (c.dv // _WIDTH) + (self.out_column + i * self.groups)
+                    place = (base + own) * (c.dv // WIDTH) + (self.out_column + i * self.groups)
                     k.store(values[r * self.loads + i], self.output, place)
 
             k.when(own < c.rows, write)
@@ -214,7 +224,7 @@ class _Tiles:
     # ---- scores ----------------------------------------------------------------------------------------------------
     def _fetch(self, buffer: Buffer, row: Scalar, count: int, bound: Scalar, part: Scalar) -> list[ir.Value]:
         """This thread's loads of a slice of ``count`` rows from ``row`` on."""
-        k, vectors = self.k, self.c.dk // _WIDTH
+        k, vectors = self.k, self.c.dk // WIDTH
         found: list[ir.Value] = []
         for line, place in self._places(count):
             at = (row + line).minimum(bound)
@@ -230,7 +240,7 @@ class _Tiles:
     def _products(self, place: Scalar) -> list[ir.Value]:
         """This thread's 2 x 4 products of queries and keys."""
         k, c = self.k, self.c
-        slices = c.dk // _WIDTH // self.slice
+        slices = c.dk // WIDTH // self.slice
         final = Scalar.constant(c.rows - 1, "index")
 
         def fetch(part: Scalar) -> list[ir.Value]:
@@ -260,7 +270,7 @@ class _Tiles:
             return [*following, *sums]
 
         start = Scalar.constant(0, "index")
-        initial = [*fetch(start), *[k.constant(0.0, _WIDTH)] * (_ROWS * _COLUMNS)]
+        initial = [*fetch(start), *[k.constant(0.0, WIDTH)] * (_ROWS * _COLUMNS)]
         found = k.loop(start, Scalar.constant(slices, "index"), 1, initial, step)
         totals: list[ir.Value] = []
         for value in found[-_ROWS * _COLUMNS :]:
@@ -329,7 +339,7 @@ class _Tiles:
         """Add the weighted values of a tile to this thread's part of the outputs."""
         k, c = self.k, self.c
         rows = self._out_rows()
-        shrink = [k.splat(k.load(self.factors, row), _WIDTH) for row in rows]
+        shrink = [k.splat(k.load(self.factors, row), WIDTH) for row in rows]
         held = [k.mul(value, shrink[index // self.loads]) for index, value in enumerate(mixed)]
 
         def all_keys(guarded: bool) -> list[ir.Value]:
@@ -338,7 +348,7 @@ class _Tiles:
                 at = [(place + key + u).minimum(self.last) + self.head * c.keys for u in range(_UNROLL)]
                 values = [
                     [
-                        k.load(self.values, row * (c.dv // _WIDTH) + (self.out_column + i * self.groups))
+                        k.load(self.values, row * (c.dv // WIDTH) + (self.out_column + i * self.groups))
                         for i in range(self.loads)
                     ]
                     for row in at
@@ -346,7 +356,7 @@ class _Tiles:
                 for u, stored in enumerate(values):
                     wide = [k.widen(self.values, value) for value in stored]
                     for r, row in enumerate(rows):
-                        weight = k.splat(k.load(self.scores, row * (_KEYS + 1) + key + u), _WIDTH)
+                        weight = k.splat(k.load(self.scores, row * (_KEYS + 1) + key + u), WIDTH)
                         for i, value in enumerate(wide):
                             one = r * self.loads + i
                             added = k.fma(weight, value, sums[one])

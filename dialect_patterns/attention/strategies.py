@@ -53,6 +53,7 @@ def emit_softmax_attention(
     softcap: float,
     visibility: Visibility,
     mask: ir.Value | None,
+    sink: ir.Value | None = None,
     flat: bool = True,
 ) -> ir.Value:
     """Attention of ``q`` over the visible rows of ``k`` and ``v`` with the chosen strategy.
@@ -68,6 +69,7 @@ def emit_softmax_attention(
         softcap: c in c * tanh(s / c), 0 for none.
         visibility: Which keys are visible by position.
         mask: From :func:`~.attention_core.align_mask`, or None.
+        sink: What the softmax of each query head sees beside its keys [Hq], or None.
         flat: The layout of ``q`` and of the result.
 
     Returns:
@@ -78,18 +80,18 @@ def emit_softmax_attention(
     if strategy == "fused_simd":
         y = emit_attention_fused_simd(
             b, target, q if flat else join_heads(b, q), k, v, heads,
-            scale=scale, softcap=softcap, visibility=visibility, mask=mask,
+            scale=scale, softcap=softcap, visibility=visibility, mask=mask, sink=sink,
         )  # fmt: skip
         return y if flat else split_heads(b, y, heads.q)
     q = split_heads(b, q, heads.q) if flat else q
     if strategy == "fused_simt":
         y = emit_attention_fused_simt(
-            b, target, q, k, v, first=visibility.first, scale=scale, softcap=softcap, left=visibility.left
+            b, target, q, k, v, first=visibility.first, scale=scale, softcap=softcap, left=visibility.left, sink=sink
         )
     elif strategy == "fused_simt_tiles":
         y = emit_attention_fused_simt_tiles(
-            b, target, q, k, v, first=visibility.first, scale=scale, softcap=softcap, left=visibility.left
+            b, target, q, k, v, first=visibility.first, scale=scale, softcap=softcap, left=visibility.left, sink=sink
         )
     else:
-        y = emit_attention(b, q, k, v, heads, scale=scale, softcap=softcap, visibility=visibility, mask=mask)
+        y = emit_attention(b, q, k, v, heads, scale=scale, softcap=softcap, visibility=visibility, mask=mask, sink=sink)
     return join_heads(b, y) if flat else y

@@ -1,0 +1,96 @@
+"""What the GPU kernels of softmax attention are for: sizes of a call, and which calls they take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from iree.compiler import ir
+
+from ..emit.builder import spec_of
+from ..target import Target
+from .core import AttentionShape
+
+WIDTH = 4
+"""Elements of a load."""
+_KEYS = 64  # of the capacity, for each part
+_MAX_PARTS = 64
+
+
+@dataclass(frozen=True)
+class Call:
+    """What is to be computed.
+
+    Attributes:
+        batch: B.
+        kv_heads: Hkv.
+        group: Query heads of a key head.
+        tokens: T.
+        keys: Rows of the cache.
+        dk: Size of a query or key head.
+        dv: Size of a value head.
+        dtype: Element type of queries and keys.
+        value_dtype: Element type of values.
+        scale: Factor on q . k.
+        softcap: c in c * tanh(s / c), 0 for none.
+        left: How many keys before its own position a query sees, None for all.
+    """
+
+    batch: int
+    kv_heads: int
+    group: int
+    tokens: int
+    keys: int
+    dk: int
+    dv: int
+    dtype: str
+    value_dtype: str
+    scale: float
+    softcap: float
+    left: int | None
+
+    @staticmethod
+    def of(q: ir.Value, k: ir.Value, v: ir.Value, scale: float, softcap: float, left: int | None) -> Call:
+        """The call for q [B, Hq, T, dk] and the cache k, v [B, Hkv, S, d], all sizes static."""
+        batch, q_heads, tokens, dk = (size or 0 for size in spec_of(q).shape)
+        kv_heads, keys, dv = (size or 0 for size in spec_of(v).shape[1:])
+        types = spec_of(k).dtype, spec_of(v).dtype
+        return Call(batch, kv_heads, q_heads // kv_heads, tokens, keys, dk, dv, *types, scale, softcap, left)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the outputs, [B, Hq, T, dv]."""
+        return (self.batch, self.kv_heads * self.group, self.tokens, self.dv)
+
+    @property
+    def rows(self) -> int:
+        """R, the queries of a key head."""
+        return self.group * self.tokens
+
+    @property
+    def parts(self) -> int:
+        """P, workgroups of a key head."""
+        return max(1, min(_MAX_PARTS, self.keys // _KEYS))
+
+    def lanes(self, target: Target) -> int:
+        """L, threads that hold a key."""
+        lanes = target.subgroup_size
+        while lanes > 1 and (self.dk % (lanes * WIDTH) or self.dv % (lanes * WIDTH)):
+            lanes //= 2
+        return lanes
+
+    def __str__(self) -> str:
+        window = "" if self.left is None else f"_w{self.left}"
+        factors = f"{self.scale.hex()}_{self.softcap.hex()}" if self.softcap else self.scale.hex()
+        factors = factors.replace(".", "p").replace("-", "m").replace("+", "")
+        types = self.dtype if self.dtype == self.value_dtype else f"{self.dtype}_{self.value_dtype}"
+        sizes = f"{self.batch}x{self.kv_heads}x{self.group}x{self.tokens}_s{self.keys}_d{self.dk}x{self.dv}"
+        return f"{types}_{sizes}{window}_{factors}"
+
+
+def why_not_by_position(shape: AttentionShape) -> str:
+    """Why the position alone does not tell which rows of a cache are seen, or how many there are; empty if it does."""
+    if shape.masked:
+        return "it has a mask"
+    if not shape.causal:
+        return "it is not causal at one position for all rows of the batch"
+    return "open sizes" if None in (shape.length, shape.heads.batch, shape.keys) else ""

@@ -1,0 +1,84 @@
+"""The second kernel of attention on GPUs: the outputs from what several workgroups found for parts of the keys."""
+
+from __future__ import annotations
+
+from iree.compiler import ir
+
+from ..emit.builder import Builder, spec_of, tensor_type
+from ..emit.scalar import Scalar
+from ..emit.simt_kernel import Group, Kernel, dispatch
+from ..node import TensorSpec
+from ..target import Target
+from .simt_call import WIDTH, Call
+
+LOWEST = -1e30
+"""Below every score, and exp(-inf - it) is 0."""
+
+
+def sink_of_row(k: Kernel, c: Call, dtype: str, binding: int, head: Scalar, row: Scalar) -> ir.Value:
+    """The sink of a row of a key head (its query heads and their tokens), read from ``binding``."""
+    sinks = k.buffer(binding, dtype, Scalar.constant(c.kv_heads * c.group, "index"))
+    key_head = head.divide_unsigned(c.kv_heads)[1]
+    return k.widen(sinks, k.load(sinks, key_head * c.group + row.divide_unsigned(c.tokens)[0]))
+
+
+def emit_join(
+    b: Builder, target: Target, c: Call, parts: int, found: list[ir.Value], sink: ir.Value | None, result: TensorSpec
+) -> ir.Value:
+    """The outputs from their parts.
+
+    Args:
+        b: The builder.
+        target: To compile for.
+        c: What is computed.
+        parts: P.
+        found: Maxima and sums [B * Hkv, P, R, 2] and weighted values [B * Hkv, P, R, dv], f32.
+        sink: What the softmax of each query head sees beside its keys [Hq], or None.
+        result: Type of the outputs [B, Hq, T, dv].
+    """
+    heads, wide = c.batch * c.kv_heads, min(target.max_threads, c.dv // WIDTH)
+    sink_type = "" if sink is None else spec_of(sink).dtype
+    lead = f"{result.dtype}_sink{sink_type}_{c.group}x{c.kv_heads}" if sink_type else result.dtype
+    name = f"attention_fused_simt_join_{lead}_h{heads}_p{parts}_r{c.rows}_d{c.dv}"
+    outputs: list[tuple[ir.RankedTensorType, list[ir.Value]]] = [(tensor_type(result.shape, result.dtype), [])]
+
+    def body(kernel: Kernel) -> None:
+        _emit_join(kernel, c, parts, sink_type, result.dtype)
+
+    inputs = found if sink is None else [*found, sink]
+    return dispatch(name, Group(wide, 0), 1, b.index(heads * c.rows), [], inputs, outputs, body)[0]
+
+
+def _emit_join(k: Kernel, c: Call, parts: int, sink_type: str, dtype: str) -> None:
+    """Join the parts of one row."""
+    heads, vectors = c.batch * c.kv_heads, c.dv // WIDTH
+    stats = k.buffer(0, "f32", Scalar.constant(heads * parts * c.rows * 2, "index"))
+    sums = k.buffer(1, "f32", Scalar.constant(heads * parts * c.rows * vectors, "index"), WIDTH)
+    output = k.buffer(3 if sink_type else 2, dtype, Scalar.constant(heads * c.rows * vectors, "index"), WIDTH)
+    head, row = k.item().divide_unsigned(c.rows)
+
+    def place(part: Scalar) -> Scalar:
+        return (head * parts + part) * c.rows + row
+
+    start, stop = Scalar.constant(0, "index"), Scalar.constant(parts, "index")
+
+    def highest(part: Scalar, carried: list[ir.Value]) -> list[ir.Value]:
+        return [k.maximum(carried[0], k.load(stats, place(part) * 2))]
+
+    sink = sink_of_row(k, c, sink_type, 2, head, row) if sink_type else None
+    (top,) = k.loop(start, stop, 1, [k.constant(LOWEST) if sink is None else sink], highest)
+    own_sum = k.constant(0.0) if sink is None else k.exp(k.sub(sink, top))
+    for first in range(0, vectors, k.group.threads):
+        column = (k.thread() + first).minimum(vectors - 1)
+
+        def add(part: Scalar, carried: list[ir.Value], column: Scalar = column) -> list[ir.Value]:
+            own = k.exp(k.sub(k.load(stats, place(part) * 2), top))
+            value = k.load(sums, place(part) * vectors + column)
+            return [
+                k.fma(k.load(stats, place(part) * 2 + 1), own, carried[0]),
+                k.fma(value, k.splat(own, WIDTH), carried[1]),
+            ]
+
+        whole, mixed = k.loop(start, stop, 1, [own_sum, k.constant(0.0, WIDTH)], add)
+        result = k.div(mixed, k.splat(k.maximum(whole, k.constant(1e-30)), WIDTH))
+        k.store(result, output, (head * c.rows + row) * vectors + column)
