@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 
 from ..errors import StateError
 from ..session import Session
+from ..snapshot import Snapshot
+
+_MARKS = 4
 
 
 @dataclass
@@ -31,6 +34,8 @@ class Turn:
         """
         if self._memory.turn is not self:
             raise StateError("another answer has begun", hint="read this one to its end first, or use two generators")
+        if not self._answer:
+            self._memory.mark(self._prompt)
         self._memory.tokens = [*self._prompt, *self._answer]
         self._answer.append(token)
 
@@ -48,10 +53,11 @@ class Memory:
         """What the states stand for."""
         self.turn: Turn | None = None
         """The turn under way."""
+        self._marks: list[tuple[list[int], Snapshot]] = []  # prompts that were read, each the start of the next
 
     def reset(self) -> None:
         """Forgets everything."""
-        self.tokens, self.turn = [], None
+        self.tokens, self.turn, self._marks = [], None, []
         self._session.reset()
 
     def room(self, tokens: int) -> int:
@@ -59,11 +65,28 @@ class Memory:
         limit = self._session.program.manifest.token_limit
         return max(limit - tokens + 1, 1) if limit is not None else 1 << 62
 
+    def mark(self, prompt: list[int]) -> None:
+        """Keeps the states as they are now, at the end of a prompt.
+
+        An answer may come back in a conversation otherwise than it was written (other tokens for one text, thoughts
+        left out); the prompt before it comes back as it was.
+        """
+        self._marks = [*self._marks[-_MARKS + 1 :], (prompt, self._session.snapshot())]
+
     def begin(self, ids: list[int]) -> Turn:
-        """Starts a turn where the states fit the beginning of a prompt; at least its last token is left to feed."""
+        """Starts a turn from the longest beginning of a prompt that is held; at least its last token is left."""
+        self._marks = [mark for mark in self._marks if _begins(ids, mark[0])]
         held = self._session.position
-        fits = held == len(self.tokens) and held < len(ids) and ids[:held] == self.tokens
-        if not fits:
-            self.reset()
-        self.turn = Turn(self._session, held if fits else 0, self, ids)
+        if held != len(self.tokens) or not _begins(ids, self.tokens):
+            if self._marks:
+                tokens, snapshot = self._marks[-1]
+                self._session.restore(snapshot)
+                self.tokens = tokens
+            else:
+                self.reset()
+        self.turn = Turn(self._session, self._session.position, self, ids)
         return self.turn
+
+
+def _begins(ids: list[int], tokens: list[int]) -> bool:
+    return len(tokens) < len(ids) and ids[: len(tokens)] == tokens

@@ -109,6 +109,18 @@ def test_goes_on_from_what_it_has_read(cpu: Program) -> None:
     assert other.reused_tokens == 0
 
 
+def test_goes_back_to_the_prompt_where_an_answer_comes_back_otherwise(cpu: Program) -> None:
+    generator = TextGenerator(cpu, FourTokens())
+    first = "".join(generator.generate("abca", max_tokens=5))
+    other = "".join("abcd"[("abcd".index(letter) + 1) % 4] for letter in first)
+    stream = generator.generate("abca" + other + "bd", max_tokens=4)
+    assert "".join(stream) == greedy_reference("abca" + other + "bd", 4)
+    assert stream.reused_tokens == 4
+    again = generator.generate("abcab", max_tokens=4)  # from the first prompt again
+    assert "".join(again) == greedy_reference("abcab", 4)
+    assert again.reused_tokens == 4
+
+
 def test_an_answer_that_is_left_early(cpu: Program) -> None:
     generator = TextGenerator(cpu, FourTokens())
     stream = generator.generate("abca", max_tokens=9)
