@@ -103,6 +103,12 @@ class Caches:
             raise
         return lease
 
+    def with_array(self, held: Lease, spec: StateSpec, array: DeviceArray) -> Caches:
+        """The same caches but for one, for whoever held them; copies of the others where somebody else does too."""
+        caches = self if self.is_of_one(held) else self.copy(held.rows, held.rows)
+        arrays = [array if other is spec else old for other, old in zip(self.specs, caches.arrays, strict=True)]
+        return Caches(self._device, self.specs, arrays, caches._filled)
+
     def copy(self, rows: int, filled: int) -> Caches:
         """New caches with the same first rows, and zeros behind them; `filled` of them may be written at once."""
         copies = [self._device.empty(array.shape, array.dtype) for array in self.arrays]
@@ -145,6 +151,14 @@ class Held:
         self.shared = True
         lease = self.lease.caches.lease(self.position)
         return Held(self.moving, lease, self.position, self.batch, self.mask, True)
+
+    def with_array(self, manifest: Manifest, spec: StateSpec, array: DeviceArray) -> Held:
+        """The same with another array for one state, whose holder this one takes the place of."""
+        self.shared = True  # most of the moving states are in both
+        moving = [other for other in manifest.states if not other.in_place]
+        arrays = [array if other is spec else old for other, old in zip(moving, self.moving, strict=True)]
+        caches = self.lease.caches.with_array(self.lease, spec, array) if spec.in_place else self.lease.caches
+        return Held(arrays, caches.lease(self.position), self.position, self.batch, self.mask, True)
 
     def first(self, manifest: Manifest, position: int) -> Held:
         """What was held after the first tokens, where all states are caches that are written in place."""

@@ -12,15 +12,17 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from . import binding, held
+from .arrays import as_array
 from .device import DeviceArray, HostArray, numpy_dtype
 from .errors import InputError, StateError
 from .feeds import Call, block_inputs, check_room, prepare
 from .held import Held
-from .manifest import EntryPoint, OutputSpec
+from .manifest import EntryPoint, OutputSpec, StateSpec
 from .owned import Owned
 from .saved import load_states, save_states
 from .snapshot import Snapshot
-from .state import read_state, state_shape
+from .state import read_state, state_shape, upload_state
+from .views import StateViews, find_state, from_outside
 
 if TYPE_CHECKING:
     from .program import Program
@@ -191,27 +193,48 @@ class Session(Owned):
         with self._exclusive():
             return self._run(inputs, logits == "last")
 
-    def state(self, name: str) -> HostArray:
-        """A copy of one state on the host, in ONNX form (a KV cache has `position` rows).
+    @property
+    def states(self) -> StateViews:
+        """The states by name: `states["past.0.recurrent"].numpy()` is a copy of one, `states.numpy()` of all."""
+        return StateViews(self)
+
+    def read(self, spec: StateSpec) -> HostArray:
+        """A copy of one state on the host, in ONNX form; see `StateView.numpy`."""
+        with self._exclusive():
+            now = self._started()
+            array = now.arrays(self._manifest)[self._manifest.states.index(spec)]
+            return read_state(self._manifest, self._program.device, spec, array, now.position)
+
+    def set_state(self, name: str, value: Any) -> None:
+        """Replaces one state; snapshots and what `rollback` goes back to keep theirs.
 
         Args:
             name: Name of the past input or of the present output.
+            value: In ONNX form, of exactly the state's dtype and shape (a KV cache has `position` rows): a numpy array,
+                numbers, or an array on the CPU that speaks DLPack. It is copied.
+
+        Raises:
+            StateError: No such state, or an open batch before the first call.
+            InputError: Another dtype or shape.
+        """
+        with self._exclusive():
+            m, now, spec = self._manifest, self._started(), find_state(self._manifest, name)
+            array = as_array(spec, from_outside(value))
+            shape = state_shape(m, spec, now.batch or 1, now.position)
+            if array.shape != shape:
+                raise InputError("wrong shape", where=spec.name, got=list(array.shape), expected=list(shape))
+            self._put(now, spec, upload_state(m, self._program.device, spec, array))
+
+    def reset_state(self, name: str) -> None:
+        """Makes one state zeros again, for all rows; position and the other states stay.
 
         Raises:
             StateError: No such state, or an open batch before the first call.
         """
         with self._exclusive():
-            for index, spec in enumerate(self._manifest.states):
-                if name in (spec.name, spec.output):
-                    now = self._started()
-                    array = now.arrays(self._manifest)[index]
-                    return read_state(self._manifest, self._program.device, spec, array, now.position)
-        expected = ", ".join(spec.name for spec in self._manifest.states) or "none: the model has no states"
-        raise StateError("no such state", got=name, expected=expected)
-
-    def states(self) -> dict[str, HostArray]:
-        """Copies of all states by the name of their past input; see `state`."""
-        return {spec.name: self.state(spec.name) for spec in self._manifest.states}
+            m, now, spec = self._manifest, self._started(), find_state(self._manifest, name)
+            shape = state_shape(m, spec, now.batch or 1, m.max_context or now.position)
+            self._put(now, spec, self._program.device.zeros(shape, spec.dtype))
 
     def release(self) -> None:
         """Frees the states; the program calls it when it closes, after which a session has no use of them."""
@@ -267,6 +290,9 @@ class Session(Owned):
     def _commit(self, new: Held) -> None:
         """Holds something more; what was there is kept for `rollback` as far as the window goes."""
         self._replace([*self._line, new][-1 - self._window :])
+
+    def _put(self, now: Held, spec: StateSpec, array: DeviceArray) -> None:
+        self._replace([*self._line[:-1], now.with_array(self._manifest, spec, array)])
 
     def _replace(self, line: list[Held]) -> None:
         """What is held from now on, in one assignment; the memory of what is not is there to be used again."""

@@ -47,7 +47,7 @@ def reference() -> dict[str, np.ndarray]:
 
 
 def check_states(session: Session) -> None:
-    for name, state in session.states().items():
+    for name, state in session.states.numpy().items():
         assert error(state, reference()[name.replace("past", "present")]) < BENIGN["float32"], name
 
 
@@ -119,7 +119,7 @@ def test_a_call_that_fails_leaves_every_state(target: str, monkeypatch: pytest.M
     for tokens in (4, 1, 4, 16, 1):
         session.run({"input_ids": IDS[:, done : done + tokens]})
         done += tokens
-        before, left = session.states(), iter([None, None])  # the third block of a call fails when it is over
+        before, left = session.states.numpy(), iter([None, None])  # the third block of a call fails when it is over
 
         def fail(*arguments: object, left: object = left) -> None:
             collect(*arguments)  # type: ignore[arg-type]
@@ -131,7 +131,7 @@ def test_a_call_that_fails_leaves_every_state(target: str, monkeypatch: pytest.M
             with pytest.raises(RuntimeError, match="after the call"):
                 session.run({"input_ids": IDS[:, done : done + 9]})
         assert session.position == done
-        for name, state in session.states().items():
+        for name, state in session.states.numpy().items():
             np.testing.assert_array_equal(state, before[name], name)
     assert (
         error(session.run({"input_ids": IDS[:, done:]})["logits"], reference()["logits"][:, done:]) < BENIGN["float32"]

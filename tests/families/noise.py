@@ -45,7 +45,7 @@ def _distance(family: Family, runtime: onnxruntime.InferenceSession, program: Pr
     want, errors = family.expected, []
     presents = [state.output for state in program.states]
     for length in LENGTHS:
-        states, past = program.session().states(), 0
+        states, past = program.session().states.numpy(), 0
         prompt, tokens = want[f"ids_{length}"], want[f"greedy_{length}"].ravel()[:TOKENS]
         for i, ids in enumerate([prompt, *tokens.reshape(-1, 1, 1)]):
             feeds = _feeds(family, program, ids, past) | states

@@ -84,7 +84,7 @@ def case(rng: random.Random, folder: Path) -> str:
             else:
                 session = program.session()
                 session.run(feeds)
-                session.states()
+                session.states.numpy()
     return "ran"
 
 

@@ -35,7 +35,7 @@ class Twin:
         assert self.session.position == self.ids.shape[1], (self.session.position, self.ids.shape)
         if self.ids.shape[1] == 0:
             return
-        states = self.session.states()
+        states = self.session.states.numpy()
         for name, want in reference(self.ids)[1].items():
             np.testing.assert_allclose(states[name], want, rtol=1e-5, atol=1e-5, err_msg=name)
 
@@ -96,7 +96,7 @@ def _step(rng: random.Random, twin: Twin) -> None:
         twin.ids = twin.ids[:, :0]
     elif kind == 7:
         with suppress(LinattnError):
-            session.state(rng.choice([*NAMES, "present.0.rec", "nope", ""]))
+            session.states[rng.choice([*NAMES, "present.0.rec", "nope", ""])].numpy()
     elif kind == 8:
         with suppress(LinattnError):
             session.program.run(_odd(rng, batch, rng.choice([1, 3])))

@@ -117,8 +117,10 @@ USES: dict[str, Callable[[Program, Session], object]] = {
     "session.run": lambda program, session: session.run(IDS),
     "session.run of nothing": lambda program, session: session.run({"input_ids": np.zeros((1, 0), np.int64)}),
     "session.reset": lambda program, session: session.reset(),
-    "session.state": lambda program, session: session.state("past.0.rec"),
-    "session.states": lambda program, session: session.states(),
+    "session.state": lambda program, session: session.states["past.0.rec"].numpy(),
+    "session.states": lambda program, session: session.states.numpy(),
+    "session.set_state": lambda program, session: session.set_state("past.0.rec", [[1, 2, 3, 4]]),
+    "session.reset_state": lambda program, session: session.reset_state("past.0.rec"),
 }
 
 
@@ -259,8 +261,8 @@ if what in ("uses", "locks"):
         lambda: program.call(program.manifest.entry_points[0], [], [], 0),
         lambda: session.run(IDS),
         lambda: session.reset(),
-        lambda: session.state("past.0.rec"),
-        lambda: session.states(),
+        lambda: session.states["past.0.rec"].numpy(),
+        lambda: session.states.numpy(),
         lambda: program.device.zeros([4], "float32"),
         lambda: program.device.upload(np.zeros(4, np.float32), "float32"),
     ):

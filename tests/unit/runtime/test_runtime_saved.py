@@ -40,7 +40,7 @@ def file(tmp_path: Path) -> Path:
 def assert_goes_on(session: Session) -> None:
     assert session.position == 7
     for name, want in reference(IDS[:, :7])[1].items():
-        np.testing.assert_allclose(session.state(name), want, rtol=1e-6, err_msg=name)
+        np.testing.assert_allclose(session.states[name].numpy(), want, rtol=1e-6, err_msg=name)
     got = session.run({"input_ids": IDS[:, 7:]})["logits"]
     np.testing.assert_allclose(got, reference(IDS)[0][:, 7:], rtol=1e-6)
 
@@ -211,7 +211,7 @@ def test_damaged_files(file: Path) -> None:
             refused += 1
         else:
             for name, want in reference(IDS[:, :7])[1].items():
-                np.testing.assert_allclose(session.state(name), want, rtol=1e-6)
+                np.testing.assert_allclose(session.states[name].numpy(), want, rtol=1e-6)
     assert refused > 300
 
 

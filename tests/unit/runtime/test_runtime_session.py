@@ -27,7 +27,7 @@ def feed(session: Session, ids: np.ndarray, splits: tuple[int, ...]) -> np.ndarr
 
 
 def assert_states(session: Session, want: dict[str, np.ndarray]) -> None:
-    got = session.states()
+    got = session.states.numpy()
     assert got.keys() == want.keys()
     for name, array in got.items():
         np.testing.assert_allclose(array, want[name], rtol=1e-6, err_msg=name)
@@ -101,10 +101,10 @@ def test_last_logits_only(load: Load) -> None:
 def test_no_tokens(cpu: Program) -> None:
     session = cpu.session()
     session.run({"input_ids": some_ids(1, 2)})
-    before = session.states()
+    before = session.states.numpy()
     assert session.run({"input_ids": np.zeros((1, 0), np.int64)})["logits"].shape == (1, 0, 4)
     assert session.position == 2
-    for name, array in session.states().items():
+    for name, array in session.states.numpy().items():
         np.testing.assert_array_equal(array, before[name])
 
 
@@ -128,12 +128,12 @@ def test_state_is_read_anew(load: Load) -> None:
     """Table 2 #33: a copy read before a step neither changes nor is returned again after it."""
     session, ids = load().session(), some_ids(1, 4)
     session.run({"input_ids": ids[:, :3]})
-    before = session.states()
+    before = session.states.numpy()
     session.run({"input_ids": ids[:, 3:]})
     np.testing.assert_array_equal(before["past.0.conv"], reference(ids[:, :3])[1]["past.0.conv"])
     assert before["past.1.kv"].shape == (1, 2, 3, 4)
     assert_states(session, reference(ids)[1])
-    np.testing.assert_array_equal(session.state("present.0.rec"), session.state("past.0.rec"))
+    np.testing.assert_array_equal(session.states["present.0.rec"].numpy(), session.states["past.0.rec"].numpy())
 
 
 def test_sessions_are_separate(load: Load) -> None:
@@ -206,7 +206,7 @@ def test_all_or_nothing(load: Load, monkeypatch: pytest.MonkeyPatch, failing: in
     program, ids = load(), some_ids(1, 19)
     session = program.session()
     head = session.run({"input_ids": ids[:, :5]})["logits"]
-    before, call, count = session.states(), program.call, iter(range(100))
+    before, call, count = session.states.numpy(), program.call, iter(range(100))
 
     def broken(*args: object) -> object:
         bad = next(count) == failing
@@ -222,7 +222,7 @@ def test_all_or_nothing(load: Load, monkeypatch: pytest.MonkeyPatch, failing: in
         session.run({"input_ids": ids[:, 5:] % 3 + 1})  # blocks 8, 3, 3
     monkeypatch.setattr(program, "call", call)
     assert session.position == 5
-    for name, array in session.states().items():
+    for name, array in session.states.numpy().items():
         np.testing.assert_array_equal(array, before[name])
     tail = session.run({"input_ids": ids[:, 5:]})["logits"]
     want, states = reference(ids)
@@ -248,7 +248,7 @@ def test_failure_while_reading_outputs(cpu: Program, monkeypatch: pytest.MonkeyP
 def test_context_full(cpu: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     session, ids = cpu.session(), some_ids(1, 25)
     session.run({"input_ids": ids[:, :20]})
-    before = session.states()
+    before = session.states.numpy()
 
     def never(*args: object) -> object:
         raise AssertionError("something ran")
@@ -259,7 +259,7 @@ def test_context_full(cpu: Program, monkeypatch: pytest.MonkeyPatch) -> None:
             session.run({"input_ids": ids[:, 20:]})
     assert "context full, got 20 + 5 tokens, expected at most 24" in str(caught.value)
     assert session.position == 20
-    for name, array in session.states().items():
+    for name, array in session.states.numpy().items():
         np.testing.assert_array_equal(array, before[name])
     session.run({"input_ids": ids[:, 20:24]})
     assert_states(session, reference(ids[:, :24])[1])
@@ -358,14 +358,14 @@ def test_open_batch() -> None:
     program = Program.load(open_form(Hybrid()).compile())
     session = program.session()
     with pytest.raises(StateError, match=r"program\.session"):
-        session.states()
+        session.states.numpy()
     session.run({"input_ids": some_ids(2, 3)})
     with pytest.raises(InputError, match="wrong shape, got \\[1, 1\\], expected \\[batch_size=2"):
         session.run({"input_ids": some_ids(1, 1)})
     session.reset()
     session.run({"input_ids": some_ids(3, 2)})
-    assert session.state("past.1.kv").shape == (3, 2, 2, 4)
-    assert program.session(batch=4).state("past.1.kv").shape == (4, 2, 0, 4)
+    assert session.states["past.1.kv"].numpy().shape == (3, 2, 2, 4)
+    assert program.session(batch=4).states["past.1.kv"].numpy().shape == (4, 2, 0, 4)
     with pytest.raises(InputError, match="at least 1"):
         program.session(batch=0)
 
@@ -374,7 +374,7 @@ def test_fixed_batch(cpu: Program) -> None:
     with pytest.raises(InputError, match="got 2, expected 1"):
         cpu.session(batch=2)
     with pytest.raises(StateError, match=r"past\.0\.rec, past\.0\.conv, past\.1\.kv"):
-        cpu.session().state("past")
+        cpu.session().states["past"].numpy()
 
 
 @pytest.mark.parametrize("rows", [1, 2])

@@ -34,7 +34,7 @@ def assert_holds(session: Session, ids: np.ndarray) -> None:
     """The session's position and states are those of these tokens from nothing."""
     assert session.position == ids.shape[1]
     for name, want in reference(ids)[1].items():
-        np.testing.assert_allclose(session.state(name), want, rtol=1e-6, err_msg=name)
+        np.testing.assert_allclose(session.states[name].numpy(), want, rtol=1e-6, err_msg=name)
 
 
 def assert_goes_on(session: Session, ids: np.ndarray, seed: int = 7) -> None:
@@ -231,7 +231,7 @@ def test_rollback_anywhere_with_caches_only(cpu: Program) -> None:
     session._manifest = replace(manifest, states=tuple(spec for spec in manifest.states if spec.in_place))
     session.rollback(5)
     assert session.position == 4
-    np.testing.assert_array_equal(session.state("past.1.kv"), reference(ids[:, :4])[1]["past.1.kv"])
+    np.testing.assert_array_equal(session.states["past.1.kv"].numpy(), reference(ids[:, :4])[1]["past.1.kv"])
     with pytest.raises(StateError, match="cannot roll back"):
         session.rollback(5)
 
