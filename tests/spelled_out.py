@@ -158,7 +158,8 @@ def recurrence_model(
             repeats = [1] * 5
             repeats[place] = ratio
             tiled = g.op("Tile", g.op("Unsqueeze", value, g.ints(place)), g.ints(*repeats))
-            whole = g.op("Concat", dims[0], g.ints(shape.heads), dims[1], g.ints(shape.dk), axis=0)
+            sizes = [g.op("Shape", value, start=i, end=i + 1) for i in (0, 2, 3)]
+            whole = g.op("Concat", sizes[0], g.ints(-1), *sizes[1:], axis=0)
             value = g.op("Reshape", tiled, whole)
         if name == "q" and scale != 1.0:
             value = g.op("Mul", value, g.number(scale))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,11 +12,9 @@ from linattn.runtime.errors import LinattnError
 from onnx import numpy_helper
 
 from ..evaluate import evaluate_node
-from ..schema import attributes_of, domain_of
+from ..schema import domain_of
+from .shapes import LISTS, MAX_ELEMENTS, SHAPES
 from .sizes import Size
-
-_MAX_ELEMENTS = 64
-"""Of a constant that is looked at: axes, shapes, scales."""
 
 _MAX_DEPTH = 64
 """Of a chain that computes a size or a scale."""
@@ -26,8 +24,6 @@ _COMPUTED_NAMES = """
     Unsqueeze
 """
 _COMPUTED = frozenset(_COMPUTED_NAMES.split())
-
-_SAME_SHAPE = frozenset(("Cast", "CastLike", "Clip", "Exp", "Identity", "Neg", "Relu", "Sigmoid", "Softplus", "Tanh"))
 
 
 class Values:
@@ -79,7 +75,7 @@ class Values:
     def _constant(self, name: str, depth: int) -> np.ndarray[Any, Any] | None:
         tensor = self._initializers.get(name)
         if tensor is not None:
-            inside = tensor.data_location != onnx.TensorProto.EXTERNAL and math.prod(tensor.dims) <= _MAX_ELEMENTS
+            inside = tensor.data_location != onnx.TensorProto.EXTERNAL and math.prod(tensor.dims) <= MAX_ELEMENTS
             return numpy_helper.to_array(tensor) if inside else None
         node = self.producers.get(name)
         if node is None or domain_of(node) != "" or depth > _MAX_DEPTH:
@@ -96,13 +92,13 @@ class Values:
             return inputs[0].astype(onnx.helper.tensor_dtype_to_np_dtype(dtype))
         if any(n and value is None for n, value in zip(node.input, inputs, strict=True)):
             return None
-        if node.op_type == "ConstantOfShape" and inputs[0] is not None and math.prod(inputs[0]) > _MAX_ELEMENTS:
+        if node.op_type == "ConstantOfShape" and inputs[0] is not None and math.prod(inputs[0]) > MAX_ELEMENTS:
             return None
         try:
             (value,) = evaluate_node(node, inputs)
         except LinattnError:  # said where it matters, when the model is specialised
             return None
-        return value if value.size <= _MAX_ELEMENTS else None
+        return value if value.size <= MAX_ELEMENTS else None
 
     def number(self, name: str) -> float | None:
         """The value of a constant with one element."""
@@ -117,11 +113,11 @@ class Values:
 
     def _sizes(self, name: str, depth: int) -> tuple[Size, ...] | None:
         node = self.producers.get(name)
-        computed = node is not None and domain_of(node) == "" and node.op_type in _LISTS
+        computed = node is not None and domain_of(node) == "" and node.op_type in LISTS
         if depth > _MAX_DEPTH:
             return None
         if node is not None and computed:
-            return _LISTS[node.op_type](self, node, depth + 1)
+            return LISTS[node.op_type](self, node, depth + 1)
         value = self.constant(name, depth + 1) if node is None or node.op_type == "Constant" else None
         if value is None or value.dtype.kind not in "iu":
             return None
@@ -133,25 +129,10 @@ class Values:
             dims, node = self.dims(name), self.producers.get(name)
             if dims is None or node is None or domain_of(node) != "" or depth > _MAX_DEPTH:
                 return dims
-            more = dims if all(size.value is not None for size in dims) else self._more(node, dims, depth + 1)
+            step = None if all(size.value is not None for size in dims) else SHAPES.get(node.op_type)
+            more = step(self, node, depth + 1) if step is not None else None
             self.shapes[name] = more if more is not None and len(more) == len(dims) else dims
         return self.shapes[name]
-
-    def _more(self, node: onnx.NodeProto, dims: tuple[Size, ...], depth: int) -> tuple[Size, ...] | None:
-        if node.op_type in _SAME_SHAPE:
-            return self.shape(node.input[0], depth)
-        if node.op_type == "ConstantOfShape":
-            return self.sizes(node.input[0], depth)
-        if node.op_type != "Concat":
-            return None
-        axis = int(str(attributes_of(node).get("axis", 0))) % max(len(dims), 1)
-        total = Size.of(0)
-        for name in node.input:
-            part = self.shape(name, depth)
-            if part is None or len(part) != len(dims):
-                return None
-            total = total + part[axis]
-        return (*dims[:axis], total, *dims[axis + 1 :])
 
 
 def is_zero(values: Values, name: str) -> bool:
@@ -164,68 +145,3 @@ def is_zero(values: Values, name: str) -> bool:
             break
         name = node.input[0]
     return False
-
-
-def _shape(values: Values, node: onnx.NodeProto, depth: int) -> tuple[Size, ...] | None:
-    dims = values.shape(node.input[0], depth)
-    attributes = {a.name: a.i for a in node.attribute}
-    return None if dims is None else dims[slice(attributes.get("start", 0), attributes.get("end"))]
-
-
-def _concat(values: Values, node: onnx.NodeProto, depth: int) -> tuple[Size, ...] | None:
-    result: tuple[Size, ...] = ()
-    for name in node.input:
-        part = values.sizes(name, depth)
-        if part is None or len(result) + len(part) > _MAX_ELEMENTS:
-            return None
-        result += part
-    return result
-
-
-def _same(values: Values, node: onnx.NodeProto, depth: int) -> tuple[Size, ...] | None:
-    if node.op_type == "Cast" and attributes_of(node).get("to") not in (onnx.TensorProto.INT64, onnx.TensorProto.INT32):
-        return None
-    return values.sizes(node.input[0], depth)
-
-
-def _pick(values: Values, node: onnx.NodeProto, depth: int) -> tuple[Size, ...] | None:
-    sizes, places = values.sizes(node.input[0], depth), values.constant(node.input[1], depth)
-    if sizes is None or places is None or any(not -len(sizes) <= p < len(sizes) for p in places.reshape(-1)):
-        return None
-    return tuple(sizes[int(p)] for p in places.reshape(-1))
-
-
-def _cut(values: Values, node: onnx.NodeProto, depth: int) -> tuple[Size, ...] | None:
-    sizes = values.sizes(node.input[0], depth)
-    bounds = [values.constant(name, depth) if name else None for name in node.input[1:]]
-    if sizes is None or any(b is None or b.size != 1 for b, n in zip(bounds, node.input[1:], strict=True) if n):
-        return None
-    numbers = [None if b is None else int(b.reshape(())) for b in bounds]
-    start, end = numbers[:2]
-    step = numbers[3] if len(numbers) > 3 else None
-    return sizes[slice(start, end, step)] if (step or 1) > 0 else None
-
-
-def _arithmetic(operation: Callable[[Size, Size], Size | None]) -> Callable[[Values, onnx.NodeProto, int], Any]:
-    def evaluate(values: Values, node: onnx.NodeProto, depth: int) -> tuple[Size, ...] | None:
-        one, other = (values.sizes(name, depth) for name in node.input)
-        if one is None or other is None or (len(one) != len(other) and 1 not in (len(one), len(other))):
-            return None
-        count = max(len(one), len(other))
-        results = [operation(one[i % len(one)], other[i % len(other)]) for i in range(count)]
-        known = tuple(result for result in results if result is not None)
-        return known if len(known) == count else None
-
-    return evaluate
-
-
-_LISTS: dict[str, Callable[[Values, onnx.NodeProto, int], tuple[Size, ...] | None]] = {
-    "Shape": _shape,
-    "Concat": _concat,
-    "Gather": _pick,
-    "Slice": _cut,
-    "Add": _arithmetic(Size.__add__),
-    "Sub": _arithmetic(Size.__sub__),
-    "Mul": _arithmetic(Size.__mul__),
-    "Div": _arithmetic(Size.divided_by),
-} | dict.fromkeys(("Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze"), _same)

@@ -19,6 +19,7 @@ from onnx import helper
 
 from tests.spelled_out import (
     RULES,
+    Graph,
     Shape,
     Step,
     by_einsum,
@@ -26,6 +27,7 @@ from tests.spelled_out import (
     by_sums,
     feeds_of,
     inlined,
+    model_of,
     operator_model,
     optimized,
     recurrence_model,
@@ -127,6 +129,51 @@ def test_what_onnx_runtime_expands_the_operator_to(rule: str, level: str, tmp_pa
     levels = onnxruntime.GraphOptimizationLevel
     (node,) = raised(optimized(model, getattr(levels, level), tmp_path / "optimized.onnx"))
     assert list(node.input) == list(model.graph.node[0].input)
+
+
+@pytest.mark.parametrize("axis", [0, 2])
+@pytest.mark.parametrize("dtype", [SINGLE, HALF])
+def test_the_loop_of_transformers(dtype: int, axis: int) -> None:
+    """As transformers.js' exports have it: [B, H, T, d] in f32, tokens first or where they are, then back."""
+    g, body = Graph(), Graph("body_")
+    sizes = {"q": 8, "k": 8, "v": 6, "beta": 0, "decay": 0}
+    for name, size in sizes.items():
+        value = g.op("Reshape", name, g.ints(0, 0, 2, size)) if size else name
+        value = g.op("Cast", value, to=SINGLE) if dtype == HALF else value
+        value = g.op("Transpose", value, perm=[0, 2, 1, 3] if size else [0, 2, 1])
+        if name == "q":
+            value = g.op("Div", value, g.number(8**0.5))
+        if axis == 0:
+            value = g.op("Transpose", value, perm=[2, 0, 1, 3] if size else [2, 0, 1])
+        g.op("Identity", value, outputs=[f"{name}_all"])
+    step = Step(body, "state", *(f"{name}_t" for name in ("q", "k", "v", "decay", "beta")))
+    # exp(g) of [B, H] and then two new axes; sums that keep the axis they sum over.
+    decay = body.op("Unsqueeze", body.op("Unsqueeze", body.op("Exp", step.decay), body.ints(-1)), body.ints(-1))
+    state = body.op("Mul", step.state, decay)
+    found = body.op("ReduceSum", body.op("Mul", state, step.column(step.k)), body.ints(-2), keepdims=0)
+    delta = body.op("Mul", body.op("Sub", step.v, found), step.column(step.beta))
+    state = body.op("Add", state, body.op("Mul", step.column(step.k), step.row(delta)))
+    read = body.op("ReduceSum", body.op("Mul", state, step.column(step.q)), body.ints(-2), keepdims=1)
+    results = [body.op("Identity", state), body.op("Squeeze", read, body.ints(2))]
+    names = ["state", *(f"{name}_t" for name in sizes), *results]
+    infos = [helper.make_tensor_value_info(name, SINGLE, None) for name in names]
+    inner = helper.make_graph(body.nodes, "step", infos[:6], infos[6:])
+    axes = {} if axis == 0 else {"scan_input_axes": [2] * 5, "scan_output_axes": [2]}
+    scanned = [f"{name}_all" for name in sizes]
+    g.op("Scan", "past", *scanned, outputs=["present", "all"], body=inner, num_scan_inputs=5, **axes)
+    value = g.op("Transpose", g.op("Transpose", "all", perm=[1, 2, 0, 3]) if axis == 0 else "all", perm=[0, 2, 1, 3])
+    value = g.op("Cast", value, to=dtype) if dtype == HALF else value
+    g.op("Neg", g.op("Reshape", value, g.ints(0, 0, -1)), outputs=["y"])
+    inputs = {name: ["B", "T", 2 * (size or 1)] for name, size in sizes.items()}
+    model = model_of(g, inputs, {"y": ["B", "T", 12]}, dtype)
+    for values in (model.graph.input, model.graph.output):
+        name = "past" if values is model.graph.input else "present"
+        values.append(helper.make_tensor_value_info(name, SINGLE, ["B", 2, 8, 6]))
+    (node,) = raised(model)
+    assert attributes(node)["update_rule"] == b"gated_delta"
+    assert attributes(node)["scale"] == pytest.approx(8**-0.5)
+    left = [n.op_type for n in model.graph.node if n.op_type not in ("LinearAttention", "Neg")]
+    assert dtype == HALF or not left  # casts stand between moves, which stay then
 
 
 def many_queries_a_head(s: Step) -> tuple[str, str]:
