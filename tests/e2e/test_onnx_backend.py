@@ -7,7 +7,6 @@ from typing import Any
 import onnx
 import pytest
 from linattn.frontend.lower.onnx_backend import LinattnBackend
-from linattn.runtime.errors import UnsupportedModelError
 from onnx.backend.test.loader import load_model_tests
 from onnx.backend.test.runner import Runner
 
@@ -16,9 +15,7 @@ CASES = {
     for case in load_model_tests(kind="node")
     if case.name.startswith(("test_linear_attention_", "test_causal_conv_with_state_"))
 }
-# The expanded convolutions exercise the plain ops around the operator; the expanded attentions are a Scan each.
-SCANS = sorted(n for n in CASES if n.startswith("test_linear_attention_") and n.endswith("_expanded"))
-RUN = sorted(set(CASES) - set(SCANS))
+# Those that end in _expanded have ONNX's own function bodies in place of the operators: a Scan, or plain operators.
 
 
 def check(name: str, device: str) -> None:
@@ -35,20 +32,15 @@ def _array(value: Any) -> Any:
 
 def test_all_cases_are_there() -> None:
     assert len([n for n in CASES if n.startswith("test_linear_attention_")]) == 28
-    assert len(RUN) == 40
+    assert len(CASES) == 54
 
 
-@pytest.mark.parametrize("name", RUN)
+@pytest.mark.parametrize("name", sorted(CASES))
 def test_cpu(name: str) -> None:
     check(name, "CPU")
 
 
 @pytest.mark.vulkan
-@pytest.mark.parametrize("name", [n for n in RUN if not n.endswith("_expanded")])
+@pytest.mark.parametrize("name", [n for n in sorted(CASES) if not n.endswith("_expanded")])
 def test_vulkan(name: str) -> None:
     check(name, "VULKAN")
-
-
-def test_a_scan_is_refused_by_name() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"Scan.* is not supported"):
-        LinattnBackend.prepare(CASES[SCANS[0]].model)
