@@ -120,7 +120,7 @@ class Experts:
         fc1: The first layer.
         fc2: The second layer.
         fc3: The factor's layer, or None.
-        constant: Whether all weights are weights of the model.
+        constant: Whether all weights, scales and zero points are weights of the model.
     """
 
     where: str
@@ -225,7 +225,7 @@ def parse(node: Node) -> Experts:
         fc3=matrix("fc3", inner, hidden) if has_fc3 else None,
         constant=False,
     )
-    ends = [port for m in contract.matrices for port in (m.weights, m.scales, m.zeros, m.bias) if port is not None]
+    ends = [port for m in contract.matrices for port in (m.weights, m.scales, m.zeros) if port is not None]
     return replace(contract, constant=node.weights.issuperset(ends))
 
 

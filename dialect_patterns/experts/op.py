@@ -10,10 +10,13 @@ from iree.compiler import ir
 from ..op import MICROSOFT, Choice, LoweringContext, LoweringOptions, Op
 from ..select import Strategy, always, select, wherever_legal
 from ..target import Target
-from . import dense
+from . import dense, fused_simd
 from .contract import Experts, output_types, parse
 
-STRATEGIES = (Strategy("dense", always, wherever_legal("every expert for every token; portable")),)
+STRATEGIES = (
+    Strategy("fused_simd", fused_simd.is_legal, wherever_legal(fused_simd.describe)),
+    Strategy("dense", always, wherever_legal("every expert for every token; portable")),
+)
 
 
 def choose(contract: Experts, target: Target, options: LoweringOptions) -> Choice:
@@ -27,6 +30,8 @@ def choose(contract: Experts, target: Target, options: LoweringOptions) -> Choic
 
 def lower(context: LoweringContext, contract: Experts, operands: Sequence[ir.Value | None]) -> list[ir.Value]:
     """Emit the node with the chosen strategy."""
+    if choose(contract, context.target, context.options).strategy == "fused_simd":
+        return [fused_simd.emit_experts_fused_simd(context, contract, operands)]
     return [dense.emit_experts_dense(context, contract, operands)]
 
 

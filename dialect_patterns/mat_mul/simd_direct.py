@@ -29,14 +29,23 @@ def write_direct(k: KernelText, p: Plan, memrefs: Sequence[str]) -> None:
     end = k.add(first, p.group)
 
     def panel(index: Index, _: list[str]) -> list[str]:
-        store_rows(k, p, y, p.tile, 0, index, _products(k, p, a, b, index))
+        store_rows(k, p, y, p.tile, 0, index, direct_products(k, p, a, b, index))
         return []
 
     k.loop(end if p.panels % p.group == 0 else k.minimum(end, p.panels), [], panel, start=first)
 
 
-def _products(k: KernelText, p: Plan, a: str, b: str, panel: Index) -> list[str]:
-    """The vectors of each row, row after row."""
+def direct_products(k: KernelText, p: Plan, a: str, b: str, panel: Index, row: Index = 0) -> list[str]:
+    """The vectors of each row, row after row.
+
+    Args:
+        k: Where to.
+        p: Sizes of the product.
+        a: Memref of the rows.
+        b: Memref of the weights [panels, K, W].
+        panel: The panel, counted from the first of all weights.
+        row: The first row.
+    """
     sets = max(1, min(p.unroll, 4 // p.tile))  # sums side by side: one multiply-add takes as long as several
     size = p.tile * p.vectors
     vectors = [p.layout.place(k, p.width, panel, v * p.lanes) for v in range(p.vectors)]
@@ -47,7 +56,7 @@ def _products(k: KernelText, p: Plan, a: str, b: str, panel: Index) -> list[str]
         for line in range(0, p.unroll * row_bytes, LINE) if k.element_type(b) != "f32" else ():
             for stream in streams:
                 k.prefetch(b, [stream, k.add(at, (_AHEAD + line) // row_bytes), 0])
-        rows = [k.load(a, [i, at], p.unroll) for i in range(p.tile)]
+        rows = [k.load(a, [k.add(row, i), at], p.unroll) for i in range(p.tile)]
         for u in range(p.unroll):
             depth = k.add(at, u)
             weights = [k.load(b, [stored, depth, column], p.lanes) for stored, column in vectors]

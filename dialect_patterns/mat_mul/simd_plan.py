@@ -105,11 +105,11 @@ def plan(rows: int | None, depth: int, columns: int, target: Target, weight_byte
         panels = -(-columns // (lanes * vectors))
         group = _group(panels, depth * lanes * vectors * weight_bytes)
         return Plan(rows, depth, columns, lanes, rows, depth, group, _unroll(depth, depth), 0, packed, vectors)
-    tile = (_ROWS if target.shares_weights else most) if rows is None else _tile(rows, most)
+    tile = (_ROWS if target.shares_weights else most) if rows is None else best_tile(rows, most)
     blocks = -(-depth * width * 4 // _BLOCK_BYTES)
     block = -(-depth // blocks)
     block += -block % lanes if blocks > 1 else 0
-    longest = max(1, _SUMS_BYTES // (tile * width * 4))
+    longest = longest_chunk(tile, width)
     group, chunk = _share(panels, -(-rows // tile) if rows else longest, longest)
     return Plan(rows, depth, columns, lanes, tile, block, group, _unroll(depth, block), chunk, packed)
 
@@ -118,7 +118,12 @@ def _unroll(depth: int, block: int) -> int:
     return next(u for u in (4, 2, 1) if depth % u == 0 and block % u == 0)
 
 
-def _tile(rows: int, most: int) -> int:
+def longest_chunk(tile: int, width: int) -> int:
+    """Tiles of a workgroup whose sums wait on the stack."""
+    return max(1, _SUMS_BYTES // (tile * width * 4))
+
+
+def best_tile(rows: int, most: int) -> int:
     """Rows of a tile: few tiles, little filled up; small ones wait for their sums."""
     return min(range(2, most + 1), key=lambda tile: -(-rows // tile) * max(tile * VECTORS, _LATENCY + 1))
 

@@ -25,17 +25,23 @@ class TiledBody:
         p: Its sizes.
         rows: M.
         memrefs: The rows as ``simd_rows`` arranges them, the weights [panels, K, W], and y [M, N].
+        before: Panels of other matrices in front of this one's.
     """
 
-    def __init__(self, k: KernelText, p: Plan, rows: Index, memrefs: Sequence[str]) -> None:
-        self.k, self.p, self.rows = k, p, rows
+    def __init__(self, k: KernelText, p: Plan, rows: Index, memrefs: Sequence[str], before: Index = 0) -> None:
+        self.k, self.p, self.rows, self.before = k, p, rows, before
         self.a, self.b, self.y = memrefs
         self.sums = k.alloca([p.chunk * p.tile, p.width]) if p.block < p.depth else ""
         self.wide = k.alloca([p.block, p.width]) if k.element_type(self.b) != "f32" else ""
         self.vector = vector_type(p.lanes)
-        tiles = p.tiles if p.tiles is not None else k.div(k.add(rows, p.tile - 1), p.tile)
-        self.first, self.count = self._range("1", p.chunk, tiles)
+        self.first, self.count = self._tiles()
         self.panel, self.panels = self._range("0", p.group, p.panels)
+
+    def _tiles(self) -> tuple[Index, Index]:
+        """First and number of this workgroup's tiles."""
+        k, p = self.k, self.p
+        tiles = p.tiles if p.tiles is not None else k.div(k.add(self.rows, p.tile - 1), p.tile)
+        return self._range("1", p.chunk, tiles)
 
     def _range(self, axis: str, size: int, total: Index) -> tuple[Index, Index]:
         """First and number of what a workgroup does of ``total`` things along one axis of the grid."""
@@ -104,7 +110,7 @@ class TiledBody:
             return []
 
         def finish() -> list[str]:
-            store_rows(k, p, self.y, self.rows, k.mul(place, p.tile), panel, sums)
+            self._store(place, panel, sums)
             return []
 
         stop = k.add(start, size)
@@ -115,14 +121,18 @@ class TiledBody:
         else:
             k.when(k.less(stop, p.depth), [], keep, finish)
 
+    def _store(self, tile: Index, panel: Index, sums: Sequence[str]) -> None:
+        """The vectors of a finished tile by a panel."""
+        store_rows(self.k, self.p, self.y, self.rows, self.k.mul(tile, self.p.tile), panel, sums)
+
     def _products(
         self, panel: Index, start: Index, size: int, tile: Index, place: Index, initial: Sequence[str]
     ) -> list[str]:
         """``initial`` and the products of one tile by one block."""
         k, p = self.k, self.p
         line = self._next_lines(size, tile)
-        places = self._places(panel)
-        streams = [p.layout.place(k, p.width, panel, column)[0] for column in p.layout.starts(p.width)]
+        places, stored = self._places(panel), k.add(self.before, panel)
+        streams = [p.layout.place(k, p.width, stored, column)[0] for column in p.layout.starts(p.width)]
         lines = range(0, p.layout.width, LINE // k.element_bytes(self.b))
 
         def step(at: Index, sums: list[str]) -> list[str]:
@@ -143,8 +153,8 @@ class TiledBody:
 
     def _places(self, panel: Index) -> list[tuple[Index, Index]]:
         """Where the vectors of a panel lie in the weights."""
-        p = self.p
-        return [p.layout.place(self.k, p.width, panel, v * p.lanes) for v in range(p.vectors)]
+        p, stored = self.p, self.k.add(self.before, panel)
+        return [p.layout.place(self.k, p.width, stored, v * p.lanes) for v in range(p.vectors)]
 
     def _weight(self, place: tuple[Index, Index], start: Index, depth: Index, v: int) -> str:
         if self.wide:
