@@ -19,24 +19,23 @@ Legal: on CPUs, for weights of the model. See ``simd_routing``, ``simd_direct``,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from iree.compiler import ir
 
 from ..emit.builder import Builder, Size, spec_of
-from ..emit.dispatch import dispatch
+from ..emit.dispatch import Kernel, dispatch
 from ..machines import for_machines
-from ..mat_mul.simd_layout import Layout
 from ..node import TensorSpec
 from ..op import LoweringContext, weight_symbol
 from ..select import Legality, No, Yes
 from ..target import Target
+from . import simd_bits, simd_bits_direct, simd_bits_tiled, simd_direct, simd_tiled
 from .contract import Experts
-from .simd_direct import first_kernel, second_kernel
 from .simd_layers import Layer, first_layers, second_layer
 from .simd_routing import choosing_kernel, grouping_kernel, most_tiles
 from .simd_rows import activating_kernel, combining_kernel, gathering_kernel
-from .simd_tiled import product_kernel
 
 _FEW = 2  # tokens that are never grouped
 
@@ -47,22 +46,30 @@ def is_legal(contract: Experts, target: Target) -> Legality:
         return No("the target is not a CPU with vectors")
     if not contract.constant:
         return No("the experts are not weights of the model")
-    if contract.fc1.bits:
-        return No("the weights are quantised")
     if contract.rows == 0:
         return No("there are no tokens")
-    return Yes()
+    layers = [*first_layers(contract), second_layer(contract)] if contract.fc1.bits else []
+    reasons = [reason for layer in layers if (reason := simd_bits.reason_against(layer, target))]
+    return No(reasons[0]) if reasons else Yes()
 
 
-def is_direct(c: Experts) -> bool:
-    """Whether each row reads its experts by itself: where there are hardly two rows for an expert."""
+def is_few(c: Experts) -> bool:
+    """Whether there are hardly two rows for an expert."""
     return c.rows is not None and (c.rows <= _FEW or c.rows * c.chosen <= c.count)
 
 
-def describe(contract: Experts) -> str:
+def is_direct(c: Experts, target: Target) -> bool:
+    """Whether each row reads its experts by itself: where rows are few, and packed words are met on the stack."""
+    if not is_few(c) or not c.fc1.bits:
+        return is_few(c)
+    layers = (*first_layers(c), second_layer(c))
+    return all(simd_bits.plan_of(layer, machine, 1).direct for layer in layers for machine in target.machines)
+
+
+def describe(contract: Experts, target: Target) -> str:
     """What the report says about it."""
     rows = "?" if contract.rows is None else contract.rows
-    if is_direct(contract):
+    if is_direct(contract, target):
         return f"{rows} rows read the {contract.chosen} experts they chose, of {contract.count}"
     return f"{rows} rows grouped by expert, each expert's weights read once"
 
@@ -83,7 +90,7 @@ def emit_experts_fused_simd(
     logits = [value for value in (router, *given) if value is not None]
     kernel = for_machines(target, lambda machine: choosing_kernel(c, machine))
     experts, weights = dispatch(b, kernel, logits, tokens, tokens)
-    emit = _direct if is_direct(c) else _grouped
+    emit = _direct if is_direct(c, target) else _grouped
     y = emit(context, c, operands, rows, experts, weights, tokens)
     return b.expand(y, 0, lead) if len(lead) > 1 else y
 
@@ -97,16 +104,47 @@ def _direct(
     weights: ir.Value,
     tokens: Size,
 ) -> ir.Value:
-    b, target = context.builder, context.target
-    first = for_machines(target, lambda machine: first_kernel(c, machine))
-    layers = first_layers(c)
-    layout = layers[0].direct(target.machines[0], 1).layout
-    packed = [_packed(context, layer, operands, layout) for layer in layers]
+    b, target, layers, last = context.builder, context.target, first_layers(c), second_layer(c)
+    if c.fc1.bits:
+        scales = [_scale_type(layer, operands) for layer in layers]
+        first = for_machines(target, lambda m: simd_bits_direct.first_kernel(c, m, scales))
+        second = for_machines(target, lambda m: simd_bits_direct.second_kernel(c, m, _scale_type(last, operands)))
+    else:
+        first = for_machines(target, lambda machine: simd_direct.first_kernel(c, machine))
+        second = for_machines(target, lambda machine: simd_direct.second_kernel(c, machine))
+    packed = [value for layer in layers for value in _packed(context, layer, operands)]
     (h,) = dispatch(b, first, [rows, experts, *packed, *_biases(c, operands)], b.mul(tokens, c.chosen), tokens)
-    second = for_machines(target, lambda machine: second_kernel(c, machine))
-    arguments = [h, experts, weights, _packed(context, second_layer(c), operands, layout)]
+    arguments = [h, experts, weights, *_packed(context, last, operands)]
     bias = operands[c.fc2.bias] if c.fc2.bias is not None else None
     return dispatch(b, second, arguments if bias is None else [*arguments, bias], tokens, tokens)[0]
+
+
+@dataclass(frozen=True)
+class _Tiles:
+    """How many tokens are cut, and what multiplies a layer: (kernel for a machine, columns it writes)."""
+
+    tile: int
+    across: bool
+    kernel: Callable[[Layer, Target], Kernel]
+    columns: Callable[[Layer], int]
+
+
+def _tiling(context: LoweringContext, c: Experts, operands: Sequence[ir.Value | None]) -> _Tiles:
+    machine = context.target.machines[0]
+    if c.fc1.bits:
+        return _Tiles(
+            simd_bits.plan_of(first_layers(c)[0], machine, None).rows,
+            False,
+            lambda layer, m: simd_bits_tiled.product_kernel(c, layer, m, _scale_type(layer, operands)),
+            lambda layer: layer.parts * layer.columns,
+        )
+    assignments = None if c.rows is None else c.rows * c.chosen
+    return _Tiles(
+        first_layers(c)[0].tiled(machine, assignments).tile,
+        True,
+        lambda layer, m: simd_tiled.product_kernel(c, layer, layer.tiled(m, assignments)),
+        lambda layer: layer.tiled(machine, assignments).columns,
+    )
 
 
 def _grouped(
@@ -119,26 +157,23 @@ def _grouped(
     tokens: Size,
 ) -> ir.Value:
     b, target, layers, last = context.builder, context.target, first_layers(c), second_layer(c)
-    assignments = None if c.rows is None else c.rows * c.chosen
-    machine = target.machines[0]
-    plans = [layer.tiled(machine, assignments) for layer in (*layers, last)]
-    tile, layout = plans[0].tile, plans[0].layout
+    tiling = _tiling(context, c, operands)
+    tile, across = tiling.tile, tiling.across
     tiles = most_tiles(c, tile)
     count = _tiles(b, c, tokens, tile) if tiles is None else tiles
     order, owner, spans, slots = dispatch(b, grouping_kernel(c, tile), [experts], 1, tokens, count)
 
     def product(layer: Layer, given: ir.Value) -> ir.Value:
-        kernel = for_machines(target, lambda m: product_kernel(c, layer, layer.tiled(m, assignments)))
-        packed = _packed(context, layer, operands, layout)
-        return dispatch(b, kernel, [given, packed, spans], c.count, tokens, count)[0]
+        kernel = for_machines(target, lambda machine: tiling.kernel(layer, machine))
+        return dispatch(b, kernel, [given, *_packed(context, layer, operands), spans], c.count, tokens, count)[0]
 
-    kernel = for_machines(target, lambda m: gathering_kernel(c, m, tile, across=True))
+    kernel = for_machines(target, lambda machine: gathering_kernel(c, machine, tile, across=across))
     (gathered,) = dispatch(b, kernel, [rows, order], count, tokens, count)
     products = [product(layer, gathered) for layer in layers]
-    columns = [p.columns for p in plans[:-1]]
-    kernel = for_machines(target, lambda m: activating_kernel(c, m, tile, columns, across=True))
+    columns = [tiling.columns(layer) for layer in layers]
+    kernel = for_machines(target, lambda machine: activating_kernel(c, machine, tile, columns, across=across))
     (between,) = dispatch(b, kernel, [*products, order, owner, *_biases(c, operands)], count, tokens, count)
-    kernel = for_machines(target, lambda m: combining_kernel(c, m, tile, plans[-1].columns))
+    kernel = for_machines(target, lambda machine: combining_kernel(c, machine, tile, tiling.columns(last)))
     arguments = [product(last, between), slots, experts, weights]
     bias = operands[c.fc2.bias] if c.fc2.bias is not None else None
     return dispatch(b, kernel, arguments if bias is None else [*arguments, bias], tokens, tokens, count)[0]
@@ -155,10 +190,20 @@ def _biases(c: Experts, operands: Sequence[ir.Value | None]) -> list[ir.Value]:
     return [value for value in found if value is not None]
 
 
-def _packed(context: LoweringContext, layer: Layer, operands: Sequence[ir.Value | None], layout: Layout) -> ir.Value:
+def _packed(context: LoweringContext, layer: Layer, operands: Sequence[ir.Value | None]) -> list[ir.Value]:
+    """A layer's weights as its kernels read them."""
+    if layer.matrix.bits:
+        return simd_bits.packed_weights(context, layer, operands)
     weights = operands[layer.matrix.weights]
     assert weights is not None
     assert context.weights is not None
     symbol = weight_symbol(weights)
     assert symbol is not None
-    return context.weights.repacked(symbol, f"experts_{layer.layout}_{layout.name}", layer.pack(layout))
+    layout = layer.direct(context.target.machines[0], 1).layout
+    return [context.weights.repacked(symbol, f"experts_{layer.layout}_{layout.name}", layer.pack(layout))]
+
+
+def _scale_type(layer: Layer, operands: Sequence[ir.Value | None]) -> str:
+    scales = operands[layer.matrix.scales] if layer.matrix.scales is not None else None
+    assert scales is not None
+    return spec_of(scales).dtype

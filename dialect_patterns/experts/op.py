@@ -8,13 +8,13 @@ from dataclasses import replace
 from iree.compiler import ir
 
 from ..op import MICROSOFT, Choice, LoweringContext, LoweringOptions, Op
-from ..select import Strategy, always, select, wherever_legal
+from ..select import Strategy, Yes, always, select, wherever_legal
 from ..target import Target
 from . import dense, fused_simd
 from .contract import Experts, output_types, parse
 
 STRATEGIES = (
-    Strategy("fused_simd", fused_simd.is_legal, wherever_legal(fused_simd.describe)),
+    Strategy("fused_simd", fused_simd.is_legal, lambda c, target, _: Yes(fused_simd.describe(c, target))),
     Strategy("dense", always, wherever_legal("every expert for every token; portable")),
 )
 

@@ -34,56 +34,78 @@ class DirectBody:
         source, words, scales = next(given), next(given), next(given)
         zeros = next(given) if c.zero_points != "default" else None
         bias = next(given) if c.with_bias else None
-        self.columns = Columns(k, c, p, words, scales, zeros)
+        columns = Columns(k, c, p, words, scales, zeros)
         self.edges = Edges(k, c, p, bias, next(given))
-        self._prefetch_first()
+        self._prefetch_first(columns)
         arranged = [source]
         if is_arranged(c, p):
             arranged = [k.alloca([d or 1 for d in s.shape], s.dtype) for s in arranged_specs(c, p, p.rows)]
             writer = RowWriter(k, c, p, source, arranged)
             for row in range(p.rows):
                 writer.write(row, row)
-        self.bytes = ByteProducts(k, c, p, arranged) if p.instruction else None
-        self.floats = None if p.instruction else FloatProducts(k, c, p, arranged[0])
+        self.products = DirectProducts(k, c, p, columns, arranged, range(p.rows))
 
-    def _prefetch_first(self) -> None:
+    def _prefetch_first(self, columns: Columns) -> None:
         """Ask for the first tile, which comes while A is arranged."""
         whole = self.c.blocks // CHUNK * CHUNK
         first = self.edges.first
 
         def group(block: str, _: list[str]) -> list[str]:
-            self.columns.prefetch(first, block, CHUNK)
+            columns.prefetch(first, block, CHUNK)
             return []
 
         self.k.loop(whole, [], group, step=CHUNK)
 
     def write(self) -> None:
         """The whole body."""
-        self.edges.each_tile(self._tile)
 
-    def _tile(self, column: Index) -> None:
+        def tile(column: Index) -> None:
+            for row, line in enumerate(self.products.tile(column, self.edges.after(column))):
+                self.edges.write(row, column, line)
+
+        self.edges.each_tile(tile)
+
+
+class DirectProducts:
+    """Products of some rows by tiles of columns.
+
+    Args:
+        k: Where to write.
+        c: What is computed.
+        p: Its sizes.
+        columns: The weights.
+        arranged: Memrefs of the rows: see ``simd_rows``.
+        rows: Which rows of those.
+    """
+
+    def __init__(
+        self, k: KernelText, c: MatMulNBits, p: Plan, columns: Columns, arranged: Sequence[str], rows: Sequence[Index]
+    ) -> None:
+        self.k, self.c, self.p, self.columns, self.rows = k, c, p, columns, list(rows)
+        self.bytes = ByteProducts(k, c, p, arranged) if p.instruction else None
+        self.floats = None if p.instruction else FloatProducts(k, c, p, arranged[0])
+
+    def tile(self, column: Index, after: Index) -> Tile:
+        """The sums of the tile at ``column``, while that at ``after`` is asked for."""
         k, c, p = self.k, self.c, self.p
         zero = k.constant(0.0, vector_type(p.lanes))
         whole = c.blocks // CHUNK * CHUNK
         sums = k.loop(
             whole,
             [zero] * (p.rows * p.vectors),
-            lambda b, carried: flat(self._group(as_tile(carried, p.vectors), column, b, CHUNK)),
+            lambda b, carried: flat(self._group(as_tile(carried, p.vectors), column, after, b, CHUNK)),
             step=CHUNK,
         )
         tile = as_tile(sums, p.vectors)
-        if whole < c.blocks:
-            tile = self._group(tile, column, whole, c.blocks - whole)
-        for row, line in enumerate(tile):
-            self.edges.write(row, column, line)
+        return self._group(tile, column, after, whole, c.blocks - whole) if whole < c.blocks else tile
 
-    def _group(self, sums: Tile, column: Index, block: Index, count: int) -> Tile:
+    def _group(self, sums: Tile, column: Index, after: Index, block: Index, count: int) -> Tile:
         """``sums`` and the products of at most four blocks."""
         k, c, p = self.k, self.c, self.p
         starts = [k.add(column, v * p.lanes) for v in range(p.vectors)]
         factors = [self.columns.factors(start, block, count) for start in starts]
         first = k.mul(block, c.block_words)
-        self.columns.prefetch(self.edges.after(column), block, count)
+        self.columns.prefetch(after, block, count)
         loaded: dict[tuple[int, int], list[str]] = {}
 
         def word(w: int, v: int) -> str:
@@ -128,7 +150,7 @@ class DirectBody:
 
     def _chunk(self, first: Index, words: Sequence[Sequence[str]], own: Sequence[tuple[str, str | None]]) -> Tile:
         """The sums over some words of a block, unscaled; ``words[word][vector]``."""
-        rows: list[Index] = list(range(self.p.rows))
+        rows = self.rows
         if self.bytes is not None:
             fields = [[self.bytes.unpack(w) for w in line] for line in words]
             return self.bytes.block(rows, first, len(words), lambda w, f, v: fields[w][v][f], self.p.vectors)
@@ -150,7 +172,7 @@ class DirectBody:
         k = self.k
         if self.bytes is not None:
             factors = [(scale, None if zero is None else k.mulf(zero, scale)) for scale, zero in own]
-            return self.bytes.add_blocks(sums, block, list(range(self.p.rows)), at, factors)
+            return self.bytes.add_blocks(sums, block, self.rows, at, factors)
         return [
             [k.fma(part, scale, total) for total, part, (scale, _) in zip(line, parts, own, strict=True)]
             for line, parts in zip(sums, block, strict=True)

@@ -27,10 +27,13 @@ class TiledBody:
         p: Its sizes.
         rows: M.
         memrefs: A as ``simd_rows`` arranges it, words, scales, zero points (if any), bias (if any), the product.
+        before: Columns of other matrices in front of this one's weights.
     """
 
-    def __init__(self, k: KernelText, c: MatMulNBits, p: Plan, rows: Index, memrefs: Sequence[str]) -> None:
-        self.k, self.c, self.p, self.total = k, c, p, rows
+    def __init__(
+        self, k: KernelText, c: MatMulNBits, p: Plan, rows: Index, memrefs: Sequence[str], before: Index = 0
+    ) -> None:
+        self.k, self.c, self.p, self.total, self.before = k, c, p, rows, before
         given = iter(memrefs)
         arranged = [next(given) for _ in arranged_specs(c, p, None)]
         words, scales = next(given), next(given)
@@ -46,9 +49,13 @@ class TiledBody:
         self.scales = k.alloca([p.slab, p.tile])
         self.zeros = k.alloca([p.slab, p.tile]) if zeros else None
         self.sums = k.alloca([p.row_block, p.tile])
-        group = k.op("hal.interface.workgroup.id[1] : index", "index")
-        self.first = k.mul(group, p.row_block)
-        self.count = k.minimum(k.sub(rows, self.first), p.row_block)
+        self.first, self.count = self._rows_of_workgroup()
+
+    def _rows_of_workgroup(self) -> tuple[Index, Index]:
+        """First and number of this workgroup's rows."""
+        k, p = self.k, self.p
+        first = k.mul(k.op("hal.interface.workgroup.id[1] : index", "index"), p.row_block)
+        return first, k.minimum(k.sub(self.total, first), p.row_block)
 
     def write(self) -> None:
         """The whole body."""
@@ -114,7 +121,7 @@ class TiledBody:
     def _unpack_factors(self, column: Index, first: Index, at: Index, count: int) -> None:
         k, p = self.k, self.p
         for v in range(p.vectors):
-            start, lane = k.add(column, v * p.lanes), v * p.lanes
+            start, lane = k.add(k.add(self.before, column), v * p.lanes), v * p.lanes
             for i, (scale, zero) in enumerate(self.columns.factors(start, k.add(first, at), count)):
                 k.store(scale, self.scales, [k.add(at, i), lane])
                 if zero is not None and self.zeros is not None:
@@ -123,7 +130,7 @@ class TiledBody:
     def _unpack_words(self, column: Index, first: Index, at: Index, count: int) -> None:
         k, c, p = self.k, self.c, self.p
         for v in range(p.vectors):
-            start, lane = k.add(column, v * p.lanes), v * p.lanes
+            start, lane = k.add(k.add(self.before, column), v * p.lanes), v * p.lanes
             block = k.div(at, c.block_words)
             for i, word in enumerate(self.columns.words(start, k.add(first, at), count)):
                 if self.bytes is not None:
