@@ -10,11 +10,12 @@ from iree.compiler import ir
 from ..op import MICROSOFT, Choice, LoweringContext, LoweringOptions, Op
 from ..select import Strategy, Yes, always, select, wherever_legal
 from ..target import Target
-from . import dense, fused_simd
+from . import dense, fused_simd, fused_simt
 from .contract import Experts, output_types, parse
 
 STRATEGIES = (
     Strategy("fused_simd", fused_simd.is_legal, lambda c, target, _: Yes(fused_simd.describe(c, target))),
+    Strategy("fused_simt", fused_simt.is_legal, lambda c, target, _: Yes(fused_simt.describe(c, target))),
     Strategy("dense", always, wherever_legal("every expert for every token; portable")),
 )
 
@@ -30,8 +31,11 @@ def choose(contract: Experts, target: Target, options: LoweringOptions) -> Choic
 
 def lower(context: LoweringContext, contract: Experts, operands: Sequence[ir.Value | None]) -> list[ir.Value]:
     """Emit the node with the chosen strategy."""
-    if choose(contract, context.target, context.options).strategy == "fused_simd":
+    strategy = choose(contract, context.target, context.options).strategy
+    if strategy == "fused_simd":
         return [fused_simd.emit_experts_fused_simd(context, contract, operands)]
+    if strategy == "fused_simt":
+        return [fused_simt.emit_experts_fused_simt(context, contract, operands)]
     return [dense.emit_experts_dense(context, contract, operands)]
 
 

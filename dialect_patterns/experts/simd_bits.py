@@ -6,13 +6,14 @@ scale for a whole column is repeated for blocks of it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from iree.compiler import ir
 
-from ..emit.builder import tensor_type
+from ..emit.builder import spec_of, tensor_type
 from ..mat_mul_n_bits.contract import MatMulNBits
 from ..mat_mul_n_bits.simd_plan import Plan, plan
 from ..node import TensorSpec
@@ -21,7 +22,9 @@ from ..target import Target
 from .contract import Matrix
 from .simd_layers import Layer, columns_of
 
-_LEAST_BLOCK = 16
+LEAST_BLOCK = 16
+"""The smallest block of weights that kernels know."""
+
 _MOST_BLOCK = 128  # of a column that has one scale
 
 Array = np.ndarray[Any, Any]
@@ -37,8 +40,8 @@ def block_size(matrix: Matrix) -> int:
 def reason_against(layer: Layer, target: Target) -> str | None:
     """Why an expert's weights cannot be read so."""
     m = layer.matrix
-    if block_size(m) < _LEAST_BLOCK:
-        return f"{m.name}: {m.depth} weights of a column are not whole blocks of {_LEAST_BLOCK}"
+    if block_size(m) < LEAST_BLOCK:
+        return f"{m.name}: {m.depth} weights of a column are not whole blocks of {LEAST_BLOCK}"
     for machine in target.machines:
         found = plan(product(layer, None), machine)
         if isinstance(found, str):
@@ -85,14 +88,20 @@ def packed_weights(context: LoweringContext, layer: Layer, operands: Sequence[ir
     words, *_ = weight_specs(layer, m.dtype)
     word = f"experts_{layer.layout}_{block_size(m)}"
     found = [_repacked(store, operands[m.weights], word, lambda a: _columns(layer, a))]
-    no_dims = {"operandSegmentSizes": ir.DenseI32ArrayAttr.get([1, 0, 0])}
-    view = tensor_type(words.shape, words.dtype)
-    bits = ir.Operation.create("flow.tensor.bitcast", results=[view], operands=found, attributes=no_dims).result
+    bits = as_words(found[0], words.shape)
     assert m.scales is not None
     values = [bits, _repacked(store, operands[m.scales], word, lambda a: _blocks(layer, a))]
     if m.zeros is not None:
         values.append(_repacked(store, operands[m.zeros], f"{word}_zeros{m.bits}", lambda a: _zeros(layer, a)))
     return values
+
+
+def as_words(value: ir.Value, shape: Sequence[int | None] | None = None) -> ir.Value:
+    """Bytes as words of 32 bits: in one dimension, or of a shape."""
+    count = math.prod(size or 0 for size in spec_of(value).shape) // 4
+    view = tensor_type(shape or (count,), "i32")
+    no_dims = {"operandSegmentSizes": ir.DenseI32ArrayAttr.get([1, 0, 0])}
+    return ir.Operation.create("flow.tensor.bitcast", results=[view], operands=[value], attributes=no_dims).result
 
 
 def _repacked(store: WeightStore, value: ir.Value | None, word: str, pack: Callable[[Array], Array]) -> ir.Value:

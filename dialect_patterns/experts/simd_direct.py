@@ -6,7 +6,7 @@ y [T, H]:   a workgroup per token and group of panels: sum over its k experts of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ..emit.dispatch import Kernel
 from ..emit.kernel_text import Index, KernelText, vector_type
@@ -122,9 +122,8 @@ def second_kernel(c: Experts, target: Target) -> Kernel:
     )
 
 
-def _each_panel(k: KernelText, p: Plan, body: object) -> None:
+def _each_panel(k: KernelText, p: Plan, body: Callable[[Index], None]) -> None:
     """``body(panel)`` for the panels of this workgroup."""
-    assert callable(body)
     first = k.mul(k.op("hal.interface.workgroup.id[0] : index", "index"), p.group)
     end = k.add(first, p.group)
 

@@ -13,7 +13,7 @@ There are at most T k / tile + E tiles, so that all sizes are known before the e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ..emit.dispatch import Kernel
 from ..emit.kernel_text import Index, KernelText, vector_type
@@ -203,14 +203,12 @@ def _group(k: KernelText, c: Experts, tile: int, tokens: Index, memrefs: Sequenc
     zero, none = k.constant(0, "i32"), k.constant(-1, "i32")
     tiles = dimension(k, order)
 
-    def each(stop: Index, body: Sequence[object] | object, step: Index = 1) -> None:
-        assert callable(body)
-
+    def each(stop: Index, body: Callable[[str], None]) -> None:
         def once(at: str, _: list[str]) -> list[str]:
             body(at)
             return []
 
-        k.loop(stop, [], once, step=step)
+        k.loop(stop, [], once)
 
     def number(memref: str, at: Sequence[Index]) -> Index:
         return k.as_type(k.load(memref, at, raw=True), "index", "arith.index_castui")

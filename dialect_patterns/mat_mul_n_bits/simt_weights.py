@@ -76,6 +76,7 @@ class PackedWeights:
         k: Emits instructions.
         contract: The node.
         width: Words of one load, along K; must divide the words of a column.
+        first: Binding of the words; scales, zero points and bias follow.
 
     Attributes:
         width: Words of one load.
@@ -83,13 +84,13 @@ class PackedWeights:
         output: The first binding after the weights.
     """
 
-    def __init__(self, k: Kernel, contract: MatMulNBits, width: int) -> None:
+    def __init__(self, k: Kernel, contract: MatMulNBits, width: int, first: int = _FIRST) -> None:
         c = contract
         self.k, self.c, self.width, self.per_load = k, c, width, width * c.per_word
         self._blocks = max(1, width // c.block_words)  # of one load
-        self._words = k.buffer(_FIRST, "i32", _count(c.columns * c.row_words // width), width)
-        self._scales = k.buffer(_FIRST + 1, c.a.dtype, _count(c.columns * c.blocks))
-        self.output = _FIRST + 2
+        self._words = k.buffer(first, "i32", _count(c.columns * c.row_words // width), width)
+        self._scales = k.buffer(first + 1, c.a.dtype, _count(c.columns * c.blocks))
+        self.output = first + 2
         if c.zero_points == "packed":
             self._zeros = k.buffer(self.output, "i32", _count(c.columns * _zero_row_bits(c) // WORD))
             self.output += 1
