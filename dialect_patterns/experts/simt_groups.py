@@ -102,7 +102,7 @@ class _Groups:
         def step(at: Scalar, carried: list[ir.Value]) -> list[ir.Value]:
             mine, count = self._is_mine(at, e), Scalar(carried[0])
             if body is not None:
-                self.k.when(mine, lambda: body(count, at))
+                self.k.when(mine, partial(body, count, at))
             return [mine.select(count + 1, count).value]
 
         return Scalar(self.k.loop(zero, self.size, 1, [zero.value], step)[0])
