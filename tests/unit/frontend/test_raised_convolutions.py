@@ -169,3 +169,40 @@ def test_kernels_shared_between_channels_stay() -> None:
         onnx.numpy_helper.from_array(np.ones((CHANNELS, 2, TAPS), np.float32), "weight")
     )
     assert "has no kernel of its own for each channel" in raise_operators(model).notes[0]
+
+
+def test_what_is_concatenated_in_another_way_stays() -> None:
+    model = convolution_model(Form())
+    concat = next(n for n in model.graph.node if n.op_type == "Concat")
+    concat.input.append("x")
+    assert "a Concat of 3 values" in raise_operators(model).notes[0]
+    model = convolution_model(Form(bias="", activation=""))
+    next(n for n in model.graph.node if n.op_type == "Concat").attribute[0].i = 0
+    del model.graph.output[:]
+    model.graph.output.append(helper.make_tensor_value_info("y", TensorProto.FLOAT, ["B2", CHANNELS, "T2"]))
+    for value in model.graph.input:
+        value.type.tensor_type.shape.dim[2].dim_value = 3
+    assert "along another axis" in raise_operators(model).notes[0]
+
+
+def test_a_bias_of_several_rows_is_no_bias() -> None:
+    """[2, C, 1] is another one for each row of the batch: the sum stays."""
+    model = convolution_model(Form(activation=""))
+    (reshape,) = (n for n in model.graph.node if n.op_type == "Reshape" and n.input[0] == "bias")
+    rows = np.random.default_rng(1).normal(size=(2, CHANNELS, 1)).astype(np.float32)
+    model.graph.initializer[1].CopyFrom(onnx.numpy_helper.from_array(rows, reshape.output[0]))
+    model.graph.node.remove(reshape)
+    node = raised(model)
+    assert list(node.input)[:3] == ["x", "weight", ""]
+    assert "Add" in {n.op_type for n in model.graph.node}
+
+
+def test_doubles_stay() -> None:
+    model = convolution_model(Form())
+    for tensor in model.graph.initializer:
+        tensor.CopyFrom(
+            onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor).astype(np.float64), tensor.name)
+        )
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.elem_type = TensorProto.DOUBLE
+    assert "other types than f32" in raise_operators(model).notes[0]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import random
 import re
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +14,12 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from linattn.frontend import compile as compiler
+from linattn.frontend.compile import CompileOptions, compile_model
 from linattn.frontend.graph.raising.raise_operators import raise_operators
 from linattn.frontend.graph.states import find_states
 from linattn.frontend.graph.validate import check_graph
-from linattn.runtime.errors import UnsupportedModelError
+from linattn.runtime.errors import LinattnError, UnsupportedModelError
 from onnx import helper
 
 from tests.spelled_out import (
@@ -34,6 +39,8 @@ from tests.spelled_out import (
     run,
 )
 from tests.tolerances import BENIGN, error
+from tests.unit.frontend.test_hostile_models import DAMAGES, Planned, stop
+from tests.unit.frontend.test_raised_convolutions import Form, convolution_model
 
 
 def raised(model: onnx.ModelProto, tokens: int = 5) -> list[onnx.NodeProto]:
@@ -112,8 +119,15 @@ def defined_model(
 HALF, SINGLE = onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT
 
 
-@pytest.mark.parametrize("form", [{"q_heads": 4}, {"q_heads": 2, "per_key": True}, {"q_heads": 6, "past": False}])
-@pytest.mark.parametrize(("dtype", "state"), [(SINGLE, SINGLE), (HALF, HALF), (HALF, SINGLE)])
+@pytest.mark.parametrize(
+    ("dtype", "state", "form"),
+    [
+        (SINGLE, SINGLE, {"q_heads": 4}),
+        (SINGLE, SINGLE, {"q_heads": 6, "past": False}),
+        (HALF, HALF, {"q_heads": 4, "past": False}),
+        (HALF, SINGLE, {"q_heads": 2, "per_key": True}),
+    ],
+)
 @pytest.mark.parametrize("rule", RULES)
 def test_the_body_that_onnx_defines_the_operator_with(rule: str, dtype: int, state: int, form: dict[str, Any]) -> None:
     (node,) = raised(inlined(model := defined_model(rule, dtype, state, **form)))
@@ -305,6 +319,50 @@ def mirrored_state(s: Step) -> tuple[str, str]:
     return by_matmul(Step(s.g, turned, s.q, s.k, s.v))
 
 
+def groups_first(s: Step) -> tuple[str, str]:
+    """Query 1 reads the state's head 2, and query 2 head 1."""
+    g = s.g
+    state, _ = by_matmul(s)
+    turned = g.op("Transpose", g.op("Reshape", state, g.ints(0, 2, 2, 6, 6)), perm=[0, 2, 1, 3, 4])
+    read = g.op("Reshape", turned, g.ints(0, 4, 6, 6))
+    return state, g.op("Squeeze", g.op("MatMul", s.row(s.q), read), g.ints(-2))
+
+
+def delta_without_beta(s: Step) -> tuple[str, str]:
+    g = s.g
+    found = g.op("Squeeze", g.op("MatMul", s.row(s.k), s.state), g.ints(-2))
+    state = g.op("Add", s.state, g.op("MatMul", s.column(s.k), s.row(g.op("Sub", s.v, found))))
+    return state, g.op("Squeeze", g.op("MatMul", s.row(s.q), state), g.ints(-2))
+
+
+def decays_twice(s: Step) -> tuple[str, str]:
+    state = s.g.op("Mul", s.state, s.g.op("Exp", s.column(s.decay)))
+    return by_matmul(Step(s.g, state, s.q, s.k, s.v, s.decay))
+
+
+def output_per_key(s: Step) -> tuple[str, str]:
+    state, _ = by_matmul(s)
+    return state, s.g.op("Mul", state, s.column(s.q))
+
+
+def output_stretched(s: Step) -> tuple[str, str]:
+    state, output = by_matmul(s)
+    return state, s.g.op("Expand", s.row(output), s.g.ints(1, 1, 3, 1))
+
+
+def output_over_heads(s: Step) -> tuple[str, str]:
+    state, output = by_matmul(s)
+    return state, s.g.op("ReduceSum", output, s.g.ints(1), keepdims=1)
+
+
+def decay_per_value(s: Step) -> tuple[str, str]:
+    """With sizes of key and value alike, the decay of the keys put on the values."""
+    g = s.g
+    state = g.op("Mul", s.state, g.op("Exp", s.row(s.decay)))
+    state = g.op("Add", state, g.op("MatMul", s.column(s.k), s.row(s.v)))
+    return state, g.op("Squeeze", g.op("MatMul", s.row(s.q), state), g.ints(-2))
+
+
 NEAR = {
     "takes away before the decay": ("gated_delta", undecayed_retrieval, "before the decay, not after it"),
     "decays after the update": ("gated", decay_after_update, "something else than key times value"),
@@ -318,13 +376,20 @@ NEAR = {
     "keys and queries": ("delta", keys_to_queries, "something else than what the key finds"),
     "beta without delta": ("delta", beta_without_delta, "takes nothing away, which no rule does"),
     "transposes the state": ("linear", mirrored_state, "mixes the state's axes"),
+    "heads in another order": ("gated", groups_first, "with its axes merged|in another order"),
+    "no beta": ("delta", delta_without_beta, "without a beta"),
+    "decays twice": ("gated", decays_twice, "more than one input"),
+    "an output a key": ("linear", output_per_key, "does not sum over the keys"),
+    "an output stretched": ("linear", output_stretched, "of other axes than"),
+    "an output over all heads": ("linear", output_over_heads, "does not sum over the keys alone"),
+    "decay per value": ("gated", decay_per_value, "neither per head nor per key"),
 }
 
 
 @pytest.mark.parametrize("case", NEAR)
 def test_near_misses_stay_as_they_are(case: str) -> None:
     rule, step, reason = NEAR[case]
-    model = recurrence_model(rule, step, Shape(q_heads=4, dk=6))
+    model = recurrence_model(rule, step, Shape(q_heads=4, dk=6), per_key=step is decay_per_value)
     before = copy.deepcopy(model)
     done = raise_operators(model)
     assert not done.notes
@@ -332,6 +397,26 @@ def test_near_misses_stay_as_they_are(case: str) -> None:
     assert re.search(reason, miss), miss
     assert name in {node.name for node in model.graph.node if node.op_type == "Scan"}
     assert model == before
+
+
+@pytest.mark.parametrize(("size", "reason"), [("dk", "over the keys alone"), ("dv", "of size 1|values' size is 1")])
+def test_heads_of_size_1_do_not_tell_which_axis_is_which(size: str, reason: str) -> None:
+    model = recurrence_model("gated", shape=Shape(**{size: 1}))
+    assert re.search(reason, next(iter(raise_operators(model).misses.values())))
+
+
+def test_a_state_without_heads_is_not_raised() -> None:
+    g, body = Graph(), Graph("body_")
+    update = body.op("MatMul", body.op("Unsqueeze", "k_t", body.ints(-1)), body.op("Unsqueeze", "v_t", body.ints(-2)))
+    state = body.op("Add", "state", update)
+    read = body.op("MatMul", body.op("Unsqueeze", "q_t", body.ints(-2)), state)
+    results = [body.op("Identity", state), body.op("Squeeze", read, body.ints(-2))]
+    infos = [helper.make_tensor_value_info(n, SINGLE, None) for n in ("state", "q_t", "k_t", "v_t", *results)]
+    inner = helper.make_graph(body.nodes, "step", infos[:4], infos[4:])
+    g.op("Scan", "past", "q", "k", "v", outputs=["present", "y"], body=inner, num_scan_inputs=3)
+    inputs = {"past": ["B", 8, 6], "q": ["T", "B", 8], "k": ["T", "B", 8], "v": ["T", "B", 6]}
+    model = model_of(g, inputs, {"present": ["B", 8, 6], "y": ["T", "B", 6]})
+    assert "a state of 3 axes" in next(iter(raise_operators(model).misses.values()))
 
 
 def test_a_state_given_out_at_every_token_is_not_raised() -> None:
@@ -371,7 +456,7 @@ def test_a_state_that_others_read_too_is_still_theirs() -> None:
 def test_what_is_raised_computes_the_same_whatever_the_body() -> None:
     """Bodies with an operator, an operand or an axis changed: either left alone, or equal in ONNX Runtime."""
     count = 0
-    for seed in range(200):
+    for seed in range(120):
         rng = np.random.default_rng(seed)
         rule, step = RULES[seed % 4], (by_matmul, by_sums, by_einsum)[seed // 4 % 3]
         model = recurrence_model(rule, step, Shape(q_heads=4, heads=4, dk=4, dv=4), per_key=bool(seed % 2), scale=1.0)
@@ -389,7 +474,28 @@ def test_what_is_raised_computes_the_same_whatever_the_body() -> None:
         count += body.SerializeToString() != before
         for name, value in run(model, feeds).items():
             assert error(value, want[name]) <= BENIGN["float32"], f"seed {seed}, {name}"
-    assert count >= 5  # changes that mean the same, such as operands of a sum in the other order
+    assert count >= 3  # changes that mean the same, such as operands of a sum in the other order
+
+
+@pytest.mark.parametrize("build", [lambda: recurrence_model("gated_delta"), lambda: convolution_model(Form())])
+def test_damaged_loops_end_in_one_line(build: Callable[[], onnx.ModelProto], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pass sees graphs that nobody has specialised yet, and bodies that nothing else looks into."""
+    monkeypatch.setattr(compiler, "Compiler", stop)
+    refused: list[str] = []
+    for seed in range(24):
+        rng = random.Random(seed)
+        model = build()
+        bodies = [a.g for n in model.graph.node for a in n.attribute if a.name == "body"]
+        with suppress(IndexError, ValueError):  # nothing of that kind to damage
+            rng.choice(DAMAGES)(rng, rng.choice([model.graph, *bodies]))
+        try:
+            compile_model(model, CompileOptions(prefill_blocks=(4,)))
+        except LinattnError as error:
+            refused.append(str(error))
+        except Planned:
+            pass
+    assert refused
+    assert not [text for text in refused if "\n" in text or "bug in linattn" in text]
 
 
 def _mutate(body: onnx.GraphProto, rng: np.random.Generator) -> None:
