@@ -73,7 +73,7 @@ def check_mask(node: Node, mask: TensorSpec | None, name: str, sizes: Sequence[D
     """
     if mask is None:
         return
-    fits = 2 <= mask.rank <= 4
+    fits = 1 <= mask.rank <= 4
     if fits:
         *leading, columns = zip(mask.shape, sizes[4 - mask.rank :], strict=True)
         fits = all(got in (None, 1) or want is None or got == want for got, want in leading)

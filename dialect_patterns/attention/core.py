@@ -63,7 +63,8 @@ class AttentionShape:
         length: T, queries of this call.
         keys: S, rows of keys: the capacity of a cache that has one.
         masked: Whether a mask or bias comes in memory.
-        causal: Whether query i sees no key after ``first + i``, ``first`` the same for all rows of the batch.
+        causal: Whether query i sees no key after ``first + i``, ``first`` the same for all rows of the batch, and there
+            is a key at each such position.
         dtype: Element type of the keys.
     """
 
@@ -151,7 +152,7 @@ def align_mask(b: Builder, mask: ir.Value, sizes: Sequence[Size], written: tuple
 
     Args:
         b: The builder.
-        mask: i1 (true: visible) or a float that is added; 2 to 4 dimensions that broadcast to ``sizes``.
+        mask: i1 (true: visible) or a float that is added; 1 to 4 dimensions that broadcast to ``sizes``.
         sizes: [B, Hq, T, S].
         written: For a mask of M+L columns over a cache of M rows, whose last L columns belong to the rows that were
             written into the cache: their position and L. None if column j belongs to key j.

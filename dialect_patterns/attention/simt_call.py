@@ -91,6 +91,8 @@ def why_not_by_position(shape: AttentionShape) -> str:
     """Why the position alone does not tell which rows of a cache are seen, or how many there are; empty if it does."""
     if shape.masked:
         return "it has a mask"
+    if None in (shape.length, shape.heads.batch, shape.keys):
+        return "open sizes"
     if not shape.causal:
-        return "it is not causal at one position for all rows of the batch"
-    return "open sizes" if None in (shape.length, shape.heads.batch, shape.keys) else ""
+        return "it is not causal at one position for all rows of the batch, or has fewer keys than queries"
+    return ""

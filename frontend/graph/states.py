@@ -157,6 +157,14 @@ def _ported(graph: onnx.GraphProto, flow: _Flow, pairing: Pairing) -> list[State
             past, before = flow.back(node.input[port])
             if past is None or pairing.is_set(past):
                 continue
+            if kind == "kv_cache" and len(dims_of(graph, past)) == 4 and not _grows(graph, past):
+                raise UnsupportedModelError(
+                    f"the cache '{past}' has a fixed number of rows, but every call adds some",
+                    where=f"node '{node.name}' ({node.op_type})",
+                    got=dims_of(graph, past),
+                    expected="a symbol for its length",
+                    hint=f"export it with an open length, or take it as an ordinary input with --no-state {past}",
+                )
             value = node.output[present_port] if present_port < len(node.output) else ""
             found = flow.forward(value, _wanted_dims(graph, past, kind))
             if found is None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from data import Shape, causal_conv, linear_attention
-from harness import TARGETS, compile_module, lowered
+from harness import DTYPES, TARGETS, compile_module, lowered
 from iree.compiler.api import Session
 from linattn.dialect_patterns.node import TensorSpec
 from linattn.dialect_patterns.op import MICROSOFT, LoweringOptions
@@ -54,6 +55,30 @@ def compiles_node(
 def test_linear_attention(shape: Shape, tokens: int, open_dims: bool, dtype: Any) -> None:
     inputs = linear_attention(shape, 1, tokens, dtype=dtype)
     assert compiles("LinearAttention", inputs, shape.attributes, open_dims)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "dtype", "strategy"),
+    [
+        (2, np.float16, "attention_fused_simt_parts"),
+        (40, np.float32, "attention_fused_simt_tiles"),
+        (40, ml_dtypes.bfloat16, "linalg.generic"),
+    ],
+)
+def test_group_query_attention(tokens: int, dtype: Any, strategy: str) -> None:
+    """Packed, rotated, in a window, with a softcap and sinks."""
+    heads, kv_heads, size = 4, 2, 32
+    packed, empty = (1, tokens, (heads + 2 * kv_heads) * size), (1, kv_heads, 0, size)
+    shapes = [packed, None, None, empty, empty, None, None, (64, size // 2), (64, size // 2), None, None, (heads,)]
+    specs = [None if s is None else TensorSpec(s, DTYPES[np.dtype(dtype).name]) for s in shapes]
+    specs[5:7] = TensorSpec((1,), "i32"), TensorSpec((), "i32")
+    attributes = {"num_heads": heads, "kv_num_heads": kv_heads, "do_rotary": 1, "rotary_interleaved": 1,
+                  "local_window_size": 17, "softcap": 20.0}  # fmt: skip
+    session = Session()
+    session.set_flags(*FLAGS)
+    module = lowered("com.microsoft", "GroupQueryAttention", 1, specs, attributes, 3, "cuda", context=session.context)
+    assert strategy in str(module)
+    assert len(compile_module(module, session, "cuda")) > 0
 
 
 @pytest.mark.parametrize("open_dims", [False, True])

@@ -143,6 +143,17 @@ def test_a_state_that_never_comes_back_is_refused() -> None:
         find_states(model.graph)
 
 
+def test_a_cache_that_cannot_grow_is_refused() -> None:
+    model = build()
+    past = next(p.past for p in find_states(model.graph) if p.kind == "kv_cache")
+    dim = next(v for v in model.graph.input if v.name == past).type.tensor_type.shape.dim[2]
+    dim.Clear()
+    dim.dim_value = 12
+    with pytest.raises(UnsupportedModelError, match=rf"{past}.*fixed number of rows.*--no-state {past}"):
+        find_states(model.graph)
+    assert past not in [p.past for p in find_states(model.graph, Pairing({}, frozenset({past})))]
+
+
 def test_roles() -> None:
     model = build()
     roles = find_roles(model.graph, infer_types(model), find_states(model.graph)).roles
