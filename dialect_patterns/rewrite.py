@@ -62,6 +62,7 @@ def lower_operators(module: ir.Module, context: LoweringContext) -> int:
         How many operators were lowered.
     """
     count = 0
+    positions: dict[ir.Attribute, ir.Value | None] = {}
 
     def pattern(operation: Any, rewriter: Any) -> bool:
         nonlocal count
@@ -78,7 +79,7 @@ def lower_operators(module: ir.Module, context: LoweringContext) -> int:
         with rewriter.ip, op.location:
             operands = [to_builtin(operand) for operand in op.operands]
             try:
-                results = entry.lower(replace(context, position=_position(op)), contract, operands)
+                results = entry.lower(replace(context, position=_position(op, positions)), contract, operands)
             except Exception as error:
                 error.add_note(node.where)
                 raise
@@ -105,15 +106,24 @@ def _replacements(op: ir.Operation, results: Sequence[ir.Value | None]) -> list[
     return values
 
 
-def _position(op: ir.Operation) -> ir.Value | None:
-    """The committed position of the entry point around ``op``, an index, where it takes one."""
+def _position(op: ir.Operation, known: dict[ir.Attribute, ir.Value | None]) -> ir.Value | None:
+    """The committed position of the entry point around ``op``, an index, where it takes one.
+
+    Args:
+        op: The operation that is lowered.
+        known: Name of a function -> its argument, filled here: there are as many arguments as states.
+    """
     function = op.parent
     while function is not None and function.name != "func.func":
         function = function.parent
     assert function is not None
-    position = [a for a in function.regions[0].blocks[0].arguments if str(a.type) == "!torch.int"]
-    if not position:
+    name = function.attributes["sym_name"]
+    if name not in known:
+        arguments = function.regions[0].blocks[0].arguments
+        known[name] = next((a for a in arguments if str(a.type) == "!torch.int"), None)
+    position = known[name]
+    if position is None:
         return None
     i64 = ir.IntegerType.get_signless(64)
-    value = ir.Operation.create("torch_c.to_i64", results=[i64], operands=position).result
+    value = ir.Operation.create("torch_c.to_i64", results=[i64], operands=[position]).result
     return ir.Operation.create("arith.index_cast", results=[ir.IndexType.get()], operands=[value]).result

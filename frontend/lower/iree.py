@@ -14,6 +14,7 @@ from typing import Any
 from iree.compiler import ir
 from iree.compiler.api import Invocation, Output, Session, ctypes_dl
 from iree.compiler.passmanager import PassManager
+from linattn.dialect_patterns.emit.dialect_modules import know_dialects
 from linattn.runtime.errors import LoweringError
 from linattn.runtime.manifest import REFLECTION_KEY, Manifest
 from linattn.runtime.owned import never_free
@@ -86,6 +87,7 @@ class Compiler:
     """
 
     def __init__(self, target: CompileTarget, dump: Path | None = None) -> None:
+        know_dialects()
         self._target = target
         self._session = Session()
         self._session.set_flags("--iree-input-type=none", *target.flags)
