@@ -29,6 +29,7 @@ from .graph.inline_functions import inline_functions
 from .graph.join_products import join_products
 from .graph.last_position import LEAST_TOKENS, keep_last
 from .graph.name_nodes import name_nodes
+from .graph.quantised_weights import pack_quantised_weights
 from .graph.raising.raise_operators import RAISED_OPS, raise_operators
 from .graph.schema import check_contracts, check_supported, infer_types, opset_versions
 from .graph.single_token import squeezes_tokens
@@ -99,6 +100,7 @@ def compile_model(
         versions = opset_versions(model.proto)
         check_supported(model.proto.graph.node, versions, raising.misses)
         leave_out_unused_outputs(model.proto)
+        pack_quantised_weights(model)
         transpose_weights(model)
     with progress.stage("pair states, plan entry points"):
         plan, graphs = _plan(model, versions, options, target)

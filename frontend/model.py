@@ -17,7 +17,7 @@ from google.protobuf.message import DecodeError
 from linattn.runtime.errors import UnsupportedModelError
 
 from .graph.schema import MIN_WEIGHT_ELEMENTS
-from .graph.validate import check_fields, tensor_bytes
+from .graph.validate import PACKED_BITS, check_fields, tensor_bytes
 from .lower.weights import content_key
 
 MAX_GRAPH_BYTES = 2 * 1024**3 - 1
@@ -145,9 +145,10 @@ def _map_external_data(
                 expected=f"at least {offset + length}",
                 hint="copy the data file again, whole",
             )
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
-        raw = file[offset : offset + length]
-        array = raw.view(dtype).reshape(tuple(tensor.dims))
+        array = file[offset : offset + length]
+        if tensor.data_type not in PACKED_BITS:  # those stay packed
+            dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+            array = array.view(dtype).reshape(tuple(tensor.dims))
         if array.size < MIN_WEIGHT_ELEMENTS:  # shapes and axes: what folds and infers must see their values
             tensor.raw_data = array.tobytes()
             digest.update(tensor.raw_data)

@@ -22,6 +22,7 @@ INT8_MAX = 127.0
 """Steps to each side of zero that A is rounded to."""
 
 _INT8_ACCURACY = 4
+_REORDERED = "quantise without reordering (act-order, desc_act)"
 _INT8_BLOCKS_OF_2_BITS = (32, 64, 128)
 
 
@@ -119,7 +120,7 @@ def parse(node: Node) -> MatMulNBits:
             hint="weights packed for one CUDA device are not portable; export without it",
         )
     if node.input(4) is not None:
-        raise node.error("input 'g_idx' is not supported", hint="quantise without reordering (act-order, desc_act)")
+        raise node.error("input 'g_idx' is not supported", hint=_REORDERED)
     if a.rank == 0 or a.shape[-1] not in (None, depth):
         raise node.error("the last dimension of input 'A'", got=a, expected=f"K = {depth}")
     blocks = -(-depth // block_size)
@@ -154,6 +155,12 @@ def _zero_points(node: Node, columns: int, blocks: int, bits: int) -> str:
     spec = node.input(3)
     if spec is None:
         return "default"
+    if spec.dtype in ("i32", "i64"):  # some exporters leave no gap where there are no zero points
+        raise node.error(
+            "input 3 is no 'zero_points' but a 'g_idx', the group of each row of K, and not supported",
+            got=spec,
+            hint=_REORDERED,
+        )
     require_dtype(node, "zero_points", spec, "i8", *FLOATS)
     width = -(-blocks * bits // 8) if spec.dtype == "i8" else blocks
     require_shape(node, "zero_points", spec, (columns, width), (columns * width,))

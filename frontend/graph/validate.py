@@ -29,6 +29,14 @@ MAX_TENSOR_ELEMENTS = 2**40
 MAX_RANK = 16
 """Axes of a tensor; the runtime's manifest takes no more."""
 
+PACKED_BITS: dict[int, int] = {
+    onnx.TensorProto.UINT4: 4,
+    onnx.TensorProto.INT4: 4,
+    onnx.TensorProto.UINT2: 2,
+    onnx.TensorProto.INT2: 2,
+}
+"""Bits of the element types of which bytes hold several: only initializers may have them, see ``quantised_weights``."""
+
 MAX_NAME = 2048
 """Characters of a name; those of exporters have some hundred."""
 
@@ -203,7 +211,7 @@ def _check_tensor(tensor: onnx.TensorProto, where: str) -> None:
     if any(d < 0 for d in tensor.dims) or len(tensor.dims) > MAX_RANK or count > MAX_TENSOR_ELEMENTS:
         got = f"{len(tensor.dims)} axes" if len(tensor.dims) > MAX_RANK else list(tensor.dims)
         raise UnsupportedModelError("impossible shape", where=where, got=got)
-    if tensor.data_type not in DTYPES:
+    if tensor.data_type not in DTYPES and not (is_initializer and tensor.data_type in PACKED_BITS):
         raise UnsupportedModelError(
             "its element type is not supported",
             where=where,
@@ -220,7 +228,8 @@ def _check_tensor(tensor: onnx.TensorProto, where: str) -> None:
         want, got, unit = tensor_bytes(tensor), len(tensor.raw_data), "bytes"
     else:
         field = onnx.helper.tensor_dtype_to_field(tensor.data_type)
-        want, got, unit = count, len(getattr(tensor, field)), f"values in {field}"
+        want = tensor_bytes(tensor) if tensor.data_type in PACKED_BITS else count
+        got, unit = len(getattr(tensor, field)), f"values in {field}"
     if got != want:
         raise UnsupportedModelError(
             "data does not fit the shape", where=where, got=f"{got} {unit}", expected=f"{want} for {list(tensor.dims)}"
@@ -229,6 +238,8 @@ def _check_tensor(tensor: onnx.TensorProto, where: str) -> None:
 
 def tensor_bytes(tensor: onnx.TensorProto) -> int:
     """Bytes of a tensor's elements."""
+    if tensor.data_type in PACKED_BITS:
+        return -(-math.prod(tensor.dims) * PACKED_BITS[tensor.data_type] // 8)
     return math.prod(tensor.dims) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
 
 

@@ -19,8 +19,7 @@ from linattn.runtime import Program
 from onnx import TensorProto, helper, numpy_helper
 
 from tests.families.compare import LENGTHS, Family, compare
-from tests.families.noise import INT4_FACTOR, own_noise
-from tests.tolerances import BENIGN, error
+from tests.tolerances import BENIGN, INT4_OWN_NOISE, error
 
 
 def stored_keys(dump: Path) -> list[str]:
@@ -40,9 +39,8 @@ def test_int4_table_that_is_the_head_too(tmp_path: Path) -> None:
     assert keys
     assert max(Counter(keys).values()) == 1
     program = Program.load(tmp_path / "model.vmfb", parameters=params)
-    limit = INT4_FACTOR * own_noise(family, program)
     for length in LENGTHS:
-        assert (found := compare(program, family, length)).is_right(family, limit), found
+        assert (found := compare(program, family, length)).is_right(family, INT4_OWN_NOISE), found
 
 
 def test_the_smallest_model_with_an_int4_table(shared_models: Path) -> None:

@@ -217,3 +217,10 @@ def test_reordered_weights_are_refused():
     inputs = [spec(a) for a in [*operands(attributes, (1, 2)), None, np.zeros(64, np.int32)]]
     with pytest.raises(UnsupportedModelError, match="input 'g_idx' is not supported"):
         mat_mul_n_bits.parse(node_for(MICROSOFT, OP, 1, inputs, attributes, 1))
+
+
+def test_reordered_weights_in_the_place_of_zero_points():
+    attributes = shape_attributes(64, 32)
+    inputs = [spec(a) for a in [*operands(attributes, (1, 2)), np.zeros(64, np.int32)]]
+    with pytest.raises(UnsupportedModelError, match=r"input 3 is no 'zero_points' but a 'g_idx', .* got 64xi32"):
+        mat_mul_n_bits.parse(node_for(MICROSOFT, OP, 1, inputs, attributes, 1))
