@@ -41,6 +41,10 @@ def raise_convolution(node: onnx.NodeProto, values: Values, readers: Readers) ->
     if len(concat.input) != 2:
         raise NotProvenError(f"reads a Concat of {len(concat.input)} values instead of a state and an input")
     past, x = concat.input
+    if any(other.op_type == "Conv" and other.name != node.name for other in readers.of(concat.output[0])):
+        raise NotProvenError("reads a state that another Conv reads too")
+    if any(values.may_depend(name, on=concat.output[0]) for name in node.input[1:]):
+        raise NotProvenError("has a kernel or a bias that is computed from its state")
     shapes = [values.shape(name) for name in (past, x, node.input[1])]
     before, new, weight = shapes
     if before is None or new is None or weight is None or {len(before), len(new), len(weight)} != {3}:
@@ -134,7 +138,9 @@ def _bias(
         return result, following, ""
     (add,) = following
     other = next((name for name in add.input if name != result), "")
-    shape = values.shape(other) if other else None
+    if not other or values.may_depend(other, on=node.input[0]):
+        return result, following, ""
+    shape = values.shape(other)
     if shape is None or len(shape) > 3 or len(shape) < 2 or shape[-2:] != (channels, Size.of(1)):
         return result, following, ""
     if len(shape) == 3 and shape[0] != Size.of(1):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import onnx
@@ -62,18 +63,17 @@ def raise_operators(model: onnx.ModelProto) -> Raising:
 def _raise_convolutions(model: onnx.ModelProto, done: Raising) -> None:
     graph = model.graph
     structure = Values(graph, {})
-    names = [node.name for node in graph.node if is_candidate(node, structure)]
-    if not names or opset_versions(model).get("", 1) < _OLDEST:
+    candidates = [node for node in graph.node if is_candidate(node, structure)]
+    if not candidates or opset_versions(model).get("", 1) < _OLDEST:
         return
-    values = Values(graph, infer_types(model))
-    for name in names:
-        node = next(n for n in graph.node if n.name == name)
+    values, readers = Values(graph, infer_types(model)), Readers(graph)
+    found: list[Raised] = []
+    for node in candidates:
         try:
-            raised = raise_convolution(node, values, Readers(graph))
+            found.append(raise_convolution(node, values, readers))
         except NotProvenError as error:
-            done.notes.append(f"not raised: Conv '{name}' {error}")
-            continue
-        _put(model, raised, done)
+            done.notes.append(f"not raised: Conv '{node.name}' {error}")
+    _put(model, found, done)
 
 
 def _raise_scans(model: onnx.ModelProto, done: Raising) -> None:
@@ -81,56 +81,73 @@ def _raise_scans(model: onnx.ModelProto, done: Raising) -> None:
     scans = [node for node in graph.node if node.op_type == "Scan" and domain_of(node) == ""]
     if not scans:
         return
-    values = Values(graph, infer_types(model))
+    values, readers = Values(graph, infer_types(model)), Readers(graph)
+    found: list[Raised] = []
+    outcomes: list[Outcome] = []
     for node in scans:
         try:
             if opset_versions(model).get("", 1) < _OLDEST:
                 raise NotProvenError(f"is of an opset before {_OLDEST}")
-            raised, outcome = raise_scan(node, values, Readers(graph))
+            raised, outcome = raise_scan(node, values, readers)
         except NotProvenError as error:
             done.misses[node.name] = str(error)
             continue
-        _forward(graph, outcome, values)
-        _put(model, raised, done)
+        found.append(raised)
+        outcomes.append(outcome)
+    same = {name: outcome.result for outcome in outcomes for name in _results(graph, outcome, values, readers)}
+    for node in graph.node:
+        for i, name in enumerate(node.input):
+            node.input[i] = same.get(name, name)
+    _put(model, found, done)
 
 
-def _forward(graph: onnx.GraphProto, outcome: Outcome, values: Values) -> None:
-    """Read the operator's output wherever moves of the Scan's lead to it again."""
-    readers, outputs = Readers(graph), {v.name for v in graph.output}
+def _results(graph: onnx.GraphProto, outcome: Outcome, values: Values, readers: Readers) -> list[str]:
+    """The values that are the operator's output again, behind moves of the Scan's."""
+    outputs = {v.name for v in graph.output}
+    found: list[str] = []
     pending = [outcome.output]
     while pending:
         for reader in readers.of(pending.pop()):
-            if reader.op_type not in MOVES or domain_of(reader) != "":
-                continue
-            name = reader.output[0]
-            pending.append(name)
-            if name not in outputs and outcome.is_result(values, name):
-                for last in readers.of(name):
-                    for i, operand in enumerate(last.input):
-                        if operand == name:
-                            last.input[i] = outcome.result
+            if reader.op_type in MOVES and domain_of(reader) == "":
+                name = reader.output[0]
+                pending.append(name)
+                if name not in outputs and outcome.is_result(values, name):
+                    found.append(name)
+    return found
 
 
-def _put(model: onnx.ModelProto, raised: Raised, done: Raising) -> None:
-    """Put the new nodes in the place of those that made the same values, in an order in which they can run."""
+def _put(model: onnx.ModelProto, found: Sequence[Raised], done: Raising) -> None:
+    """Put new nodes in the place of those that made the same values."""
+    if not found:
+        return
     graph = model.graph
     if MICROSOFT not in opset_versions(model):
         model.opset_import.add(domain=MICROSOFT, version=1)
-    made = {name for node in raised.nodes for name in node.output if name}
-    waiting = [*(node for node in graph.node if not made & set(node.output)), *raised.nodes]
-    coming = {name for node in waiting for name in node.output if name}
-    ordered: list[onnx.NodeProto] = []
-    while waiting:
-        later: list[onnx.NodeProto] = []
-        for node in waiting:
-            if coming & read_by(node):
-                later.append(node)
-            else:
-                ordered.append(node)
-                coming -= set(node.output)
-        assert len(later) < len(waiting)  # the new values depend on what the old ones did
-        waiting = later
+    made = {name for raised in found for node in raised.nodes for name in node.output if name}
+    nodes = [*(node for node in graph.node if not made & set(node.output)), *(n for r in found for n in r.nodes)]
+    nodes = _in_order(nodes)
     del graph.node[:]
-    graph.node.extend(ordered)
-    graph.initializer.extend(raised.initializers)
-    done.notes.append(f"{_RAISED}{raised.what}")
+    graph.node.extend(nodes)
+    for raised in found:
+        graph.initializer.extend(raised.initializers)
+        done.notes.append(f"{_RAISED}{raised.what}")
+
+
+def _in_order(nodes: Sequence[onnx.NodeProto]) -> list[onnx.NodeProto]:
+    """The nodes in an order in which they can run, otherwise as they are."""
+    producers = {name: i for i, node in enumerate(nodes) for name in node.output if name}
+    ordered: list[onnx.NodeProto] = []
+    begun: set[int] = set()
+    pending = list(range(len(nodes)))[::-1]
+    ready: set[int] = set()
+    while pending:
+        place = pending[-1]
+        if place not in begun:
+            begun.add(place)
+            pending += sorted({producers[n] for n in read_by(nodes[place]) if n in producers} - begun, reverse=True)
+            continue
+        pending.pop()
+        if place not in ready:
+            ready.add(place)
+            ordered.append(nodes[place])
+    return ordered

@@ -100,6 +100,18 @@ class Values:
             return None
         return value if value.size <= MAX_ELEMENTS else None
 
+    def may_depend(self, name: str, on: str) -> bool:
+        """Whether a value may be computed from another one; also where it takes many steps to tell."""
+        pending, count = [name] if name else [], 0
+        while pending:
+            value = pending.pop()
+            count += 1
+            if value == on or count > MAX_ELEMENTS:
+                return True
+            node = self.producers.get(value)
+            pending += [n for n in node.input if n] if node is not None else []
+        return False
+
     def number(self, name: str) -> float | None:
         """The value of a constant with one element."""
         value = self.constant(name)

@@ -185,6 +185,38 @@ def test_what_is_concatenated_in_another_way_stays() -> None:
     assert "along another axis" in raise_operators(model).notes[0]
 
 
+def test_two_convolutions_of_one_state_stay() -> None:
+    """One state cannot be the state of two operators."""
+    model = convolution_model(Form(bias="", activation=""))
+    first = next(n for n in model.graph.node if n.op_type == "Conv")
+    second = copy.deepcopy(first)
+    second.name, second.output[0] = "second", "y2"
+    model.graph.node.append(second)
+    model.graph.output.append(helper.make_tensor_value_info("y2", TensorProto.FLOAT, ["B", CHANNELS, "T3"]))
+    before = copy.deepcopy(model)
+    notes = raise_operators(model).notes
+    assert len(notes) == 2
+    assert all("another Conv reads too" in note for note in notes)
+    assert model == before
+
+
+def test_a_kernel_that_is_computed_from_the_state_stays() -> None:
+    """Its operator would have to run before itself."""
+    model = convolution_model(Form(bias="", activation=""))
+    model.graph.initializer[0].name = "other"
+    place = next(i for i, n in enumerate(model.graph.node) if n.op_type == "Conv")
+    model.graph.node.insert(place, helper.make_node("ReduceMax", ["present"], ["most"], "most", keepdims=0))
+    model.graph.node.insert(place + 1, helper.make_node("Mul", ["most", "other"], ["weight"], "computed"))
+    assert "computed from its state" in raise_operators(model).notes[0]
+    model = convolution_model(Form(activation=""))
+    (reshape,) = (n for n in model.graph.node if n.op_type == "Reshape" and n.input[0] == "bias")
+    reshape.input[0] = "sum"
+    place = list(model.graph.node).index(reshape)
+    model.graph.node.insert(place, helper.make_node("ReduceMax", ["present"], ["most"], "most", keepdims=0))
+    model.graph.node.insert(place + 1, helper.make_node("Mul", ["most", "bias"], ["sum"], "computed"))
+    assert list(raised(model).input)[:3] == ["x", "weight", ""]
+
+
 def test_a_bias_of_several_rows_is_no_bias() -> None:
     """[2, C, 1] is another one for each row of the batch: the sum stays."""
     model = convolution_model(Form(activation=""))
