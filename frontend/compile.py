@@ -28,6 +28,7 @@ from .graph.index_bounds import index_bounds
 from .graph.inline_functions import inline_functions
 from .graph.join_products import join_products
 from .graph.last_position import LEAST_TOKENS, keep_last
+from .graph.masked_experts import raise_masked_experts
 from .graph.name_nodes import name_nodes
 from .graph.quantised_weights import pack_quantised_weights
 from .graph.raising.raise_operators import RAISED_OPS, raise_operators
@@ -102,11 +103,12 @@ def compile_model(
         leave_out_unused_outputs(model.proto)
         pack_quantised_weights(model)
         transpose_weights(model)
+        mixtures = raise_masked_experts(model)
     with progress.stage("pair states, plan entry points"):
         plan, graphs = _plan(model, versions, options, target)
         plan, functions = _functions(plan, graphs)
     report = describe_choices(model, plan, graphs, versions, _lowering_options(options), target)
-    report.notes += raising.notes
+    report.notes += [*raising.notes, *mixtures]
     manifest = describe_module(model, plan, report, target, options)
     compiler = Compiler(target, options.dump_ir)
     # IREE 3.13 cannot tell the memory of functions that loop over tokens, and fails.

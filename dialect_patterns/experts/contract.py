@@ -121,6 +121,7 @@ class Experts:
         fc2: The second layer.
         fc3: The factor's layer, or None.
         constant: Whether all weights, scales and zero points are weights of the model.
+        given: Whether the model has chosen already: see ``given``.
     """
 
     where: str
@@ -136,6 +137,7 @@ class Experts:
     fc2: Matrix
     fc3: Matrix | None
     constant: bool
+    given: bool = False
 
     @property
     def hidden(self) -> int:

@@ -19,6 +19,7 @@ from ..node import TensorSpec
 from ..op import LoweringContext
 from .activation import activate
 from .contract import Experts, Matrix
+from .given import given_choice
 
 
 def emit_experts_dense(context: LoweringContext, contract: Experts, operands: Sequence[ir.Value | None]) -> ir.Value:
@@ -30,7 +31,11 @@ def emit_experts_dense(context: LoweringContext, contract: Experts, operands: Se
     lead = b.shape(x)[:-1]
     x = b.refine(x, TensorSpec((*spec_of(x).shape[:-1], c.hidden), c.x.dtype))
     rows = b.cast(b.collapse(x, 0, 1) if len(lead) > 1 else x, "f32")
-    weights = _weights(b, c, router, operands[c.router_weights] if c.router_weights is not None else None)
+    weights = (
+        _given(b, c, operands)
+        if c.given
+        else _weights(b, c, router, operands[c.router_weights] if c.router_weights is not None else None)
+    )
     gate, factor = _first(b, c, rows, operands)
 
     def act(g: Scalar, f: Scalar | None = None) -> Scalar:
@@ -48,6 +53,17 @@ def emit_experts_dense(context: LoweringContext, contract: Experts, operands: Se
     )
     y = b.cast(y, c.x.dtype)
     return b.expand(y, 0, lead) if len(lead) > 1 else y
+
+
+def _given(b: Builder, c: Experts, operands: Sequence[ir.Value | None]) -> ir.Value:
+    """[T, E]: what each expert counts, where the model has chosen."""
+    experts, weights = given_choice(b, c, operands)
+    places = b.map("e->e", lambda _: b.loop_index(0).to("i32"), b.empty([c.count], "i32"), dtype="i32")
+
+    def add(total: Scalar, expert: Scalar, weight: Scalar, place: Scalar) -> Scalar:
+        return total + expert.equals(place).select(weight, Scalar.constant(0.0, "f32"))
+
+    return b.reduce("tk,tk,e->te", add, experts, weights, places, initial=0.0)
 
 
 def _weights(b: Builder, c: Experts, router: ir.Value, given: ir.Value | None) -> ir.Value:

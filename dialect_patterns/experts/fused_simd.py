@@ -33,6 +33,7 @@ from ..select import Legality, No, Yes
 from ..target import Target
 from . import simd_bits, simd_bits_direct, simd_bits_tiled, simd_direct, simd_tiled
 from .contract import Experts
+from .given import given_choice
 from .simd_layers import Layer, first_layers, second_layer
 from .simd_routing import choosing_kernel, grouping_kernel, most_tiles
 from .simd_rows import activating_kernel, combining_kernel, gathering_kernel
@@ -86,10 +87,13 @@ def emit_experts_fused_simd(
     x = b.refine(x, TensorSpec((*spec_of(x).shape[:-1], c.hidden), c.x.dtype))
     rows = b.collapse(x, 0, 1) if len(lead) > 1 else x
     tokens = b.dim(rows, 0)
-    given = [operands[c.router_weights]] if c.router_weights is not None else []
-    logits = [value for value in (router, *given) if value is not None]
-    kernel = for_machines(target, lambda machine: choosing_kernel(c, machine))
-    experts, weights = dispatch(b, kernel, logits, tokens, tokens)
+    if c.given:
+        experts, weights = given_choice(b, c, operands)
+    else:
+        given = [operands[c.router_weights]] if c.router_weights is not None else []
+        logits = [value for value in (router, *given) if value is not None]
+        kernel = for_machines(target, lambda machine: choosing_kernel(c, machine))
+        experts, weights = dispatch(b, kernel, logits, tokens, tokens)
     emit = _direct if is_direct(c, target) else _grouped
     y = emit(context, c, operands, rows, experts, weights, tokens)
     return b.expand(y, 0, lead) if len(lead) > 1 else y

@@ -24,6 +24,7 @@ from ..select import Legality, No, Yes
 from ..target import Target
 from . import simd_bits
 from .contract import Experts
+from .given import given_choice
 from .simd_layers import Layer, first_layers, second_layer
 from .simt_groups import emit_groups
 from .simt_product import VECTOR, Items, Weights, emit_product
@@ -40,7 +41,7 @@ def is_legal(contract: Experts, target: Target) -> Legality:
         return No(f"{target.name} is not a GPU")
     if not c.constant:
         return No("the experts are not weights of the model")
-    if choice_bytes(c) > target.workgroup_memory:
+    if not c.given and choice_bytes(c) > target.workgroup_memory:
         return No(f"{c.count} experts do not fit into the memory of a workgroup")
     if c.hidden % VECTOR or c.inner % VECTOR:
         return No(f"{c.hidden} or {c.inner} elements are not whole vectors of {VECTOR}")
@@ -94,8 +95,11 @@ def emit_experts_fused_simt(
     rows = b.collapse(x, 0, 1) if len(lead) > 1 else x
     tokens = b.dim(rows, 0)
     size = b.mul(tokens, c.chosen)
-    given = operands[c.router_weights] if c.router_weights is not None else None
-    experts, weights = emit_choice(context, c, router, given)
+    if c.given:
+        experts, weights = (b.collapse(value, 0, 1) for value in given_choice(b, c, operands))
+    else:
+        given = operands[c.router_weights] if c.router_weights is not None else None
+        experts, weights = emit_choice(context, c, router, given)
     tile = rows_of_a_tile(c)
     items = Items(size, 1, experts, None)
     if tile > 1:

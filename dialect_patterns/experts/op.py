@@ -1,4 +1,4 @@
-"""The operator entries of MoE and QMoE: which strategy, and lowering with it."""
+"""The operator entries of MoE, QMoE and ChosenExperts: which strategy, and lowering with it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import replace
 
 from iree.compiler import ir
 
-from ..op import MICROSOFT, Choice, LoweringContext, LoweringOptions, Op
+from ..op import INTERNAL, MICROSOFT, Choice, LoweringContext, LoweringOptions, Op
 from ..select import Strategy, Yes, always, select, wherever_legal
 from ..target import Target
-from . import dense, fused_simd, fused_simt
+from . import dense, fused_simd, fused_simt, given
 from .contract import Experts, output_types, parse
 
 STRATEGIES = (
@@ -39,4 +39,7 @@ def lower(context: LoweringContext, contract: Experts, operands: Sequence[ir.Val
     return [dense.emit_experts_dense(context, contract, operands)]
 
 
-OPS = tuple(Op(MICROSOFT, name, 1, parse, output_types, lower, choose) for name in ("MoE", "QMoE"))
+OPS = (
+    *(Op(MICROSOFT, name, 1, parse, output_types, lower, choose) for name in ("MoE", "QMoE")),
+    Op(INTERNAL, given.CHOSEN_EXPERTS, 1, given.parse, output_types, lower, choose),
+)

@@ -15,7 +15,9 @@ from tests.families.compare import LENGTHS, Family, compare
 # Family -> what stands between its states: a Concat of caches; nothing at all, the states are found by name.
 RAISED = "nemotron_h--mobius-onnx-standard-f32"
 """Its recurrences are Scans, its convolutions Conv between Concat and Slice."""
-FAMILIES = ("nemotron_h--mobius-qnn-f32", "mamba_m--mobius-default-f32", RAISED)
+EXPERTS = "lfm2_moe--genai-cpu-int4"
+"""Experts of int4 behind a router of sigmoid, TopK and ScatterElements, a table of int4."""
+FAMILIES = ("nemotron_h--mobius-qnn-f32", "mamba_m--mobius-default-f32", RAISED, EXPERTS)
 
 
 @cache
