@@ -172,9 +172,24 @@ def refuse_padding(manifest: Manifest, spec: InputSpec, mask: HostArray) -> None
     Raises:
         InputError: There are zeros.
     """
-    if not mask.all() and any(state.kind in ("recurrent", "conv") for state in manifest.states):
+    if not mask.all() and _is_recurrent(manifest):
         hint = "pass rows of different length separately, or leave the mask out"
         raise InputError("padding would enter the state", where=spec.name, got="zeros", expected="ones", hint=hint)
+
+
+def refuse_other_columns(manifest: Manifest, spec: InputSpec, mask: HostArray, known: HostArray) -> None:
+    """Refuses another mask of the committed tokens than theirs, where the model has recurrent or conv states.
+
+    Raises:
+        InputError: They differ.
+    """
+    if _is_recurrent(manifest) and not np.array_equal(mask, known):
+        hint = "pass the mask of the new tokens alone"
+        raise InputError("another mask of tokens that the states have seen", where=spec.name, hint=hint)
+
+
+def _is_recurrent(manifest: Manifest) -> bool:
+    return any(state.kind in ("recurrent", "conv") for state in manifest.states)
 
 
 def check_indices(manifest: Manifest, feeds: Mapping[str, HostArray]) -> None:

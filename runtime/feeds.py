@@ -127,7 +127,12 @@ def _merge_mask(
         return None
     sizes.bind(spec.name, spec.shape, given)
     arrays[spec.name] = given
-    if given.all():
+    if axis is None:
+        binding.refuse_padding(m, spec, given)
         return None
-    binding.refuse_padding(m, spec, given)
-    return given.copy() if axis is not None else None
+    columns = np.moveaxis(given, axis, -1)
+    if known is not None:  # columns before a shorter row of the batch are no padding: nothing was there
+        binding.refuse_other_columns(m, spec, columns[..., :past], np.moveaxis(known, axis, -1))
+        columns = columns[..., past:]
+    binding.refuse_padding(m, spec, columns)
+    return None if given.all() else given.copy()

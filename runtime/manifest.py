@@ -199,6 +199,8 @@ class Manifest:
         dims: Role of each symbolic name in the shapes: `batch` | `tokens` | `past` | `total` | `open`.
         nodes: Rows of the compile report, opaque to the runtime.
         parameters: Weights beside the module, or None.
+        row_masks: Whether the rows of a batch may be of different lengths: what the mask hides from a row, it does not
+            see. Optional in the JSON.
         producer: Versions that made it.
         format: Version of this format.
     """
@@ -216,6 +218,7 @@ class Manifest:
     dims: Mapping[str, str]
     nodes: tuple[Any, ...] = ()
     parameters: Parameters | None = None
+    row_masks: bool = False
     producer: Mapping[str, str] | None = None
     format: int = FORMAT
 
@@ -254,6 +257,7 @@ class Manifest:
                 "states": [asdict(spec) for spec in self.states],
                 "entry_points": [asdict(entry) for entry in self.entry_points],
                 "dims": dict(self.dims),
+                "row_masks": self.row_masks,
                 "nodes": list(self.nodes),
                 "parameters": asdict(self.parameters) if self.parameters else None,
             },
@@ -381,6 +385,7 @@ def _build(top: Reader, where: str) -> Manifest:
         dims={name: str(role) for name, role in top.raw_object("dims").items()},
         nodes=tuple(top.array("nodes")),
         parameters=Parameters(parameters.text("scope"), parameters.text("file")) if parameters else None,
+        row_masks=top.flag("row_masks", missing_ok=True),
         producer={name: str(version) for name, version in producer.items()},
     )
 

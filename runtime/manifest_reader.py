@@ -69,9 +69,9 @@ class Reader:
             raise self._wrong(key, value, " | ".join(choices))
         return str(value)
 
-    def flag(self, key: str) -> bool:
+    def flag(self, key: str, *, missing_ok: bool = False) -> bool:
         """A truth value."""
-        value = self.get(key)
+        value = self._fields.get(key, False) if missing_ok else self.get(key)
         if not isinstance(value, bool):
             raise self._wrong(key, value, "true | false")
         return value

@@ -11,8 +11,11 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Self
 
+from numpy.typing import ArrayLike
+
 from . import binding
 from .arrays import as_array
+from .batch import Batch, read_prompts
 from .binding import Sizes
 from .choice import Choice
 from .cpu import chosen_level
@@ -178,6 +181,25 @@ class Program(Owned):
         session = Session(self, batch, window, snapshot)
         self.adopt(session)
         return session
+
+    def batch(self, prompts: Sequence[ArrayLike]) -> Batch:
+        """Reads prompts of different lengths and puts them into one batch, which goes on together.
+
+        Each row is as if it were alone: `session, logits = program.batch([[1, 2, 3], [4, 5]])`, then
+        `session.run({"input_ids": [[6], [7]]})` and so on. Shorter rows stand at the end of the columns, behind masked
+        ones; `session.position` counts the columns. With an open batch each prompt is read by itself; with a fixed one
+        all are, as long as the longest.
+
+        Args:
+            prompts: Token ids of each row, at least one token.
+
+        Raises:
+            InputError: No prompt, an empty one, or another number than the fixed batch.
+            StateError: Different lengths in a model whose attention goes by the number of tokens and not by the mask
+                (GroupQueryAttention), or more tokens than fit.
+            TargetError: A call failed on the device.
+        """
+        return read_prompts(self, prompts)
 
     def adopt(self, holder: Session | Snapshot) -> None:
         """Lets `close` free what a session or a snapshot holds."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import threading
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,6 +20,7 @@ from .feeds import Call, block_inputs, check_room, prepare
 from .held import Held
 from .manifest import EntryPoint, OutputSpec, StateSpec
 from .owned import Owned
+from .rows import Row, gather
 from .saved import load_states, save_states
 from .snapshot import Snapshot
 from .state import read_state, state_shape, upload_state
@@ -193,6 +195,41 @@ class Session(Owned):
         with self._exclusive():
             return self._run(inputs, logits == "last")
 
+    def rows(self, indices: Sequence[int]) -> None:
+        """Makes these rows the batch: some dropped, some several times, in any order, copied on the device.
+
+        What `rollback` went back to is gone.
+
+        Args:
+            indices: Which rows, from 0 on, at least one; as many as B where the module has a fixed batch.
+
+        Raises:
+            InputError: There is no such row, or another number of rows than the module has.
+            StateError: The batch is open and nothing has run.
+        """
+        with self._exclusive():
+            now = self._started()
+            rows = self._check_rows(indices)
+            if not rows or self._manifest.batch not in (None, len(rows)):
+                expected = self._manifest.batch or "at least one row"
+                raise InputError("wrong number of rows", where="indices", got=len(rows), expected=expected)
+            self._gather([(now, row) for row in rows])
+
+    def reset_rows(self, indices: Sequence[int]) -> None:
+        """Starts these rows anew, beside others that go on; what `rollback` went back to is gone.
+
+        Args:
+            indices: Which rows, from 0 on.
+
+        Raises:
+            InputError: There is no such row.
+            StateError: The model's rows must be of one length (see `Program.batch`), or nothing has run.
+        """
+        with self._exclusive():
+            now = self._started()
+            rows = self._check_rows(indices)
+            self._gather([None if row in rows else (now, row) for row in range(now.batch or 0)])
+
     @property
     def states(self) -> StateViews:
         """The states by name: `states["past.0.recurrent"].numpy()` is a copy of one, `states.numpy()` of all."""
@@ -290,6 +327,16 @@ class Session(Owned):
     def _commit(self, new: Held) -> None:
         """Holds something more; what was there is kept for `rollback` as far as the window goes."""
         self._replace([*self._line, new][-1 - self._window :])
+
+    def _check_rows(self, indices: Sequence[int]) -> list[int]:
+        rows, batch = [operator.index(row) for row in indices], self.batch or 0
+        wrong = [row for row in rows if not 0 <= row < batch]
+        if wrong:
+            raise InputError("no such row", where="indices", got=wrong[0], expected=f"0 to {batch - 1}")
+        return rows
+
+    def _gather(self, rows: Sequence[Row]) -> None:
+        self._replace([gather(self._manifest, self._program.device, rows, self.position)])
 
     def _put(self, now: Held, spec: StateSpec, array: DeviceArray) -> None:
         self._replace([*self._line[:-1], now.with_array(self._manifest, spec, array)])

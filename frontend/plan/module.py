@@ -9,6 +9,7 @@ from typing import Any
 from linattn.runtime.manifest import Manifest, Parameters
 from linattn.runtime.manifest import Target as ManifestTarget
 
+from ..graph.row_masks import has_row_masks
 from ..lower.parameters import PARAMETER_SCOPE
 from ..model import LoadedModel
 from ..options import CompileOptions
@@ -54,5 +55,6 @@ def describe_module(
         dims=plan.roles.roles,
         nodes=nodes,
         parameters=Parameters(PARAMETER_SCOPE, options.params.name) if options.params else None,
+        row_masks=has_row_masks(model.proto.graph, plan.pairs),
         producer=versions,
     )

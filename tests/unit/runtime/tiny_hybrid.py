@@ -64,6 +64,7 @@ class Hybrid:
                 ),
             ),
             entry_points=tuple(_entry(tokens) for tokens in self.blocks),
+            row_masks=True,
             dims={
                 "batch_size": "batch",
                 "sequence_length": "tokens",
