@@ -124,10 +124,10 @@ def test_rollback_of_the_whole_last_call(target: str) -> None:
     for tokens in (1, 2, 7, 8, 9, 17):
         run(session, 100, 100 + tokens)
         caches = session._line[-1].lease.caches
-        for spec, cache in zip(caches.specs, caches.arrays, strict=True):
-            poison = session.program.device.upload(np.full(cache.shape, np.nan, np.float32), "float32")
-            rows = row_regions(cache, spec.length_axis or 0, 20, 20 + tokens)
-            session.program.device.move([Move(poison, cache, rows)])
+        for spec, array in zip(caches.specs, caches.arrays, strict=True):
+            poison = session.program.device.upload(np.full(array.shape, np.nan, np.float32), "float32")
+            rows = row_regions(array, spec.length_axis or 0, 20, 20 + tokens)
+            session.program.device.move([Move(poison, array, rows)])
         session.rollback(tokens)
         fork = session.fork()
         np.testing.assert_array_equal(steps(fork, 20, 2), expected(target)[:, :2])
