@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from iree.compiler import ir
+from linattn.runtime.errors import UnsupportedModelError
 
 from ..checks import float_input, refuse_outputs, require_dtype, require_shape
 from ..emit.builder import Builder, Size, spec_of
@@ -54,6 +55,7 @@ class GroupQueryAttention:
         scale: Factor on q . k.
         softcap: c in c * tanh(s / c), 0 for none.
         window: How many keys before its own position a query sees (local_window_size - 1), None for all.
+        window_sized: Whether the ONNX form's past is a buffer for the window alone.
         rotation: How the op rotates queries and keys itself, None if they come rotated.
         norm_epsilons: Of the norm of each head of queries and of keys; None without their weights.
         sinks: Whether the softmax of each query head sees something beside its keys: the scores of head_sink, or 0.
@@ -72,6 +74,7 @@ class GroupQueryAttention:
     scale: float
     softcap: float
     window: int | None
+    window_sized: bool
     rotation: Rotary | None
     norm_epsilons: tuple[float, float] | None
     sinks: bool
@@ -128,9 +131,6 @@ def parse(node: Node) -> GroupQueryAttention:
     if bias is not None:
         require_dtype(node, "attention_bias", bias, query.dtype)
     window = node.attr("local_window_size", -1)
-    if node.attr("sliding_window_cache", 0) and not (capacity and window > 0):
-        raise node.error("attribute 'sliding_window_cache'", got=1, expected="a window, and a cache of fixed capacity",
-                         hint="compile with --max-context N")  # fmt: skip
     sink = node.input(11)
     if sink is not None:
         require_shape(node, "head_sink", sink, (q_heads,))
@@ -146,6 +146,7 @@ def parse(node: Node) -> GroupQueryAttention:
         scale=node.attr("scale", 0.0) or 1.0 / math.sqrt(size),
         softcap=node.attr("softcap", 0.0),
         window=window - 1 if window >= 0 else None,
+        window_sized=node.attr("sliding_window_cache", 0) == 1,
         rotation=_parse_rotation(node, query, size) if node.attr("do_rotary", 0) else None,
         norm_epsilons=_parse_norms(node, query, size),
         sinks=sink is not None or node.attr("smooth_softmax", 0) == 1,
@@ -205,7 +206,14 @@ def _past_lengths(b: Builder, seqlens: ir.Value, batch: Size, length: Size) -> i
 def lower(
     context: LoweringContext, contract: GroupQueryAttention, operands: Sequence[ir.Value | None]
 ) -> list[ir.Value | None]:
-    """Write the cache, then attend over it."""
+    """Write the cache, then attend over it.
+
+    Raises:
+        UnsupportedModelError: for a past of the window alone.
+    """
+    if contract.window_sized and not contract.capacity:
+        raise UnsupportedModelError("attribute 'sliding_window_cache'", where=contract.where, got=1, expected="0 where "
+                                    "the context is open", hint="compile with --max-context N")  # fmt: skip
     b, heads = context.builder, contract.heads
     inputs = [*operands, *[None] * (17 - len(operands))]
     seqlens, bias = inputs[5], inputs[10]

@@ -245,7 +245,6 @@ def test_refusals():
     decode = CASES["decode"][0]
     assert "num_heads" in refused(decode, {"num_heads": 3})
     assert "query" in refused(decode, {"num_heads": 6, "kv_num_heads": 3})
-    assert "sliding_window_cache" in refused(decode, {"sliding_window_cache": 1, "local_window_size": 4})
     assert "k_quant_type" in refused(decode, {"k_quant_type": "PER_TENSOR"})
     assert "surprise" in refused(decode, {"surprise": 1})
     assert "head_sink" in refused([*decode, *[None] * 4, normal(HQ + 1)], {})
@@ -261,3 +260,5 @@ def test_refusals():
     assert "cos_cache" in refused(decode, {"do_rotary": 1})
     assert "attention_bias" in refused(bias(decode, 2, HQ), {})
     assert "type" in refused([a.astype(np.int32) for a in decode], {})
+    with pytest.raises(UnsupportedModelError, match=r"sliding_window_cache.*--max-context N"):
+        run_open("GroupQueryAttention", decode, {**COUNTS, "sliding_window_cache": 1, "local_window_size": 4}, **OP)
