@@ -17,7 +17,6 @@ _BITS: dict[int, int] = {
     onnx.TensorProto.FLOAT16: 11,
     onnx.TensorProto.BFLOAT16: 8,
     onnx.TensorProto.FLOAT: 24,
-    onnx.TensorProto.DOUBLE: 53,
 }
 """Bits of a float's significand. bf16 and f16 do not contain each other: a cast between them rounds."""
 
@@ -98,7 +97,7 @@ def _cast(run: Interpreter, node: onnx.NodeProto, known: Mapping[str, Tensor]) -
     before = run.type_of(node.input[0])
     after = run.type_of(node.input[1]) if node.op_type == "CastLike" else int(str(attributes_of(node)["to"]))
     if before not in _BITS or after not in _BITS:
-        raise NotProvenError("converts from or to what is no float")
+        raise NotProvenError("converts from or to another type than f32, f16 and bf16")
     loses = before != after and (
         _BITS[after] < _BITS[before] or {before, after} == {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
     )

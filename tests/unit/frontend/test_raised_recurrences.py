@@ -363,6 +363,13 @@ def decay_per_value(s: Step) -> tuple[str, str]:
     return state, g.op("Squeeze", g.op("MatMul", s.row(s.q), state), g.ints(-2))
 
 
+def computes_in_doubles(s: Step) -> tuple[str, str]:
+    """The operator's f32 would be less."""
+    wide = [s.g.op("Cast", name, to=onnx.TensorProto.DOUBLE) for name in (s.state, s.q, s.k, s.v)]
+    state, output = by_matmul(Step(s.g, *wide))
+    return s.g.op("Cast", state, to=SINGLE), s.g.op("Cast", output, to=SINGLE)
+
+
 NEAR = {
     "takes away before the decay": ("gated_delta", undecayed_retrieval, "before the decay, not after it"),
     "decays after the update": ("gated", decay_after_update, "something else than key times value"),
@@ -382,6 +389,7 @@ NEAR = {
     "an output a key": ("linear", output_per_key, "does not sum over the keys"),
     "an output stretched": ("linear", output_stretched, "of other axes than"),
     "an output over all heads": ("linear", output_over_heads, "does not sum over the keys alone"),
+    "doubles": ("linear", computes_in_doubles, "another type than f32"),
     "decay per value": ("gated", decay_per_value, "neither per head nor per key"),
 }
 
@@ -397,6 +405,15 @@ def test_near_misses_stay_as_they_are(case: str) -> None:
     assert re.search(reason, miss), miss
     assert name in {node.name for node in model.graph.node if node.op_type == "Scan"}
     assert model == before
+
+
+def test_the_error_for_a_loop_that_stays_says_what_stood_in_the_way() -> None:
+    with pytest.raises(UnsupportedModelError) as error:
+        compile_model(recurrence_model("gated", reads_before))
+    text = str(error.value)
+    assert re.search("node 'Scan_\\d+': the operator ai.onnx.Scan is not supported", text), text
+    assert "it computes an output from the state before the update" in text
+    assert "\n" not in text
 
 
 @pytest.mark.parametrize(("size", "reason"), [("dk", "over the keys alone"), ("dv", "of size 1|values' size is 1")])
