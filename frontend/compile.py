@@ -224,9 +224,9 @@ def _plan(
                 f"the model takes one token a call (node '{single}'): prompts go through decode"
             )
             break
-        check_contracts(specialized.proto.graph, specialized.types, versions)
+        contracts = check_contracts(specialized.proto.graph, specialized.types, versions)
         check_operands(specialized, versions)
-        check_memory(specialized, entry.symbol, options.max_memory)
+        check_memory(specialized, contracts, entry.symbol, options.max_memory)
         graphs.append(join_products(specialized, versions, target.capabilities, _lowering_options(options)))
     bounds = index_bounds(graphs, [spec.name for spec in plan.inputs])
     inputs = tuple(dataclasses.replace(spec, bounds=bounds.get(spec.name)) for spec in plan.inputs)

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 
 import onnx
+from linattn.dialect_patterns.experts.contract import Experts
 from linattn.runtime.errors import UnsupportedModelError
 
 from .graph.schema import spec_of_type
@@ -27,16 +28,18 @@ _WORK_PER_WEIGHT = 1024
 MAX_PREFILL_BLOCKS = 32
 """Each size is a function of its own to compile."""
 
-_PRODUCTS = frozenset(
-    {"MatMul", "Gemm", "Einsum", "Conv", "ConvTranspose", "ConvInteger", "MatMulInteger", "Attention"}
-)
+_EXPERTS = frozenset({"MoE", "QMoE"})
+_PRODUCTS = _EXPERTS | {
+    "MatMul", "Gemm", "Einsum", "Conv", "ConvTranspose", "ConvInteger", "MatMulInteger", "Attention"
+}  # fmt: skip
 
 
-def check_memory(graph: SpecializedGraph, symbol: str, limit: int) -> None:
+def check_memory(graph: SpecializedGraph, contracts: Mapping[str, object], symbol: str, limit: int) -> None:
     """Refuse an entry point that needs more memory than ``limit``; sizes that are open count as 1.
 
     Args:
         graph: Its graph, with all types.
+        contracts: Of its nodes, by name.
         symbol: Its name, for the error.
         limit: Bytes.
 
@@ -69,10 +72,18 @@ def check_memory(graph: SpecializedGraph, symbol: str, limit: int) -> None:
                 where=f"node '{node.name}' ({node.op_type})", got=f"{work} multiplications",
                 expected=f"up to {_MAX_WORK + _WORK_PER_WEIGHT * elements}", hint="compute them before the export",
             )  # fmt: skip
-    _check_call(proto, sizes, constants, symbol, limit)
+    scratch = {name: contract.scratch_bytes for name, contract in contracts.items() if isinstance(contract, Experts)}
+    _check_call(proto, sizes, scratch, constants, symbol, limit)
 
 
-def _check_call(graph: onnx.GraphProto, sizes: Mapping[str, int], constants: set[str], symbol: str, limit: int) -> None:
+def _check_call(
+    graph: onnx.GraphProto,
+    sizes: Mapping[str, int],
+    scratch: Mapping[str, int],
+    constants: set[str],
+    symbol: str,
+    limit: int,
+) -> None:
     """The memory of a call: what is there while each node runs, freed after its last reader."""
     last = {name: index for index, node in enumerate(graph.node) for name in node.input}
     kept = {v.name for v in (*graph.input, *graph.output)}
@@ -81,8 +92,9 @@ def _check_call(graph: onnx.GraphProto, sizes: Mapping[str, int], constants: set
         raise _too_much(symbol, "model", "a call's inputs, states and outputs", live, limit)
     for index, node in enumerate(graph.node):
         live += sum(sizes.get(name, 0) for name in node.output if name not in kept and name not in constants)
-        if live > limit:
-            raise _too_much(symbol, f"node '{node.name}' ({node.op_type})", "all that a call holds there", live, limit)
+        held = live + scratch.get(node.name, 0)
+        if held > limit:
+            raise _too_much(symbol, f"node '{node.name}' ({node.op_type})", "all that a call holds there", held, limit)
         done = {name for name in (*node.input, *node.output) if last.get(name, -1) <= index}
         live -= sum(sizes.get(name, 0) for name in done if name not in kept and name not in constants)
 

@@ -33,6 +33,7 @@ _QUANTISED = (
     "quant_type", "accuracy_level", "weights_prepacked",
 )  # fmt: skip
 _MAX_EXPERTS = 2048
+_MAX_TILE = 12  # rows
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,13 @@ class Experts:
     def gated(self) -> bool:
         """Whether a gate is multiplied by a factor."""
         return self.layout != "plain"
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Memory between the kernels: rows in f32, of each token's experts in whole tiles, or of all experts."""
+        rows = self.rows or 1
+        count = rows * self.chosen + self.count * _MAX_TILE if self.constant else rows * self.count
+        return 4 * count * (2 * self.hidden + 3 * self.inner)
 
     @property
     def matrices(self) -> tuple[Matrix, ...]:

@@ -31,10 +31,11 @@ def transpose_weights(model: LoadedModel) -> None:
     if not transposed:
         return
     matrices = {name for node in graph.node for name in _matrix(node)}
+    taken = {tensor.name for tensor in graph.initializer} | {name for node in graph.node for name in node.output}
     turned: dict[str, str] = {}
     for source in dict.fromkeys(transposed[name] for name in matrices if name in transposed):
         if source not in matrices:  # else products read it both ways round
-            turned[source] = _add_transposed(model, weights[source])
+            turned[source] = _add_transposed(model, weights[source], taken)
     for node in graph.node:
         if node.op_type == "MatMul" and domain_of(node) == "" and transposed.get(node.input[1]) in turned:
             node.input[1] = turned[transposed[node.input[1]]]
@@ -69,13 +70,13 @@ def _look_up_columns(node: onnx.NodeProto, weight: str) -> None:
     del node.attribute[:]
 
 
-def _add_transposed(model: LoadedModel, tensor: onnx.TensorProto) -> str:
+def _add_transposed(model: LoadedModel, tensor: onnx.TensorProto, taken: set[str]) -> str:
     """The name of a new weight, which is a view of the file where the old one lies in one."""
     graph = model.proto.graph
-    taken = {other.name for other in graph.initializer} | {name for node in graph.node for name in node.output}
     name = f"{tensor.name}.transposed"
     while name in taken:
         name += "_"
+    taken.add(name)
     if tensor.data_location == onnx.TensorProto.EXTERNAL:
         model.weights[name] = model.weights[tensor.name].T
         model.derived.add(name)

@@ -126,6 +126,26 @@ def test_open_tokens() -> None:
     check(cases, np.float32, CompileOptions(batch=None), open_tokens=True)
 
 
+@pytest.mark.parametrize("tokens", [3, 65])
+def test_a_router_without_numbers(tokens: int) -> None:
+    """NaN and inf choose some experts or others; what they choose is no matter of the other tokens."""
+    case = replace(ALL["int4-b16-3"], name="nan", tokens=tokens)
+    model, feeds = model_of([case], np.float32)
+    program = Program.load(compile_model(model, CompileOptions()).module)
+    want = program.run(feeds)["y0"]
+    logits = feeds["in0_1"].copy()
+    logits[1], logits[2, :2] = np.nan, (np.inf, -np.inf)
+    got = program.run({**feeds, "in0_1": logits})["y0"]
+    others = [t for t in range(tokens) if t not in (1, 2)]
+    assert np.array_equal(got[others], want[others])
+
+
+def test_memory_between_the_kernels_is_counted() -> None:
+    model, _ = model_of([Case("wide", 65, experts=64, k=64, hidden=16, inner=16, bias=False)], np.float32)
+    with pytest.raises(UnsupportedModelError, match="all that a call holds there takes too much memory"):
+        compile_model(model, CompileOptions(max_memory=1 << 20))
+
+
 @pytest.mark.parametrize("case", [COMMON[2], OTHERS[4], QUANTISED[1], QUANTISED[3]], ids=lambda case: case.name)
 def test_dense(case: Case) -> None:
     """The portable form, which takes weights that the model computes."""
