@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from linattn.runtime import Program
+from linattn.runtime import Program, Snapshot
 from linattn.runtime.errors import LinattnError
 from linattn.runtime.session import Session
 from tiny_hybrid import Hybrid, open_form, reference
@@ -29,6 +29,7 @@ class Twin:
 
     session: Session
     ids: np.ndarray = field(default_factory=lambda: np.zeros((1, 0), np.int64))
+    snapshots: list[tuple[Snapshot, np.ndarray]] = field(default_factory=list[tuple[Snapshot, np.ndarray]])
 
     def check(self) -> None:
         """Position and states are those of `ids`."""
@@ -66,7 +67,7 @@ def _odd(rng: random.Random, batch: int, tokens: int) -> dict[str, Any]:
 def _step(rng: random.Random, twin: Twin) -> None:
     """One call, and what it must have changed."""
     session, batch = twin.session, twin.ids.shape[0]
-    kind = rng.randrange(10)
+    kind = rng.randrange(14)
     if kind < 5:
         tokens = rng.choice([0, 1, 1, 2, 3, 5, 9])
         new = np.array([rng.randrange(50) for _ in range(batch * tokens)], np.int64).reshape(batch, tokens)
@@ -100,6 +101,28 @@ def _step(rng: random.Random, twin: Twin) -> None:
     elif kind == 8:
         with suppress(LinattnError):
             session.program.run(_odd(rng, batch, rng.choice([1, 3])))
+    elif kind == 9:
+        twin.snapshots.append((session.snapshot(), twin.ids))
+    elif kind == 10 and twin.snapshots:
+        snapshot, twin.ids = rng.choice(twin.snapshots)
+        if rng.random() < 0.5:
+            session.restore(snapshot)
+        else:
+            twin.session = session.program.session(snapshot, window=rng.choice([0, 1, 3]))
+    elif kind == 11:
+        other = session.fork()
+        if rng.random() < 0.5:
+            twin.session, other = other, session
+        with suppress(LinattnError):  # the one that is gone goes on first
+            other.run({"input_ids": np.ones((batch, 2), np.int64)})
+    elif kind == 12:
+        tokens = rng.randrange(4)
+        try:
+            session.rollback(tokens)
+        except LinattnError:
+            assert tokens
+        else:
+            twin.ids = twin.ids[:, : twin.ids.shape[1] - tokens]
     else:
         twin.check()
 
@@ -119,7 +142,7 @@ def case(rng: random.Random, folder: Path) -> str:
     program = rng.choice(prepare())
     batch = program.manifest.batch or rng.choice([1, 3])
     twins = [
-        Twin(program.session(batch=batch), np.zeros((batch, 0), np.int64)) for _ in range(rng.choice([1, 1, 2, 4]))
+        Twin(program.session(batch=batch, window=2), np.zeros((batch, 0), int)) for _ in range(rng.choice([1, 1, 2, 4]))
     ]
     failures: list[BaseException] = []
     seeds = [random.Random(rng.random()) for _ in twins]

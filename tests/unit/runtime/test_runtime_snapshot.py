@@ -393,3 +393,17 @@ def test_eight_threads_fork_from_one_snapshot(load: Load) -> None:
     assert not any(thread.is_alive() for thread in threads)
     assert not wrong
     assert_goes_on(session, ids)
+
+
+def test_an_error_that_somebody_keeps_costs_no_copy(cpu: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its traceback holds what the failed call had taken."""
+    session = cpu.session()
+    run(session, some_ids(3))
+    with monkeypatch.context() as patch:
+        patch.setattr(cpu, "call", lambda *_: (_ for _ in ()).throw(TargetError("injected")))
+        with pytest.raises(TargetError) as kept:
+            run(session, some_ids(3))
+    with allocations(monkeypatch) as sizes:
+        run(session, some_ids(3))
+    assert session.snapshot().held.lease.caches.arrays[0].nbytes not in sizes
+    assert kept.value.args == ("injected",)
