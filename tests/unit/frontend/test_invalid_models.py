@@ -177,7 +177,7 @@ INVALID = {
     ),
     "an initializer of nothing": (tensor(dims=[3]), "initializer 'w': data does not fit the shape"),
     "an initializer of negative size": (tensor(dims=[-2]), "initializer 'w': impossible shape, got [-2]"),
-    "an initializer of 4 bits": (tensor(data_type=TensorProto.INT4), "initializer 'w': its element type is not"),
+    "an initializer of 8-bit floats": (tensor(data_type=TensorProto.FLOAT8E4M3FN), "initializer 'w': its element type"),
     "an initializer of no known type": (tensor(data_type=77), "initializer 'w': its element type"),
     "an initializer elsewhere": (
         tensor(data_location=TensorProto.EXTERNAL),
