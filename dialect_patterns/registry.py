@@ -23,6 +23,7 @@ from .norms import (
 )
 from .op import Op
 from .rotary import m_rotary_embedding, rotary_embedding
+from .tensor_scatter import op as tensor_scatter
 
 OPS: tuple[Op, ...] = (
     *linear_attention.OPS,
@@ -42,6 +43,7 @@ OPS: tuple[Op, ...] = (
     *simplified_layer_normalization.OPS,
     *skip_simplified_layer_normalization.OPS,
     *rms_normalization.OPS,
+    *tensor_scatter.OPS,
     *mat_mul.OPS,
     *joined.OPS,
 )

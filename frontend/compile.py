@@ -24,6 +24,7 @@ from linattn.runtime.text.files import TextFiles
 
 from .graph.bind_dims import bind_dims
 from .graph.check_operands import check_operands
+from .graph.expand_swish import expand_swish
 from .graph.index_bounds import index_bounds
 from .graph.inline_functions import inline_functions
 from .graph.join_products import join_products
@@ -95,8 +96,9 @@ def compile_model(
         inline_functions(model.proto)
         name_nodes(model.proto.graph)
         # This says more of an unknown operator than ONNX's checker.
-        check_supported(model.proto.graph.node, opset_versions(model.proto), passed=RAISED_OPS)
+        check_supported(model.proto.graph.node, opset_versions(model.proto), passed=(*RAISED_OPS, "Swish"))
         check_graph(model.proto)
+        expand_swish(model.proto.graph)
         raising = raise_operators(model.proto)
         versions = opset_versions(model.proto)
         check_supported(model.proto.graph.node, versions, raising.misses)

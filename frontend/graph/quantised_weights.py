@@ -25,6 +25,7 @@ from onnx import numpy_helper
 
 from ..model import LoadedModel
 from .drop_unused import drop_unused
+from .names import Names
 from .packing import BITS, Array, PackedMatrix, default_zeros, levels, pack, packed_matrix
 from .schema import attributes_of, domain_of, opset_versions
 from .validate import PACKED_BITS
@@ -54,7 +55,7 @@ class Repacking:
                 self._readers.setdefault(name, []).append(node)
         self._matrices: dict[tuple[str, int], tuple[PackedMatrix, list[str]]] = {}
         self._views: dict[str, onnx.NodeProto] = {}
-        self._names = {*self._tensors, *(name for node in self._graph.node for name in node.output)}
+        self._names = Names(self._graph)
 
     def run(self) -> None:
         """Change the graph."""
@@ -141,7 +142,7 @@ class Repacking:
         columns, blocks, size = matrix.packed.shape
         if matrix.depth != blocks * matrix.block:
             raise self._refused(node, f"rows of {matrix.depth} in blocks of {matrix.block} are not supported here")
-        sizes, table = f"{node.name}.sizes", f"{node.name}.table"
+        sizes, table = (self._names.new(f"{node.output[0]}.{what}") for what in ("sizes", "table"))
         self._graph.initializer.append(numpy_helper.from_array(np.array([columns, blocks * size], np.int64), sizes))
         self._views[node.name] = onnx.helper.make_node("Reshape", [names[0], sizes], [table], f"{node.name}.view")
         attributes = {"bits": matrix.bits, "block_size": matrix.block, "gather_axis": 0, "quantize_axis": 1}
@@ -169,9 +170,7 @@ class Repacking:
 
     def _add(self, name: str, array: Array) -> str:
         """The name of a new weight."""
-        while name in self._names:
-            name += "_"
-        self._names.add(name)
+        name = self._names.new(name)
         self._graph.initializer.add(
             name=name,
             data_type=onnx.helper.np_dtype_to_tensor_dtype(array.dtype),

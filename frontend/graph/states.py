@@ -49,7 +49,7 @@ class StatePair:
         node: Name of the node between them; empty where the name or the user made the pair.
         between: Operators between the graph's values and the node's.
         present_port: Which output of the node is the present value.
-        found_by: ``operator``, ``graph`` (a Concat), ``name`` or ``--state``.
+        found_by: ``operator``, ``graph`` (a Concat or TensorScatter), ``name`` or ``--state``.
     """
 
     past: str
@@ -88,7 +88,8 @@ def find_states(
     pairing = pairing or Pairing()
     flow = _Flow(graph)
     pairs: dict[str, StatePair] = {}
-    for pair in (*_ported(graph, flow, pairing), *_concatenated(graph, flow, pairing)):
+    found = *_ported(graph, flow, pairing), *_concatenated(graph, flow, pairing), *_scattered(graph, flow, pairing)
+    for pair in found:
         if pair.past in pairs and pairs[pair.past].present != pair.present:
             raise UnsupportedModelError(
                 f"the input '{pair.past}' is the state of two nodes",
@@ -194,6 +195,21 @@ def _concatenated(graph: onnx.GraphProto, flow: _Flow, pairing: Pairing) -> list
         found = flow.forward(node.output[0], _wanted_dims(graph, past, kind))
         if found is not None and (kind == "kv_cache" or "Slice" in found[1]):
             pairs.append(StatePair(past, found[0], kind, node.name, before + found[1], 0, "graph"))
+    return pairs
+
+
+def _scattered(graph: onnx.GraphProto, flow: _Flow, pairing: Pairing) -> list[StatePair]:
+    """Pairs around a TensorScatter: caches of fixed size, whose rows the caller counts."""
+    pairs: list[StatePair] = []
+    for node in graph.node:
+        if node.op_type != "TensorScatter" or domain_of(node) != "":
+            continue
+        past, before = flow.back(node.input[0])
+        if past is None or pairing.is_set(past):
+            continue
+        found = flow.forward(node.output[0], dims_of(graph, past))
+        if found is not None:
+            pairs.append(StatePair(past, found[0], "recurrent", node.name, before + found[1], 0, "graph"))
     return pairs
 
 

@@ -20,6 +20,7 @@ from onnx import numpy_helper
 
 from ..model import LoadedModel
 from .drop_unused import drop_unused
+from .names import Names
 from .schema import attributes_of, domain_of, is_weight
 
 
@@ -30,12 +31,12 @@ def transpose_weights(model: LoadedModel) -> None:
     transposed = {node.output[0]: node.input[0] for node in graph.node if _is_transpose(node, weights)}
     if not transposed:
         return
-    matrices = {name for node in graph.node for name in _matrix(node)}
-    taken = {tensor.name for tensor in graph.initializer} | {name for node in graph.node for name in node.output}
+    matrices = dict.fromkeys(name for node in graph.node for name in _matrix(node))  # in the order of the graph
+    names = Names(graph)
     turned: dict[str, str] = {}
     for source in dict.fromkeys(transposed[name] for name in matrices if name in transposed):
         if source not in matrices:  # else products read it both ways round
-            turned[source] = _add_transposed(model, weights[source], taken)
+            turned[source] = _add_transposed(model, weights[source], names)
     for node in graph.node:
         if node.op_type == "MatMul" and domain_of(node) == "" and transposed.get(node.input[1]) in turned:
             node.input[1] = turned[transposed[node.input[1]]]
@@ -70,13 +71,10 @@ def _look_up_columns(node: onnx.NodeProto, weight: str) -> None:
     del node.attribute[:]
 
 
-def _add_transposed(model: LoadedModel, tensor: onnx.TensorProto, taken: set[str]) -> str:
+def _add_transposed(model: LoadedModel, tensor: onnx.TensorProto, names: Names) -> str:
     """The name of a new weight, which is a view of the file where the old one lies in one."""
     graph = model.proto.graph
-    name = f"{tensor.name}.transposed"
-    while name in taken:
-        name += "_"
-    taken.add(name)
+    name = names.new(f"{tensor.name}.transposed")
     if tensor.data_location == onnx.TensorProto.EXTERNAL:
         model.weights[name] = model.weights[tensor.name].T
         model.derived.add(name)

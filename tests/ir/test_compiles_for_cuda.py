@@ -92,3 +92,9 @@ def test_gather_block_quantized(dtype: str) -> None:
     attributes = {"bits": 4, "block_size": 32, "gather_axis": 0, "quantize_axis": 1}
     specs = [table, TensorSpec((1, None), "i64"), scales, zeros]
     assert compiles_node(MICROSOFT, "GatherBlockQuantized", 1, specs, attributes)
+
+
+@pytest.mark.parametrize("mode", ["linear", "circular"])
+def test_tensor_scatter(mode: str) -> None:
+    cache, update = TensorSpec((2, 3, 16, 8), "f16"), TensorSpec((2, 3, 4, 8), "f16")
+    assert compiles_node("", "TensorScatter", 24, [cache, update, TensorSpec((2,), "i64")], {"mode": mode})

@@ -1,0 +1,1 @@
+"""The TensorScatter operator of opset 24: rows written into a cache of fixed size."""
