@@ -20,6 +20,7 @@ def expand_swish(graph: onnx.GraphProto) -> None:
             kept.append(node)
             continue
         x, (y,), alpha = node.input[0], node.output, attributes_of(node).get("alpha", 1.0)
+        assert isinstance(alpha, float)
         inner = x
         if alpha != 1.0:
             factor, cast, inner = (names.new(f"{y}.{what}") for what in ("alpha", "alpha of its type", "scaled"))
