@@ -199,9 +199,10 @@ def grouping_kernel(c: Experts, tile: int) -> Kernel:
 
 def _group(k: KernelText, c: Experts, tile: int, tokens: Index, memrefs: Sequence[str]) -> None:
     experts, order, owner, spans, slots = memrefs
-    counts = k.alloca([c.count], "i32")
+    counts, firsts = k.alloca([c.count], "i32"), k.alloca([c.count], "i32")
     zero, none = k.constant(0, "i32"), k.constant(-1, "i32")
     tiles = dimension(k, order)
+    rows = k.mul(tiles, tile)
 
     def each(stop: Index, body: Callable[[str], None]) -> None:
         def once(at: str, _: list[str]) -> list[str]:
@@ -234,6 +235,7 @@ def _group(k: KernelText, c: Experts, tile: int, tokens: Index, memrefs: Sequenc
     def span(e: str, carried: list[str]) -> list[str]:
         needed = k.div(k.add(number(counts, [e]), tile - 1), tile)
         store_number(k, carried[0], spans, [e, 0])
+        store_number(k, carried[0], firsts, [e])
         store_number(k, needed, spans, [e, 1])
 
         def own(at: str, _: list[str]) -> list[str]:
@@ -249,7 +251,8 @@ def _group(k: KernelText, c: Experts, tile: int, tokens: Index, memrefs: Sequenc
     def place(t: str) -> None:
         def one(j: str) -> None:
             expert = load_number(k, experts, [t, j], c.count)
-            slot = k.add(k.mul(number(spans, [expert, 0]), tile), number(slots, [t, j]))
+            inside = load_number(k, slots, [t, j], rows)
+            slot = k.minimum(k.add(k.mul(number(firsts, [expert]), tile), inside), k.sub(rows, 1))
             store_number(k, slot, slots, [t, j])
             store_number(k, k.add(k.mul(t, c.chosen), j), order, [k.div(slot, tile), k.rem(slot, tile)])
 

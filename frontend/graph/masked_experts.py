@@ -12,7 +12,7 @@ this is left alone, and the report says which node was in the way.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -35,12 +35,17 @@ class _MissError(Exception):
 
 @dataclass(frozen=True)
 class _Linear:
-    """A product with weights: the stored arrays' names, and how they are packed."""
+    """A product with weights: the stored arrays' names, and how they are packed.
+
+    ``expert`` is the slice of arrays that hold all experts, ``part`` which half of the columns.
+    """
 
     source: str
     names: tuple[str, ...]
     bits: int = 0
     block_size: int = 0
+    expert: int | None = None
+    part: int | None = None
 
 
 @dataclass(frozen=True)
@@ -200,8 +205,12 @@ class _Mixtures:
         node = self.producers.get(name)
         if node is None:
             return None
+        if _is(node, "Split"):
+            return self._half(node, list(node.output).index(name))
         if _is(node, "MatMul") and self._is_weight(node.input[1], 2):
             return _Linear(node.input[0], (node.input[1],))
+        if _is(node, "MatMul") and (found := self._slice(node.input[1])) is not None:
+            return _Linear(node.input[0], found[:1], expert=found[1])
         if node.op_type == "MatMulNBits" and domain_of(node) == MICROSOFT and len(node.input) <= 4:
             depth, bits, block = (
                 _whole(node, name, least) for name, least in (("K", 0), ("bits", 4), ("block_size", 16))
@@ -211,6 +220,31 @@ class _Mixtures:
             if packed and all(name in self.tensors for name in names[1:]):
                 return _Linear(node.input[0], names, bits, block)
         return None
+
+    def _half(self, node: onnx.NodeProto, part: int) -> _Linear | None:
+        """Half of the columns of a product: gate and factor in one."""
+        sizes = self._ints(node.input[1]) if len(node.input) > 1 else [1, 1]
+        whole = self._linear(node.input[0])
+        last = attributes_of(node).get("axis", 0) == -1
+        equal = sizes is not None and len(node.output) == 2 and len(set(sizes)) == 1
+        return replace(whole, part=part) if whole is not None and whole.part is None and last and equal else None
+
+    def _slice(self, name: str) -> tuple[str, int] | None:
+        """(weights, number) of Transpose(Squeeze(Gather(weights, [number])))."""
+        turned = self.producers.get(name)
+        if turned is None or not _is(turned, "Transpose") or attributes_of(turned).get("perm", [1, 0]) != [1, 0]:
+            return None
+        found = self.producers.get(turned.input[0])
+        if found is not None and _is(found, "Squeeze"):
+            if len(found.input) < 2 or self._ints(found.input[1]) != [0]:
+                return None
+            found = self.producers.get(found.input[0])
+        if found is None or not _is(found, "Gather") or attributes_of(found).get("axis", 0) != 0:
+            return None
+        numbers = self._ints(found.input[1])
+        if numbers is None or len(numbers) != 1 or numbers[0] < 0 or not self._is_weight(found.input[0], 3):
+            return None
+        return found.input[0], numbers[0]
 
     def _is_weight(self, name: str, rank: int) -> bool:
         tensor = self.tensors.get(name)
@@ -243,18 +277,25 @@ class _Mixtures:
         """Input ``index`` of a layer of all experts."""
         if not layer or index >= len(layer[0].names):
             return None
-        values = [self._array(linear.names[index]) for linear in layer]
-        if not layer[0].bits:
-            values = [value.T for value in values]
-        elif index:  # scales and zero points, [N, n] or flat
-            columns = self.tensors[layer[0].names[0]].dims[0]
-            values = [value.reshape(columns, -1) for value in values]
-        else:
-            values = [value.reshape(value.shape[0], -1) for value in values]
+        values = [self._columns(linear, index) for linear in layer]
         whole = not layer[0].bits or index == 1 or values[0].dtype == np.uint8
         if len({(value.shape, value.dtype) for value in values}) > 1 or not whole:
             raise _MissError(f"node '{node.name}' adds experts of different shapes")
         return np.stack(values)
+
+    def _columns(self, linear: _Linear, index: int) -> np.ndarray[Any, Any]:
+        """Input ``index`` of a product, [N, n]."""
+        value = self._array(linear.names[index])
+        if linear.bits:  # scales and zero points may be flat
+            value = value.reshape(self.tensors[linear.names[0]].dims[0], -1)
+        elif linear.expert is None:
+            value = value.T
+        else:
+            value = value[linear.expert]
+        if linear.part is None:
+            return value
+        half = len(value) // 2
+        return value[half:] if linear.part else value[:half]
 
     def _array(self, name: str) -> np.ndarray[Any, Any]:
         outside = self.model.weights.get(name)

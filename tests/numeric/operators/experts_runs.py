@@ -43,6 +43,7 @@ class Case:
     fc3: bool = False
     router: str = "random"
     router_weights: bool = False
+    wide_scales: bool = False
     lead: tuple[int, ...] = ()
     attributes: dict[str, Any] = field(default_factory=dict)
 
@@ -80,7 +81,8 @@ class Case:
             ports = (QMOE if self.bits else MOE)[name]
             if self.bits:
                 packed, scales, points = self._quantised(rng, n, depth)
-                values[ports[0]], values[ports[2]], values[ports[3]] = packed, scales.astype(dtype), points
+                scale_dtype = np.float32 if self.wide_scales else dtype
+                values[ports[0]], values[ports[2]], values[ports[3]] = packed, scales.astype(scale_dtype), points
             else:
                 scale = 1 / np.sqrt(depth)
                 values[ports[0]] = (scale * rng.standard_normal((self.experts, n, depth))).astype(dtype)

@@ -57,7 +57,7 @@ QUANTISED = [
     Case("int4-column-3", 3, bits=4, zeros=True),
     Case("int4-column-65", 65, bits=4),
     Case("int8-b32-1", 1, bits=8, block=32, inner=64, router="one"),
-    Case("int8-b16-65", 65, bits=8, block=16, zeros=True, attributes=OPENAI),
+    Case("int8-b16-65", 65, bits=8, block=16, zeros=True, attributes=OPENAI, wide_scales=True),
     Case("int8-column-3", 3, bits=8, activation="silu"),
     Case("int4-b128-1", 1, bits=4, block=128, hidden=256, inner=128, router_weights=True, attributes=NORMALISED),
     Case("int4-b256-65", 65, bits=4, block=256, hidden=256, inner=256, zeros=True),

@@ -18,7 +18,7 @@ CASES = [
     Case("one-33", 33, experts=16, router="one", hidden=36, inner=20, activation="relu2"),
     Case("many-1", 1, experts=70, k=8, router="ties", attributes=OPENAI),
     Case("separate-5", 5, fusion=0, fc3=True, bias=False),
-    Case("int4-b16-3", 3, bits=4, block=16, zeros=True, inner=64, router_weights=True),
+    Case("int4-b16-3", 3, bits=4, block=16, zeros=True, inner=64, router_weights=True, wide_scales=True),
     Case("int4-halves-17", 17, bits=4, block=32, fusion=2, inner=64),
     Case("int8-column-17", 17, bits=8, activation="silu", fc3=True),
 ]

@@ -52,6 +52,11 @@ class Graph:
             return self.op("MatMul", x, self.constant(values))
         return self.op("MatMul", x, self.op("Transpose", self.constant(np.ascontiguousarray(values.T)), perm=[1, 0]))
 
+    def sliced(self, x: str, weights: str, number: int) -> str:
+        """By one expert of weights [E, N, K], as Granite's hybrid models have them."""
+        one = self.op("Gather", weights, self.constant(np.array([number])), axis=0)
+        return self.op("MatMul", x, self.op("Transpose", self.op("Squeeze", one, self.constant(np.array([0])))))
+
     def activated(self, kind: str, value: str) -> str:
         if kind == "silu":
             return self.op("Mul", value, self.op("Sigmoid", value))
@@ -87,6 +92,46 @@ def mixture(
     graph = helper.make_graph(g.nodes, "mixture", values[:1], values[1:], g.weights)
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=10)
+
+
+def stacked_mixture() -> onnx.ModelProto:
+    """Weights of all experts in one array, gate and factor in one product; the model has chosen, maybe wrongly."""
+    g, result = Graph(), ""
+    first, second = (
+        g.constant((g.random.standard_normal((EXPERTS, n, k)) / np.sqrt(k)).astype(np.float32))
+        for n, k in ((2 * INNER, HIDDEN), (HIDDEN, INNER))
+    )
+    for number in range(EXPERTS):
+        gate = g.op("Split", g.sliced("x", first, number), outputs=2, axis=-1, num_outputs=2)
+        value = g.sliced(g.op("Mul", g.activated("silu", gate), gate[:-1] + "1"), second, number)
+        mask = g.op("CastLike", g.op("Equal", "chosen", g.constant(np.int64(number))), "weights")
+        factor = g.op("ReduceSum", g.op("Mul", "weights", mask), g.constant(np.array([-1])), keepdims=1)
+        part = g.op("Mul", value, factor)
+        result = part if not result else g.op("Add", result, part)
+    g.nodes[-1].output[0] = "y"
+    shapes = {"x": HIDDEN, "chosen": CHOSEN, "weights": CHOSEN, "y": HIDDEN}
+    values = [
+        helper.make_tensor_value_info(name, TensorProto.INT64 if name == "chosen" else TensorProto.FLOAT, [1, 4, size])
+        for name, size in shapes.items()
+    ]
+    graph = helper.make_graph(g.nodes, "mixture", values[:3], values[3:], g.weights)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+
+
+@pytest.mark.parametrize("target", ["cpu", pytest.param("vulkan", marks=pytest.mark.vulkan)])
+def test_numbers_that_are_no_experts_count_nothing(target: str) -> None:
+    model = stacked_mixture()
+    compiled = compile_model(model, CompileOptions(target=target))
+    assert any("1 mixtures of experts" in note for note in compiled.report.notes), compiled.report.notes
+    random = np.random.default_rng(1)
+    feeds = {
+        "x": random.standard_normal((1, 4, HIDDEN)).astype(np.float32),
+        "chosen": np.array([[[0, 5], [-1, 3], [EXPERTS, 2], [2**40, -(2**40)]]]),
+        "weights": random.random((1, 4, CHOSEN)).astype(np.float32),
+    }
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    (want,) = session.run(None, feeds)
+    assert error(Program.load(compiled.module, device=target).run(feeds)["y"], want) < BENIGN["float32"]
 
 
 def agrees(model: onnx.ModelProto, tokens: int, target: str = "cpu") -> list[str]:
