@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import numpy as np
 import onnx
 from linattn.dialect_patterns.op import MICROSOFT
 
@@ -102,6 +104,9 @@ def write_recurrence(
         raise NotProvenError("computes with other types than f32, f16 and bf16")
     wide = dtype if set(kinds.values()) == {dtype} else onnx.TensorProto.FLOAT
     operands = {role: _operand(loop, values, algebra, found, role) for role in found.operands}
+    scale = float(np.float32(found.scale * operands["query"].scale))
+    if scale == 0 or not math.isfinite(scale):  # 0 is the operator's word for 1/sqrt(dk)
+        raise NotProvenError(f"scales its output by {scale:g}")
     inputs: dict[str, str] = {}
     for role, operand in operands.items():
         value = writer.rearrange(operand.root, operand.index, operand.layout)
@@ -118,7 +123,7 @@ def write_recurrence(
         ports.pop()
     writer.node(
         "LinearAttention", ports, [raised, last], domain=MICROSOFT, name=name, update_rule=found.rule,
-        q_num_heads=operands["query"].heads, kv_num_heads=heads, scale=found.scale * operands["query"].scale,
+        q_num_heads=operands["query"].heads, kv_num_heads=heads, scale=scale,
     )  # fmt: skip
     if finals and not direct:
         writer.node("Transpose", [last], [finals[0]], perm=[order.index(i) for i in range(4)])

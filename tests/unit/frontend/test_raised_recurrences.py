@@ -456,6 +456,15 @@ def test_a_loop_with_another_state_is_not_raised() -> None:
     assert "carries 2 states" in next(iter(raise_operators(model).misses.values()))
 
 
+@pytest.mark.parametrize("scale", [0.0, 1e-60, float("inf")])
+def test_a_scale_that_the_operator_reads_otherwise_is_not_raised(scale: float) -> None:
+    """A scale of 0 is the operator's word for 1/sqrt(dk)."""
+    model = recurrence_model("gated", scale=scale)
+    before = copy.deepcopy(model)
+    assert "scales its output by" in next(iter(raise_operators(model).misses.values()))
+    assert model == before
+
+
 def test_backwards_is_not_raised() -> None:
     model = recurrence_model("linear", scan={"scan_input_directions": [1, 1, 1]})
     assert "from the last token to the first" in next(iter(raise_operators(model).misses.values()))
