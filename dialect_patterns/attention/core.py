@@ -195,6 +195,12 @@ def as_bias(b: Builder, mask: ir.Value) -> ir.Value:
     return b.map("bhts->bhts", bias, mask, dtype="f32")
 
 
+def bias_dims(bias: ir.Value) -> tuple[bool, bool, bool]:
+    """For batch, query head and token whether an aligned bias has that dimension."""
+    batch, head, token = (size != 1 for size in spec_of(bias).shape[:3])
+    return batch, head, token
+
+
 def _grouped_mask(b: Builder, mask: ir.Value, heads: Heads) -> tuple[ir.Value, str]:
     """An aligned mask with its head dimension split in two, and its letters."""
     shape = spec_of(mask).shape

@@ -24,7 +24,8 @@ from ..machines import for_machines
 from ..node import Dim, TensorSpec
 from ..select import Legality, No, Yes
 from ..target import Target
-from .core import AttentionShape, Heads, Visibility, as_bias
+from . import core
+from .core import AttentionShape, Heads, Visibility
 from .simd_kernel import Body
 from .simd_plan import KEYS, Plan
 
@@ -88,8 +89,7 @@ def emit_attention_fused_simd(
     batch = b.dim(q, 0)
     length = spec_of(q).shape[1]
     assert length is not None
-    bias = None if mask is None else as_bias(b, mask)
-    bias_spec = None if bias is None else spec_of(bias)
+    bias = None if mask is None else core.as_bias(b, mask)
     first = visibility.first
     shared = Plan(
         tokens=length,
@@ -106,7 +106,7 @@ def emit_attention_fused_simd(
         first=first if isinstance(first, int) else None,
         has_limit=visibility.limit is not None,
         has_sink=sink is not None,
-        bias_dims=None if bias_spec is None else _bias_dims(bias_spec),
+        bias_dims=None if bias is None else core.bias_dims(bias),
     )
     operands, specs, axes = [q, k, v], [spec_of(x) for x in (q, k, v)], ["B__", "B_T_", "B_T_"]
     for bound, wanted in ((first, shared.needs_first), (visibility.limit, shared.has_limit)):
@@ -119,9 +119,9 @@ def emit_attention_fused_simd(
         operands.append(sink)
         specs.append(spec_of(sink))
         axes.append("_")
-    if bias is not None and shared.bias_dims is not None and bias_spec is not None:
+    if bias is not None and shared.bias_dims is not None:
         operands.append(bias)
-        specs.append(bias_spec)
+        specs.append(spec_of(bias))
         axes.append(("B" if shared.bias_dims[0] else "_") + "__T")
     output = TensorSpec((spec_of(q).shape[0], length, heads.q * heads.dv), spec_of(q).dtype)
 
@@ -154,11 +154,6 @@ def _lanes(heads: Heads, target: Target) -> int:
     while heads.dk % lanes or heads.dv % lanes:
         lanes //= 2
     return lanes
-
-
-def _bias_dims(spec: TensorSpec) -> tuple[bool, bool, bool]:
-    has = [size != 1 for size in spec.shape[:3]]
-    return has[0], has[1], has[2]
 
 
 def _as_rows(b: Builder, bound: Size, batch: Size) -> ir.Value:

@@ -3,14 +3,15 @@
     part p: m = max s, l = sum exp(s - m), o = sum exp(s - m) v        s[r, j] = softcap(scale * q[r] . k[j])
     y[r]  = sum_p exp(m_p - M) o_p[r] / sum_p exp(m_p - M) l_p         M = max_p m_p
 
-    %m, %o = flow.dispatch @attention_fused_simt_parts_...[%heads](%first, %q, %k, %v)
+    %m, %o = flow.dispatch @attention_fused_simt_parts_...[%heads](%first, %q, %k, %v, %bias?)
     %y     = flow.dispatch @attention_fused_simt_join_...[%rows](%m, %o)
 
 The R rows of a key head (its query heads and their tokens) share each load of a key. ``L`` lanes of a subgroup hold a
 key and sum its product by shuffles; the slots of a workgroup take turns with the keys and are joined in its memory, the
-parts by the second kernel. The filled rows are dealt out evenly, so a short past costs no more than it must.
+parts by the second kernel. The filled rows are dealt out evenly, so a short past costs no more than it must. A mask is
+read as what it adds.
 
-Legal: on GPUs with subgroup operations, for up to 8 rows a key head at one position, without a mask. Cost: the filled
+Legal: on GPUs with subgroup operations, for up to 8 rows a key head at one position. Cost: the filled
 rows of the cache once. Source: Flash-Decoding (Dao et al. 2023).
 """
 
@@ -27,6 +28,7 @@ from ..node import TensorSpec
 from ..select import Legality, No, Yes
 from ..target import Target
 from .core import AttentionShape
+from .simt_bias import Bias
 from .simt_call import WIDTH, Call, why_not_by_position
 from .simt_join import LOWEST, emit_join
 
@@ -58,9 +60,10 @@ def is_legal(shape: AttentionShape, target: Target) -> Legality:
 def emit_attention_fused_simt(
     b: Builder, target: Target, q: ir.Value, k: ir.Value, v: ir.Value, *,
     first: Size, scale: float, softcap: float, left: int | None, sink: ir.Value | None,
+    bias: ir.Value | None,
 ) -> ir.Value:  # fmt: skip
     """[B, Hq, T, dv] from q [B, Hq, T, dk] and the cache k, v [B, Hkv, S, d]; query i sees the keys up to first + i."""
-    c = Call.of(q, k, v, scale, softcap, left)
+    c = Call.of(q, k, v, scale, softcap, left, bias)
     q = b.cast(q, c.dtype)
     heads, lanes = c.batch * c.kv_heads, c.lanes(target)
     group = Group(max(_THREADS, target.subgroup_size), target.subgroup_size)
@@ -75,7 +78,8 @@ def emit_attention_fused_simt(
     lead = f"at{first}_" if isinstance(first, int) else ""
     name = f"attention_fused_simt_parts_{lead}{c}_g{target.subgroup_size}"
     outputs: list[tuple[ir.RankedTensorType, list[ir.Value]]] = [(stats, []), (sums, [])]
-    found = dispatch(name, group, c.parts, b.index(heads), numbers, [q, k, v], outputs, parts)
+    inputs = [q, k, v] if bias is None else [q, k, v, bias]
+    found = dispatch(name, group, c.parts, b.index(heads), numbers, inputs, outputs, parts)
     return emit_join(b, target, c, c.parts, found, sink, TensorSpec(c.shape, c.dtype))
 
 
@@ -100,9 +104,11 @@ class _Parts:
         self.query = k.buffer(0, c.dtype, count(heads * c.rows * vectors), WIDTH)
         self.keys = k.buffer(1, c.dtype, count(heads * c.keys * vectors), WIDTH)
         self.values = k.buffer(2, c.value_dtype, count(heads * c.keys * c.dv // WIDTH), WIDTH)
-        self.stats = k.buffer(3, "f32", count(heads * c.parts * c.rows * 2))
-        self.sums = k.buffer(4, "f32", count(heads * c.parts * c.rows * c.dv))
         self.head, self.part = k.item(), k.tile()
+        self.bias = None if c.bias_dims is None else Bias(k, c, 3, self.head)
+        outputs = 3 if self.bias is None else 4
+        self.stats = k.buffer(outputs, "f32", count(heads * c.parts * c.rows * 2))
+        self.sums = k.buffer(outputs + 1, "f32", count(heads * c.parts * c.rows * c.dv))
         self.slot, self.lane = k.thread().divide_unsigned(self.lanes)
         self._join(*self._run())
 
@@ -137,7 +143,7 @@ class _Parts:
             held = [[k.widen(self.values, x) for x in value] for value in values]
             result: list[ir.Value] = []
             for r in range(c.rows):
-                seen = [self._seen(r, place, stop, s) for place, s in zip(places, scores[r], strict=True)]
+                seen = [self._seen(r, place, stop, last, s) for place, s in zip(places, scores[r], strict=True)]
                 highest = most[r]
                 for score in seen:
                     highest = k.maximum(highest, score)
@@ -166,18 +172,23 @@ class _Parts:
 
         def added(guarded: bool) -> list[ir.Value]:
             found = list(sums)
-            for place, weight, value in zip(places, weights, held, strict=True):
+            for weight, value in zip(weights, held, strict=True):
                 for i, part in enumerate(value):
                     one = k.fma(k.splat(weight, WIDTH), part, found[i])
-                    found[i] = k.select(self._sees(row, place, stop), one, found[i]) if guarded else one
+                    found[i] = k.select(Scalar(weight).equals(0.0), found[i], one) if guarded else one
             return found
 
-        if c.tokens == 1:  # all keys that are read are seen
+        if c.bias_dims is None and c.tokens == 1:  # all keys that are read are seen
             return added(guarded=False)
         first, last = places[0], places[-1]
-        alike = (last < stop) & (last <= self.first)
-        if c.left is not None:
-            alike = alike & (self.first + (c.tokens - 1 - c.left) <= first)
+        if c.bias_dims is not None:
+            alike = Scalar(weights[0]) > 0.0
+            for weight in weights[1:]:
+                alike = alike & (Scalar(weight) > 0.0)
+        else:
+            alike = (last < stop) & (last <= self.first)
+            if c.left is not None:
+                alike = alike & (self.first + (c.tokens - 1 - c.left) <= first)
         return k.choose(alike, lambda: added(guarded=False), lambda: added(guarded=True), [s.type for s in sums])
 
     def _score(self, query: list[ir.Value], key: list[ir.Value]) -> ir.Value:
@@ -195,19 +206,17 @@ class _Parts:
             total = k.mul(k.tanh(k.div(total, k.constant(self.c.softcap))), k.constant(self.c.softcap))
         return total
 
-    def _seen(self, row: int, place: Scalar, stop: Scalar, score: ir.Value) -> ir.Value:
+    def _seen(self, row: int, place: Scalar, stop: Scalar, last: Scalar, score: ir.Value) -> ir.Value:
         """The score, or -inf for a key of another slot or one that the row does not see."""
-        return self.k.select(self._sees(row, place, stop), score, self.k.constant(float("-inf")))
-
-    def _sees(self, row: int, place: Scalar, stop: Scalar) -> Scalar:
-        """Whether a key is this slot's and the row sees it."""
         c, own = self.c, self.first + row % self.c.tokens
         seen = place < stop
         if c.tokens > 1:
             seen = seen & (place <= own)
             if c.left is not None:
                 seen = seen & (own - c.left <= place)
-        return seen
+        if self.bias is not None:
+            score = self.bias.added(score, Scalar.constant(row, "index"), place.minimum(last))
+        return self.k.select(seen, score, self.k.constant(float("-inf")))
 
     def _join(self, most: list[ir.Value], total: list[ir.Value], mixed: list[list[ir.Value]]) -> None:
         """Join the slots in the workgroup's memory and write the part, one row after the other."""

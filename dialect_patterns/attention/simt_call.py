@@ -8,7 +8,7 @@ from iree.compiler import ir
 
 from ..emit.builder import spec_of
 from ..target import Target
-from .core import AttentionShape
+from .core import AttentionShape, bias_dims
 
 WIDTH = 4
 """Elements of a load."""
@@ -33,6 +33,7 @@ class Call:
         scale: Factor on q . k.
         softcap: c in c * tanh(s / c), 0 for none.
         left: How many keys before its own position a query sees, None for all.
+        bias_dims: For batch, query head and token whether the bias has that dimension; None without a bias.
     """
 
     batch: int
@@ -47,14 +48,18 @@ class Call:
     scale: float
     softcap: float
     left: int | None
+    bias_dims: tuple[bool, bool, bool] | None
 
     @staticmethod
-    def of(q: ir.Value, k: ir.Value, v: ir.Value, scale: float, softcap: float, left: int | None) -> Call:
-        """The call for q [B, Hq, T, dk] and the cache k, v [B, Hkv, S, d], all sizes static."""
+    def of(
+        q: ir.Value, k: ir.Value, v: ir.Value, scale: float, softcap: float, left: int | None, bias: ir.Value | None
+    ) -> Call:
+        """The call for q [B, Hq, T, dk], the cache k, v [B, Hkv, S, d] and a bias as aligned, all sizes static."""
         batch, q_heads, tokens, dk = (size or 0 for size in spec_of(q).shape)
         kv_heads, keys, dv = (size or 0 for size in spec_of(v).shape[1:])
         types = spec_of(k).dtype, spec_of(v).dtype
-        return Call(batch, kv_heads, q_heads // kv_heads, tokens, keys, dk, dv, *types, scale, softcap, left)
+        dims = None if bias is None else bias_dims(bias)
+        return Call(batch, kv_heads, q_heads // kv_heads, tokens, keys, dk, dv, *types, scale, softcap, left, dims)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -84,13 +89,12 @@ class Call:
         factors = factors.replace(".", "p").replace("-", "m").replace("+", "")
         types = self.dtype if self.dtype == self.value_dtype else f"{self.dtype}_{self.value_dtype}"
         sizes = f"{self.batch}x{self.kv_heads}x{self.group}x{self.tokens}_s{self.keys}_d{self.dk}x{self.dv}"
-        return f"{types}_{sizes}{window}_{factors}"
+        bias = "" if self.bias_dims is None else "_bias" + "".join(str(int(has)) for has in self.bias_dims)
+        return f"{types}_{sizes}{window}{bias}_{factors}"
 
 
 def why_not_by_position(shape: AttentionShape) -> str:
     """Why the position alone does not tell which rows of a cache are seen, or how many there are; empty if it does."""
-    if shape.masked:
-        return "it has a mask"
     if None in (shape.length, shape.heads.batch, shape.keys):
         return "open sizes"
     if not shape.causal:

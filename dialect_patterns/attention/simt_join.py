@@ -11,8 +11,8 @@ from ..node import TensorSpec
 from ..target import Target
 from .simt_call import WIDTH, Call
 
-LOWEST = -1e30
-"""Below every score, and exp(-inf - it) is 0."""
+LOWEST = -3.4028234663852886e38
+"""The lowest finite f32: no score is lower but -inf, and exp(-inf - it) is 0."""
 
 
 def sink_of_row(k: Kernel, c: Call, dtype: str, binding: int, head: Scalar, row: Scalar) -> ir.Value:

@@ -5,7 +5,7 @@
                                o  = exp(m - m') o + p v                           in registers
     y = o / l
 
-    %y = flow.dispatch @attention_fused_simt_tiles_...[%heads](%first, %q, %k, %v)
+    %y = flow.dispatch @attention_fused_simt_tiles_...[%heads](%first, %q, %k, %v, %bias?, %sink?)
 
 A workgroup does 32 of the R rows of a key head (its query heads and their tokens) and reads keys up to the position of
 the last one only: what a cache holds beyond the filled rows, and half of a prompt's own keys, cost nothing. Where such
@@ -13,10 +13,10 @@ workgroups are few, the keys are dealt out to several, which ``attention_simt``'
 and keys pass through the workgroup's memory, the next ones under way; values come straight from the first-level cache.
 It needs no subgroup operations.
 
-Legal: on GPUs, causal at one position, without a mask. Cost: dk + dv multiply-adds a query and key seen, at 13 TFLOP/s
-on an H100 (T=512, d=256). IREE's products on matrix units take 0.26 ms for a cache of 4,096 rows there, however few are
-filled, this kernel 0.16 to 1.2 ms; on Vulkan, where IREE has none, 4.5 ms against 0.2 to 1.5. Source: FlashAttention-2
-(Dao 2023).
+Legal: on GPUs, causal at one position; a mask is read as what it adds. Cost: dk + dv multiply-adds for a query and
+key seen, at 13 TFLOP/s on an H100 (T=512, d=256, no mask). IREE's products on matrix units take 0.26 ms for a cache of
+4,096 rows there, however few are filled, this kernel 0.16 to 1.2 ms; on Vulkan, where IREE has none, 4.5 ms
+against 0.2 to 1.5. Source: FlashAttention-2 (Dao 2023).
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from ..node import TensorSpec
 from ..select import Legality, No, Yes
 from ..target import Target
 from .core import AttentionShape
+from .simt_bias import Bias
 from .simt_call import WIDTH, Call, why_not_by_position
 from .simt_join import LOWEST, emit_join, sink_of_row
 
@@ -76,9 +77,10 @@ def _groups(dv: int) -> int:
 def emit_attention_fused_simt_tiles(
     b: Builder, target: Target, q: ir.Value, k: ir.Value, v: ir.Value, *,
     first: Size, scale: float, softcap: float, left: int | None, sink: ir.Value | None,
+    bias: ir.Value | None,
 ) -> ir.Value:  # fmt: skip
     """[B, Hq, T, dv] from q [B, Hq, T, dk] and the cache k, v [B, Hkv, S, d]; query i sees the keys up to first + i."""
-    c = Call.of(q, k, v, scale, softcap, left)
+    c = Call.of(q, k, v, scale, softcap, left, bias)
     heads, result = c.batch * c.kv_heads, spec_of(q).dtype
     blocks = -(-c.rows // _QUERIES)
     parts = max(1, min(_ENOUGH_GROUPS // (heads * blocks), c.keys // _PART_KEYS))
@@ -89,10 +91,8 @@ def emit_attention_fused_simt_tiles(
         given = Scalar.constant(first, "index") if isinstance(first, int) else kernel.number(0)
         _Tiles(kernel, c, given, parts, sink_type, result).emit()
 
-    inputs = [q, k, v]
-    if sink is not None and parts == 1:
-        inputs.append(sink)
-    sink_type = spec_of(inputs[3]).dtype if inputs[3:] else ""
+    sink_type = spec_of(sink).dtype if sink is not None and parts == 1 else ""
+    inputs = [q, k, v, *([bias] if bias is not None else []), *([sink] if sink is not None and sink_type else [])]
     lead = (f"at{first}_" if isinstance(first, int) else "") + (f"sink{sink_type}_" if sink_type else "")
     name = f"attention_fused_simt_tiles_{lead}{c}_p{parts}_{result}"
     y = TensorSpec(c.shape, result)
@@ -125,20 +125,21 @@ class _Tiles:
         self.query = k.buffer(0, c.dtype, count(heads * c.rows * vectors), WIDTH)
         self.keys = k.buffer(1, c.dtype, count(heads * c.keys * vectors), WIDTH)
         self.values = k.buffer(2, c.value_dtype, count(heads * c.keys * c.dv // WIDTH), WIDTH)
+        self.head = k.item()
+        self.bias = None if c.bias_dims is None else Bias(k, c, 3, self.head)
+        self.sink_binding = 3 if self.bias is None else 4
+        outputs = self.sink_binding + bool(self.sink_type)
         if self.parts == 1:
-            self.output = k.buffer(
-                4 if self.sink_type else 3, self.result, count(heads * c.rows * c.dv // WIDTH), WIDTH
-            )
+            self.output = k.buffer(outputs, self.result, count(heads * c.rows * c.dv // WIDTH), WIDTH)
         else:
-            self.stats = k.buffer(3, "f32", count(heads * self.parts * c.rows * 2))
-            self.output = k.buffer(4, "f32", count(heads * self.parts * c.rows * c.dv // WIDTH), WIDTH)
+            self.stats = k.buffer(outputs, "f32", count(heads * self.parts * c.rows * 2))
+            self.output = k.buffer(outputs + 1, "f32", count(heads * self.parts * c.rows * c.dv // WIDTH), WIDTH)
         self.slice = max(n for n in range(1, _SLICE + 1) if vectors % n == 0)
         self.stride = self.slice | 1  # odd, against bank conflicts
         self.tile_q, self.tile_k = (k.shared_chunks(n * self.stride) for n in (_QUERIES, _KEYS))
         self.scores = k.shared(_QUERIES * (_KEYS + 1))
         self.tops, self.sums = k.shared(_QUERIES * _SHARE), k.shared(_QUERIES * _SHARE)
         self.factors = k.shared(_QUERIES)
-        self.head = k.item()
         block, self.part = k.tile().divide_unsigned(self.parts)
         self.start = block * _QUERIES
         self.row, self.column = k.thread().divide_unsigned(_COLUMN_GROUPS)
@@ -168,7 +169,7 @@ class _Tiles:
         initial = [k.constant(LOWEST), k.constant(0.0)]
         if self.sink_type:  # as a key that is seen first, whose value is zero
             row = (self.start + self.own).minimum(c.rows - 1)
-            initial = [sink_of_row(k, c, self.sink_type, 3, self.head, row), k.constant(1.0)]
+            initial = [sink_of_row(k, c, self.sink_type, self.sink_binding, self.head, row), k.constant(1.0)]
         initial += [k.constant(0.0, WIDTH)] * (self.out_rows * self.loads)
         top, total, *mixed = k.loop(place, stop, _KEYS, initial, tile)
         if self.parts > 1:
@@ -177,7 +178,8 @@ class _Tiles:
         k.barrier()
         k.when(self.share.equals(0), lambda: k.store(total, self.factors, self.own))
         k.barrier()
-        shares = [k.div(k.constant(1.0), k.load(self.factors, row)) for row in self._out_rows()]
+        sums = [k.maximum(k.load(self.factors, row), k.constant(1e-30)) for row in self._out_rows()]  # of no key: 0
+        shares = [k.div(k.constant(1.0), total) for total in sums]
         scaled = [k.mul(value, k.splat(shares[i // self.loads], WIDTH)) for i, value in enumerate(mixed)]
         self._write_rows(scaled, self.head * c.rows)
 
@@ -287,6 +289,9 @@ class _Tiles:
             score = k.mul(product, k.constant(c.scale))
             if c.softcap:
                 score = k.mul(k.tanh(k.div(score, k.constant(c.softcap))), k.constant(c.softcap))
+            if self.bias is not None:
+                row, at = (self.start + line).minimum(c.rows - 1), (place + key).minimum(self.last)
+                score = self.bias.added(score, row, at)
             seen = self._sees(line, place + key)
             k.store(k.select(seen, score, k.constant(float("-inf"))), self.scores, line * (_KEYS + 1) + key)
         k.barrier()
@@ -356,17 +361,20 @@ class _Tiles:
                 for u, stored in enumerate(values):
                     wide = [k.widen(self.values, value) for value in stored]
                     for r, row in enumerate(rows):
-                        weight = k.splat(k.load(self.scores, row * (_KEYS + 1) + key + u), WIDTH)
+                        weight = k.load(self.scores, row * (_KEYS + 1) + key + u)
+                        factor = k.splat(weight, WIDTH)
                         for i, value in enumerate(wide):
                             one = r * self.loads + i
-                            added = k.fma(weight, value, sums[one])
+                            added = k.fma(factor, value, sums[one])
                             if guarded:
-                                added = k.select(self._sees(row, place + key + u), added, sums[one])
+                                added = k.select(Scalar(weight).equals(0.0), sums[one], added)
                             sums[one] = added
                 return sums
 
             return k.loop(Scalar.constant(0, "index"), Scalar.constant(_KEYS, "index"), _UNROLL, held, step)
 
+        if self.bias is not None:
+            return all_keys(guarded=True)
         # A hidden key weighs 0, and 0 times NaN or inf is NaN: they are left out where not all rows see all keys.
         types = [value.type for value in held]
         return k.choose(self._all_seen(place), lambda: all_keys(guarded=False), lambda: all_keys(guarded=True), types)

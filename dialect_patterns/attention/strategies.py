@@ -9,7 +9,7 @@ from iree.compiler import ir
 from ..op import Choice, LoweringContext, LoweringOptions
 from ..select import Legality, No, Strategy, Yes, always, select, wherever_legal
 from ..target import Target
-from .core import AttentionShape, Visibility, emit_attention, join_heads, split_heads
+from .core import AttentionShape, Visibility, as_bias, emit_attention, join_heads, split_heads
 from .fused_simd import emit_attention_fused_simd
 from .fused_simd import is_legal as simd_is_legal
 from .fused_simt import emit_attention_fused_simt
@@ -32,6 +32,8 @@ STRATEGIES = (
     Strategy("fused_simt_tiles", tiles_is_legal, _tiles_are_preferred),
     Strategy("linalg", always, wherever_legal("portable, over all rows")),
 )
+
+GPU_KERNELS = {"fused_simt": emit_attention_fused_simt, "fused_simt_tiles": emit_attention_fused_simt_tiles}
 
 
 def choose(shape: AttentionShape, where: str, target: Target) -> Choice:
@@ -84,14 +86,11 @@ def emit_softmax_attention(
         )  # fmt: skip
         return y if flat else split_heads(b, y, heads.q)
     q = split_heads(b, q, heads.q) if flat else q
-    if strategy == "fused_simt":
-        y = emit_attention_fused_simt(
-            b, target, q, k, v, first=visibility.first, scale=scale, softcap=softcap, left=visibility.left, sink=sink
-        )
-    elif strategy == "fused_simt_tiles":
-        y = emit_attention_fused_simt_tiles(
-            b, target, q, k, v, first=visibility.first, scale=scale, softcap=softcap, left=visibility.left, sink=sink
-        )
+    if strategy in GPU_KERNELS:
+        y = GPU_KERNELS[strategy](
+            b, target, q, k, v, first=visibility.first, scale=scale, softcap=softcap, left=visibility.left, sink=sink,
+            bias=None if mask is None else as_bias(b, mask),
+        )  # fmt: skip
     else:
         y = emit_attention(b, q, k, v, heads, scale=scale, softcap=softcap, visibility=visibility, mask=mask, sink=sink)
     return join_heads(b, y) if flat else y

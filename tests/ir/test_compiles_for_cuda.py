@@ -66,10 +66,11 @@ def test_linear_attention(shape: Shape, tokens: int, open_dims: bool, dtype: Any
     ],
 )
 def test_group_query_attention(tokens: int, dtype: Any, strategy: str) -> None:
-    """Packed, rotated, in a window, with a softcap and sinks."""
+    """Packed, rotated, in a window, with a softcap, a bias and sinks."""
     heads, kv_heads, size = 4, 2, 32
     packed, empty = (1, tokens, (heads + 2 * kv_heads) * size), (1, kv_heads, 0, size)
-    shapes = [packed, None, None, empty, empty, None, None, (64, size // 2), (64, size // 2), None, None, (heads,)]
+    tables, bias = [(64, size // 2)] * 2, (1, 1, tokens, tokens)
+    shapes = [packed, None, None, empty, empty, None, None, *tables, None, bias, (heads,)]
     specs = [None if s is None else TensorSpec(s, DTYPES[np.dtype(dtype).name]) for s in shapes]
     specs[5:7] = TensorSpec((1,), "i32"), TensorSpec((), "i32")
     attributes = {"num_heads": heads, "kv_num_heads": kv_heads, "do_rotary": 1, "rotary_interleaved": 1,

@@ -57,7 +57,12 @@ class Case:
             window = {} if self.window is None else {"local_window_size": self.window + 1}
             return {"num_heads": HQ, "kv_num_heads": HKV, **window}
         window = {} if self.window is None else {"left_window_size": self.window}
-        return {"q_num_heads": HQ, "kv_num_heads": HKV, "is_causal": int(not self.mask), **window}
+        return {
+            "q_num_heads": HQ,
+            "kv_num_heads": HKV,
+            "is_causal": int(not self.mask or self.target == "lavapipe"),
+            **window,
+        }
 
     @property
     def pasts(self) -> tuple[int, int]:
@@ -135,8 +140,8 @@ ON_CPU = [
     ("Attention", 21, "growing", "", 9),
     ("Attention", 5, "growing", "float", None),
 ]
-# On GPUs masks, and rows of a batch that stand at different positions, are left to the portable form.
-ON_GPU = [PROMPT, LONG, ("Attention", 3, "growing", "", 9)]
+# On GPUs rows of a batch that stand at different positions are left to the portable form.
+ON_GPU = [PROMPT, LONG, ("Attention", 3, "growing", "float", 9), ("Attention", 20, "capacity", "bool", None)]
 CASES = [("cpu", kind) for kind in ON_CPU] + [("lavapipe", kind) for kind in ON_GPU]
 CASES += [(width, kind) for width in WIDTHS for kind in (LONG, MASKED)]
 

@@ -111,7 +111,7 @@ CACHED = AttentionShape(Heads(1, 4, 2, 64, 64), 1, 99, masked=False, causal=True
     [
         ({}, 32, "fused_simt", ""),
         ({}, 0, "fused_simt_tiles", "subgroup"),
-        ({"masked": True}, 32, "linalg", "mask"),
+        ({"masked": True}, 32, "fused_simt", ""),
         ({"causal": False}, 32, "linalg", "causal"),
         ({"length": 5}, 32, "fused_simt_tiles", "10 queries"),
         ({"keys": None}, 32, "linalg", "open"),
