@@ -141,7 +141,7 @@ def compile_model(
             guard_divisions(module)
         compiler.dump(module, "linalg")
     with progress.stage(f"generate code for {target.name} ({target.description})"):
-        code = compiler.compile(module, manifest)
+        code = compiler.compile(module, manifest, progress.write)
         manifest = code.manifest
     with progress.stage("write"):
         if take_weights is not None:

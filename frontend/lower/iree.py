@@ -6,7 +6,7 @@ import ctypes
 import dataclasses
 import os
 import re
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,11 +36,20 @@ def execute(invocation: Invocation, *phases: str) -> bool:
 
     IREE 3.13 has no Python name for these two functions of its C API.
     """
-    library: Any = ctypes_dl._dylib  # pyright: ignore
-    handle = ctypes.c_void_p(invocation._inv_p)  # pyright: ignore
+    library, handle = _c_api(invocation)
     for which, phase in zip(phases[::2], phases[1::2], strict=True):
         getattr(library, f"ireeCompilerInvocationSetCompile{which}")(handle, phase.encode())
     return invocation.execute()
+
+
+def verify_between_passes(invocation: Invocation, wanted: bool) -> None:
+    """Whether the whole module is verified after each pass, as IREE does by itself; has no Python name either."""
+    library, handle = _c_api(invocation)
+    library.ireeCompilerInvocationSetVerifyIR(handle, ctypes.c_bool(wanted))
+
+
+def _c_api(invocation: Invocation) -> tuple[Any, ctypes.c_void_p]:
+    return ctypes_dl._dylib, ctypes.c_void_p(invocation._inv_p)  # pyright: ignore
 
 
 class CompiledCode:
@@ -140,24 +149,32 @@ class Compiler:
                 self._errors.append((first.partition("error:")[2] or first, str(error)))
                 raise self._failure("the importer could not convert the model") from error
 
-    def compile(self, module: ir.Module, manifest: Manifest) -> CompiledCode:
+    def compile(self, module: ir.Module, manifest: Manifest, show: Callable[[str], None]) -> CompiledCode:
         """Generate code, and complete the module's manifest with what that code needs of a device.
+
+        The module is verified between IREE's phases: after each pass, as IREE would, takes a third of the time of
+        all. With a folder for the IR it is done, to find the pass that is to blame.
 
         Args:
             module: The module, with its manifest in a reflection attribute.
             manifest: That manifest.
+            show: Told what is done.
 
         Raises:
             LoweringError: if IREE fails, or a dispatch breaks a limit of the target's driver.
         """
         invocation = Invocation(self._session)
         invocation.import_module(module.operation)
+        verify_between_passes(invocation, self._dump is not None)
         levels = self._target.capabilities.levels
-        self._run(invocation, "ToPhase", "flow")
+        self._run(invocation, module, "ToPhase", "flow")
         with self.building():
             nodes = attach_dispatches(module.operation)
         limits = DispatchLimits(self._target.capabilities, self._target.description, nodes)
-        self._run(invocation, "FromPhase", "flow", "ToPhase", "executable-targets")
+        show(f"{len(nodes)} kernels ... ")
+        self._run(invocation, module, "FromPhase", "flow", "ToPhase", "executable-sources")
+        show("scheduled ... ")
+        self._run(invocation, module, "FromPhase", "executable-sources", "ToPhase", "executable-targets")
         with self.building():
             limits.check_kernels(module.operation)
             state_spirv_versions(module.operation)
@@ -167,16 +184,24 @@ class Compiler:
                 set_reflection(module.operation, REFLECTION_KEY, manifest.to_json())
             if levels:
                 add_conditions(module.operation, levels)
-        self._run(invocation, "FromPhase", "executable-targets", "ToPhase", "hal")
+        show("lowered ... ")
+        self._run(invocation, module, "FromPhase", "executable-targets", "ToPhase", "hal")
         limits.check_counts(module.operation)
         if levels:
             with self.building():
                 load_before_asking(module.operation)
-        self._run(invocation, "FromPhase", "hal", "ToPhase", "end")
+        show("assembled ... ")
+        self._run(invocation, module, "FromPhase", "hal", "ToPhase", "end")
         return CompiledCode(invocation, manifest)
 
-    def _run(self, invocation: Invocation, *phases: str) -> None:
-        if not execute(invocation, *phases):
+    def _run(self, invocation: Invocation, module: ir.Module, *phases: str) -> None:
+        try:
+            is_good = execute(invocation, *phases) and module.operation.verify()
+        except ir.MLIRError as error:
+            found: Any = error
+            self._errors.extend((one.message, str(one.location)) for one in found.error_diagnostics)
+            is_good = False
+        if not is_good:
             raise self._failure("IREE could not compile the model")
 
     def _failure(self, what: str) -> LoweringError:
