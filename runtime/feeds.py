@@ -16,7 +16,7 @@ from .errors import InputError, StateError
 from .manifest import Manifest
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, slots=True)
 class Call:
     """A session's call, checked.
 

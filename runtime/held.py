@@ -9,9 +9,8 @@ its `Lease` says. Who stands at the end of the rows in use goes on there; who wr
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from .binding import axis_of, first_of
 from .device import Device, DeviceArray, HostArray, Move, row_regions
@@ -27,11 +26,19 @@ class Lease:
         rows: How many, in tokens.
     """
 
-    __slots__ = ("__weakref__", "caches", "rows")
+    __slots__ = ("caches", "rows")
 
     def __init__(self, caches: Caches, rows: int) -> None:
         self.caches = caches
         self.rows = rows
+        caches.in_use[id(self)] = rows
+
+    def __del__(self) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Ends it, though something may still hold it, such as an exception's traceback."""
+        self.caches.in_use.pop(id(self), None)
 
 
 class Caches:
@@ -49,27 +56,14 @@ class Caches:
     ) -> None:
         self.specs = tuple(specs)
         self.arrays = tuple(arrays)
+        self.in_use: dict[int, int] = {}  # rows of each lease; a step pays for it, so it is no set of weak references
         self._device = device
         self._filled = filled
-        self._leases: weakref.WeakSet[Lease] = weakref.WeakSet()
         self._lock = threading.Lock()
-
-    def lease(self, rows: int) -> Lease:
-        """Keeps the first rows from being overwritten for as long as the lease lives."""
-        with self._lock:
-            lease = Lease(self, rows)
-            self._leases.add(lease)
-            return lease
-
-    def release(self, lease: Lease) -> None:
-        """Ends a lease that something may still hold, such as an exception's traceback."""
-        with self._lock:
-            self._leases.discard(lease)
 
     def is_of_one(self, lease: Lease) -> bool:
         """Whether nobody but the holder of this lease uses the caches."""
-        with self._lock:
-            return all(other is lease for other in self._leases)
+        return list(self.in_use) == [id(lease)]
 
     def extend(self, held: Lease, rows: int) -> Lease:
         """A lease of as many rows, of which those from the end of the held ones on may be written.
@@ -81,15 +75,14 @@ class Caches:
             TargetError: The device failed; nothing has changed.
         """
         if not self.arrays:
-            return self.lease(rows)
-        lease = Lease(self, rows)
+            return Lease(self, rows)
         with self._lock:
-            taken, filled = any(other.rows > held.rows for other in self._leases), self._filled
-            if not taken:
-                self._leases.add(lease)
+            filled = self._filled
+            lease = None if max(list(self.in_use.values())) > held.rows else Lease(self, rows)
+            if lease is not None:
                 self._filled = max(filled, rows)
-        if taken:
-            return self.copy(held.rows, rows).lease(rows)
+        if lease is None:
+            return Lease(self.copy(held.rows, rows), rows)
         try:
             if filled > held.rows:
                 self._device.move(
@@ -99,7 +92,7 @@ class Caches:
                     ]
                 )
         except BaseException:
-            self.release(lease)
+            lease.release()
             raise
         return lease
 
@@ -121,7 +114,7 @@ class Caches:
         return Caches(self._device, self.specs, copies, filled)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Held:
     """The states of B rows after `position` tokens.
 
@@ -139,17 +132,20 @@ class Held:
     position: int = 0
     batch: int | None = None
     mask: HostArray | None = None
-    shared: bool = field(default=False)
+    shared: bool = False
 
     def arrays(self, manifest: Manifest) -> list[DeviceArray]:
         """All states, in manifest order."""
-        moving, caches = iter(self.moving), iter(self.lease.caches.arrays)
-        return [next(caches if spec.in_place else moving) for spec in manifest.states] if self.batch else []
+        caches = self.lease.caches.arrays
+        if not caches:
+            return list(self.moving)
+        moving, cached = iter(self.moving), iter(caches)
+        return [next(cached) if spec.in_place else next(moving) for spec in manifest.states]
 
     def again(self) -> Held:
         """The same for somebody else."""
         self.shared = True
-        lease = self.lease.caches.lease(self.position)
+        lease = Lease(self.lease.caches, self.position)
         return Held(self.moving, lease, self.position, self.batch, self.mask, True)
 
     def with_array(self, manifest: Manifest, spec: StateSpec, array: DeviceArray) -> Held:
@@ -158,14 +154,14 @@ class Held:
         moving = [other for other in manifest.states if not other.in_place]
         arrays = [array if other is spec else old for other, old in zip(moving, self.moving, strict=True)]
         caches = self.lease.caches.with_array(self.lease, spec, array) if spec.in_place else self.lease.caches
-        return Held(arrays, caches.lease(self.position), self.position, self.batch, self.mask, True)
+        return Held(arrays, Lease(caches, self.position), self.position, self.batch, self.mask, True)
 
     def first(self, manifest: Manifest, position: int) -> Held:
         """What was held after the first tokens, where all states are caches that are written in place."""
         spec = next((spec for spec in manifest.inputs if spec.role == "attention_mask"), None)
         axis = axis_of(manifest, spec.shape, "total") if spec is not None else None
         mask = self.mask if axis is None or self.mask is None else first_of(self.mask, axis, position)
-        return Held([], self.lease.caches.lease(position), position, self.batch, mask, self.shared)
+        return Held([], Lease(self.lease.caches, position), position, self.batch, mask, self.shared)
 
     @property
     def nbytes(self) -> int:
@@ -175,7 +171,7 @@ class Held:
 
 def nothing(device: Device, position: int = 0) -> Held:
     """What is held where there are no states: before an open batch is known, and after the end."""
-    return Held([], Caches(device, (), ()).lease(position), position)
+    return Held([], Lease(Caches(device, (), ()), position), position)
 
 
 def zeros(manifest: Manifest, device: Device, batch: int) -> Held:
@@ -203,4 +199,4 @@ def from_arrays(
     pairs = list(zip(manifest.states, arrays, strict=True))
     caches = [(spec, array) for spec, array in pairs if spec.in_place]
     group = Caches(device, [spec for spec, _ in caches], [array for _, array in caches], position)
-    return Held([array for spec, array in pairs if not spec.in_place], group.lease(position), position, batch, mask)
+    return Held([array for spec, array in pairs if not spec.in_place], Lease(group, position), position, batch, mask)

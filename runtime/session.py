@@ -59,6 +59,7 @@ class Session(Owned):
         self._manifest = manifest
         self._fixed_batch = batch if batch is not None else manifest.batch
         self._window = window
+        self._takes_results = program.takes_results
         self._busy = threading.Lock()
         # What is held now, last; before it what rollback goes back to.
         self._line = [self._empty() if snapshot is None else self._held_by(snapshot)]
@@ -293,7 +294,7 @@ class Session(Owned):
             start = Held(now.moving, lease, now.position, call.batch)
             joined, moving = self._run_blocks(plan, call, start, last)
         except BaseException:
-            lease.caches.release(lease)
+            lease.release()
             raise
         self._commit(Held(moving, lease, now.position + call.tokens, call.batch, call.mask))
         return joined
@@ -366,7 +367,7 @@ class Session(Owned):
         Modules that allocate their results may return an array that they were given, if a state stays as it is.
         """
         m, batch = self._manifest, now.batch
-        if not self._program.takes_results or now.shared or batch is None:
+        if not self._takes_results or now.shared or batch is None:
             return False
         shapes = [state_shape(m, spec, batch, m.max_context or 0) for spec in m.states]
         is_alone = now.lease.caches.is_of_one(now.lease)
@@ -396,12 +397,12 @@ class Session(Owned):
 
     def _keep_memory(self, moving: list[DeviceArray]) -> None:
         """Keeps the memory of states for later ones; two sets are enough, whatever the number of blocks."""
-        if moving and self._program.takes_results and len(self._spare) < _SPARE_STATES:
+        if moving and self._takes_results and len(self._spare) < _SPARE_STATES:
             self._spare.append(moving)
 
     def _compact(self, moving: list[DeviceArray], outputs: list[DeviceArray]) -> list[DeviceArray]:
         """Copies states out of an allocation that they share with large outputs, which they would keep alive."""
-        if self._program.takes_results or sum(output.nbytes for output in outputs) < _COMPACT_BYTES:
+        if self._takes_results or sum(output.nbytes for output in outputs) < _COMPACT_BYTES:
             return moving
         return self._program.device.copy(moving)
 
