@@ -33,6 +33,7 @@ from .graph.masked_experts import raise_masked_experts
 from .graph.name_nodes import name_nodes
 from .graph.quantised_weights import pack_quantised_weights
 from .graph.raising.raise_operators import RAISED_OPS, raise_operators
+from .graph.ranked_top_k import rank_top_k
 from .graph.schema import check_contracts, check_supported, infer_types, opset_versions
 from .graph.single_token import squeezes_tokens
 from .graph.specialize import SpecializedGraph, specialize
@@ -229,7 +230,8 @@ def _plan(
         contracts = check_contracts(specialized.proto.graph, specialized.types, versions)
         check_operands(specialized, versions)
         check_memory(specialized, contracts, entry.symbol, options.max_memory)
-        graphs.append(join_products(specialized, versions, target.capabilities, _lowering_options(options)))
+        ranked = rank_top_k(specialized, target.capabilities)
+        graphs.append(join_products(ranked, versions, target.capabilities, _lowering_options(options)))
     bounds = index_bounds(graphs, [spec.name for spec in plan.inputs])
     inputs = tuple(dataclasses.replace(spec, bounds=bounds.get(spec.name)) for spec in plan.inputs)
     return dataclasses.replace(plan, inputs=inputs), graphs
