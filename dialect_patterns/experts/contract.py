@@ -190,14 +190,18 @@ def parse(node: Node) -> Experts:
     only_attributes(node, *_COMMON, *(_QUANTISED if quantised else ()))
     ports = _QMOE if quantised else _MOE
     x, router = float_input(node, 0, "input"), float_input(node, 1, "router_probs")
-    if x.rank not in (2, 3) or not x.shape[-1]:
-        raise node.error("input 'input'", got=x, expected="[tokens, hidden] or [batch, tokens, hidden], hidden known")
+    if x.rank not in (2, 3):
+        raise node.error("input 'input'", got=x, expected="[tokens, hidden] or [batch, tokens, hidden]")
     if node.attr("use_sparse_mixer", 0):
         raise node.error("attribute 'use_sparse_mixer'", got=1, expected=0, hint="export with softmax routing")
     if quantised:
         _check_format(node)
     activation = _activation(node)
-    hidden, count = x.shape[-1], _size(node, ports["fc1"].weights, "fc1_experts_weights", 0)
+    stored = _size(node, ports["fc1"].weights, "fc1_experts_weights", 2)
+    hidden = stored * 8 // _bits(node, "fc1") if quantised else stored
+    require_shape(node, "input", x, (*x.shape[:-1], hidden))
+    x = TensorSpec((*x.shape[:-1], hidden), x.dtype)
+    count = _size(node, ports["fc1"].weights, "fc1_experts_weights", 0)
     if count > _MAX_EXPERTS:
         raise node.error("the number of experts", got=count, expected=f"up to {_MAX_EXPERTS}")
     columns = _size(node, ports["fc1"].weights, "fc1_experts_weights", 1)
@@ -258,10 +262,14 @@ def _activation(node: Node) -> Activation:
     if kind not in ACTIVATIONS:
         raise node.error("attribute 'activation_type'", got=repr(kind), expected=" or ".join(ACTIVATIONS))
     limit = node.attr("swiglu_limit", math.inf)
+    numbers = {name: node.attr(f"activation_{name}", default) for name, default in (("alpha", 1.0), ("beta", 0.0))}
+    for name, value in (*numbers.items(), ("limit", 0.0 if limit == math.inf else limit)):
+        if not math.isfinite(value):
+            raise node.error(f"the activation's {name}", got=value, expected="a finite number")
     return Activation(
         kind,
-        node.attr("activation_alpha", 1.0),
-        node.attr("activation_beta", 0.0),
+        numbers["alpha"],
+        numbers["beta"],
         limit,
         node.attr("swiglu_limit_after_activation", 0) == 1,
     )
@@ -291,9 +299,7 @@ def _matrix(node: Node, name: str, ports: _Ports, count: int, columns: int, dept
         require_dtype(node, f"{name}_experts_weights", weights, dtype)
         require_shape(node, f"{name}_experts_weights", weights, (count, columns, depth))
         return Matrix(name, columns, depth, dtype, 0, depth, ports.weights, None, None, given)
-    bits = node.attr(f"{name}_expert_weight_bits", node.attr("expert_weight_bits", 4))
-    if bits not in (2, 4, 8):
-        raise node.error(f"bits of a weight of {name}", got=bits, expected="2, 4 or 8")
+    bits = _bits(node, name)
     block = max(node.attr("block_size", 0), 0)
     if block and (block < 16 or block & (block - 1) or depth % block):
         raise node.error(
@@ -313,6 +319,14 @@ def _matrix(node: Node, name: str, ports: _Ports, count: int, columns: int, dept
         require_shape(node, f"{name}_zero_points", zeros, shape)
     point = ports.zeros if zeros is not None else None
     return Matrix(name, columns, depth, dtype, bits, block or depth, ports.weights, ports.scales, point, given)
+
+
+def _bits(node: Node, name: str) -> int:
+    """Of a layer's weights."""
+    bits = node.attr(f"{name}_expert_weight_bits", node.attr("expert_weight_bits", 4))
+    if bits not in (2, 4, 8):
+        raise node.error(f"bits of a weight of {name}", got=bits, expected="2, 4 or 8")
+    return bits
 
 
 def _size(node: Node, index: int, name: str, axis: int) -> int:

@@ -161,6 +161,7 @@ def test_dense(case: Case) -> None:
         ({"k": 9}, "attribute 'k', got 9, expected 1 to the 8 experts"),
         ({"use_sparse_mixer": 1}, "attribute 'use_sparse_mixer', got 1, expected 0"),
         ({"activation_type": "tanh"}, "attribute 'activation_type', got 'tanh', expected relu or gelu"),
+        ({"activation_alpha": float("nan")}, "the activation's alpha, got nan, expected a finite number"),
         ({"swiglu_fusion": 0}, "attribute 'swiglu_fusion', got 0, expected 1 or 2, or swiglu with fc3"),
         ({"router": 1}, "unknown attribute 'router'"),
     ],
@@ -171,3 +172,14 @@ def test_refused(changed: dict[str, Any], message: str) -> None:
     node = node_for("com.microsoft", "MoE", 1, specs, {**case.all_attributes, **changed}, 1)
     with pytest.raises(UnsupportedModelError, match=message):
         parse(node)
+
+
+def test_sizes_that_are_not_known_yet() -> None:
+    """A first check of a model sees shapes that inference has left open; the weights know them."""
+    case = Case("swiglu", 3)
+    x, router, *rest = (spec(a) for a in case.inputs(np.float32))
+    assert x is not None
+    assert router is not None
+    x, router = (replace(value, shape=(None, None)) for value in (x, router))
+    node = node_for("com.microsoft", "MoE", 1, [x, router, *rest], case.all_attributes, 1)
+    assert parse(node).x.shape == (None, case.hidden)
