@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from . import choose
 from .attention import group_query as group_query_attention
 from .attention import op as attention
 from .causal_conv import op as causal_conv
@@ -46,6 +47,7 @@ OPS: tuple[Op, ...] = (
     *tensor_scatter.OPS,
     *mat_mul.OPS,
     *joined.OPS,
+    *choose.OPS,
 )
 
 

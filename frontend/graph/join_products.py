@@ -14,6 +14,7 @@ from linattn.dialect_patterns.mat_mul.joined import GATED, JOINED, can_join, mos
 from linattn.dialect_patterns.op import INTERNAL, LoweringOptions
 from linattn.dialect_patterns.target import Target
 
+from .internal import import_internal
 from .schema import check_contracts, domain_of
 from .specialize import SpecializedGraph
 
@@ -33,7 +34,7 @@ def join_products(
         return graph
     model = onnx.ModelProto()
     model.CopyFrom(graph.proto)
-    model.opset_import.append(onnx.helper.make_opsetid(INTERNAL, 1))
+    import_internal(model)
     contracts = check_contracts(model.graph, graph.types, versions)
     weights = {tensor.name for tensor in model.graph.initializer}
     products: dict[str, list[onnx.NodeProto]] = {}

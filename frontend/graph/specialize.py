@@ -14,6 +14,7 @@ import onnx
 from linattn.runtime.errors import UnsupportedModelError
 
 from ..plan.dims import evaluate
+from .branches import choose_branches, refuse_open_branches
 from .constants import constants_to_initializers
 from .drop_unused import drop_unused
 from .explicit_reshapes import explicit_reshapes
@@ -72,9 +73,12 @@ def specialize(
     constants_to_initializers(graph)
     types = _infer(model, present)
     for _ in range(MAX_FOLDING_ROUNDS):
-        if not fold_constants(graph, types, weights or {}):
+        folded = fold_constants(graph, types, weights or {})
+        if not (choose_branches(graph) or folded):
             break
         types = _infer(model, present)
+    drop_unused(graph)
+    refuse_open_branches(graph)
     explicit_reshapes(graph, types)
     explicit_slices(graph, types)
     drop_unused(graph)

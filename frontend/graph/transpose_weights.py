@@ -20,6 +20,7 @@ from onnx import numpy_helper
 
 from ..model import LoadedModel
 from .drop_unused import drop_unused
+from .internal import import_internal
 from .names import Names
 from .schema import attributes_of, domain_of, is_weight
 
@@ -47,7 +48,7 @@ def transpose_weights(model: LoadedModel) -> None:
             elif node.input[0] in turned:
                 _look_up_columns(node, turned[node.input[0]])
     if any(domain_of(node) == INTERNAL for node in graph.node):
-        model.proto.opset_import.append(onnx.helper.make_opsetid(INTERNAL, 1))
+        import_internal(model.proto)
     drop_unused(graph)
 
 
