@@ -65,12 +65,12 @@ def raise_convolution(node: onnx.NodeProto, values: Values, readers: Readers) ->
     if others or not (ends or zero):
         how = f"Slice '{others[0]}' takes others than its last {held} columns" if others else "no Slice takes the next"
         raise NotProvenError(f"reads a state of {held} columns, but {how}")
-    writer = Writer(Algebra(), node.name)
+    writer = Writer(Algebra(), node.name, values.names)
     result, following = _cut(node, values, readers, held - needed, new[2])
     result, following, bias = _bias(writer, node, values, readers, result, following, weight[0])
     result, activation = _activation(values, readers, result, following)
     state = "" if zero else past if held == needed else _columns(writer, past, held - needed, held)
-    present = "" if not ends else ends[0] if held == needed else f"{node.name}.present"
+    present = "" if not ends else ends[0] if held == needed else values.names.new(f"{node.name}.present")
     attributes: dict[str, object] = {"activation": activation} if activation != "none" else {}
     if dilation != 1:
         attributes["dilation"] = dilation
@@ -149,7 +149,7 @@ def _bias(
     try:
         source = trace(algebra, values, other)
         (index,) = [axis for axis in source.axes if axis]
-        moved = Writer(algebra, f"{node.name}.bias")
+        moved = Writer(algebra, f"{node.name}.bias", values.names)
         bias = moved.rearrange(source.root, source.index, [index])
     except (NotProvenError, ValueError):
         return result, following, ""

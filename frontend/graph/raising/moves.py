@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from ..names import Names
 from ..schema import domain_of
 from .algebra import Algebra, Index, NotProvenError
 from .interpret import MOVES, Interpreter
@@ -107,11 +108,12 @@ class Writer:
         initializers: Their constants.
     """
 
-    def __init__(self, algebra: Algebra, prefix: str) -> None:
+    def __init__(self, algebra: Algebra, prefix: str, names: Names) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
         self._algebra = algebra
         self._prefix = prefix
+        self._names = names
 
     def node(
         self,
@@ -125,7 +127,7 @@ class Writer:
     ) -> str:
         """Add a node; returns its first output."""
         label = f"{self._prefix}.{op_type}_{len(self.nodes)}"
-        outputs = outputs or [f"{label}.out"]
+        outputs = outputs or [self._names.new(f"{label}.out")]
         made = onnx.helper.make_node(op_type, list(inputs), list(outputs), name or label, domain=domain, **attributes)
         self.nodes.append(made)
         return outputs[0]
@@ -171,7 +173,7 @@ class Writer:
 
     def constant(self, label: str, value: np.ndarray[Any, Any]) -> str:
         """Add an initializer; returns its name."""
-        name = f"{self._prefix}.{label}"
+        name = self._names.new(f"{self._prefix}.{label}")
         self.initializers.append(numpy_helper.from_array(value, name))
         return name
 

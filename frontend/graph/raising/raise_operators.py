@@ -9,6 +9,7 @@ import onnx
 from linattn.dialect_patterns.op import MICROSOFT
 
 from ..drop_unused import drop_unused
+from ..name_nodes import name_nodes
 from ..schema import domain_of, infer_types, opset_versions
 from .algebra import NotProvenError
 from .convolution import is_candidate, raise_convolution
@@ -57,6 +58,7 @@ def raise_operators(model: onnx.ModelProto) -> Raising:
     _raise_scans(model, done)
     if any(note.startswith(_RAISED) for note in done.notes):
         drop_unused(model.graph)
+        name_nodes(model.graph)
     return done
 
 

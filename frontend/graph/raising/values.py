@@ -12,6 +12,7 @@ from linattn.runtime.errors import LinattnError
 from onnx import numpy_helper
 
 from ..evaluate import evaluate_node
+from ..names import Names
 from ..schema import domain_of
 from .shapes import LISTS, MAX_ELEMENTS, SHAPES
 from .sizes import Size
@@ -33,6 +34,7 @@ class Values:
         types: Inferred types of the outer graph's values.
         producers: Value -> the node that makes it.
         shapes: Shapes of which more is known than was inferred.
+        names: Names for new values of the outer graph.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class Values:
         self._initializers: dict[str, onnx.TensorProto] = {tensor.name: tensor for tensor in graph.initializer}
         self.types: Mapping[str, onnx.TypeProto] = types
         self.shapes: dict[str, tuple[Size, ...]] = {}
+        self.names = Names(graph) if outer is None else outer.names
         if outer is not None:  # a body's own names hide those around it
             own = {v.name for v in graph.input} | self.producers.keys() | self._initializers.keys()
             self.producers |= {name: n for name, n in outer.producers.items() if name not in own}

@@ -94,7 +94,7 @@ def write_recurrence(
     Raises:
         NotProvenError: if the operator cannot be given its operands.
     """
-    writer = Writer(algebra, name)
+    writer = Writer(algebra, name, values.names)
     heads = algebra.size(found.heads).value
     if heads is None or algebra.size(found.group).value is None:
         raise NotProvenError("has an open number of heads")
@@ -116,8 +116,8 @@ def write_recurrence(
     direct = order == (0, 1, 2, 3)
     if state and not direct:
         state = writer.node("Transpose", [state], perm=list(order))
-    last = "" if not finals else finals[0] if direct else f"{name}.state"
-    raised = f"{name}.raised"
+    last = "" if not finals else finals[0] if direct else values.names.new(f"{name}.state")
+    raised = values.names.new(f"{name}.raised")
     ports = [inputs["query"], inputs["key"], inputs["value"], state, inputs.get("decay", ""), inputs.get("beta", "")]
     while not ports[-1]:
         ports.pop()

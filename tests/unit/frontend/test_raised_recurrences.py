@@ -470,6 +470,22 @@ def test_backwards_is_not_raised() -> None:
     assert "from the last token to the first" in next(iter(raise_operators(model).misses.values()))
 
 
+def test_values_that_the_model_has_already_are_not_overwritten() -> None:
+    model = recurrence_model("gated", repeat="before", value_first=True)
+    name = next(n.name for n in model.graph.node if n.op_type == "Scan")
+    taken = [
+        f"{name}.raised",
+        f"{name}.state",
+        *(f"{name}.{op}_{i}.out" for op in ("Reshape", "Transpose") for i in range(9)),
+    ]
+    taken += [f"{name}.shape_{i}" for i in range(9)]
+    for value in taken:
+        model.graph.node.append(helper.make_node("Neg", ["q"], [value], value.removesuffix(".out")))
+        model.graph.output.append(helper.make_tensor_value_info(value, SINGLE, ["B", "T", 16]))
+    raised(model)
+    assert len({node.name for node in model.graph.node}) == len(model.graph.node)
+
+
 def test_two_scans_of_one_state_are_raised_and_refused_as_states() -> None:
     model = recurrence_model("gated_delta")
     first = next(n for n in model.graph.node if n.op_type == "Scan")
