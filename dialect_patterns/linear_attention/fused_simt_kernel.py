@@ -148,7 +148,7 @@ class Recurrence:
         k, ahead = self.k, self.p.prefetch
         zero = Scalar.constant(0, "index")
         if self.static_tokens == 1:
-            return self._emit_block(state, [self._load_token(zero)], zero)
+            return self._emit_block(state, [self._load_token(zero)], zero, zero)
         if self.static_tokens is not None:
             whole = Scalar.constant(self.static_tokens // ahead * ahead, "index")
             state = self._emit_passes(state, whole)
@@ -162,7 +162,9 @@ class Recurrence:
                 return state
 
         def single(t: Scalar, carried: list[ir.Value]) -> list[ir.Value]:
-            return self._emit_block(carried, [self._load_token(t)], t)
+            return self._emit_block(
+                carried, [self._load_token(t)], t, whole.divide_unsigned(self.p.block)[0] + (t - whole)
+            )
 
         return k.loop(whole, self.tokens, 1, state, single)
 
@@ -179,7 +181,7 @@ class Recurrence:
                 tokens = [first[i].like(loaded[i * size : (i + 1) * size]) for i in group]
                 for i in group:
                     following += self._load_token((t + (ahead + i)).minimum(last)).flat()
-                state = self._emit_block(state, tokens, t + start)
+                state = self._emit_block(state, tokens, t + start, (t + start).divide_unsigned(self.p.block)[0])
             return [*state, *following]
 
         initial = [*state, *(v for token in first for v in token.flat())]
@@ -207,13 +209,17 @@ class Recurrence:
             beta = [k.load(self.beta, row * c.kv_heads + self.head if c.beta == "head" else row)]
         return Token(key, query, value, decay, beta)
 
-    def _emit_block(self, state: Sequence[ir.Value], tokens: Sequence[Token], t: Scalar) -> list[ir.Value]:
+    def _emit_block(
+        self, state: Sequence[ir.Value], tokens: Sequence[Token], t: Scalar, turn: Scalar
+    ) -> list[ir.Value]:
         """Decay, read, update and write the outputs of neighbouring tokens; the next state.
 
         All of them read the state of before the first one, so that one sum over the lanes serves them all, and
         correct that by what the tokens between have added:
 
             k_i S_i-1 = a_i .. a_0 k_i S + sum over j < i of ((a_i .. a_j+1 k_i) . k_j) u_j
+
+        ``t`` is the first token; ``turn`` counts the blocks, of whatever sizes.
         """
         k = self.k
         keys = [self._elements(self.key, token.key) for token in tokens]
@@ -222,7 +228,7 @@ class Recurrence:
         state = self._decayed(state, decays[0])
         updates = [k.widen(self.value, token.value) for token in tokens]
         if self.beta is not None:
-            held, overlaps = self._held(state, keys, decays, t)
+            held, overlaps = self._held(state, keys, decays, turn)
             for i, token in enumerate(tokens):
                 rate = k.splat(k.widen(self.beta, token.beta[0]), self.p.columns)
                 for j in range(i):
@@ -239,11 +245,11 @@ class Recurrence:
             for row in token.query:
                 query = [k.splat(e, self.p.columns) for e in self._elements(self.query, row)]
                 reads.append(self.lanes.dot(query, state))
-        self._write(reads, t)
+        self._write(reads, t, turn)
         return state
 
     def _held(
-        self, state: Sequence[ir.Value], keys: list[list[ir.Value]], decays: list[list[ir.Value]], t: Scalar
+        self, state: Sequence[ir.Value], keys: list[list[ir.Value]], decays: list[list[ir.Value]], turn: Scalar
     ) -> tuple[list[ir.Value], dict[tuple[int, int], ir.Value]]:
         """What ``state``, already decayed for the first token, holds for each key, and how far the keys overlap."""
         k, columns, by_key = self.k, self.p.columns, self.c.decay == "key"
@@ -256,7 +262,7 @@ class Recurrence:
                     key = [k.mul(e, a) for e, a in zip(key, decays[j + 1], strict=True)]
                 pairs[i, j] = self.lanes.dot(key, keys[j])
             parts.append(self.lanes.dot([k.splat(e, columns) for e in key], state))
-        sums = self.lanes.sum([*parts, *pairs.values()], 0, t)
+        sums = self.lanes.sum([*parts, *pairs.values()], 0, turn)
         held, overlaps = sums[: len(keys)], dict(zip(pairs, sums[len(keys) :], strict=True))
         if self.c.decay == "head":
             for i in range(len(keys)):
@@ -281,7 +287,7 @@ class Recurrence:
         """Loaded elements one by one."""
         return [element for value in stored for element in self.k.elements(self.k.widen(buffer, value))]
 
-    def _write(self, reads: list[ir.Value], t: Scalar) -> None:
+    def _write(self, reads: list[ir.Value], t: Scalar, turn: Scalar) -> None:
         """Sum the reads of neighbouring tokens and their query heads over the lanes and write the outputs."""
         k, c = self.k, self.c
         index = Scalar.constant(0, "index")
@@ -290,7 +296,7 @@ class Recurrence:
             reads, index, lanes = self.lanes.scatter(reads)
             writes = (self.lane & (lanes - 1)).equals(0)
             writes = writes & self.inside if self.inside is not None else writes
-        outputs = self.lanes.sum(reads, 1, t, lanes)
+        outputs = self.lanes.sum(reads, 1, turn, lanes)
         scale = k.constant(c.scale, self.p.columns)
 
         def write() -> None:

@@ -23,7 +23,7 @@ class Lanes:
         place: The column's number in the workgroup.
         scratch: The workgroup's memory, for targets without subgroup operations.
         rows: Query heads of a state.
-        alternate: Whether sums of use 0 and 1 take turns; else all are of one use and tokens take turns.
+        alternate: Whether sums of use 0 and 1 take turns; else all are of one use, and blocks take turns.
     """
 
     k: Kernel
@@ -69,15 +69,18 @@ class Lanes:
             sums = [k.add(sums[i], sums[i + 1]) if i + 1 < len(sums) else sums[i] for i in range(0, len(sums), 2)]
         return sums[0]
 
-    def sum(self, parts: Sequence[ir.Value], use: int, t: Scalar, lanes: int | None = None) -> list[ir.Value]:
-        """Each part summed over the lanes (or the ``lanes`` that still share it); every lane gets the sums."""
+    def sum(self, parts: Sequence[ir.Value], use: int, turn: Scalar, lanes: int | None = None) -> list[ir.Value]:
+        """Each part summed over the lanes (or the ``lanes`` that still share it); every lane gets the sums.
+
+        ``turn`` is one more in each block than in the one before.
+        """
         lanes = self.p.lanes if lanes is None else lanes
         if lanes == 1:
             return list(parts)
         k, split = self.k, [self.k.elements(part) for part in parts]
         values = [element for elements in split for element in elements]
         if self.p.subgroup == 0:
-            values = self._sum_in_memory(values, use, t)
+            values = self._sum_in_memory(values, use, turn)
         else:
             offset = inside = self.p.subgroup // self.p.lanes
             while offset < inside * lanes:
@@ -86,7 +89,7 @@ class Lanes:
         rest = iter(values)
         return [k.join([next(rest) for _ in elements]) for elements in split]
 
-    def _sum_in_memory(self, values: Sequence[ir.Value], use: int, t: Scalar) -> list[ir.Value]:
+    def _sum_in_memory(self, values: Sequence[ir.Value], use: int, turn: Scalar) -> list[ir.Value]:
         """Through the workgroup's memory.
 
         Two halves take turns, so that one barrier a sum is enough: who still reads one half is waited for at the
@@ -95,7 +98,7 @@ class Lanes:
         k, p = self.k, self.p
         across, region = p.threads // p.lanes, self.p.slots(self.rows) * p.threads
         assert self.scratch is not None
-        base = Scalar.constant(use * region, "index") if self.alternate else (t & 1) * region
+        base = Scalar.constant(use * region, "index") if self.alternate else (turn & 1) * region
         for i, value in enumerate(values):
             k.store(value, self.scratch, base + i * p.threads + self.lane * across + self.place)
         k.barrier()
