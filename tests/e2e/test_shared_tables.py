@@ -16,6 +16,7 @@ import pytest
 from linattn.frontend import CompileOptions, compile_model
 from linattn.frontend.compile import CompiledModel
 from linattn.runtime import Program
+from linattn.runtime.errors import InputError
 from onnx import TensorProto, helper, numpy_helper
 
 from tests.families.compare import LENGTHS, Family, compare
@@ -127,6 +128,13 @@ def test_float_table_that_is_the_head_too(form: str, dtype: Any) -> None:
     assert any(line.startswith("1 x GatherColumns: packed") for line in compiled.report.others)
     assert any(line.startswith("1 x MatMul: fused_simd") for line in compiled.report.others)
     check_tied(compiled, dtype)
+
+
+def test_no_index_beyond_the_table() -> None:
+    program = Program.load(compile_model(tied("head", np.float32)).module)
+    for index in (ROWS, -ROWS - 1):
+        with pytest.raises(InputError, match=r"ids\[0, 2\]: index out of range, .* expected -600 to 599"):
+            program.run({"ids": np.array([[0, 1, index]])})
 
 
 def test_float_table_of_a_portable_module() -> None:
