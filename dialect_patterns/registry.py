@@ -21,6 +21,7 @@ from .norms import (
     rms_normalization,
     simplified_layer_normalization,
     skip_simplified_layer_normalization,
+    softmax,
 )
 from .op import Op
 from .rotary import m_rotary_embedding, rotary_embedding
@@ -45,6 +46,7 @@ OPS: tuple[Op, ...] = (
     *skip_simplified_layer_normalization.OPS,
     *rms_normalization.OPS,
     *tensor_scatter.OPS,
+    *softmax.OPS,
     *mat_mul.OPS,
     *joined.OPS,
     *choose.OPS,

@@ -16,6 +16,7 @@ from linattn.dialect_patterns.guarded_divisions import guard_divisions
 from linattn.dialect_patterns.guarded_reads import guard_reads
 from linattn.dialect_patterns.op import LoweringContext, LoweringOptions
 from linattn.dialect_patterns.rewrite import lower_operators
+from linattn.dialect_patterns.wide_conversions import widen_conversions
 from linattn.runtime.errors import InputError, LoweringError
 from linattn.runtime.integrity import seal_file, sealed
 from linattn.runtime.manifest import REFLECTION_KEY, RESULTS_KEY, EntryPoint
@@ -35,6 +36,7 @@ from .graph.name_nodes import name_nodes
 from .graph.quantised_weights import pack_quantised_weights
 from .graph.raising.raise_operators import RAISED_OPS, raise_operators
 from .graph.ranked_top_k import rank_top_k
+from .graph.raw_values import raw_values
 from .graph.schema import check_contracts, check_supported, infer_types, opset_versions
 from .graph.single_token import squeezes_tokens
 from .graph.specialize import SpecializedGraph, specialize
@@ -43,6 +45,7 @@ from .graph.states import find_states
 from .graph.transpose_weights import transpose_weights
 from .graph.unused_outputs import leave_out_unused_outputs
 from .graph.validate import check_graph
+from .graph.wide_reductions import widen_reductions
 from .limits import check_memory
 from .lower.importer import Signature, import_entry_point
 from .lower.iree import CompiledCode, Compiler
@@ -111,6 +114,7 @@ def compile_model(
         pack_quantised_weights(model)
         transpose_weights(model)
         mixtures = raise_masked_experts(model)
+        raw_values(model.proto.graph)
     with progress.stage("pair states, plan entry points"):
         plan, graphs = _plan(model, versions, options, target)
         plan, functions = _functions(plan, graphs)
@@ -144,6 +148,8 @@ def compile_model(
         with compiler.building():
             guard_reads(module)
             guard_divisions(module)
+            if target.capabilities.is_gpu and not target.capabilities.matrix_units:
+                widen_conversions(module)
         compiler.dump(module, "linalg")
     with progress.stage(f"generate code for {target.name} ({target.description})"):
         code = compiler.compile(module, manifest, progress.write)
@@ -214,6 +220,8 @@ def _plan(
 ) -> tuple[ModulePlan, list[SpecializedGraph]]:
     graph = model.proto.graph
     types = infer_types(model.proto)
+    if widen_reductions(graph, types):
+        types = infer_types(model.proto)
     pairs = find_states(graph, Pairing(options.states, options.no_states), types)
     check_contracts(graph, types, versions, partial=True)  # before a broken node leaves later ones without types
     roles = find_roles(graph, types, pairs)

@@ -183,6 +183,8 @@ class Device(Owned):
         """
         if array.dtype != numpy_dtype(dtype):
             raise InputError("wrong dtype", got=array.dtype, expected=dtype)
+        if not array.size:  # IREE's GPU drivers take no empty memory
+            return self._empty(array.shape, dtype)
         dense = np.asarray(array, order="C")
         raw = dense if dtype not in ("bool", "bfloat16") else dense.view(np.uint8 if dtype == "bool" else np.uint16)
         view = self._allocator.allocate_buffer_copy(

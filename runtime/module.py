@@ -194,7 +194,7 @@ class Module(Owned):
         except (RuntimeError, ValueError, LookupError, NotImplementedError) as error:
             hint = one_line(error)
             if "empty buffer range" in hint:
-                hint = "IREE's Vulkan driver takes no tensors of size zero; compile with a fixed --max-context"
+                hint = "IREE's driver takes no tensors of size zero; compile it again, or with a fixed --max-context"
             raise TargetError(f"the call failed on {self.device.uri}", where=function, hint=hint) from error
         given = list(storage) if storage is not None else [None] * len(dtypes)
         returned = iter(range(len(results)))

@@ -1,9 +1,10 @@
 """Turns an fp32 export of onnxruntime-genai's model builder into the fp16 one that the builder itself writes.
 
 python samples/half_precision.py fp32/model.onnx fp16/model.onnx
+python samples/half_precision.py fp32/model.onnx bf16/model.onnx bf16
 
-Weights, states and values become fp16. What the builder leaves in fp32 stays so: the parameters of the gates, and the
-rotary embeddings with a cast before and after each.
+Weights, states and values become fp16 or bf16. What the builder leaves in fp32 stays so: the parameters of the gates,
+and the rotary embeddings with a cast before and after each. Exports of mobius-onnx become 16 bits wide throughout.
 """
 
 from __future__ import annotations
@@ -11,59 +12,69 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper
 
 KEEPS_PARAMETERS = ("LinearAttentionGate", "MRotaryEmbedding")
 RUNS_IN_FP32 = ("MRotaryEmbedding",)
+DTYPES = {"fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
 
 
-def to_half(model: onnx.ModelProto) -> None:
+def to_half(model: onnx.ModelProto, dtype: np.dtype = DTYPES["fp16"]) -> None:
     """Converts the model in place."""
-    graph = model.graph
+    graph, half = model.graph, onnx.helper.np_dtype_to_tensor_dtype(dtype)
     kept = {name for node in graph.node if node.op_type in KEEPS_PARAMETERS for name in node.input}
     for tensor in graph.initializer:
         if tensor.name not in kept:
-            _round(tensor)
+            _round(tensor, dtype)
     for value in (*graph.input, *graph.output):
         if value.type.tensor_type.elem_type == TensorProto.FLOAT:
-            value.type.tensor_type.elem_type = TensorProto.FLOAT16
+            value.type.tensor_type.elem_type = half
     del graph.value_info[:]
     nodes: list[onnx.NodeProto] = []
     for node in graph.node:
         for attribute in node.attribute:
-            if node.op_type == "Constant" and attribute.name == "value":
-                _round(attribute.t)
-        nodes += _between_casts(node) if node.op_type in RUNS_IN_FP32 else [node]
+            if attribute.name == "value" and attribute.HasField("t"):
+                _round(attribute.t, dtype)
+            elif node.op_type == "Constant" and attribute.name in ("value_float", "value_floats"):
+                values = attribute.f if attribute.name == "value_float" else list(attribute.floats)
+                tensor = numpy_helper.from_array(np.array(values, np.float32))
+                _round(tensor, dtype)
+                attribute.CopyFrom(onnx.helper.make_attribute("value", tensor))
+            elif node.op_type == "Cast" and attribute.name == "to" and attribute.i == TensorProto.FLOAT:
+                attribute.i = half
+        nodes += _between_casts(node, half) if node.op_type in RUNS_IN_FP32 else [node]
     del graph.node[:]
     graph.node.extend(nodes)
 
 
-def _round(tensor: onnx.TensorProto) -> None:
+def _round(tensor: onnx.TensorProto, dtype: np.dtype) -> None:
     if tensor.data_type == TensorProto.FLOAT:
-        half = numpy_helper.to_array(tensor).astype(np.float16)
-        tensor.CopyFrom(numpy_helper.from_array(half, tensor.name))
+        wide, limit = numpy_helper.to_array(tensor), float(ml_dtypes.finfo(dtype).max)
+        narrow = np.where(np.isfinite(wide), wide.clip(-limit, limit), wide).astype(dtype)  # masks: the least float
+        tensor.CopyFrom(numpy_helper.from_array(narrow, tensor.name))
 
 
-def _between_casts(node: onnx.NodeProto) -> list[onnx.NodeProto]:
+def _between_casts(node: onnx.NodeProto, half: int) -> list[onnx.NodeProto]:
     before, after = node.input[0], node.output[0]
     node.input[0], node.output[0] = f"{after}/in_fp32", f"{after}/fp32"
     return [
         onnx.helper.make_node("Cast", [before], [node.input[0]], f"{node.name}/cast_in", to=TensorProto.FLOAT),
         node,
-        onnx.helper.make_node("Cast", [node.output[0]], [after], f"{node.name}/cast_out", to=TensorProto.FLOAT16),
+        onnx.helper.make_node("Cast", [node.output[0]], [after], f"{node.name}/cast_out", to=half),
     ]
 
 
 def main() -> None:
     """Reads one model, writes the other."""
-    if len(sys.argv) != 3:
+    if len(sys.argv) not in (3, 4) or sys.argv[3:] not in ([], *([name] for name in DTYPES)):
         sys.exit(__doc__)
     source, output = Path(sys.argv[1]), Path(sys.argv[2])
     output.parent.mkdir(parents=True, exist_ok=True)
     model = onnx.load(source)
-    to_half(model)
+    to_half(model, DTYPES[sys.argv[3] if sys.argv[3:] else "fp16"])
     onnx.save(model, output, save_as_external_data=True, location=f"{output.name}.data", size_threshold=64)
 
 

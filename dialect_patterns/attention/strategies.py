@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from iree.compiler import ir
 
+from ..emit.wide_bf16 import narrowed, widened
 from ..op import Choice, LoweringContext, LoweringOptions
 from ..select import Legality, No, Strategy, Yes, always, select, wherever_legal
 from ..target import Target
@@ -92,5 +93,10 @@ def emit_softmax_attention(
             bias=None if mask is None else as_bias(b, mask),
         )  # fmt: skip
     else:
+        wide = target.is_gpu and not target.matrix_units  # IREE's own products in bf16 compile for units only
+        if wide:
+            q, k, v = (widened(b, value) for value in (q, k, v))
+            mask, sink = (None if value is None else widened(b, value) for value in (mask, sink))
         y = emit_attention(b, q, k, v, heads, scale=scale, softcap=softcap, visibility=visibility, mask=mask, sink=sink)
+        y = narrowed(b, y) if wide and shape.dtype == "bf16" else y
     return join_heads(b, y) if flat else y

@@ -9,7 +9,7 @@ from iree.compiler import ir
 from ..op import IMPORTED, Choice, LoweringContext, LoweringOptions, Op
 from ..select import Strategy, always, select, wherever_legal
 from ..target import Target
-from . import fused_mma, fused_simd, fused_simt, fused_tiled
+from . import fused_mma, fused_simd, fused_simt, fused_tiled, widened
 from .contract import MatMul, output_types, parse
 
 STRATEGIES = (
@@ -24,6 +24,7 @@ STRATEGIES = (
         wherever_legal(lambda c: f"{c.rows} rows in one kernel that reads each weight once"),
     ),
     Strategy("fused_tiled", fused_tiled.is_legal, wherever_legal("f32 products of tiles; IREE's own do not compile")),
+    Strategy("widened", widened.is_legal, wherever_legal("in f32; IREE's own do not compile")),
     Strategy(IMPORTED, always, wherever_legal("IREE's own")),
 )
 
@@ -45,6 +46,8 @@ def lower(context: LoweringContext, contract: MatMul, operands: Sequence[ir.Valu
         return [fused_mma.emit_mat_mul_fused_mma(context, contract, a, b)]
     if strategy == "fused_tiled":
         return [fused_tiled.emit_mat_mul_fused_tiled(context, contract, a, b)]
+    if strategy == "widened":
+        return [widened.emit_mat_mul_widened(context.builder, contract, a, b)]
     return [fused_simt.emit_mat_mul_fused_simt(context, contract, a, b)]
 
 

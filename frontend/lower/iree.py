@@ -24,6 +24,7 @@ from .cpu_variants import add_conditions, load_before_asking
 from .device_needs import device_needs
 from .dispatch_limits import DispatchLimits
 from .dispatches import attach_dispatches
+from .empty_ranges import fill_empty_ranges
 from .executables import state_spirv_versions
 from .reflection import set_reflection
 
@@ -187,6 +188,9 @@ class Compiler:
         show("lowered ... ")
         self._run(invocation, module, "FromPhase", "executable-targets", "ToPhase", "hal")
         limits.check_counts(module.operation)
+        if self._target.capabilities.is_gpu:
+            with self.building():
+                fill_empty_ranges(module.operation)
         if levels:
             with self.building():
                 load_before_asking(module.operation)

@@ -115,6 +115,16 @@ def test_open_dimensions(past_length, mask):
 
 
 @pytest.mark.vulkan
+def test_bf16_on_vulkan():
+    """In f32: IREE's own products in bf16 make no legal SPIR-V."""
+    inputs, attributes = CASES["exported"]
+    inputs = [a.astype(ml_dtypes.bfloat16) if a is not None and a.dtype == np.float32 else a for a in inputs]
+    got = run_op("Attention", inputs, attributes, num_outputs=3, target="lavapipe")
+    for g, w in zip(got, reference(inputs, attributes), strict=True):
+        assert error(g, w) < TOLERANCE["bfloat16"]
+
+
+@pytest.mark.vulkan
 @pytest.mark.parametrize("case", ["exported", "nonpad-behind", "mask-short-bool", "hidden-row"])
 def test_on_vulkan(case):
     inputs, attributes = CASES[case]

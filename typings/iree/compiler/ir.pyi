@@ -178,6 +178,7 @@ class AffineMap:
 
 class OpOperand:
     owner: Operation
+    operand_number: int
 
 class Value:
     type: Type
