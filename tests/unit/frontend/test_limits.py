@@ -107,7 +107,7 @@ def folded(count: int = 4000) -> onnx.ModelProto:
     """Many constants that are each small enough to fold, 2 GiB together."""
     nodes = [node("Expand", ["v", "n"], [f"e{i}"], f"expand{i}") for i in range(count)]
     sums = [node("Sum", [f"e{i}" for i in range(count)], ["r"], "total")]
-    return model([*nodes, *sums], [ints("v", [1]), ints("n", [65536])])
+    return model([*nodes, *sums], [floats("v", [1]), ints("n", [65536])])
 
 
 CASES: dict[str, tuple[Callable[[], onnx.ModelProto], dict[str, object], str]] = {
