@@ -56,7 +56,7 @@ def test_an_open_context_begins_with_caches_of_no_rows() -> None:
         found = compare(program, family, 5)
         assert found.is_right(family), found
         prompt = {"input_ids": family.expected["ids_5"][:, :1]}
-        alone = program.run({**prompt, **program.session().states()})["logits"]
+        alone = program.run({**prompt, **program.session().states.numpy()})["logits"]
         assert np.array_equal(alone, program.session().run(prompt)["logits"])
 
 
