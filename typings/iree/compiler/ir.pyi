@@ -241,6 +241,7 @@ class Operation:
     location: Location
     context: Context
     parent: Operation | None
+    def move_before(self, other: Operation) -> None: ...
     def walk(self, callback: Callable[[Operation], WalkResult]) -> None: ...
     @staticmethod
     def create(
