@@ -57,14 +57,15 @@ def test_vulkan():
 
 
 @pytest.mark.vulkan
+@pytest.mark.parametrize("machine", ["lavapipe", "vulkan"])  # the latter without subgroup operations
 @pytest.mark.parametrize(("size", "dtype"), [(64, np.float16), (1100, np.float32), (12, np.float32)])
-def test_one_kernel_on_subgroups(size: int, dtype: Any):
+def test_one_kernel(size: int, dtype: Any, machine: str):
     inputs = [normal(2, 3, size, dtype=dtype), normal(2, 3, size + 1, dtype=dtype)[..., :size].copy(),
               normal(size, dtype=dtype)]  # fmt: skip
     specs = [spec(a) for a in inputs]
-    assert "rms_fused_simt" in str(lowered(MICROSOFT, OP, 1, specs, {}, 4, "lavapipe", used=[True, False, False, True]))
-    check(inputs, num_outputs=4, used=[True, False, False, True], target="lavapipe")
-    check(inputs, target="lavapipe")
+    assert "rms_fused_simt" in str(lowered(MICROSOFT, OP, 1, specs, {}, 4, machine, used=[True, False, False, True]))
+    check(inputs, num_outputs=4, used=[True, False, False, True], target=machine)
+    check(inputs, target=machine)
 
 
 @pytest.mark.parametrize(
