@@ -14,7 +14,7 @@ from iree.compiler import ir
 
 from ..checks import only_attributes
 from ..emit.builder import LETTERS, spec_of
-from ..node import Node, TensorSpec
+from ..node import FLOATS, Node, TensorSpec
 from ..op import IMPORTED, Choice, LoweringContext, LoweringOptions, Op
 from ..target import Target
 
@@ -26,7 +26,7 @@ class Softmax:
     """Contract.
 
     Attributes:
-        x: Any shape.
+        x: Of any shape, f32, f16, bf16 or f64.
         axis: Along which the results have the sum 1, not negative.
     """
 
@@ -38,6 +38,8 @@ def parse(node: Node) -> Softmax:
     """Check the node; see the contract."""
     only_attributes(node, "axis")
     x = node.required(0, "input")
+    if x.dtype not in (*FLOATS, "f64"):
+        raise node.error("input 'input' has an unsupported type", got=x.dtype, expected="f32, f16, bf16 or f64")
     axis = node.attr("axis", -1)
     if not -x.rank <= axis < max(x.rank, 1):
         raise node.error("attribute 'axis'", got=axis, expected=f"{-x.rank} to {x.rank - 1}")

@@ -84,7 +84,7 @@ def test_many_rows_of_bf16(
         (Target("vulkan", is_gpu=True, subgroup_size=16), "bf16", 9, 64, "fused_tiled"),
         (Target("vulkan", is_gpu=True), "bf16", None, 64, "fused_tiled"),
         (Target("vulkan", is_gpu=True), "bf16", 8, 64, "fused_simt"),
-        (Target("vulkan", is_gpu=True), "bf16", 9, 60, "imported"),
+        (Target("vulkan", is_gpu=True), "bf16", 9, 60, "widened"),
         (Target("vulkan", is_gpu=True), "f16", 9, 64, "imported"),
         (Target("cuda", is_gpu=True, subgroup_size=32, matrix_units=True), "bf16", 9, 64, "imported"),
     ],
