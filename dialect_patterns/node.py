@@ -68,6 +68,7 @@ class Node:
     attributes: Mapping[str, object] = field(default_factory=dict[str, object])
     used_outputs: tuple[bool, ...] = ()
     weights: frozenset[int] = frozenset()
+    _asked: set[int] = field(default_factory=set[int], init=False, repr=False, compare=False)
 
     @property
     def where(self) -> str:
@@ -77,6 +78,7 @@ class Node:
 
     def input(self, index: int) -> TensorSpec | None:
         """The type of input ``index``, None where it is left out."""
+        self._asked.add(index)
         return self.inputs[index] if index < len(self.inputs) else None
 
     def required(self, index: int, name: str) -> TensorSpec:
@@ -89,6 +91,16 @@ class Node:
         if spec is None:
             raise self.error(f"input '{name}' is missing", hint=f"give the node its '{name}'")
         return spec
+
+    def refuse_other_inputs(self) -> None:
+        """Refuse inputs beyond those that the contract has asked for.
+
+        Raises:
+            UnsupportedModelError: if there is one: ONNX's checker does not know the operators that it does not define.
+        """
+        last = max(self._asked, default=-1)
+        if any(spec is not None for spec in self.inputs[last + 1 :]):
+            raise self.error("too many inputs", got=len(self.inputs), expected=f"at most {last + 1}")
 
     def attr(self, name: str, default: T) -> T:
         """An attribute's value, or ``default``; the value must have the default's type.

@@ -42,6 +42,7 @@ from .graph.single_token import squeezes_tokens
 from .graph.specialize import SpecializedGraph, specialize
 from .graph.state_names import Pairing
 from .graph.states import find_states
+from .graph.trailing_inputs import drop_trailing_inputs
 from .graph.transpose_weights import transpose_weights
 from .graph.unused_outputs import leave_out_unused_outputs
 from .graph.validate import check_graph
@@ -100,6 +101,7 @@ def compile_model(
         bind_dims(model.proto, options.dims)
         inline_functions(model.proto)
         name_nodes(model.proto.graph)
+        drop_trailing_inputs(model.proto.graph)
         choices = flatten_branches(model.proto)
         # This says more of an unknown operator than ONNX's checker.
         written = [node for node in model.proto.graph.node if node.name not in choices]

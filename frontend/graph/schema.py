@@ -358,7 +358,9 @@ def check_contracts(
         op = find_op(domain, node.op_type, versions.get(domain, 1))
         unknown = partial and any(name and spec_of_type(types.get(name)) is None for name in node.input)
         if op is not None and not unknown:
-            contract = contracts[node.name] = op.parse(node_view(node, types, versions, weights))
+            view = node_view(node, types, versions, weights)
+            contract = contracts[node.name] = op.parse(view)
+            view.refuse_other_inputs()
             _check_outputs(node, op.output_types(contract), types)
     return contracts
 
