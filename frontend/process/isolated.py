@@ -68,20 +68,18 @@ class _Worker:
         Raises:
             LoweringError: if the process dies.
         """
-        inside_a_line = False
+        show, shown = progress.write, ""
         try:
             message = self._hear(request)
             while not isinstance(message, Reply):
                 assert isinstance(message, Text)
-                if message.is_progress:
-                    progress.write(message.text)
-                    inside_a_line = not message.text.endswith("\n")
-                else:
-                    sys.stderr.write(message.text)
+                # Noted before it is shown: Ctrl-C may come in between, and an empty line is better than half a one.
+                show, shown = progress.write if message.is_progress else _to_stderr, message.text
+                show(message.text)
                 message = self._hear()
-        except LoweringError:
-            if inside_a_line:
-                progress.write("died\n")
+        except BaseException as error:
+            if shown and not shown.endswith("\n"):
+                show("died\n" if isinstance(error, LoweringError) else "stopped\n")
             raise
         return message
 
@@ -238,6 +236,10 @@ def _serialized(model: onnx.ModelProto) -> bytes:
     except Exception as error:  # protobuf's own errors have no common base
         hint = "save it with external data and give the path"
         raise UnsupportedModelError("cannot be handed over", where="model", got=str(error)[:200], hint=hint) from error
+
+
+def _to_stderr(text: str) -> None:
+    sys.stderr.write(text)
 
 
 def _umask() -> int:

@@ -41,16 +41,17 @@ def process() -> int:
 
 
 class When(io.StringIO):
-    """A progress's stream that does something when a stage begins."""
+    """A progress's stream that does something when a stage has begun."""
 
     def __init__(self, stage: str, action: Callable[[], object]) -> None:
         super().__init__()
         self._stage, self._action = stage, action
 
     def write(self, text: str, /) -> int:
+        written = super().write(text)
         if self._stage in text:
             self._action()
-        return super().write(text)
+        return written
 
 
 def test_it_is_kept_between_calls(tmp_path: Path) -> None:
@@ -91,7 +92,9 @@ def test_death_while_a_bundle_is_made(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(sys, "stderr", When("[5/6] generate", lambda: os.kill(pid, signal.SIGKILL)))
     with pytest.raises(LoweringError, match=r"the compiler died \(SIGKILL\)"):
         compile_bundle(tmp_path / "model.onnx", [CompileOptions()], tmp_path / "b.linattn", module_progress)
-    assert "cpu.vmfb\n[1/6] load and check the model ... " in sys.stderr.getvalue()  # type: ignore[attr-defined]
+    said = sys.stderr.getvalue()  # type: ignore[attr-defined]
+    assert "cpu.vmfb\n[1/6] load and check the model ... " in said
+    assert said.endswith(") ... died\n")
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
     assert process() != pid
 
@@ -120,8 +123,10 @@ def test_the_caller_fails_meanwhile(error: type[BaseException], tmp_path: Path) 
         raise error
 
     pid = process()
+    progress = Progress(6, When("generate code", interrupt))
     with pytest.raises(error):
-        compile_model(small_model(), output=tmp_path / "o", progress=Progress(6, When("generate code", interrupt)))
+        compile_model(small_model(), output=tmp_path / "o", progress=progress)
+    assert progress._stream.getvalue().endswith(") ... stopped\n")  # type: ignore[union-attr]
     assert not list(tmp_path.iterdir())
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
