@@ -97,7 +97,7 @@ def compile_model(
     with progress.stage("load and check the model"):
         model = load_model(source)
         text = text_files(options.tokenizer, model.path)
-        _check_outputs(model, options, output)
+        _check_outputs([*model.files, *(text.paths if text is not None else ())], options, output)
         bind_dims(model.proto, options.dims)
         inline_functions(model.proto)
         name_nodes(model.proto.graph)
@@ -171,10 +171,8 @@ def compile_model(
     return CompiledModel(data, manifest, report)
 
 
-def _check_outputs(model: LoadedModel, options: CompileOptions, output: str | Path | None) -> None:
-    inputs: list[str | Path] = [*model.files, *([options.gpu_target] if options.gpu_target else [])]
-    if isinstance(options.tokenizer, Path) and options.tokenizer.is_file():
-        inputs.append(options.tokenizer)
+def _check_outputs(read: Sequence[Path], options: CompileOptions, output: str | Path | None) -> None:
+    inputs = [*read, *([options.gpu_target] if options.gpu_target else [])]
     check_outputs({"-o": output, "--params": options.params, "--report": options.report}, inputs)
     if options.dump_ir is not None and options.dump_ir.exists() and not options.dump_ir.is_dir():
         raise InputError("not a folder", where=f"--dump-ir {options.dump_ir}", hint="choose another name")

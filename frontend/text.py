@@ -11,7 +11,7 @@ from typing import IO
 from linattn.runtime.errors import InputError
 from linattn.runtime.text.files import PREFIX, TOKENIZER, TextFiles, read_folder
 
-from .plan.report import CompileReport, mib
+from .plan.report import CompileReport
 
 BESIDE = "beside"
 """Take the tokenizer.json beside the ONNX file, if there is one."""
@@ -66,4 +66,4 @@ def with_text(data: bytes, files: TextFiles) -> bytes:
 def report_text(files: TextFiles, report: CompileReport) -> None:
     """Says in the report what the module carries."""
     size = sum(len(data) for data in files.contents.values())
-    report.notes.append(f"text from {files.where} inside: {', '.join(files.contents)} ({mib(size)})")
+    report.notes.append(f"text from {files.where} inside: {', '.join(files.contents)} ({-(-size >> 10)} KiB)")

@@ -18,7 +18,9 @@ Note = Callable[[str], None]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of text to a parser."""
-    group = parser.add_argument_group("text", "needs the packages tokenizers and jinja2 (pip install 'linattn[text]')")
+    group = parser.add_argument_group(
+        "text", "needs the packages tokenizers and jinja2 (pip install tokenizers jinja2)"
+    )
     add = group.add_argument
     add("--prompt", metavar="TEXT", help="continue a text; - reads it from standard input")
     add("--chat", action="store_true", help="a conversation, an answer a line; /reset forgets it, Ctrl-D ends")

@@ -39,10 +39,12 @@ class TextFiles:
     Attributes:
         where: The folder or the module, for errors.
         contents: File name -> bytes; `tokenizer.json` is always there.
+        paths: The files that they were read from; none inside a module.
     """
 
     where: str
     contents: Mapping[str, bytes]
+    paths: tuple[Path, ...] = ()
 
     def place(self, name: str) -> str:
         """What errors call one of them."""
@@ -60,8 +62,9 @@ def read_folder(path: Path) -> TextFiles:
     names[TOKENIZER] = path / TOKENIZER if path.is_dir() else path
     if not names[TOKENIZER].is_file():
         raise InputError("no tokenizer", where=str(names[TOKENIZER]), hint="give its folder or its tokenizer.json")
-    contents = {name: _read(file, LIMITS[name]) for name, file in names.items() if file.is_file()}
-    return TextFiles(str(folder), contents)
+    found = {name: file for name, file in names.items() if file.is_file()}
+    contents = {name: _read(file, LIMITS[name]) for name, file in found.items()}
+    return TextFiles(str(folder), contents, tuple(found.values()))
 
 
 def read_module(file: Path) -> TextFiles | None:

@@ -152,10 +152,10 @@ class TextStream(Iterator[str]):
         stop: frozenset[int],
         texts: StopTexts,
     ) -> None:
-        self.prompt_tokens = len(ids)
-        """Tokens of the prompt."""
+        self._memory, self._tokenizer, self._texts = memory, tokenizer, texts
+        self._prompt, self._count, self._sampling, self._stop = ids, count, sampling, stop
         self.reused_tokens = 0
-        """Those of them that the states held already."""
+        """Tokens of the prompt that the states held already."""
         self.ids: list[int] = []
         """Tokens generated so far, the one that stopped the answer included."""
         self.prompt_seconds = 0.0
@@ -164,7 +164,12 @@ class TextStream(Iterator[str]):
         """From the first token to the last."""
         self.finish_reason: str | None = None
         """`stop`, `length` (as many tokens as were asked for, or the context is full); None while it goes on."""
-        self._pieces = self._run(memory, tokenizer, ids, count, sampling, stop, texts)
+        self._pieces = self._run()
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return len(self._prompt)
 
     def __next__(self) -> str:
         """The next piece, never empty."""
@@ -174,44 +179,35 @@ class TextStream(Iterator[str]):
         """Ends the answer here; the states are those after its last token but one."""
         self._pieces.close()
 
-    def _run(
-        self,
-        memory: Memory,
-        tokenizer: Tokenizer,
-        ids: list[int],
-        count: int,
-        sampling: Sampling,
-        stop: frozenset[int],
-        texts: StopTexts,
-    ) -> Generator[str]:
+    def _run(self) -> Generator[str]:
         start = time.perf_counter()
-        turn = memory.begin(ids)
+        turn = self._memory.begin(self._prompt)
         self.reused_tokens = turn.reused
-        _log.info("prompt of %d tokens, %d of them reused", len(ids), turn.reused)
-        push, decoded = tokenizer.stream(), ""
-        count = min(count, memory.room(len(ids)))
-        for token in generate(turn.session, ids[turn.reused :], count, sampling, stop, ids[: turn.reused]):
-            turn.add(token)
+        _log.info("prompt of %d tokens, %d of them reused", self.prompt_tokens, turn.reused)
+        push, decoded = self._tokenizer.stream(), ""
+        new, held = self._prompt[turn.reused :], self._prompt[: turn.reused]
+        count = min(self._count, self._memory.room(self.prompt_tokens))
+        for token in turn.follow(generate(turn.session, new, count, self._sampling, self._stop, held)):
             now = time.perf_counter()
             if not self.ids:
                 self.prompt_seconds, start = now - start, now
             self.answer_seconds = now - start
             self.ids.append(token)
-            if token in stop:
+            if token in self._stop:
                 self.finish_reason = "stop"
                 break
             whole = push(token)
             decoded += whole
-            piece = texts.push(whole)
+            piece = self._texts.push(whole)
             if piece:
                 yield piece
-            if texts.found:
+            if self._texts.found:
                 self.finish_reason = "stop"
                 return
         self.finish_reason = self.finish_reason or "length"
-        text = tokenizer.decode(self.ids[:-1] if self.ids[-1] in stop else self.ids)
+        text = self._tokenizer.decode(self.ids[:-1] if self.ids[-1] in self._stop else self.ids)
         cut_off = text[len(decoded) :] if text.startswith(decoded) else ""  # a character that was never completed
-        rest = texts.push(cut_off) + texts.finish()
+        rest = self._texts.push(cut_off) + self._texts.finish()
         if rest:
             yield rest
 

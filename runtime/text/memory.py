@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 from ..errors import StateError
 from ..session import Session
@@ -24,20 +25,28 @@ class Turn:
     reused: int
     _memory: Memory
     _prompt: list[int]
-    _answer: list[int] = field(default_factory=list[int])
 
-    def add(self, token: int) -> None:
-        """Notes a generated token; the states hold everything before it.
+    def follow(self, steps: Iterator[int]) -> Iterator[int]:
+        """Hands on generated tokens and notes what the states hold by then: everything before the token.
 
         Raises:
-            StateError: A later turn has begun.
+            StateError: A later turn has begun; nothing is computed then, since the session is the later one's.
         """
-        if self._memory.turn is not self:
-            raise StateError("another answer has begun", hint="read this one to its end first, or use two generators")
-        if not self._answer:
-            self._memory.mark(self._prompt)
-        self._memory.tokens = [*self._prompt, *self._answer]
-        self._answer.append(token)
+        last: int | None = None
+        while True:
+            if self._memory.turn is not self:
+                hint = "read this one to its end first, or use two generators"
+                raise StateError("another answer has begun", hint=hint)
+            token = next(steps, None)
+            if token is None:
+                return
+            if last is None:
+                self._memory.tokens = list(self._prompt)
+                self._memory.mark(self._prompt)
+            else:
+                self._memory.tokens.append(last)
+            last = token
+            yield token
 
 
 class Memory:
@@ -81,7 +90,7 @@ class Memory:
             if self._marks:
                 tokens, snapshot = self._marks[-1]
                 self._session.restore(snapshot)
-                self.tokens = tokens
+                self.tokens = list(tokens)
             else:
                 self.reset()
         self.turn = Turn(self._session, self._session.position, self, ids)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -130,8 +129,23 @@ def test_tokenizers_that_cannot_go_with_a_module(
         err = capsys.readouterr().err
         assert "tokenizer.json: not a tokenizer" in err
         assert message in err
-    assert compile_([str(model), "-o", str(tmp_path / "tokenizer.json"), *SMALL]) == 2
-    assert json.loads((tmp_path / "tokenizer.json").read_text()) == {}
+
+
+def test_files_of_text_are_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither those beside the model nor those that --tokenizer names."""
+    onnx.save(build(), byte_tokenizer.write(tmp_path) / "model.onnx")
+    other = byte_tokenizer.write(tmp_path / "other")
+    for options, file in (
+        (["-o", "tokenizer.json"], "tokenizer.json"),
+        (["--report", "generation_config.json"], "generation_config.json"),
+        (["--tokenizer", other, "-o", other / "tokenizer.json"], "other/tokenizer.json"),
+    ):
+        before = (tmp_path / file).read_bytes()
+        given = [str(tmp_path / option) if i % 2 else str(option) for i, option in enumerate(options)]
+        extra = [] if "-o" in given else ["-o", str(tmp_path / "m.vmfb")]
+        assert compile_([str(tmp_path / "model.onnx"), *given, *extra, *SMALL]) == 2
+        assert "would overwrite an input" in capsys.readouterr().err
+        assert (tmp_path / file).read_bytes() == before
 
 
 def test_words_of_an_exported_model(shared_models: Path, tmp_path: Path) -> None:

@@ -71,6 +71,19 @@ def test_what_is_left_to_draw(logits: list[int], top_k: int, top_p: float, min_p
     assert np.allclose(weights / weights.sum(), softmax(np.array(values)[kept], temperature))
 
 
+def test_a_large_vocabulary() -> None:
+    """Where not all of it is sorted for top-p: the same tokens, many of them equally likely."""
+    numbers = np.random.default_rng(4)
+    for spread in (0.1, 1.0, 4.0):
+        logits = (numbers.normal(0, spread, 5000) * 4).round() / 4
+        for top_p in (0.05, 0.5, 0.9, 0.999):
+            kept, weights = likely(logits, Sampling(1.0, 0, top_p))
+            order = np.argsort(-logits, kind="stable")
+            sums = np.cumsum(softmax(logits)[order])
+            assert kept.tolist() == sorted(order[: np.count_nonzero(np.append(0, sums[:-1]) < top_p)].tolist())
+            assert np.allclose(weights / weights.sum(), softmax(logits[kept]))
+
+
 def test_equal_seeds() -> None:
     logits = np.random.default_rng(2).normal(size=(50, 100)).astype(np.float16)
 
