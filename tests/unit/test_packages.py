@@ -1,4 +1,4 @@
-"""What a wheel holds: every folder with code has to be named in pyproject.toml, an editable install hides a missing one."""
+"""What a wheel holds: each folder with code is named in pyproject.toml; an editable install hides a missing one."""
 
 from __future__ import annotations
 

@@ -1,0 +1,83 @@
+"""No thread of a GPU kernel reads what another one may be writing; see races.py."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import half_types
+import pytest
+from data import Shape, linear_attention
+from harness import TARGETS, lowered
+from iree.compiler import ir
+from linattn.dialect_patterns.linear_attention.fused_simt_lanes import Lanes
+from linattn.dialect_patterns.op import LoweringOptions
+from linattn.dialect_patterns.target import Target
+from linattn.frontend.compile import CompileOptions, compile_model
+from linattn.frontend.lower.iree import Compiler
+from linattn.runtime.errors import LinattnError
+from races import races
+from state_ops import specs_of
+
+GPUS = {
+    "plain": Target("vulkan", is_gpu=True),  # sums go through the workgroup's memory
+    "gpu": Target("vulkan", is_gpu=True, subgroup_size=32, workgroup_memory=49_152),
+}
+RULES = [Shape("linear"), Shape("gated"), Shape("gated", "key"), Shape("delta"), Shape("gated_delta", "key")]
+
+
+@pytest.fixture(autouse=True)
+def _targets(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, target in GPUS.items():
+        monkeypatch.setitem(TARGETS, name, target)
+
+
+def attention(shape: Shape, tokens: int, gpu: str, strategy: str) -> Any:
+    inputs = linear_attention(shape, 1, tokens)
+    specs = specs_of("LinearAttention", inputs, False)
+    options = LoweringOptions(strategy=strategy)
+    return lowered("", "LinearAttention", 27, specs, shape.attributes, 2, gpu, options)
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("shape", RULES, ids=lambda shape: f"{shape.rule}-{shape.decay}")
+def test_the_recurrence(shape: Shape, gpu: str) -> None:
+    for tokens in (1, 2, 5, 8):  # blocks of tokens, and what is left one by one
+        assert races(attention(shape, tokens, gpu, "fused_simt")) == []
+
+
+def test_a_race_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that was there: sums of neighbouring blocks in the same half of the memory."""
+    in_memory = Lanes._sum_in_memory
+    monkeypatch.setattr(Lanes, "_sum_in_memory", lambda self, values, use, turn: in_memory(self, values, use, turn * 2))
+    assert races(attention(Shape("gated"), 8, "plain", "fused_simt"))
+
+
+@pytest.mark.parametrize("rule", ["linear", "gated_delta"])
+def test_chunks(rule: str) -> None:
+    shape = Shape(rule, q_heads=2, k_heads=2, kv_heads=2, dk=64, dv=64)
+    assert races(attention(shape, 40, "gpu", "fused_simt_chunks")) == []
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("baseline", "f32"), ("hopper", "f32"), ("hopper", "f16")])
+def test_every_operator(device: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As whole models have them, with weights; attention is in test_attention_simt.py."""
+
+    class EnoughError(LinattnError):
+        pass
+
+    def stop(*given: object, **more: object) -> None:
+        raise EnoughError("lowered")
+
+    monkeypatch.setattr(Compiler, "convert_torch", stop)
+    model = half_types.model(dtype, half_types.all_cases())
+    with pytest.raises(EnoughError):
+        compile_model(model, CompileOptions(target="vulkan", gpu_target=device, dump_ir=tmp_path, max_context=64))
+    context = ir.Context()
+    context.load_all_available_dialects()
+    with context:
+        module = ir.Module.parse((tmp_path / "02-lower-operators.mlir").read_text())
+        for wanted in ("linear_attention", "experts", "rms_fused_simt", "mat_mul_n_bits"):
+            assert wanted in str(module), wanted
+        assert races(module, defaultdict(lambda: 40)) == []
