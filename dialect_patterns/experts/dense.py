@@ -15,22 +15,20 @@ from iree.compiler import ir
 
 from ..emit.builder import Builder, spec_of
 from ..emit.scalar import Scalar
-from ..node import TensorSpec
 from ..op import LoweringContext
 from .activation import activate
 from .contract import Experts, Matrix
 from .given import given_choice
 
 
-def emit_experts_dense(context: LoweringContext, contract: Experts, operands: Sequence[ir.Value | None]) -> ir.Value:
-    """Emit the node."""
+def emit_experts_dense(
+    context: LoweringContext, contract: Experts, rows: ir.Value, operands: Sequence[ir.Value | None]
+) -> ir.Value:
+    """Emit the node: [T, H] of x's rows [T, H]."""
     b, c = context.builder, contract
-    x, router = operands[:2]
-    assert x is not None
+    router = operands[1]
     assert router is not None
-    lead = b.shape(x)[:-1]
-    x = b.refine(x, TensorSpec((*spec_of(x).shape[:-1], c.hidden), c.x.dtype))
-    rows = b.cast(b.collapse(x, 0, 1) if len(lead) > 1 else x, "f32")
+    rows = b.cast(rows, "f32")
     weights = (
         _given(b, c, operands)
         if c.given
@@ -51,8 +49,7 @@ def emit_experts_dense(context: LoweringContext, contract: Experts, operands: Se
         weights,
         initial=0.0,
     )
-    y = b.cast(y, c.x.dtype)
-    return b.expand(y, 0, lead) if len(lead) > 1 else y
+    return b.cast(y, c.x.dtype)
 
 
 def _given(b: Builder, c: Experts, operands: Sequence[ir.Value | None]) -> ir.Value:

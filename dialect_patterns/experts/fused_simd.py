@@ -27,7 +27,6 @@ from iree.compiler import ir
 from ..emit.builder import Builder, Size, spec_of
 from ..emit.dispatch import Kernel, dispatch
 from ..machines import for_machines
-from ..node import TensorSpec
 from ..op import LoweringContext, weight_symbol
 from ..select import Legality, No, Yes
 from ..target import Target
@@ -76,16 +75,12 @@ def describe(contract: Experts, target: Target) -> str:
 
 
 def emit_experts_fused_simd(
-    context: LoweringContext, contract: Experts, operands: Sequence[ir.Value | None]
+    context: LoweringContext, contract: Experts, rows: ir.Value, operands: Sequence[ir.Value | None]
 ) -> ir.Value:
-    """Emit the node."""
+    """Emit the node: [T, H] of x's rows [T, H]."""
     b, c, target = context.builder, contract, context.target
-    x, router = operands[:2]
-    assert x is not None
+    router = operands[1]
     assert router is not None
-    lead = b.shape(x)[:-1]
-    x = b.refine(x, TensorSpec((*spec_of(x).shape[:-1], c.hidden), c.x.dtype))
-    rows = b.collapse(x, 0, 1) if len(lead) > 1 else x
     tokens = b.dim(rows, 0)
     if c.given:
         experts, weights = given_choice(b, c, operands)
@@ -95,8 +90,7 @@ def emit_experts_fused_simd(
         kernel = for_machines(target, lambda machine: choosing_kernel(c, machine))
         experts, weights = dispatch(b, kernel, logits, tokens, tokens)
     emit = _direct if is_direct(c, target) else _grouped
-    y = emit(context, c, operands, rows, experts, weights, tokens)
-    return b.expand(y, 0, lead) if len(lead) > 1 else y
+    return emit(context, c, operands, rows, experts, weights, tokens)
 
 
 def _direct(

@@ -17,8 +17,6 @@ from collections.abc import Sequence
 
 from iree.compiler import ir
 
-from ..emit.builder import spec_of
-from ..node import TensorSpec
 from ..op import LoweringContext
 from ..select import Legality, No, Yes
 from ..target import Target
@@ -83,16 +81,12 @@ def describe(contract: Experts, target: Target) -> str:
 
 
 def emit_experts_fused_simt(
-    context: LoweringContext, contract: Experts, operands: Sequence[ir.Value | None]
+    context: LoweringContext, contract: Experts, rows: ir.Value, operands: Sequence[ir.Value | None]
 ) -> ir.Value:
-    """Emit the node."""
+    """Emit the node: [T, H] of x's rows [T, H]."""
     b, c = context.builder, contract
-    x, router = operands[:2]
-    assert x is not None
+    router = operands[1]
     assert router is not None
-    lead = b.shape(x)[:-1]
-    x = b.refine(x, TensorSpec((*spec_of(x).shape[:-1], c.hidden), c.x.dtype))
-    rows = b.collapse(x, 0, 1) if len(lead) > 1 else x
     tokens = b.dim(rows, 0)
     size = b.mul(tokens, c.chosen)
     if c.given:
@@ -115,8 +109,7 @@ def emit_experts_fused_simt(
         "tkh,tk->th", lambda acc, v, w: acc + v * w, b.expand(y, 0, [tokens, c.chosen]),
         b.expand(weights, 0, [tokens, c.chosen]), initial=0.0,
     )  # fmt: skip
-    total = b.cast(total, c.x.dtype)
-    return b.expand(total, 0, lead) if len(lead) > 1 else total
+    return b.cast(total, c.x.dtype)
 
 
 def _weights(context: LoweringContext, layer: Layer, operands: Sequence[ir.Value | None]) -> Weights:

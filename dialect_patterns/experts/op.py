@@ -7,6 +7,8 @@ from dataclasses import replace
 
 from iree.compiler import ir
 
+from ..emit.builder import spec_of
+from ..node import TensorSpec
 from ..op import INTERNAL, MICROSOFT, Choice, LoweringContext, LoweringOptions, Op
 from ..select import Strategy, Yes, always, select, wherever_legal
 from ..target import Target
@@ -18,6 +20,12 @@ STRATEGIES = (
     Strategy("fused_simt", fused_simt.is_legal, lambda c, target, _: Yes(fused_simt.describe(c, target))),
     Strategy("dense", always, wherever_legal("every expert for every token; portable")),
 )
+
+_EMITTERS = {
+    "fused_simd": fused_simd.emit_experts_fused_simd,
+    "fused_simt": fused_simt.emit_experts_fused_simt,
+    "dense": dense.emit_experts_dense,
+}
 
 
 def choose(contract: Experts, target: Target, options: LoweringOptions) -> Choice:
@@ -31,12 +39,14 @@ def choose(contract: Experts, target: Target, options: LoweringOptions) -> Choic
 
 def lower(context: LoweringContext, contract: Experts, operands: Sequence[ir.Value | None]) -> list[ir.Value]:
     """Emit the node with the chosen strategy."""
-    strategy = choose(contract, context.target, context.options).strategy
-    if strategy == "fused_simd":
-        return [fused_simd.emit_experts_fused_simd(context, contract, operands)]
-    if strategy == "fused_simt":
-        return [fused_simt.emit_experts_fused_simt(context, contract, operands)]
-    return [dense.emit_experts_dense(context, contract, operands)]
+    b, c, x = context.builder, contract, operands[0]
+    assert x is not None
+    lead = b.shape(x)[:-1]
+    x = b.refine(x, TensorSpec((*spec_of(x).shape[:-1], c.hidden), c.x.dtype))
+    rows = b.collapse(x, 0, 1) if len(lead) > 1 else x
+    emit = _EMITTERS[choose(c, context.target, context.options).strategy]
+    y = emit(context, c, rows, operands)
+    return [b.expand(y, 0, lead) if len(lead) > 1 else y]
 
 
 OPS = (
