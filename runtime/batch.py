@@ -12,8 +12,8 @@ from .arrays import token_ids
 from .device import HostArray
 from .errors import InputError
 from .rows import Row, check_lengths, gather
-from .session import Session
-from .snapshot import Snapshot
+from .session import Session, engine_of
+from .snapshot import Snapshot, parts_of
 
 if TYPE_CHECKING:
     from .program import Program
@@ -52,7 +52,7 @@ def read_prompts(program: Program, prompts: Sequence[ArrayLike]) -> Batch:
     read = _by_row if manifest.batch is None else _by_length
     rows, logits = read(program, ids, names[0], outputs[0])
     together = gather(manifest, program.device, rows, max(row.shape[1] for row in ids))
-    return Batch(program.session(Snapshot(program, together)), np.concatenate(logits))
+    return Batch(program.session(Snapshot(engine_of(program), together)), np.concatenate(logits))
 
 
 def _by_row(program: Program, ids: Sequence[HostArray], name: str, output: str) -> tuple[list[Row], list[HostArray]]:
@@ -62,7 +62,7 @@ def _by_row(program: Program, ids: Sequence[HostArray], name: str, output: str) 
     for row in ids:
         session = program.session(batch=1)
         logits.append(session.run({name: row}, logits="last")[output])
-        rows.append((session.snapshot().held, 0))
+        rows.append((parts_of(session.snapshot())[1], 0))
     return rows, logits
 
 
@@ -75,8 +75,8 @@ def _by_length(program: Program, ids: Sequence[HostArray], name: str, output: st
     logits: dict[int, HostArray] = {}
     for stop in sorted({row.shape[1] for row in ids}):
         last = session.run({name: filled[:, start:stop]}, logits="last")[output]
-        snapshot, start = session.snapshot(), stop
+        held, start = parts_of(session.snapshot())[1], stop
         for index, row in enumerate(ids):
             if row.shape[1] == stop:
-                rows[index], logits[index] = (snapshot.held, index), last[index : index + 1]
+                rows[index], logits[index] = (held, index), last[index : index + 1]
     return [rows[index] for index in range(len(ids))], [logits[index] for index in range(len(ids))]

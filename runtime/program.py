@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import os
-import threading
-import weakref
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,19 +15,16 @@ from .batch import Batch, read_prompts
 from .binding import Sizes
 from .choice import Choice
 from .cpu import chosen_level
-from .device import Device, DeviceArray, HostArray
+from .device import Device, HostArray
+from .engine import Engine
 from .feeds import block_inputs, check_room, complete_inputs
 from .loading import load
-from .manifest import EntryPoint, InputSpec, Manifest, OutputSpec, StateSpec
+from .manifest import InputSpec, Manifest, OutputSpec, StateSpec
 from .module import Module
 from .owned import Owned
 from .session import Session
 from .snapshot import Snapshot
-from .state import next_states, read_state, state_shape, upload_state
-
-_LARGE_INPUT = 1 << 18  # bytes; above it a copy to the device pays off
-_KEPT_INPUTS = 64
-_SMALL_OUTPUT = 1 << 19  # elements; below it the device writes to the host's memory sooner than a copy is submitted
+from .state import read_state, state_shape, upload_state
 
 
 class Program(Owned):
@@ -44,16 +37,9 @@ class Program(Owned):
     _copy_hint = "threads may share it; another process must load it again"
 
     def __init__(self, module: Module, manifest: Manifest, choice: Choice | None = None) -> None:
-        self._module = module
+        self._engine = Engine(module, manifest)
         self._manifest = manifest
         self._choice = choice
-        returned = [state.dtype for state in manifest.states]
-        self._inputs: dict[tuple[int, tuple[int, ...]], DeviceArray] = {}
-        self._outputs: dict[str, list[DeviceArray]] = {}
-        self._lock = threading.RLock()
-        self._holders: weakref.WeakSet[Session | Snapshot] = weakref.WeakSet()
-        self._holders_lock = threading.Lock()
-        self._result_dtypes = [*(output.dtype for output in manifest.outputs), *returned]
 
     @staticmethod
     def load(
@@ -96,34 +82,16 @@ class Program(Owned):
         Every later call of the program or of a session of it raises a StateError; closing twice is fine. In a child
         process that was forked it frees nothing: the memory is the parent's.
         """
-        if self._module.is_foreign:  # a lock may be held by a thread that is not in this process
-            self._module.close()
-            return
-        with self._lock:
-            self._module.close()
-            self._inputs.clear()
-            self._outputs.clear()
-            with self._holders_lock:
-                for holder in self._holders:
-                    holder.release()
+        self._engine.close()
 
     def __enter__(self) -> Self:
         """The program, to be closed at the end of the block."""
-        self.check_usable()
+        self._engine.check_usable()
         return self
 
     def __exit__(self, *exception: object) -> None:
         """Closes it."""
         self.close()
-
-    def check_usable(self) -> None:
-        """Refuses whatever would use the device in vain.
-
-        Raises:
-            StateError: The program has been closed.
-            TargetError: This process was forked from the one that loaded it.
-        """
-        self._module.check_usable()
 
     @property
     def manifest(self) -> Manifest:
@@ -133,7 +101,7 @@ class Program(Owned):
     @property
     def file(self) -> Path | None:
         """The `.vmfb` it was loaded from (one of a bundle's, if it was a bundle); None if from bytes."""
-        return self._module.file
+        return self._engine.module.file
 
     @property
     def cpu_level(self) -> str | None:
@@ -143,7 +111,7 @@ class Program(Owned):
     @property
     def device(self) -> Device:
         """Where it runs."""
-        return self._module.device
+        return self._engine.module.device
 
     @property
     def choice(self) -> Choice | None:
@@ -177,10 +145,7 @@ class Program(Owned):
             InputError: A batch that the model does not have, or a negative window.
             StateError: The snapshot is of another program or another batch.
         """
-        self.check_usable()
-        session = Session(self, batch, window, snapshot)
-        self.adopt(session)
-        return session
+        return Session(self, batch, window, snapshot)
 
     def batch(self, prompts: Sequence[ArrayLike]) -> Batch:
         """Reads prompts of different lengths and puts them into one batch, which goes on together.
@@ -201,11 +166,6 @@ class Program(Owned):
         """
         return read_prompts(self, prompts)
 
-    def adopt(self, holder: Session | Snapshot) -> None:
-        """Lets `close` free what a session or a snapshot holds."""
-        with self._holders_lock:
-            self._holders.add(holder)
-
     def run(self, inputs: Mapping[str, Any]) -> dict[str, HostArray]:
         """Runs the graph once, without a session: everything in and out by ONNX name and in ONNX shape.
 
@@ -224,7 +184,7 @@ class Program(Owned):
             StateError: P+T is more than the capacity.
             TargetError: The call failed on the device.
         """
-        self.check_usable()
+        self._engine.check_usable()
         m = self._manifest
         optional = {spec.name for spec in m.inputs if spec.role in ("attention_mask", "position_ids")}
         required = [spec.name for spec in m.inputs if spec.name not in optional]
@@ -257,91 +217,9 @@ class Program(Owned):
             else self.device.zeros(state_shape(m, spec, batch, m.max_context or 0), spec.dtype)
             for spec in m.states
         ]
-        with self.exclusive():
-            outputs, states = self.call(entry, block_inputs(m, feeds, past, 0, tokens), states, past)
+        with self._engine.exclusive():
+            outputs, states = self._engine.call(entry, block_inputs(m, feeds, past, 0, tokens), states, past)
             results = {spec.name: self.device.to_host(out) for spec, out in zip(m.outputs, outputs, strict=True)}
         for spec, state in zip(m.states, states, strict=True):
             results[spec.output] = read_state(m, self.device, spec, state, past + tokens)
         return results
-
-    def exclusive(self) -> AbstractContextManager[object]:
-        """No other thread's call runs inside, so that the outputs of one's own call stay as they are."""
-        self.check_usable()
-        return self._lock
-
-    def call(
-        self,
-        entry: EntryPoint,
-        inputs: Sequence[HostArray],
-        states: Sequence[DeviceArray],
-        position: int,
-        last: bool = False,
-        into: Sequence[DeviceArray | None] | None = None,
-    ) -> tuple[list[DeviceArray], list[DeviceArray]]:
-        """Calls one entry point with arrays of exactly its shapes, and waits.
-
-        Args:
-            entry: Which one.
-            inputs: One array per graph input, in manifest order, in the shapes that the module takes.
-            states: One device array per state; those with `in_place` are written to.
-            position: P.
-            last: The last position's logits will do: the others are left out where the module can do without them.
-            into: Arrays like the states (None for those with `in_place`), to hold the next ones where the module
-                `takes_results`. Left out: new ones.
-
-        Returns:
-            The outputs, in arrays that the next call of the entry point may overwrite, and the states after the call.
-
-        Raises:
-            TargetError: The call failed.
-        """
-        m = self._manifest
-        symbol = entry.last if last and entry.last else entry.symbol
-        self.check_usable()
-        with self._lock:  # the inputs' buffers are used again in the next call
-            self.check_usable()  # another thread may have closed it by now
-            arguments: list[DeviceArray | int] = [self._input(i, array) for i, array in enumerate(inputs)]
-            arguments += states
-            if m.takes_position:
-                arguments.append(position)
-            storage = self._storage(symbol, into)
-            results = self._module.call(symbol, arguments, self._result_dtypes, storage)
-        count = len(m.outputs)
-        return results[:count], next_states(m, states, results[count:])
-
-    @property
-    def takes_results(self) -> bool:
-        """Whether calls write their results where they are told to."""
-        return self._module.result_specs(self._manifest.entry_points[0].symbol) is not None
-
-    def _storage(self, symbol: str, into: Sequence[DeviceArray | None] | None) -> list[DeviceArray | None] | None:
-        """Memory for the results of an entry point: the outputs' is kept, small ones where the host reads them."""
-        specs, count = self._module.result_specs(symbol), len(self._manifest.outputs)
-        if specs is None:
-            return None
-        if symbol not in self._outputs:
-            self._outputs[symbol] = [
-                self.device.host_buffer(spec[1], spec[0])
-                if math.prod(spec[1]) <= _SMALL_OUTPUT
-                else self.device.empty(spec[1], spec[0])
-                for spec in specs[:count]
-                if spec is not None
-            ]
-        given = into if into is not None else [None] * len(specs[count:])
-        states: list[DeviceArray | None] = []
-        for spec, array in zip(specs[count:], given, strict=True):
-            states.append(None if spec is None else array or self.device.empty(spec[1], spec[0]))
-        return [*self._outputs[symbol], *states]
-
-    def _input(self, index: int, array: HostArray) -> DeviceArray:
-        """A graph input where the device can read it; for as long as the call takes."""
-        dtype = self._manifest.inputs[index].dtype
-        if array.nbytes > _LARGE_INPUT:
-            return self.device.upload(array, dtype)
-        key = index, array.shape
-        if key not in self._inputs:
-            if len(self._inputs) > _KEPT_INPUTS:  # an open context has another mask in every step
-                self._inputs.clear()
-            self._inputs[key] = self.device.host_buffer(array.shape, dtype)
-        self.device.write(self._inputs[key], array)
-        return self._inputs[key]

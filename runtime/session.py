@@ -15,6 +15,7 @@ import numpy as np
 from . import binding, held
 from .arrays import as_array
 from .device import DeviceArray, HostArray, numpy_dtype
+from .engine import Engine
 from .errors import InputError, StateError
 from .feeds import Call, block_inputs, check_room, prepare
 from .held import Held
@@ -22,7 +23,7 @@ from .manifest import EntryPoint, OutputSpec, StateSpec
 from .owned import Owned
 from .rows import Row, gather
 from .saved import load_states, save_states
-from .snapshot import Snapshot
+from .snapshot import Snapshot, parts_of
 from .state import read_state, state_shape, upload_state
 from .views import StateViews, find_state, from_outside
 
@@ -47,7 +48,9 @@ class Session(Owned):
     def __init__(
         self, program: Program, batch: int | None = None, window: int = 0, snapshot: Snapshot | None = None
     ) -> None:
-        manifest = program.manifest
+        engine = engine_of(program)
+        engine.check_usable()
+        manifest = engine.manifest
         if batch is not None and manifest.batch is not None and batch != manifest.batch:
             hint = "compile with --batch open for any"
             raise InputError("wrong batch", where="batch", got=batch, expected=manifest.batch, hint=hint)
@@ -56,14 +59,16 @@ class Session(Owned):
         if window < 0:
             raise InputError("wrong window", where="window", got=window, expected="a number of calls")
         self._program = program
+        self._engine = engine
         self._manifest = manifest
         self._fixed_batch = batch if batch is not None else manifest.batch
         self._window = window
-        self._takes_results = program.takes_results
+        self._takes_results = engine.takes_results
         self._busy = threading.Lock()
         # What is held now, last; before it what rollback goes back to.
         self._line = [self._empty() if snapshot is None else self._held_by(snapshot)]
         self._spare: list[list[DeviceArray]] = []  # memory of moving states that nobody needs any more
+        engine.adopt(self, Session._release)
 
     @property
     def program(self) -> Program:
@@ -91,8 +96,8 @@ class Session(Owned):
             if batch is None or not self._is_own(now) or now.batch != batch:
                 self._replace([self._empty()])
                 return
-            self._line = [held.nothing(self._program.device)]  # should clearing fail, the states are of no use
-            self._line = [held.cleared(self._manifest, self._program.device, now)]
+            self._line = [held.nothing(self._engine.device)]  # should clearing fail, the states are of no use
+            self._line = [held.cleared(self._manifest, self._engine.device, now)]
 
     def snapshot(self) -> Snapshot:
         """What the session holds now, as a value: nothing that it does later changes it.
@@ -103,7 +108,7 @@ class Session(Owned):
         with self._exclusive():
             now = self._line[-1]
             now.shared = True
-            return Snapshot(self._program, now.again())
+            return Snapshot(self._engine, now.again())
 
     def restore(self, snapshot: Snapshot) -> None:
         """Goes on from a snapshot; what the session held is gone, and so is what `rollback` went back to.
@@ -127,7 +132,7 @@ class Session(Owned):
             LinattnError: The package safetensors is missing, or the file cannot be written.
         """
         with self._exclusive():
-            save_states(Path(path), self._manifest, self._program.device, self._started())
+            save_states(Path(path), self._manifest, self._engine.device, self._started())
 
     @staticmethod
     def load(program: Program, path: str | os.PathLike[str], *, window: int = 0) -> Session:
@@ -143,9 +148,10 @@ class Session(Owned):
             StateError: No such file, another model's, more tokens than fit, or a damaged file.
             LinattnError: The package safetensors is missing.
         """
-        program.check_usable()
-        loaded = load_states(Path(path), program.manifest, program.device)
-        return program.session(Snapshot(program, loaded), window=window)
+        engine = engine_of(program)
+        engine.check_usable()
+        loaded = load_states(Path(path), engine.manifest, engine.device)
+        return program.session(Snapshot(engine, loaded), window=window)
 
     def rollback(self, tokens: int) -> None:
         """Takes back the last tokens: afterwards it is as if they had never been there.
@@ -234,14 +240,14 @@ class Session(Owned):
     @property
     def states(self) -> StateViews:
         """The states by name: `states["past.0.recurrent"].numpy()` is a copy of one, `states.numpy()` of all."""
-        return StateViews(self)
+        return StateViews(self, self._read)
 
-    def read(self, spec: StateSpec) -> HostArray:
+    def _read(self, spec: StateSpec) -> HostArray:
         """A copy of one state on the host, in ONNX form; see `StateView.numpy`."""
         with self._exclusive():
             now = self._started()
             array = now.arrays(self._manifest)[self._manifest.states.index(spec)]
-            return read_state(self._manifest, self._program.device, spec, array, now.position)
+            return read_state(self._manifest, self._engine.device, spec, array, now.position)
 
     def set_state(self, name: str, value: Any) -> None:
         """Replaces one state; snapshots and what `rollback` goes back to keep theirs.
@@ -261,7 +267,7 @@ class Session(Owned):
             shape = state_shape(m, spec, now.batch or 1, now.position)
             if array.shape != shape:
                 raise InputError("wrong shape", where=spec.name, got=list(array.shape), expected=list(shape))
-            self._put(now, spec, upload_state(m, self._program.device, spec, array))
+            self._put(now, spec, upload_state(m, self._engine.device, spec, array))
 
     def reset_state(self, name: str) -> None:
         """Makes one state zeros again, for all rows; position and the other states stay.
@@ -272,11 +278,11 @@ class Session(Owned):
         with self._exclusive():
             m, now, spec = self._manifest, self._started(), find_state(self._manifest, name)
             shape = state_shape(m, spec, now.batch or 1, m.max_context or now.position)
-            self._put(now, spec, self._program.device.zeros(shape, spec.dtype))
+            self._put(now, spec, self._engine.device.zeros(shape, spec.dtype))
 
-    def release(self) -> None:
+    def _release(self) -> None:
         """Frees the states; the program calls it when it closes, after which a session has no use of them."""
-        self._line = [held.nothing(self._program.device, self.position)]
+        self._line = [held.nothing(self._engine.device, self.position)]
         self._spare = []
 
     def _run(self, inputs: Mapping[str, Any], last: bool) -> dict[str, HostArray]:
@@ -288,7 +294,7 @@ class Session(Owned):
         binding.check_indices(m, call.feeds)
         plan = binding.plan_blocks(m, call.tokens)
         if now.batch is None:
-            now = held.zeros(m, self._program.device, call.batch)
+            now = held.zeros(m, self._engine.device, call.batch)
         lease = now.lease.caches.extend(now.lease, now.position + call.tokens)
         try:
             start = Held(now.moving, lease, now.position, call.batch)
@@ -310,9 +316,9 @@ class Session(Owned):
         for entry, size in plan:
             outputs = []  # lets go of the block before, which may be large
             block = block_inputs(m, call.feeds, now.position, start, size)
-            with self._program.exclusive():
+            with self._engine.exclusive():
                 into = self._take_spare()
-                outputs, following = self._program.call(entry, block, states, now.position + start, last, into)
+                outputs, following = self._engine.call(entry, block, states, now.position + start, last, into)
                 start += size
                 for spec, output in zip(m.outputs, outputs, strict=True):
                     self._collect(parts[spec.name], spec, output, last, start == call.tokens)
@@ -337,7 +343,7 @@ class Session(Owned):
         return rows
 
     def _gather(self, rows: Sequence[Row]) -> None:
-        self._replace([gather(self._manifest, self._program.device, rows, self.position)])
+        self._replace([gather(self._manifest, self._engine.device, rows, self.position)])
 
     def _put(self, now: Held, spec: StateSpec, array: DeviceArray) -> None:
         self._replace([*self._line[:-1], now.with_array(self._manifest, spec, array)])
@@ -350,16 +356,17 @@ class Session(Owned):
                 self._keep_memory(one.moving)
 
     def _held_by(self, snapshot: Snapshot) -> Held:
-        if snapshot.program is not self._program:
+        engine, now = parts_of(snapshot)
+        if engine is not self._engine:
             hint = "session.save() and Session.load() take states from one to the other"
-            got = f"{snapshot.program.manifest.model_name} on {snapshot.program.device.uri}"
+            got = f"{engine.manifest.model_name} on {engine.device.uri}"
             raise StateError("a snapshot of another program", got=got, hint=hint)
-        if snapshot.batch is None:
+        if now.batch is None:
             return self._empty()
-        if self._fixed_batch not in (None, snapshot.batch):
+        if self._fixed_batch not in (None, now.batch):
             hint = "use program.session(snapshot)"
-            raise StateError("a snapshot of another batch", got=snapshot.batch, expected=self._fixed_batch, hint=hint)
-        return snapshot.held.again()
+            raise StateError("a snapshot of another batch", got=now.batch, expected=self._fixed_batch, hint=hint)
+        return now.again()
 
     def _is_own(self, now: Held) -> bool:
         """Whether nobody else reads these arrays and they are as large as those of no tokens.
@@ -374,7 +381,7 @@ class Session(Owned):
         return is_alone and [array.shape for array in now.arrays(m)] == shapes
 
     def _collect(self, found: list[HostArray], spec: OutputSpec, output: DeviceArray, last: bool, final: bool) -> None:
-        device = self._program.device
+        device = self._engine.device
         if spec.token_axis is None:
             if final:
                 found.append(device.to_host(output))
@@ -404,7 +411,7 @@ class Session(Owned):
         """Copies states out of an allocation that they share with large outputs, which they would keep alive."""
         if self._takes_results or sum(output.nbytes for output in outputs) < _COMPACT_BYTES:
             return moving
-        return self._program.device.copy(moving)
+        return self._engine.device.copy(moving)
 
     def _no_tokens(self, spec: OutputSpec, batch: int) -> HostArray:
         sizes = {"batch": batch}
@@ -416,8 +423,8 @@ class Session(Owned):
     def _empty(self) -> Held:
         """The states of no tokens."""
         if self._fixed_batch is None:
-            return held.nothing(self._program.device)
-        return held.zeros(self._manifest, self._program.device, self._fixed_batch)
+            return held.nothing(self._engine.device)
+        return held.zeros(self._manifest, self._engine.device, self._fixed_batch)
 
     def _started(self) -> Held:
         if self.batch is None:
@@ -426,10 +433,15 @@ class Session(Owned):
 
     @contextmanager
     def _exclusive(self) -> Generator[None]:
-        self._program.check_usable()
+        self._engine.check_usable()
         if not self._busy.acquire(blocking=False):
             raise StateError("the session is in use by another thread", hint="use one session per thread")
         try:
             yield
         finally:
             self._busy.release()
+
+
+def engine_of(program: Program) -> Engine:
+    """What a program and its sessions share; for the files of the runtime, users have no use of it."""
+    return program._engine  # pyright: ignore[reportPrivateUsage]

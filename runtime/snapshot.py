@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from .engine import Engine
 from .held import Held, nothing
 from .owned import Owned
-
-if TYPE_CHECKING:
-    from .program import Program
 
 
 class Snapshot(Owned):
@@ -20,19 +16,14 @@ class Snapshot(Owned):
 
     _copy_hint = "threads may share it; session.save() takes it to another process"
 
-    def __init__(self, program: Program, held: Held) -> None:
-        self._program = program
+    def __init__(self, engine: Engine, held: Held) -> None:
+        self._engine = engine
         self._held = held
-        program.adopt(self)
+        engine.adopt(self, Snapshot._release)
 
     def __repr__(self) -> str:
         rows = "no rows yet" if self.batch is None else f"batch {self.batch}"
         return f"Snapshot(position {self.position}, {rows}, {self.nbytes} bytes)"
-
-    @property
-    def program(self) -> Program:
-        """The program that it is of."""
-        return self._program
 
     @property
     def position(self) -> int:
@@ -49,11 +40,11 @@ class Snapshot(Owned):
         """Bytes on the device that it keeps from being freed, shared ones included."""
         return self._held.nbytes
 
-    @property
-    def held(self) -> Held:
-        """What is on the device; for sessions only."""
-        return self._held
+    def _release(self) -> None:
+        """Frees the states when the program closes, after which a snapshot is of no use."""
+        self._held = nothing(self._engine.device, self._held.position)
 
-    def release(self) -> None:
-        """Frees the states; the program calls it when it closes, after which a snapshot is of no use."""
-        self._held = nothing(self._program.device, self._held.position)
+
+def parts_of(snapshot: Snapshot) -> tuple[Engine, Held]:
+    """Of which program it is and what it holds, for those who go on from it."""
+    return snapshot._engine, snapshot._held  # pyright: ignore[reportPrivateUsage]

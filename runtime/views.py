@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -32,8 +32,9 @@ class StateView:
         dtype: numpy name, or `bfloat16`.
     """
 
-    def __init__(self, session: Session, spec: StateSpec) -> None:
+    def __init__(self, session: Session, spec: StateSpec, read: Callable[[StateSpec], HostArray]) -> None:
         self._session = session
+        self._read = read
         self._spec = spec
         self.name, self.output, self.kind, self.dtype = spec.name, spec.output, spec.kind, spec.dtype
 
@@ -69,7 +70,7 @@ class StateView:
         Raises:
             StateError: The batch is open until the first call, the program is closed, or a call is under way.
         """
-        return self._session.read(self._spec)
+        return self._read(self._spec)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> HostArray:
         """What `numpy.asarray` asks for."""
@@ -98,8 +99,9 @@ class StateView:
 class StateViews(Mapping[str, StateView]):
     """All states of a session, by the name of the past input; that of the present output is found too."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, read: Callable[[StateSpec], HostArray]) -> None:
         self._session = session
+        self._read = read
         self._manifest: Manifest = session.program.manifest
 
     def __repr__(self) -> str:
@@ -111,7 +113,7 @@ class StateViews(Mapping[str, StateView]):
         Raises:
             StateError: There is none of this name; the message lists them.
         """
-        return StateView(self._session, find_state(self._manifest, name))
+        return StateView(self._session, find_state(self._manifest, name), self._read)
 
     def __contains__(self, name: object) -> bool:
         return any(name in (spec.name, spec.output) for spec in self._manifest.states)

@@ -18,6 +18,7 @@ from linattn.runtime.loading import read_manifest
 from linattn.runtime.manifest import EntryPoint, Manifest, OutputSpec
 from linattn.runtime.module import Module
 from linattn.runtime.program import Program
+from linattn.runtime.session import engine_of
 from linattn.runtime.state import state_shape, zero_states
 
 from .device_times import cuda_kernels
@@ -111,14 +112,14 @@ class IreeModel(ModelRunner):
             position: Tokens committed.
             calls: How many calls, on `profiled_inputs` and states of zeros.
         """
-        program = self._program
-        m, device = program.manifest, program.device
+        engine = engine_of(self._program)
+        m, device = engine.manifest, engine.device
         entry = next(entry for entry in m.entry_points if entry.symbol == symbol)
         inputs = profiled_inputs(m, entry, position)
         states, into = zero_states(m, device, m.batch or 1), zero_states(m, device, m.batch or 1)
 
         def call() -> None:
-            program.call(entry, inputs, states, position, last=True, into=into)
+            engine.call(entry, inputs, states, position, last=True, into=into)
 
         call()  # the first call of a process allocates
         return cuda_kernels(call, calls)

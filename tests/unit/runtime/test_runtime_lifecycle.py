@@ -111,8 +111,8 @@ def test_a_file_that_may_only_be_read(file: Path) -> None:
 USES: dict[str, Callable[[Program, Session], object]] = {
     "run": lambda program, session: program.run(IDS),
     "session": lambda program, session: program.session(),
-    "call": lambda program, session: program.call(program.manifest.entry_points[0], [], [], 0),
-    "exclusive": lambda program, session: program.exclusive(),
+    "call": lambda program, session: program._engine.call(program.manifest.entry_points[0], [], [], 0),
+    "exclusive": lambda program, session: program._engine.exclusive(),
     "enter": lambda program, session: program.__enter__(),
     "session.run": lambda program, session: session.run(IDS),
     "session.run of nothing": lambda program, session: session.run({"input_ids": np.zeros((1, 0), np.int64)}),
@@ -225,7 +225,7 @@ program = Program.load(file, device)
 session = program.session()
 want = session.run(IDS)["logits"]
 if what == "locks":  # the child is born while another thread of its parent holds every lock
-    inside = program.exclusive(), session._exclusive()
+    inside = program._engine.exclusive(), session._exclusive()
     ready = threading.Event()
     def hold():
         with inside[0], inside[1]:
@@ -256,9 +256,9 @@ if what in ("uses", "locks"):
     for use in (
         lambda: program.run(IDS),
         lambda: program.session(),
-        lambda: program.exclusive(),
+        lambda: program._engine.exclusive(),
         lambda: program.__enter__(),
-        lambda: program.call(program.manifest.entry_points[0], [], [], 0),
+        lambda: program._engine.call(program.manifest.entry_points[0], [], [], 0),
         lambda: session.run(IDS),
         lambda: session.reset(),
         lambda: session.states["past.0.rec"].numpy(),

@@ -171,7 +171,7 @@ def test_a_failure_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_models_that_go_by_the_number_of_tokens() -> None:
     """GroupQueryAttention has no mask: one length, or a session for each."""
     loaded = program()
-    plain = Program(loaded._module, replace(loaded.manifest, row_masks=False))
+    plain = Program(loaded._engine.module, replace(loaded.manifest, row_masks=False))
     words = "tiny-hybrid: rows of different lengths, expected one length; give each its own session"
     with pytest.raises(StateError, match=words):
         plain.batch([[1, 2], [3]])

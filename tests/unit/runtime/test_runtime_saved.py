@@ -152,7 +152,7 @@ def test_what_is_refused(what: str, file: Path) -> None:
 
 def test_another_model_is_refused(file: Path) -> None:
     loaded = program()
-    twin = Program(loaded._module, replace(loaded.manifest, model_sha256="1" * 64))
+    twin = Program(loaded._engine.module, replace(loaded.manifest, model_sha256="1" * 64))
     with pytest.raises(StateError, match="states of another model, got tiny-hybrid with other weights"):
         Session.load(twin, file)
 

@@ -176,14 +176,14 @@ def test_threads(load: Load) -> None:
 
 def test_one_session_in_two_threads_is_refused(cpu: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     session, inside, leave, errors = cpu.session(), threading.Event(), threading.Event(), list[str]()
-    call = cpu.call
+    call = cpu._engine.call
 
     def slow(*args: object) -> object:
         inside.set()
         leave.wait(30)
         return call(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(cpu, "call", slow)
+    monkeypatch.setattr(cpu._engine, "call", slow)
     thread = threading.Thread(target=session.run, args=({"input_ids": some_ids(1, 1)},))
     thread.start()
     assert inside.wait(30)
@@ -206,7 +206,7 @@ def test_all_or_nothing(load: Load, monkeypatch: pytest.MonkeyPatch, failing: in
     program, ids = load(), some_ids(1, 19)
     session = program.session()
     head = session.run({"input_ids": ids[:, :5]})["logits"]
-    before, call, count = session.states.numpy(), program.call, iter(range(100))
+    before, call, count = session.states.numpy(), program._engine.call, iter(range(100))
 
     def broken(*args: object) -> object:
         bad = next(count) == failing
@@ -217,10 +217,10 @@ def test_all_or_nothing(load: Load, monkeypatch: pytest.MonkeyPatch, failing: in
             raise TargetError("injected")
         return result
 
-    monkeypatch.setattr(program, "call", broken)
+    monkeypatch.setattr(program._engine, "call", broken)
     with pytest.raises(TargetError, match="injected"):
         session.run({"input_ids": ids[:, 5:] % 3 + 1})  # blocks 8, 3, 3
-    monkeypatch.setattr(program, "call", call)
+    monkeypatch.setattr(program._engine, "call", call)
     assert session.position == 5
     for name, array in session.states.numpy().items():
         np.testing.assert_array_equal(array, before[name])
@@ -254,7 +254,7 @@ def test_context_full(cpu: Program, monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("something ran")
 
     with monkeypatch.context() as patch:
-        patch.setattr(cpu, "call", never)
+        patch.setattr(cpu._engine, "call", never)
         with pytest.raises(StateError) as caught:
             session.run({"input_ids": ids[:, 20:]})
     assert "context full, got 20 + 5 tokens, expected at most 24" in str(caught.value)

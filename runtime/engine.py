@@ -1,0 +1,158 @@
+"""Engine: a module on a device and its calls, which programs, sessions and snapshots share.
+
+It is what they have in common and no user needs: calls of entry points one at a time, memory for their inputs and
+outputs, and who is to let go of device memory when the program closes.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import TypeVar, cast
+
+from .device import Device, DeviceArray, HostArray
+from .manifest import EntryPoint, Manifest
+from .module import Module
+from .state import next_states
+
+_LARGE_INPUT = 1 << 18  # bytes; above it a copy to the device pays off
+_KEPT_INPUTS = 64
+_SMALL_OUTPUT = 1 << 19  # elements; below it the device writes to the host's memory sooner than a copy is submitted
+
+_Holder = TypeVar("_Holder")
+
+
+class Engine:
+    """Calls of one loaded module.
+
+    Args:
+        module: Linked to its device.
+        manifest: What it says about itself.
+    """
+
+    def __init__(self, module: Module, manifest: Manifest) -> None:
+        self.module = module
+        self.manifest = manifest
+        self._inputs: dict[tuple[int, tuple[int, ...]], DeviceArray] = {}
+        self._outputs: dict[str, list[DeviceArray]] = {}
+        self._lock = threading.RLock()
+        self._holders: weakref.WeakKeyDictionary[object, Callable[[object], None]] = weakref.WeakKeyDictionary()
+        self._holders_lock = threading.Lock()
+        self._result_dtypes = [spec.dtype for spec in (*manifest.outputs, *manifest.states)]
+
+    @property
+    def device(self) -> Device:
+        """Where it runs."""
+        return self.module.device
+
+    def check_usable(self) -> None:
+        """Refuses whatever would use the device in vain.
+
+        Raises:
+            StateError: The program has been closed.
+            TargetError: This process was forked from the one that loaded it.
+        """
+        self.module.check_usable()
+
+    def adopt(self, holder: _Holder, release: Callable[[_Holder], None]) -> None:
+        """Lets `close` free what a session or a snapshot holds; it does not keep the holder alive."""
+        with self._holders_lock:
+            self._holders[holder] = cast(Callable[[object], None], release)
+
+    def close(self) -> None:
+        """See `Program.close`."""
+        if self.module.is_foreign:  # a lock may be held by a thread that is not in this process
+            self.module.close()
+            return
+        with self._lock:
+            self.module.close()
+            self._inputs.clear()
+            self._outputs.clear()
+            with self._holders_lock:
+                for holder, release in self._holders.items():
+                    release(holder)
+
+    def exclusive(self) -> AbstractContextManager[object]:
+        """No other thread's call runs inside, so that the outputs of one's own call stay as they are."""
+        self.check_usable()
+        return self._lock
+
+    def call(
+        self,
+        entry: EntryPoint,
+        inputs: Sequence[HostArray],
+        states: Sequence[DeviceArray],
+        position: int,
+        last: bool = False,
+        into: Sequence[DeviceArray | None] | None = None,
+    ) -> tuple[list[DeviceArray], list[DeviceArray]]:
+        """Calls one entry point with arrays of exactly its shapes, and waits.
+
+        Args:
+            entry: Which one.
+            inputs: One array per graph input, in manifest order, in the shapes that the module takes.
+            states: One device array per state; those with `in_place` are written to.
+            position: P.
+            last: The last position's logits will do: the others are left out where the module can do without them.
+            into: Arrays like the states (None for those with `in_place`), to hold the next ones where the module
+                `takes_results`. Left out: new ones.
+
+        Returns:
+            The outputs, in arrays that the next call of the entry point may overwrite, and the states after the call.
+
+        Raises:
+            TargetError: The call failed.
+        """
+        m = self.manifest
+        symbol = entry.last if last and entry.last else entry.symbol
+        self.check_usable()
+        with self._lock:  # the inputs' buffers are used again in the next call
+            self.check_usable()  # another thread may have closed it by now
+            arguments: list[DeviceArray | int] = [self._input(i, array) for i, array in enumerate(inputs)]
+            arguments += states
+            if m.takes_position:
+                arguments.append(position)
+            storage = self._storage(symbol, into)
+            results = self.module.call(symbol, arguments, self._result_dtypes, storage)
+        count = len(m.outputs)
+        return results[:count], next_states(m, states, results[count:])
+
+    @property
+    def takes_results(self) -> bool:
+        """Whether calls write their results where they are told to."""
+        return self.module.result_specs(self.manifest.entry_points[0].symbol) is not None
+
+    def _storage(self, symbol: str, into: Sequence[DeviceArray | None] | None) -> list[DeviceArray | None] | None:
+        """Memory for the results of an entry point: the outputs' is kept, small ones where the host reads them."""
+        specs, count = self.module.result_specs(symbol), len(self.manifest.outputs)
+        if specs is None:
+            return None
+        if symbol not in self._outputs:
+            self._outputs[symbol] = [
+                self.device.host_buffer(spec[1], spec[0])
+                if math.prod(spec[1]) <= _SMALL_OUTPUT
+                else self.device.empty(spec[1], spec[0])
+                for spec in specs[:count]
+                if spec is not None
+            ]
+        given = into if into is not None else [None] * len(specs[count:])
+        states: list[DeviceArray | None] = []
+        for spec, array in zip(specs[count:], given, strict=True):
+            states.append(None if spec is None else array or self.device.empty(spec[1], spec[0]))
+        return [*self._outputs[symbol], *states]
+
+    def _input(self, index: int, array: HostArray) -> DeviceArray:
+        """A graph input where the device can read it; for as long as the call takes."""
+        dtype = self.manifest.inputs[index].dtype
+        if array.nbytes > _LARGE_INPUT:
+            return self.device.upload(array, dtype)
+        key = index, array.shape
+        if key not in self._inputs:
+            if len(self._inputs) > _KEPT_INPUTS:  # an open context has another mask in every step
+                self._inputs.clear()
+            self._inputs[key] = self.device.host_buffer(array.shape, dtype)
+        self.device.write(self._inputs[key], array)
+        return self._inputs[key]
