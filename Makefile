@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test test-quick test-sweep fuzz aarch64 lint format type clean
+.PHONY: help demo test test-quick test-sweep fuzz aarch64 dist lint format type clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -37,6 +37,11 @@ fuzz: $(STAMP)  ## ten minutes of each fuzzer (damaged models, manifests, files;
 aarch64: $(STAMP)  ## an AArch64 Python in build/ for the test that emulates one (needs Debian and its package qemu-user)
 	PYTHON=$(BIN)/python tests/aarch64_root.sh build/aarch64
 
+dist: $(STAMP)  ## wheel and sdist in dist/, the wheel tried in a new environment of each Python there is (PYTHONS="python3")
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist . >/dev/null
+	tests/smoke_dist.sh dist build/dist $(PYTHONS)
+
 lint: $(STAMP)  ## ruff: style, imports, docstrings, formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -48,6 +53,7 @@ format: $(STAMP)  ## let ruff mend what it can
 type: $(STAMP)  ## pyright, strict on the three packages
 	@mkdir -p $(VENV)/types/linattn
 	@for p in frontend dialect_patterns runtime; do ln -sfn ../../../$$p $(VENV)/types/linattn/$$p; done
+	@ln -sfn ../../../runtime/package/install.py $(VENV)/types/linattn/install.py
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 clean:  ## remove what the commands above made

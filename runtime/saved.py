@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from linattn.install import install_hint
 
 from . import held
 from .binding import Sizes
@@ -185,4 +186,4 @@ def _package(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise LinattnError("saved states need the package safetensors", hint="pip install linattn[state]") from error
+        raise LinattnError("saved states need the package safetensors", hint=install_hint("state")) from error

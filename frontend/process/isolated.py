@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
+from linattn.install import install_hint
 from linattn.runtime.errors import LinattnError, LoweringError, UnsupportedModelError
 from linattn.runtime.outputs import remove_partial
 
@@ -226,8 +227,7 @@ def _compile(function: str, arguments: Mapping[str, Any], outputs: Sequence[str 
     try:
         return run_isolated(function, arguments, outputs, progress)
     except ModuleNotFoundError as error:
-        hint = "pip install 'linattn[compile]'"
-        raise LinattnError(f"the compiler needs the package {error.name}", hint=hint) from error
+        raise LinattnError(f"the compiler needs the package {error.name}", hint=install_hint("compile")) from error
 
 
 def _serialized(model: onnx.ModelProto) -> bytes:

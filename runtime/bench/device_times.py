@@ -112,7 +112,7 @@ def cuda_kernels(call: Callable[[], object], calls: int) -> list[list[tuple[str,
     Raises:
         TargetError: PyTorch is not installed, or the kernels are not those of so many equal calls.
     """
-    profiler = need("torch.profiler", "torch")
+    profiler = need("torch.profiler", package="torch")
     with profiler.profile(activities=[profiler.ProfilerActivity.CUDA]) as recorded:
         for _ in range(calls):
             call()

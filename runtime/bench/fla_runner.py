@@ -45,8 +45,8 @@ class FlaRunner(Runner):
     def __init__(self, form: str) -> None:
         super().__init__()
         self._form = form
-        self._torch = need("torch", "torch")
-        need("fla", "flash-linear-attention")
+        self._torch = need("torch", package="torch")
+        need("fla", package="flash-linear-attention")
         if not self._torch.cuda.is_available():
             raise TargetError("no CUDA device for PyTorch", where="fla")
 
@@ -58,7 +58,7 @@ class FlaRunner(Runner):
             raise InputError("measured for equal heads and a decay per head only", where="fla")
         module, name = _FUNCTIONS[rule]
         prefix = "chunk_" if self._form == "chunk" else "fused_recurrent_"
-        function = getattr(need(module, "flash-linear-attention"), prefix + name)
+        function = getattr(need(module, package="flash-linear-attention"), prefix + name)
 
         def tensor(array: HostArray) -> Any:
             if array.dtype == numpy_dtype("bfloat16"):

@@ -10,15 +10,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from linattn.install import install_hint
 from linattn.runtime.errors import TargetError
 
 
-def need(module: str, install: str) -> Any:
+def need(module: str, extra: str = "", *, package: str = "") -> Any:
     """Imports a module.
 
     Args:
         module: Its dotted name.
-        install: What `pip install` takes to get it.
+        extra: The extra of linattn that it belongs to.
+        package: The package to install, of what belongs to none.
 
     Raises:
         TargetError: It is not installed, or it does not import.
@@ -26,7 +28,7 @@ def need(module: str, install: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        hint = f"pip install '{install}' ({' '.join(str(error).split())[:120]})"
+        hint = f"{f'pip install {package}' if package else install_hint(extra)} ({_short(error)})"
         raise TargetError("not installed", where=module.partition(".")[0], hint=hint) from error
 
 
@@ -40,8 +42,12 @@ def compiler_side() -> Generator[None]:
     try:
         yield
     except ImportError as error:
-        hint = f"pip install 'linattn[compile]' ({' '.join(str(error).split())[:120]})"
+        hint = f"{install_hint('compile')} ({_short(error)})"
         raise TargetError("the compiler side is not installed", hint=hint) from error
+
+
+def _short(error: ImportError) -> str:
+    return " ".join(str(error).split())[:120]
 
 
 @contextmanager

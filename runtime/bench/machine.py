@@ -166,7 +166,7 @@ def _torch_ceilings(description: str) -> dict[str, float]:
     """What the card reaches in PyTorch; nothing where PyTorch is not installed or sees another card."""
     if importlib.util.find_spec("torch") is None:
         return {}
-    torch = need("torch", "torch")
+    torch = need("torch", package="torch")
     if not torch.cuda.is_available() or torch.cuda.get_device_name(0) not in description:
         return {}
 

@@ -195,7 +195,7 @@ def _strategies(manifest: Manifest) -> str:
 
 def _is_quantized(path: Path) -> bool:
     """Whether the ONNX model has quantized products, which ONNX Runtime computes with rounded activations."""
-    onnx = need("onnx", "linattn[compile]")
+    onnx = need("onnx", "compile")
     nodes = onnx.load_model(str(path), load_external_data=False).graph.node
     return any(node.op_type in ("MatMulNBits", "MatMulInteger", "QLinearMatMul") for node in nodes)
 

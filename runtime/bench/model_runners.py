@@ -135,7 +135,7 @@ class OrtModel(ModelRunner):
     """
 
     def __init__(self, model: str, manifest: str, threads: int | None = None) -> None:
-        self._ort = need("onnxruntime", "linattn[bench]")
+        self._ort = need("onnxruntime", "bench")
         self._manifest = Manifest.from_json(manifest)
         others = [spec.name for spec in self._manifest.inputs if spec.role == "other"]
         if others:

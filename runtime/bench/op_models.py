@@ -32,7 +32,7 @@ def build_op(case: Case, inputs: dict[str, HostArray], domain: str, nodes: int =
     Returns:
         The serialized model.
     """
-    onnx = need("onnx", "linattn[compile]")
+    onnx = need("onnx", "compile")
     helper = onnx.helper
     constant = {name for name in inputs if name == "weight"}
     feedback = "input" if "input" in inputs else _feedback(case, inputs)
@@ -146,7 +146,7 @@ def _input_order(case: Case) -> tuple[str, ...]:
 
 
 def _build(name: str, op_type: str, inputs: dict[str, tuple[int, ...]], output: tuple[int, ...]) -> bytes:
-    onnx = need("onnx", "linattn[compile]")
+    onnx = need("onnx", "compile")
     helper, f32 = onnx.helper, onnx.TensorProto.FLOAT
     node = helper.make_node(op_type, list(inputs), ["output"], name=name)
     values = [helper.make_tensor_value_info(n, f32, shape) for n, shape in inputs.items()]

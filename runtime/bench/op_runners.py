@@ -121,13 +121,13 @@ class OrtRunner(Runner):
 
     def __init__(self, threads: int | None = None) -> None:
         super().__init__()
-        self._ort = need("onnxruntime", "linattn[bench]")
+        self._ort = need("onnxruntime", "bench")
         self._threads = threads or core_count()
         self._bound: dict[str, _Bound] = {}
 
     def prepare(self, key: str, model: str, feeds: Feeds, attributes: Mapping[str, Any] | None = None) -> None:
         """See `Runner.prepare`."""
-        onnx = need("onnx", "linattn[compile]")
+        onnx = need("onnx", "compile")
         session = open_ort(self._ort, model, self._threads)
         proto = onnx.load_model(model, load_external_data=False)
         values = {value.name: value.type.tensor_type for value in (*proto.graph.input, *proto.graph.output)}

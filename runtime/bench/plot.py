@@ -30,7 +30,7 @@ def check(path: Path) -> None:
     """
     if path.suffix not in SUFFIXES:
         raise InputError("unknown kind of picture", where="--plot", got=path.name, expected=" | ".join(SUFFIXES))
-    need("matplotlib", "linattn[bench]")
+    need("matplotlib", "bench")
 
 
 def draw(results: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -50,8 +50,8 @@ def draw(results: Sequence[Mapping[str, Any]], path: Path) -> None:
         lengths = {tuple(result["method"][phase] for phase in _PHASES) for result in results}
         if len(lengths) > 1:
             raise InputError("results of different lengths", expected="the same --prefill and --decode in all of them")
-    need("matplotlib", "linattn[bench]").use("Agg")
-    pyplot = need("matplotlib.pyplot", "linattn[bench]")
+    need("matplotlib", "bench").use("Agg")
+    pyplot = need("matplotlib.pyplot", "bench")
     style = {
         "font.size": 9, "axes.edgecolor": "#9ca3af", "axes.labelcolor": _INK, "text.color": _INK, "xtick.color": _INK,
         "ytick.color": _INK, "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import sys
 
+from linattn.install import install_hint
+
 _COMMANDS = {
     "compile": "linattn.frontend.cli",
     "run": "linattn.runtime.cli",
@@ -22,7 +24,7 @@ def main() -> int:
     try:
         command = importlib.import_module(_COMMANDS[name])
     except ModuleNotFoundError as error:
-        hint = f"pip install {error.name}"
+        hint = install_hint("compile" if error.name == "onnx" else "")
         print(f"linattn-{name}: error: it needs the package {error.name}; {hint}", file=sys.stderr)
         return 2
     return command.main(sys.argv[2:])

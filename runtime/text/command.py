@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from linattn.install import install_hint
+
 from ..errors import InputError
 from ..generation.sampling import Sampling
 from ..program import Program
@@ -18,9 +20,7 @@ Note = Callable[[str], None]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of text to a parser."""
-    group = parser.add_argument_group(
-        "text", "needs the packages tokenizers and jinja2 (pip install tokenizers jinja2)"
-    )
+    group = parser.add_argument_group("text", f"needs the packages tokenizers and jinja2: {install_hint('text')}")
     add = group.add_argument
     add("--prompt", metavar="TEXT", help="continue a text; - reads it from standard input")
     add("--chat", action="store_true", help="a conversation, an answer a line; /reset forgets it, Ctrl-D ends")

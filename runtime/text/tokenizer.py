@@ -6,6 +6,8 @@ import importlib
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
+from linattn.install import install_hint
+
 from ..errors import InputError, LinattnError
 
 _Result = TypeVar("_Result")
@@ -63,7 +65,7 @@ def needed_package(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise LinattnError(f"text needs the package {name}", hint=f"pip install {name}") from error
+        raise LinattnError(f"text needs the package {name}", hint=install_hint("text")) from error
 
 
 class _HuggingFace:

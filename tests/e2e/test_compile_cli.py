@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 import pytest
 from linattn.frontend.cli import main
+from linattn.install import install_hint
 from linattn.runtime import Program
 from onnx import helper, numpy_helper
 
@@ -177,7 +178,7 @@ def test_without_the_compiler_packages(tmp_path: Path) -> None:
     result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert result.returncode == 2
     assert result.stderr.splitlines() == [
-        "linattn-compile: error: the compiler needs the package onnx; pip install 'linattn[compile]'"
+        f"linattn-compile: error: the compiler needs the package onnx; {install_hint('compile')}"
     ]
 
 
