@@ -38,7 +38,6 @@ class Program(Owned):
 
     def __init__(self, module: Module, manifest: Manifest, choice: Choice | None = None) -> None:
         self._engine = Engine(module, manifest)
-        self._manifest = manifest
         self._choice = choice
 
     @staticmethod
@@ -73,7 +72,7 @@ class Program(Owned):
 
     def __repr__(self) -> str:
         """Model, device and entry points, as in `<Program tiny on local-task: decode, prefill_64>`."""
-        m = self._manifest
+        m = self._engine.manifest
         return f"<Program {m.model_name} on {self.device.uri}: {', '.join(entry.symbol for entry in m.entry_points)}>"
 
     def close(self) -> None:
@@ -96,7 +95,7 @@ class Program(Owned):
     @property
     def manifest(self) -> Manifest:
         """What the module says about itself."""
-        return self._manifest
+        return self._engine.manifest
 
     @property
     def file(self) -> Path | None:
@@ -106,7 +105,7 @@ class Program(Owned):
     @property
     def cpu_level(self) -> str | None:
         """Which code of a portable CPU module (`linattn-compile --cpu-features portable`) runs here, else None."""
-        return chosen_level(self._manifest.target)
+        return chosen_level(self._engine.manifest.target)
 
     @property
     def device(self) -> Device:
@@ -121,17 +120,17 @@ class Program(Owned):
     @property
     def inputs(self) -> tuple[InputSpec, ...]:
         """The graph inputs that are not states."""
-        return self._manifest.inputs
+        return self._engine.manifest.inputs
 
     @property
     def outputs(self) -> tuple[OutputSpec, ...]:
         """The graph outputs that are not states."""
-        return self._manifest.outputs
+        return self._engine.manifest.outputs
 
     @property
     def states(self) -> tuple[StateSpec, ...]:
         """The states, each a graph input and the graph output that replaces it."""
-        return self._manifest.states
+        return self._engine.manifest.states
 
     def session(self, snapshot: Snapshot | None = None, *, batch: int | None = None, window: int = 0) -> Session:
         """Starts a sequence (or a batch of them) with states of its own: an empty one, or where a snapshot was taken.
@@ -185,7 +184,7 @@ class Program(Owned):
             TargetError: The call failed on the device.
         """
         self._engine.check_usable()
-        m = self._manifest
+        m = self._engine.manifest
         optional = {spec.name for spec in m.inputs if spec.role in ("attention_mask", "position_ids")}
         required = [spec.name for spec in m.inputs if spec.name not in optional]
         binding.check_names(inputs, [spec.name for spec in (*m.inputs, *m.states)], required)

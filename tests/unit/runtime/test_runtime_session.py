@@ -304,7 +304,7 @@ def test_padding_without_recurrent_states(monkeypatch: pytest.MonkeyPatch) -> No
     program = Program.load(Hybrid(batch=2).compile())
     real = program.manifest
     kinds = tuple(replace(s, kind="kv_cache" if s.kind == "kv_cache" else "other") for s in real.states)
-    monkeypatch.setattr(program, "_manifest", replace(real, states=kinds))
+    monkeypatch.setattr(program._engine, "manifest", replace(real, states=kinds))
     session, ids = program.session(), some_ids(2, 10)
     mask = np.ones((2, 10), np.int64)
     mask[0, :3] = 0
