@@ -17,10 +17,9 @@ $(STAMP): pyproject.toml
 	@touch $@
 
 demo: $(STAMP)  ## build the sample model, compile it for the CPU and generate with it
-	@mkdir -p build
-	$(BIN)/python samples/tiny_hybrid.py build/tiny_hybrid.onnx
-	$(BIN)/linattn-compile build/tiny_hybrid.onnx --target cpu --max-context 256 --prefill-blocks 64,8 -o build/tiny_hybrid.vmfb
-	$(BIN)/linattn-run build/tiny_hybrid.vmfb --ids 72,101,108,108,111 --generate 24
+	$(BIN)/python samples/tiny_hybrid.py build/tiny/model.onnx
+	$(BIN)/linattn-compile build/tiny/model.onnx --target cpu --max-context 256 --prefill-blocks 64,8 -o build/tiny/model.vmfb
+	$(BIN)/linattn-run build/tiny/model.vmfb --prompt Hello --max-tokens 24
 
 test: $(STAMP)  ## every test; the Vulkan ones need a driver (Debian: apt-get install mesa-vulkan-drivers libvulkan1)
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile

@@ -9,7 +9,7 @@ and the rotary embeddings with a cast before and after each. Exports of mobius-o
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
 import ml_dtypes
@@ -69,12 +69,15 @@ def _between_casts(node: onnx.NodeProto, half: int) -> list[onnx.NodeProto]:
 
 def main() -> None:
     """Reads one model, writes the other."""
-    if len(sys.argv) not in (3, 4) or sys.argv[3:] not in ([], *([name] for name in DTYPES)):
-        sys.exit(__doc__)
-    source, output = Path(sys.argv[1]), Path(sys.argv[2])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", metavar="FP32.onnx", type=Path)
+    parser.add_argument("output", metavar="OUT.onnx", type=Path)
+    parser.add_argument("dtype", nargs="?", choices=sorted(DTYPES), default="fp16")
+    options = parser.parse_args()
+    source, output = options.source, options.output
     output.parent.mkdir(parents=True, exist_ok=True)
     model = onnx.load(source)
-    to_half(model, DTYPES[sys.argv[3] if sys.argv[3:] else "fp16"])
+    to_half(model, DTYPES[options.dtype])
     onnx.save(model, output, save_as_external_data=True, location=f"{output.name}.data", size_threshold=64)
 
 

@@ -3,12 +3,14 @@
 It has the shape of the real ones (Qwen3.5 and its kin) in small: bytes as tokens, random weights, every state that
 such models carry, in the standard operators of ai.onnx 27.
 
-    python samples/tiny_hybrid.py tiny_hybrid.onnx
+    python samples/tiny_hybrid.py tiny/model.onnx
+
+writes a tokenizer of bytes and a chat template beside it, so that it speaks text (random text: so are its weights).
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -155,7 +157,19 @@ def build(dtype: str = "f32", seed: int = 0) -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 27)], ir_version=13)
 
 
-if __name__ == "__main__":
-    path = Path(sys.argv[1] if len(sys.argv) > 1 else "tiny_hybrid.onnx")
+def main() -> None:
+    """Writes the model and its files of text."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", metavar="OUT.onnx", type=Path, nargs="?", default=Path("tiny_hybrid.onnx"))
+    path: Path = parser.parse_args().output
+    path.parent.mkdir(parents=True, exist_ok=True)
     onnx.save(build(), path)
     print(f"{path}: {path.stat().st_size} bytes")
+
+    import byte_tokenizer  # lies beside this script
+
+    byte_tokenizer.write(path.parent)
+
+
+if __name__ == "__main__":
+    main()

@@ -15,8 +15,8 @@ from linattn.runtime import Program, TextGenerator, greedy
 from linattn.runtime.cli import main as run
 from linattn.runtime.text.files import read_module
 
+from samples import byte_tokenizer
 from samples.tiny_hybrid import build
-from tests import byte_tokenizer
 
 SMALL = ["--max-context", "64", "--prefill-blocks", "8", "--quiet"]
 

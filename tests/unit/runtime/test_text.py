@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from byte_tokenizer import TEMPLATE, tokenizer_json, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from linattn.runtime import InputError, Program, Sampling, StateError, TextGenerator
@@ -22,6 +21,8 @@ from linattn.runtime.text.stops import StopTexts
 from linattn.runtime.text.template import ChatTemplate
 from linattn.runtime.text.tokenizer import Tokenizer, load_tokenizer
 from tiny_hybrid import Hybrid, reference
+
+from samples.byte_tokenizer import TEMPLATE, tokenizer_json, write
 
 
 class FourTokens:

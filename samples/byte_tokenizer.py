@@ -1,7 +1,11 @@
-"""A tokenizer for the tests: a token a byte, of the same id, as the byte-level tokenizers of real models begin."""
+"""A tokenizer for the tiny model: a token a byte, of the same id, as the byte-level tokenizers of real models begin.
+
+python samples/byte_tokenizer.py FOLDER    # writes tokenizer.json, tokenizer_config.json, generation_config.json
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -18,6 +22,7 @@ def byte_characters() -> list[str]:
 
 
 def tokenizer_json() -> dict[str, Any]:
+    """The content of tokenizer.json."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     return {
         "version": "1.0",
@@ -35,3 +40,9 @@ def write(folder: Path, *, template: str | None = TEMPLATE, **generation: Any) -
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template} if template else {}))
     (folder / "generation_config.json").write_text(json.dumps(generation))
     return folder
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", metavar="FOLDER", type=Path)
+    write(parser.parse_args().folder)
