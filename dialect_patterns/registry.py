@@ -25,6 +25,7 @@ from .norms import (
 )
 from .op import Op
 from .rotary import m_rotary_embedding, rotary_embedding
+from .selective_scan import op as selective_scan
 from .tensor_scatter import op as tensor_scatter
 
 OPS: tuple[Op, ...] = (
@@ -45,6 +46,7 @@ OPS: tuple[Op, ...] = (
     *simplified_layer_normalization.OPS,
     *skip_simplified_layer_normalization.OPS,
     *rms_normalization.OPS,
+    *selective_scan.OPS,
     *tensor_scatter.OPS,
     *softmax.OPS,
     *mat_mul.OPS,

@@ -21,6 +21,7 @@ from linattn.frontend.targets.base import TargetOptions
 OPEN_AXES = {
     "LinearAttention": ((0, 1), (0, 1), (0, 1), (0,), (0, 1), (0, 1)),
     "CausalConvWithState": ((0, 2), (), (), (0,)),
+    "SelectiveScan": ((0, 1), (0, 1), (), (0, 1), (0, 1), (0,)),
 }
 
 VULKAN = vulkan.resolve(TargetOptions()).device_attribute

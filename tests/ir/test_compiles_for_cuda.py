@@ -12,7 +12,7 @@ from data import Shape, causal_conv, linear_attention
 from harness import DTYPES, TARGETS, compile_module, lowered
 from iree.compiler.api import Session
 from linattn.dialect_patterns.node import TensorSpec
-from linattn.dialect_patterns.op import MICROSOFT, LoweringOptions
+from linattn.dialect_patterns.op import INTERNAL, MICROSOFT, LoweringOptions
 from linattn.dialect_patterns.target import Target
 from state_ops import specs_of
 
@@ -85,6 +85,13 @@ def test_group_query_attention(tokens: int, dtype: Any, strategy: str) -> None:
 @pytest.mark.parametrize("open_dims", [False, True])
 def test_causal_conv(open_dims: bool) -> None:
     assert compiles("CausalConvWithState", causal_conv(1, 6, 5, 4, dtype=np.float16), {}, open_dims)
+
+
+@pytest.mark.parametrize("tokens", [1, 6, None])
+def test_selective_scan(tokens: int | None) -> None:
+    value, keys = TensorSpec((1, tokens, 40), "f32"), TensorSpec((1, tokens, 16), "f32")
+    specs = [value, value, TensorSpec((40, 16), "f32"), keys, keys, TensorSpec((1, 40, 16), "f32")]
+    assert compiles_node(INTERNAL, "SelectiveScan", 1, specs, {}, 2)
 
 
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
