@@ -7,6 +7,10 @@
 # Prints the 8 tokens that follow the prompt. What the functions take and give is in the report that linattn-compile
 # writes ("abi"); runtime/README.md describes it.
 set -euo pipefail
+if [ "${1:-}" = --help ]; then
+  sed -n '2,8s/^# \{0,1\}//p' "$0"
+  exit 0
+fi
 model=${1:?usage: $0 MODEL.onnx [OUT] [ID,ID,...]}
 out=${2:-build/without_linattn}
 prompt=${3:-72,101,108,108,111,33,10,72}

@@ -17,6 +17,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the tiny hybrid: model.onnx, its tokenizer, and model.vmfb, which generates text, of any batch."""
     folder = byte_tokenizer.write(tmp_path_factory.mktemp("tiny"))
     onnx.save(build(), folder / "model.onnx")
-    options = CompileOptions(batch=None, max_context=256, prefill_blocks=(64, 8))
+    options = CompileOptions(batch=None, max_context=256, prefill_blocks=(8,))
     compile_model(folder / "model.onnx", options, output=folder / "model.vmfb")
     return folder
