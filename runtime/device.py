@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -98,15 +99,18 @@ class DeviceArray:
         shape: Sizes of the axes, dense and row-major.
         dtype: Name of the element type (`DTYPE_NAMES`).
         view: The IREE buffer view that owns the memory; for `device.py` and `module.py` only.
-        allocator: Where the memory goes back to; IREE's buffers do not keep it, and crash where it is freed first.
+        ref: The same as a call takes it; made once, since a step has one for each state.
+        allocator: Where the memory goes back to; IREE's buffers do not keep it, and crash where it is freed first, so
+            it comes last.
     """
 
     shape: tuple[int, ...]
     dtype: str
     view: Any
+    ref: Any
     allocator: Any
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Size of the elements, in bytes."""
         return math.prod(self.shape) * numpy_dtype(self.dtype).itemsize
@@ -144,6 +148,8 @@ class Device(Owned):
         self.uri = uri
         self.description = description
         self.pid = os.getpid()
+        self.has_workers = has_worker_threads(uri)
+        """Whether it runs on CPU worker threads of the process."""
         self._hal_device = hal_device
         self._hal_allocator: Any = hal_device.allocator
         self._staging: Any = None
@@ -194,7 +200,7 @@ class Device(Owned):
             buffer=raw,
             element_type=_hal_type(dtype),
         )
-        return DeviceArray(tuple(array.shape), dtype, view, self._hal_allocator)
+        return self._array(array.shape, dtype, view)
 
     def host_buffer(self, shape: Sequence[int], dtype: str) -> DeviceArray:
         """Allocates an array in host memory that the device reads where it is; fill it with `write`.
@@ -217,6 +223,18 @@ class Device(Owned):
             raw = np.asarray(array, order="C").reshape(-1).view(np.uint8)
             mapped = target.view.get_buffer().map()
             mapped.asarray([target.nbytes], np.dtype(np.uint8))[:] = raw
+
+    def host_view(self, array: DeviceArray) -> HostArray | None:
+        """The memory of an array itself, None where the host cannot reach it; keep the array as long as the view.
+
+        Neither read nor write it while a call that uses it may be under way.
+        """
+        check_process(self.pid, self.uri)
+        buffer = array.view.get_buffer()
+        if not _mappable(buffer):
+            return None
+        raw = buffer.map().asarray([array.nbytes], np.dtype(np.uint8))
+        return raw.view(numpy_dtype(array.dtype)).reshape(array.shape)
 
     def empty(self, shape: Sequence[int], dtype: str) -> DeviceArray:
         """Allocates an array with undefined contents."""
@@ -272,7 +290,7 @@ class Device(Owned):
         if view.byte_length != needed:
             got = f"{view.byte_length} bytes for shape {list(shape)}"
             raise TargetError("a result does not fit the manifest", got=got, expected=f"{needed} bytes of {dtype}")
-        return DeviceArray(shape, dtype, view, self._hal_allocator)
+        return self._array(shape, dtype, view)
 
     def _empty(self, shape: Sequence[int], dtype: str, memory: Any = None, usage: Any = None) -> DeviceArray:
         sizes = tuple(int(size) for size in shape)
@@ -286,7 +304,10 @@ class Device(Owned):
         except (RuntimeError, MemoryError) as error:
             raise TargetError("cannot allocate", where=self.uri, got=f"{nbytes} bytes", hint=one_line(error)) from error
         view = _rt.HalBufferView(buffer, list(sizes), _hal_type(dtype))
-        return DeviceArray(sizes, dtype, view, self._hal_allocator)
+        return self._array(sizes, dtype, view)
+
+    def _array(self, shape: Sequence[int], dtype: str, view: Any) -> DeviceArray:
+        return DeviceArray(tuple(shape), dtype, view, view.ref, self._hal_allocator)
 
     def _execute(self, commands: Any) -> None:
         commands.end()

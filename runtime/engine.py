@@ -17,9 +17,11 @@ from .device import Device, DeviceArray, HostArray
 from .manifest import EntryPoint, Manifest
 from .module import Module
 from .state import next_states
+from .step import Step, step_shapes
 
 _LARGE_INPUT = 1 << 18  # bytes; above it a copy to the device pays off
 _KEPT_INPUTS = 64
+_KEPT_STEPS = 8
 _SMALL_OUTPUT = 1 << 19  # elements; below it the device writes to the host's memory sooner than a copy is submitted
 
 _Holder = TypeVar("_Holder")
@@ -38,6 +40,7 @@ class Engine:
         self.manifest = manifest
         self._inputs: dict[tuple[int, tuple[int, ...]], DeviceArray] = {}
         self._outputs: dict[str, list[DeviceArray]] = {}
+        self._steps: dict[int, Step | None] = {}
         self._lock = threading.RLock()
         self._holders: weakref.WeakKeyDictionary[object, Callable[[object], None]] = weakref.WeakKeyDictionary()
         self._holders_lock = threading.Lock()
@@ -70,6 +73,7 @@ class Engine:
         with self._lock:
             self.module.close()
             self._inputs.clear()
+            self._steps.clear()
             self._outputs.clear()
             with self._holders_lock:
                 for holder, release in self._holders.items():
@@ -120,6 +124,23 @@ class Engine:
         count = len(m.outputs)
         return results[:count], next_states(m, states, results[count:])
 
+    def step(self, batch: int) -> Step | None:
+        """What is prepared for one token of every row; None where the inputs are not those of a `Step`."""
+        if batch not in self._steps:
+            with self.exclusive():
+                if len(self._steps) > _KEPT_STEPS:
+                    self._steps.clear()
+                self._steps[batch] = self._prepare(batch)
+        return self._steps[batch]
+
+    def _prepare(self, batch: int) -> Step | None:
+        m = self.manifest
+        shapes = step_shapes(m, batch)
+        entry = next((entry for tokens in (1, None) for entry in m.entry_points if entry.tokens == tokens), None)
+        if shapes is None or entry is None:
+            return None
+        return Step(self.module, m, entry.symbol, shapes, self._output_memory(entry.symbol))
+
     @property
     def takes_results(self) -> bool:
         """Whether calls write their results where they are told to."""
@@ -127,22 +148,28 @@ class Engine:
 
     def _storage(self, symbol: str, into: Sequence[DeviceArray | None] | None) -> list[DeviceArray | None] | None:
         """Memory for the results of an entry point: the outputs' is kept, small ones where the host reads them."""
-        specs, count = self.module.result_specs(symbol), len(self.manifest.outputs)
-        if specs is None:
+        specs, outputs = self.module.result_specs(symbol), self._output_memory(symbol)
+        if specs is None or outputs is None:
             return None
-        if symbol not in self._outputs:
+        following = specs[len(outputs) :]
+        given = into if into is not None else [None] * len(following)
+        states: list[DeviceArray | None] = []
+        for spec, array in zip(following, given, strict=True):
+            states.append(None if spec is None else array or self.device.empty(spec[1], spec[0]))
+        return [*outputs, *states]
+
+    def _output_memory(self, symbol: str) -> list[DeviceArray] | None:
+        """Memory for the outputs of an entry point, kept from call to call; None where the module brings it."""
+        specs = self.module.result_specs(symbol)
+        if specs is not None and symbol not in self._outputs:
             self._outputs[symbol] = [
                 self.device.host_buffer(spec[1], spec[0])
                 if math.prod(spec[1]) <= _SMALL_OUTPUT
                 else self.device.empty(spec[1], spec[0])
-                for spec in specs[:count]
+                for spec in specs[: len(self.manifest.outputs)]
                 if spec is not None
             ]
-        given = into if into is not None else [None] * len(specs[count:])
-        states: list[DeviceArray | None] = []
-        for spec, array in zip(specs[count:], given, strict=True):
-            states.append(None if spec is None else array or self.device.empty(spec[1], spec[0]))
-        return [*self._outputs[symbol], *states]
+        return self._outputs.get(symbol)
 
     def _input(self, index: int, array: HostArray) -> DeviceArray:
         """A graph input where the device can read it; for as long as the call takes."""

@@ -14,13 +14,13 @@ from __future__ import annotations
 import mmap
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import iree.runtime as _untyped_rt  # pyright: ignore[reportMissingTypeStubs]
 
-from .device import Device, DeviceArray, has_worker_threads
+from .device import Device, DeviceArray
 from .drivers import CPU_DRIVERS, one_line
 from .errors import StateError, TargetError
 from .integrity import check_seal
@@ -56,6 +56,7 @@ class Module(Owned):
         self.where = str(source) if self.file else "module bytes"
         self._lock = threading.Lock()
         self._workspace: DeviceArray | None = None
+        self._workspace_ref: Any = None
         self._workspace_bytes: dict[str, int | None] = {}
         self._semaphore: Any = None
         self._submitted = 0
@@ -116,7 +117,7 @@ class Module(Owned):
         with self._lock:
             self._closed = True
             self._context = self._module = self._semaphore = None
-            self._workspace = None
+            self._workspace = self._workspace_ref = None
             self.functions.clear()
 
     def link(self, device: Device, parameters: tuple[str, Path] | None) -> None:
@@ -173,17 +174,55 @@ class Module(Owned):
             if isinstance(argument, int):
                 packed.push_int(argument)
             else:
-                packed.push_ref(argument.view.ref)
+                packed.push_ref(argument.ref)
         storage = into if into is not None else self.new_results(function)
-        results = _rt.VmVariantList(len(dtypes))
+        results = self._run(function, packed, None if storage is None else [a for a in storage if a is not None])
+        given = list(storage) if storage is not None else [None] * len(dtypes)
+        returned = iter(range(len(results)))
+        if len(given) != len(dtypes) or given.count(None) != len(results):
+            raise TargetError("wrong number of results", where=function, got=len(results), expected=len(dtypes))
+
+        def wrapped(dtype: str) -> DeviceArray:
+            return self.device.wrap(results.get_as_object(next(returned), _rt.HalBufferView), dtype)
+
+        return [wrapped(dtype) if array is None else array for array, dtype in zip(given, dtypes, strict=True)]
+
+    def call_step(
+        self, function: str, arrays: Iterable[DeviceArray], position: int | None, storage: Iterable[DeviceArray]
+    ) -> int:
+        """`call` of a function that takes the memory of its results, with as little as possible besides.
+
+        Args:
+            function: Its name.
+            arrays: Its arguments that are arrays.
+            position: The one that is a number, after them; None: there is none.
+            storage: Memory of its results, without those in inputs.
+
+        Returns:
+            The number of results in inputs.
+
+        Raises:
+            TargetError: The call failed on the device.
+        """
+        self.check_usable()
+        packed = _rt.VmVariantList(16)
+        push = packed.push_ref
+        for array in arrays:
+            push(array.ref)
+        if position is not None:
+            packed.push_int(position)
+        return len(self._run(function, packed, storage))
+
+    def _run(self, function: str, packed: Any, storage: Iterable[DeviceArray] | None) -> Any:
+        """Calls with packed arguments and memory for the results, one thread at a time, and waits."""
+        results = _rt.VmVariantList(8)
         try:
             with self._lock:
                 if storage is not None:
                     for array in storage:
-                        if array is not None:
-                            packed.push_ref(array.view.ref)
+                        packed.push_ref(array.ref)
                     packed.push_ref(self._workspace_of(function))
-                waits = has_worker_threads(self.device.uri) and _is_ordinary_thread()
+                waits = self.device.has_workers and _is_ordinary_thread()
                 try:
                     if waits:
                         _let_workers_finish()
@@ -196,15 +235,7 @@ class Module(Owned):
             if "empty buffer range" in hint:
                 hint = "IREE's driver takes no tensors of size zero; compile it again, or with a fixed --max-context"
             raise TargetError(f"the call failed on {self.device.uri}", where=function, hint=hint) from error
-        given = list(storage) if storage is not None else [None] * len(dtypes)
-        returned = iter(range(len(results)))
-        if len(given) != len(dtypes) or given.count(None) != len(results):
-            raise TargetError("wrong number of results", where=function, got=len(results), expected=len(dtypes))
-
-        def wrapped(dtype: str) -> DeviceArray:
-            return self.device.wrap(results.get_as_object(next(returned), _rt.HalBufferView), dtype)
-
-        return [wrapped(dtype) if array is None else array for array, dtype in zip(given, dtypes, strict=True)]
+        return results
 
     def _invoke(self, function: str, packed: Any, results: Any) -> None:
         """Calls and waits; on a GPU with a semaphore that is kept, which takes half the time of IREE's own waiting."""
@@ -248,7 +279,8 @@ class Module(Owned):
         needed = self.workspace_bytes(function) or 0
         if self._workspace is None or self._workspace.nbytes < needed:
             self._workspace = self.device.empty([needed], "uint8")
-        return self._workspace.view.get_buffer().ref
+            self._workspace_ref = self._workspace.view.get_buffer().ref
+        return self._workspace_ref
 
 
 def _map(path: Path) -> mmap.mmap:

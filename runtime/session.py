@@ -25,6 +25,7 @@ from .rows import Row, gather
 from .saved import load_states, save_states
 from .snapshot import Snapshot, parts_of
 from .state import read_state, state_shape, upload_state
+from .step import Step
 from .views import StateViews, find_state, from_outside
 
 if TYPE_CHECKING:
@@ -287,6 +288,10 @@ class Session(Owned):
 
     def _run(self, inputs: Mapping[str, Any], last: bool) -> dict[str, HostArray]:
         m, now = self._manifest, self._line[-1]
+        if now.batch is not None and now.mask is None and (step := self._engine.step(now.batch)) is not None:
+            ids = step.accepts(inputs, now.position)
+            if ids is not None:
+                return self._step(step, ids, now)
         call = prepare(m, inputs, now.position, now.batch, now.mask)
         if call.tokens == 0:
             return {spec.name: self._no_tokens(spec, call.batch) for spec in m.outputs}
@@ -304,6 +309,20 @@ class Session(Owned):
             raise
         self._commit(Held(moving, lease, now.position + call.tokens, call.batch, call.mask))
         return joined
+
+    def _step(self, step: Step, ids: HostArray, now: Held) -> dict[str, HostArray]:
+        """What `_run` does, for one token of every row that all is prepared for."""
+        lease = now.lease.caches.extend(now.lease, now.position + 1)
+        try:
+            with self._engine.exclusive():
+                into = self._spare.pop() if self._spare else None
+                outputs, moving = step.call(ids, Held(now.moving, lease, now.position, now.batch), into)
+                read = step.read(outputs)
+        except BaseException:
+            lease.release()
+            raise
+        self._commit(Held(moving, lease, now.position + 1, now.batch))
+        return read
 
     def _run_blocks(
         self, plan: list[tuple[EntryPoint, int]], call: Call, now: Held, last: bool

@@ -278,6 +278,7 @@ def _measure(
 def _row(entrant: _Entrant, reference: _Entrant | None, options: ModelOptions) -> dict[str, Any]:
     prefill = summarize([repeat["prefill_s"] for repeat in entrant.repeats])
     steps = summarize([step for repeat in entrant.repeats for step in repeat["steps_s"]])
+    overheads = [seconds for repeat in entrant.repeats for seconds in repeat["overheads_s"]]
     decode = summarize([sum(repeat["steps_s"]) for repeat in entrant.repeats])
     row: dict[str, Any] = {
         "subject": entrant.name,
@@ -291,6 +292,7 @@ def _row(entrant: _Entrant, reference: _Entrant | None, options: ModelOptions) -
         "first_token_s": prefill,
         "prefill": {"tokens_per_s": options.prefill / prefill["median"], "total": prefill},
         "decode": {"tokens_per_s": options.decode / decode["median"], "total": decode, "step": steps},
+        "overhead": summarize(overheads) if overheads else None,
         "error": None,
         "greedy": None,
         "status": "ok",

@@ -40,6 +40,10 @@ class ModelRunner:
         """Appends ids [1, T]; returns the last position's logits, [V]."""
         raise NotImplementedError
 
+    def inside(self) -> float | None:
+        """Seconds spent so far in the calls themselves, waiting for the device included; None: not known."""
+        return None
+
     def describe(self) -> dict[str, Any]:
         """Load time in seconds, and the memory of the process after loading."""
         return {"load_s": self.load_s, "memory_bytes": resident_bytes()}
@@ -58,19 +62,26 @@ class ModelRunner:
             count: Steps after the prompt, of one token each.
 
         Returns:
-            `prefill_s` (until the first token is known), `steps_s` (each until the next is known), the `tokens`
-            (1 + count of them), and the memory of the process.
+            `prefill_s` (until the first token is known), `steps_s` (each until the next is known), `overheads_s` (of
+            each what `step` took beyond the call itself, if that is known), the `tokens` (1 + count of them), and the
+            memory of the process.
         """
         self.reset()
         start = time.perf_counter()
         tokens = [index_of_largest(self.step(np.array([prompt])))]
         prefill = time.perf_counter() - start
         steps: list[float] = []
+        overheads: list[float] = []
         for _ in range(count):
-            start = time.perf_counter()
-            tokens.append(index_of_largest(self.step(np.array([[tokens[-1]]]))))
+            before, start = self.inside(), time.perf_counter()
+            logits = self.step(np.array([[tokens[-1]]]))
+            stepped, after = time.perf_counter() - start, self.inside()
+            tokens.append(index_of_largest(logits))
             steps.append(time.perf_counter() - start)
-        return {"prefill_s": prefill, "steps_s": steps, "tokens": tokens, "memory_bytes": resident_bytes()}
+            if before is not None and after is not None:
+                overheads.append(stepped - (after - before))
+        found = {"prefill_s": prefill, "steps_s": steps, "overheads_s": overheads, "tokens": tokens}
+        return found | {"memory_bytes": resident_bytes()}
 
 
 class IreeModel(ModelRunner):
@@ -95,6 +106,24 @@ class IreeModel(ModelRunner):
         self._wanted: Literal["all", "last"] = "all" if all_logits else "last"
         self._logits = logits_output(self._program.manifest).name
         self._dtype = next(spec.dtype for spec in self._program.inputs if spec.name == self._name)
+        self._inside = 0.0
+        self._time_calls()
+
+    def _time_calls(self) -> None:
+        """Adds up what the calls themselves take."""
+        module = engine_of(self._program).module
+        invoke = module._invoke  # pyright: ignore[reportPrivateUsage]
+
+        def timed(*arguments: Any) -> None:
+            start = time.perf_counter()
+            invoke(*arguments)
+            self._inside += time.perf_counter() - start
+
+        vars(module)["_invoke"] = timed
+
+    def inside(self) -> float | None:
+        """See `ModelRunner.inside`."""
+        return self._inside
 
     def reset(self) -> None:
         """See `ModelRunner.reset`."""

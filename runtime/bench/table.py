@@ -128,7 +128,7 @@ def _model_lines(result: Mapping[str, Any]) -> list[str]:
     method = result["method"]
     header = (
         "subject", "strategy", "load", "first token", f"prefill {method['prefill']}", f"decode {method['decode']}",
-        "median", "p90", "p99", "memory", "logits err", "tokens",
+        "median", "p90", "p99", "overhead of a step", "memory", "logits err", "tokens",
     )  # fmt: skip
     rows: list[tuple[str, ...]] = []
     for row in result["rows"]:
@@ -142,6 +142,7 @@ def _model_lines(result: Mapping[str, Any]) -> list[str]:
                 f"{_digits(row['prefill']['tokens_per_s'])} tok/s",
                 f"{_digits(row['decode']['tokens_per_s'])} tok/s",
                 *(time_text(steps[key]) for key in ("median", "p90", "p99")),
+                time_text(row["overhead"]["median"] if row["overhead"] else None),
                 f"{row['memory_bytes']['peak'] / 2**20:.0f} MiB" if row["memory_bytes"]["peak"] else "-",
                 ("WRONG " if row["status"] != "ok" else "") + f"{error['logits']:.1e}" if error else "-",
                 f"{greedy['equal']}/{greedy['of']}" if greedy else "-",
@@ -150,6 +151,7 @@ def _model_lines(result: Mapping[str, Any]) -> list[str]:
     lines = grid(header, rows)
     if any(row["reference"] for row in result["rows"]):
         lines.append("logits err and equal greedy tokens: against onnxruntime on the same ONNX model")
+    lines.append("overhead of a step: median of what `Session.run` takes beyond the call of the module itself")
     lines.append("median, p90, p99: of one decode step; memory: peak of the subject's process on the host")
     return lines
 

@@ -45,6 +45,8 @@ def test_json(result: dict[str, Any]) -> None:
         assert row["prefill"]["tokens_per_s"] > 0
         assert row["decode"]["tokens_per_s"] > 0
         assert row["decode"]["step"]["n"] == 6
+        assert (row["overhead"] is None) == (row["kind"] != "linattn")
+        assert row["overhead"] is None or 0 < row["overhead"]["median"] < row["decode"]["step"]["max"]
         assert row["first_token_s"]["n"] == 2
         assert row["load_s"] > 0
         assert row["memory_bytes"]["peak"] >= row["memory_bytes"]["loaded"] > 0

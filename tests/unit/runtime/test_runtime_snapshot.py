@@ -322,13 +322,14 @@ def test_copies_are_refused(cpu: Program, of: Callable[[Snapshot], object]) -> N
         of(cpu.session().snapshot())
 
 
-@pytest.mark.parametrize("name", ["_empty", "move", "to_host", "call"])
+@pytest.mark.parametrize("name", ["_empty", "move", "to_host", "call", "_run"])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_failure_at_every_boundary(load: Load, monkeypatch: pytest.MonkeyPatch, name: str, when: str) -> None:
     """Table 2 #37: whatever call of the device fails, session, snapshot and window are as before."""
     error = TargetError("injected") if when == "before" else KeyboardInterrupt()
     program, ids = load(), some_ids(9)
-    owner: Any = program._engine if name == "call" else program.device
+    engine = program._engine
+    owner: Any = {"call": engine, "_run": engine.module}.get(name, program.device)
     right, left = getattr(owner, name), [0]
 
     def broken(*args: Any) -> Any:

@@ -1,0 +1,172 @@
+"""A step: one token of every row through one entry point, with all of it prepared that no token changes.
+
+A general call checks, completes, cuts and packs whatever it is given. Of a step only the token ids, the position and a
+column of the mask are new: they are written where the device reads them. The states are those of whoever calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import itemgetter
+from typing import Any
+
+import numpy as np
+
+from .arrays import as_array, check_bounds
+from .binding import Sizes, axis_of
+from .device import DeviceArray, HostArray
+from .errors import InputError, TargetError
+from .held import Held
+from .manifest import InputSpec, Manifest
+from .module import Module
+
+_PREPARED_ROLES = ("tokens", "attention_mask", "position_ids")
+
+
+class Step:
+    """What is prepared for one batch size of a program; it is used with the program's lock.
+
+    Args:
+        module: The loaded module.
+        manifest: Its manifest.
+        symbol: The entry point of one token.
+        shapes: Of the graph's inputs.
+        outputs: Memory of the graph's outputs; None: the module brings it.
+    """
+
+    def __init__(
+        self,
+        module: Module,
+        manifest: Manifest,
+        symbol: str,
+        shapes: Sequence[tuple[int, ...]],
+        outputs: Sequence[DeviceArray] | None,
+    ) -> None:
+        m, device = manifest, module.device
+        self._module, self._manifest, self._symbol = module, m, symbol
+        self._outputs = outputs
+        self._inputs = [device.host_buffer(shape, spec.dtype) for shape, spec in zip(shapes, m.inputs, strict=True)]
+        views = [device.host_view(array) for array in self._inputs]
+        pairs = [(spec, view) for spec, view in zip(m.inputs, views, strict=True) if view is not None]
+        self._spec, self._ids = next(pair for pair in pairs if pair[0].role == "tokens")
+        self._positions = [view for spec, view in pairs if spec.role == "position_ids"]
+        self._columns: HostArray | None = None
+        self._filled = 0
+        for spec, view in pairs:
+            if spec.role == "attention_mask":
+                self._start_mask(spec, view)
+        self._views = [device.host_view(output) for output in outputs or ()]
+        limits = [spec.bounds[1] + 1 for spec in m.inputs if spec.role == "position_ids" and spec.bounds is not None]
+        limits += [m.token_limit] if m.token_limit is not None else []
+        self._limit = min(limits) if limits else None
+        moving = sum(not spec.in_place for spec in m.states)
+        places, caches = iter(range(moving)), iter(range(moving, len(m.states)))
+        order = [next(caches if spec.in_place else places) for spec in m.states]
+        self._in_order: Any = itemgetter(*order) if len(order) > 1 else tuple
+        self._tied = len(m.states) - moving
+        self._memory = [*self._inputs, *(outputs or ())]  # goes last: the views above are of it
+
+    def accepts(self, inputs: object, position: int) -> HostArray | None:
+        """The token ids of a session's call that is no more than a step, checked; None for any other call.
+
+        Raises:
+            InputError: Not token ids, or an index outside the model's tables.
+        """
+        if type(inputs) is not dict or len(inputs) != 1 or self._spec.name not in inputs:  # pyright: ignore[reportUnknownArgumentType]
+            return None
+        ids = as_array(self._spec, inputs[self._spec.name])
+        if ids.shape != self._ids.shape or (self._limit is not None and position >= self._limit):
+            return None
+        check_bounds(self._spec, ids)
+        return ids
+
+    def call(
+        self, ids: HostArray | int, now: Held, into: list[DeviceArray] | None
+    ) -> tuple[Sequence[DeviceArray], list[DeviceArray]]:
+        """Appends a token to every row, and waits.
+
+        Args:
+            ids: What `accepts` returned, or one token for all rows.
+            now: The states before; rows of its caches at its position are written.
+            into: Memory for the moving states; None: new memory.
+
+        Returns:
+            The outputs, in memory that the next call may overwrite, and the moving states.
+
+        Raises:
+            TargetError: The call failed on the device.
+        """
+        self._write(ids, now.position)
+        states = self._in_order([*now.moving, *now.lease.caches.arrays])
+        position = now.position if self._manifest.takes_position else None
+        if self._outputs is None:
+            return self._call_for_memory(states, position)
+        moving = self._new_moving() if into is None else into
+        tied = self._module.call_step(self._symbol, [*self._inputs, *states], position, [*self._outputs, *moving])
+        if tied != self._tied:
+            raise TargetError("wrong number of results", where=self._symbol, got=tied, expected=self._tied)
+        return self._outputs, moving
+
+    def read(self, outputs: Sequence[DeviceArray]) -> dict[str, HostArray]:
+        """Copies of the outputs of the last call, by name."""
+        device, views = self._module.device, self._views or [None] * len(outputs)
+        return {
+            spec.name: view.copy() if view is not None else device.to_host(output)
+            for spec, view, output in zip(self._manifest.outputs, views, outputs, strict=True)
+        }
+
+    def _write(self, ids: HostArray | int, position: int) -> None:
+        self._ids[...] = ids
+        for view in self._positions:
+            view.fill(position)
+        filled, columns = self._filled, self._columns
+        if columns is not None and position != filled:
+            self._filled = -1  # unknown: a Ctrl-C may come before the columns are written
+            if filled < 0:
+                columns.fill(0)
+            columns[..., max(filled, 0) : position] = 1
+            columns[..., position : max(filled, position)] = 0
+            self._filled = position
+
+    def _start_mask(self, spec: InputSpec, view: HostArray) -> None:
+        """Fills the mask of no committed tokens; its columns are kept, the new token's last one is always there."""
+        axis = axis_of(self._manifest, spec.shape, "total")
+        view.fill(1)
+        if axis is not None:
+            self._columns = np.moveaxis(view, axis, -1)[..., :-1]
+            self._columns.fill(0)
+
+    def _new_moving(self) -> list[DeviceArray]:
+        device, specs = self._module.device, self._module.result_specs(self._symbol) or []
+        return [device.empty(spec[1], spec[0]) for spec in specs[len(self._manifest.outputs) :] if spec is not None]
+
+    def _call_for_memory(
+        self, states: Sequence[DeviceArray], position: int | None
+    ) -> tuple[list[DeviceArray], list[DeviceArray]]:
+        m = self._manifest
+        dtypes = [spec.dtype for spec in (*m.outputs, *m.states)]
+        numbers = [] if position is None else [position]
+        results = self._module.call(self._symbol, [*self._inputs, *states, *numbers], dtypes)
+        count = len(m.outputs)
+        return results[:count], [new for spec, new in zip(m.states, results[count:], strict=True) if not spec.in_place]
+
+
+def step_shapes(manifest: Manifest, batch: int) -> list[tuple[int, ...]] | None:
+    """The shapes of the inputs of a step; None where a step is not just a token, a position and a column of a mask.
+
+    So it is where a mask grows with every token (an open context), or where there is an input of another kind.
+    """
+    m = manifest
+    if sum(spec.role == "tokens" for spec in m.inputs) != 1 or any(s.role not in _PREPARED_ROLES for s in m.inputs):
+        return None
+    grows = any(axis_of(m, spec.shape, "total") is not None for spec in m.inputs if spec.role == "attention_mask")
+    if grows and m.max_context is None:
+        return None
+    past = m.max_context or 0
+    sizes = Sizes(m, batch=batch, tokens=1, past=past, total=past + 1)
+    try:
+        shapes = [sizes.concrete(spec.name, spec.shape) for spec in m.inputs]
+    except InputError:
+        return None
+    tokens = next(shape for spec, shape in zip(m.inputs, shapes, strict=True) if spec.role == "tokens")
+    return shapes if tokens == (batch, 1) else None

@@ -1,0 +1,157 @@
+"""Steps of one token: prepared ones give what the general call gives, and keep all that it promises."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+from linattn.frontend import CompileOptions
+from linattn.frontend.compile import compile_model
+from linattn.runtime import InputError, Program, Session, StateError, TargetError
+from linattn.runtime.session import engine_of
+from linattn.runtime.step import Step
+
+from samples.tiny_hybrid import build
+
+CONTEXT = 512
+IDS = np.random.default_rng(0).integers(0, 256, (1, CONTEXT))
+TARGETS = pytest.mark.parametrize("target", ["cpu", pytest.param("vulkan", marks=pytest.mark.vulkan)])
+
+
+@cache
+def program(target: str) -> Program:
+    options = CompileOptions(target=target, max_context=CONTEXT, prefill_blocks=(8,))
+    return Program.load(compile_model(build(), options).module)
+
+
+def run(session: Session, start: int, stop: int) -> np.ndarray:
+    return session.run({"input_ids": IDS[:, start:stop]})["logits"]
+
+
+def general(session: Session, start: int, stop: int) -> np.ndarray:
+    """Steps that are not prepared: positions are given, as they are anyway."""
+    parts = [{"input_ids": IDS[:, at : at + 1], "position_ids": np.array([[at]])} for at in range(start, stop)]
+    return np.concatenate([session.run(part)["logits"] for part in parts], 1)
+
+
+def steps(session: Session, start: int, stop: int) -> np.ndarray:
+    return np.concatenate([run(session, at, at + 1) for at in range(start, stop)], 1)
+
+
+@cache
+def expected(target: str) -> np.ndarray:
+    """The logits of all tokens up to 40, in calls of one."""
+    return general(program(target).session(), 0, 40)
+
+
+@TARGETS
+def test_steps_are_prepared_and_equal_general_calls(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sessions at other positions in between, rollbacks and resets: the mask's columns are those of each."""
+    right, prepared = Step.call, list[int]()
+
+    def counted(self: Step, ids: Any, now: Any, into: Any) -> Any:
+        prepared.append(now.position)
+        return right(self, ids, now, into)
+
+    monkeypatch.setattr(Step, "call", counted)
+    one, two, want = program(target).session(window=4), program(target).session(), expected(target)
+    assert prepared == []
+    np.testing.assert_array_equal(steps(one, 0, 20), want[:, :20])
+    np.testing.assert_array_equal(steps(two, 0, 3), want[:, :3])
+    np.testing.assert_array_equal(steps(one, 20, 25), want[:, 20:25])
+    one.rollback(3)
+    np.testing.assert_array_equal(steps(one, 22, 30), want[:, 22:30])
+    two.reset()
+    fork = one.fork()
+    np.testing.assert_array_equal(steps(two, 0, 2), want[:, :2])
+    np.testing.assert_array_equal(steps(fork, 30, 40), want[:, 30:40])
+    np.testing.assert_array_equal(steps(one, 30, 40), want[:, 30:40])
+    assert prepared == [*range(20), *range(3), *range(20, 25), *range(22, 30), 0, 1, *range(30, 40), *range(30, 40)]
+
+
+@TARGETS
+def test_a_ctrl_c_while_the_mask_is_written(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever of the columns is written by then, the next step has its own."""
+    step = engine_of(program(target)).step(1)
+    assert step is not None
+    session, far = program(target).session(), program(target).session()
+    steps(session, 0, 12)
+    run(far, 0, 32)
+
+    class Interrupting:
+        def __init__(self, columns: np.ndarray) -> None:
+            self._columns = columns
+
+        def __setitem__(self, place: Any, value: Any) -> None:
+            self._columns[place] = value
+            raise KeyboardInterrupt
+
+    columns = step._columns
+    with monkeypatch.context() as patch:
+        patch.setattr(step, "_columns", Interrupting(columns))
+        with pytest.raises(KeyboardInterrupt):
+            run(far, 32, 33)
+    assert columns is not None
+    assert columns[..., 31].all()
+    assert (session.position, far.position) == (12, 32)
+    np.testing.assert_array_equal(steps(session, 12, 14), expected(target)[:, 12:14])
+
+
+@TARGETS
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_failure_at_every_boundary_of_a_step(target: str, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Table 2 #37: session, snapshot and window are as before, and the memory of nobody is lost."""
+    error = TargetError("injected") if when == "before" else KeyboardInterrupt()
+    loaded = program(target)
+    step, session = engine_of(loaded).step(1), loaded.session(window=2)
+    steps(session, 0, 10)
+    snapshot, want = session.snapshot(), expected(target)
+    module, device = engine_of(loaded).module, loaded.device
+    boundaries: list[tuple[Any, str]] = [(module, "_invoke"), (module, "_run"), (device, "_empty"), (device, "move")]
+    boundaries += [(step, "_write"), (step, "read"), (step, "call"), (session, "_commit")]
+    for owner, name in boundaries:
+        other = session.fork()
+        steps(other, 10, 11)  # so that the session must copy
+        right = getattr(owner, name)
+
+        def broken(*args: Any, right: Any = right) -> Any:
+            if when == "after":
+                right(*args)
+            raise error
+
+        if (name, when) == ("_commit", "after"):
+            continue  # it has happened
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, broken)
+            with pytest.raises(type(error)):
+                run(session, 10, 11)
+        assert session.position == 10
+        np.testing.assert_array_equal(steps(session.fork(), 10, 12), want[:, 10:12])
+        np.testing.assert_array_equal(steps(loaded.session(snapshot), 10, 12), want[:, 10:12])
+    session.rollback(1)
+    np.testing.assert_array_equal(steps(session, 9, 13), want[:, 9:13])
+
+
+def test_what_a_step_refuses() -> None:
+    """As the general call does, and before anything runs."""
+    session = program("cpu").session()
+    run(session, 0, 5)
+    for feed, message in (
+        ([[1000]], r"input_ids\[0, 0\]: index out of range, got 1000, expected -256 to 255"),
+        (np.array([[3]], np.int32), r"input_ids: wrong dtype, got int32, expected int64"),
+        ([[1], [2]], r"input_ids: wrong shape, got \[2, 1\], expected \[batch=1, sequence\]"),
+        ([1], r"input_ids: wrong shape, got \[1\], expected \[batch=1, sequence\]"),
+        ([["a"]], r"input_ids: not an array"),
+    ):
+        with pytest.raises(InputError, match=message):
+            session.run({"input_ids": feed})
+    with pytest.raises(InputError, match="padding would enter the state"):
+        session.run({"input_ids": [[1]], "attention_mask": [[0]]})
+    assert session.position == 5
+    np.testing.assert_array_equal(steps(session, 5, 8), expected("cpu")[:, 5:8])
+    run(session, 8, CONTEXT)
+    with pytest.raises(StateError, match="context full, got 512"):
+        session.run({"input_ids": [[1]]})
+    assert session.position == CONTEXT
