@@ -57,14 +57,19 @@ class WeightStore(Protocol):
     """The model's weights, for lowerings that want them in an order of their own."""
 
     def repacked(
-        self, symbol: str, layout: str, repack: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]
+        self,
+        symbol: str,
+        layout: str,
+        repack: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]],
+        dtype: str | None = None,
     ) -> ir.Value:
         """A weight in another layout, read at the current insertion point; stored once, whoever asks.
 
         Args:
             symbol: The weight's global, see :func:`weight_symbol`.
             layout: Word for the layout, unique with the symbol.
-            repack: Makes the new array, of the same element type.
+            repack: Makes the new array.
+            dtype: MLIR's element type of the new array; None where it is the same.
         """
         ...
 

@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from . import amx
 from .errors import TargetError
 from .manifest import Target
 
@@ -65,10 +66,12 @@ def machine_architecture() -> str:
 
 @cache
 def machine_features() -> frozenset[str]:
-    """The `INSTRUCTION_SETS` of this machine that its system tells of."""
+    """The `INSTRUCTION_SETS` of this machine that its system tells of and lets this process use."""
     architecture = machine_architecture()
     if architecture == "x86_64":
         found = _linux_x86_64() or _libraries()
+        if found & amx.FEATURES and not amx.permitted():
+            found -= amx.FEATURES
     elif architecture == "aarch64":
         found = (_linux_aarch64() if sys.platform in ("linux", "android") else _macos_aarch64()) or _libraries()
     else:
@@ -109,7 +112,11 @@ def check_cpu(where: str, target: Target) -> None:
         level = f", or {_level()} for others like it" if here == "x86_64" else ""
         hint = f"compile with --cpu-features host on this machine{level}"
         message = f"compiled for {target.description}, whose instruction sets this CPU lacks"
-        raise TargetError(message, where=where, got=f"a CPU without {', '.join(missing)}", hint=hint)
+        got = f"a CPU without {', '.join(missing)}"
+        if amx.FEATURES.issuperset(missing) and amx.FEATURES & _linux_x86_64():
+            message = f"compiled for {target.description}, whose matrix unit the system keeps from this process"
+            got = "arch_prctl(ARCH_REQ_XCOMP_PERM) refused"
+        raise TargetError(message, where=where, got=got, hint=hint)
 
 
 def describe_features() -> str:

@@ -282,7 +282,8 @@ class KernelText:
 
     def extract(self, vector: str, lane: int) -> str:
         """One lane."""
-        return self.op(f"vector.extract {vector}[{lane}] : f32 from {self.types[vector]}", "f32")
+        dtype = self.types[vector].removesuffix(">").rpartition("x")[2]
+        return self.op(f"vector.extract {vector}[{lane}] : {dtype} from {self.types[vector]}", dtype)
 
     def shuffle(self, a: str, b: str, mask: Sequence[int]) -> str:
         """The lanes ``mask`` of a and b joined."""

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..emit.workers import slowest_share
 from ..mat_mul.simd_layout import Layout
-from ..mat_mul.simd_plan import Plan, best_tile, longest_chunk, plan
+from ..mat_mul.simd_plan import Plan, best_tile, longest_chunk, panel_layout, plan
 from ..node import TensorSpec
 from ..target import Target
 from .contract import Experts, Matrix
@@ -48,7 +48,7 @@ class Layer:
     def direct(self, target: Target, assignments: int) -> Plan:
         """The sizes for one row and each of ``assignments`` experts."""
         m = self.matrix
-        p = plan(1, m.depth, self.columns, target, _BYTES[m.dtype])
+        p = plan(1, m.depth, self.columns, target, panel_layout(target), _BYTES[m.dtype])
         each = m.depth * p.width * _BYTES[m.dtype] * self.parts
         most = min(p.panels, max(1, _MOST_BYTES // each))
 
@@ -60,7 +60,7 @@ class Layer:
     def tiled(self, target: Target, rows: int | None) -> Plan:
         """The sizes for tiles of rows of one expert each; ``rows`` of all, None where open."""
         m = self.matrix
-        p = plan(None, m.depth, self.columns, target, _BYTES[m.dtype])
+        p = plan(None, m.depth, self.columns, target, panel_layout(target), _BYTES[m.dtype])
         width = p.layout.multiple
         p = replace(p, columns=self.parts * -(-self.columns // width) * width)
         if rows is None:

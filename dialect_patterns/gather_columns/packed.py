@@ -13,8 +13,10 @@ Legal: on CPUs with vectors, for weights whose products are packed (``mat_mul.fu
 from __future__ import annotations
 
 from iree.compiler import ir
+from iree.compiler.dialects import arith
 
-from ..emit.scalar import Scalar
+from ..emit.scalar import Scalar, element_type
+from ..mat_mul.simd_layout import PairLayout
 from ..mat_mul.simd_plan import weight_layout
 from ..node import FLOATS
 from ..op import LoweringContext, weight_symbol
@@ -40,11 +42,17 @@ def emit_gather_columns_packed(
     b, symbol = context.builder, weight_symbol(weight)
     assert symbol is not None
     assert context.weights is not None
-    layout = weight_layout(context.target.machines[0])
-    panels = context.weights.repacked(symbol, layout.name, layout.pack)
+    layout = weight_layout(context.target.machines[0], contract.weight.dtype)
+    pairs = isinstance(layout, PairLayout)
+    panels = context.weights.repacked(symbol, layout.name, layout.pack, "i32" if pairs else None)
 
     def load(row: Scalar, column: Scalar) -> Scalar:
         panel, lane = column.divide_unsigned(layout.width)
-        return b.load(panels, panel, row, lane)
+        if not pairs:
+            return b.load(panels, panel, row, lane)
+        pair, odd = row.divide_unsigned(2)
+        word = b.load(panels, panel, pair, lane)
+        half = odd.equals(0).select(word, word.shift_right(16)).to("i16")
+        return Scalar(arith.BitcastOp(element_type("bf16"), half.value).result)
 
     return emit_columns(b, contract, indices, load)

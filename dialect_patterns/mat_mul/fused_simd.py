@@ -33,7 +33,7 @@ from ..select import Legality, No, Yes
 from ..target import Target
 from .contract import MatMul
 from .simd_direct import write_direct
-from .simd_plan import Plan, plan
+from .simd_plan import Plan, plan, weight_layout
 from .simd_rows import write_rows
 from .simd_tiled import TiledBody
 
@@ -55,7 +55,9 @@ def is_legal(contract: MatMul, target: Target) -> Legality:
 
 def plan_for(contract: MatMul, target: Target) -> Plan:
     """The sizes of the kernel."""
-    return plan(contract.rows, contract.depth, contract.columns, target, _BYTES[contract.a.dtype])
+    dtype = contract.a.dtype
+    packed = weight_layout(target, dtype)
+    return plan(contract.rows, contract.depth, contract.columns, target, packed, _BYTES[dtype])
 
 
 def emit_mat_mul_fused_simd(context: LoweringContext, contract: MatMul, a: ir.Value, b: ir.Value) -> ir.Value:
@@ -65,7 +67,7 @@ def emit_mat_mul_fused_simd(context: LoweringContext, contract: MatMul, a: ir.Va
     p, direct = plans[0], [plan.direct for plan in plans]
     assert symbol is not None
     assert context.weights is not None
-    packed = context.weights.repacked(symbol, p.layout.name, p.layout.pack)
+    packed = context.weights.repacked(symbol, p.layout.name, p.layout.pack, "i32" if p.pairs else None)
     leading = build.shape(a)[:-1]
     a = build.refine(a, TensorSpec((*spec_of(a).shape[:-1], contract.depth), contract.a.dtype))
     rows = [build.collapse(a, 0, len(leading) - 1)]
@@ -91,8 +93,8 @@ def rows_kernel(contract: MatMul, p: Plan) -> Kernel:
             write_rows(k, p, rows, *memrefs)
 
     return Kernel(
-        name=f"mat_mul_rows_{dtype}_{_dim(p.rows)}x{p.depth}_t{0 if p.direct else p.tile}",
-        inputs=(TensorSpec((p.rows, p.depth), dtype),),
+        name=f"mat_mul_rows_{dtype}_{_dim(p.rows)}x{contract.depth}_t{0 if p.direct else p.tile}{_suffix(p)}",
+        inputs=(TensorSpec((p.rows, contract.depth), dtype),),
         outputs=(_arranged(p),),
         axes=("T_", "R_"),
         workgroups=(1, 1),
@@ -104,7 +106,7 @@ def rows_kernel(contract: MatMul, p: Plan) -> Kernel:
 def product_kernel(contract: MatMul, p: Plan, *, both: bool = False) -> Kernel:
     """The kernel of the product; ``both``: it is given the rows as they are and, after those, arranged."""
     dtype = contract.a.dtype
-    rows = [(TensorSpec((p.rows, p.depth), dtype), "T_")] if both or p.direct else []
+    rows = [(TensorSpec((p.rows, contract.depth), dtype), "T_")] if both or p.direct else []
     rows += [(_arranged(p), "R_")] if both or not p.direct else []
 
     def write(k: KernelText, batch: Index, count: Index, memrefs: Sequence[str]) -> None:
@@ -115,10 +117,10 @@ def product_kernel(contract: MatMul, p: Plan, *, both: bool = False) -> Kernel:
             TiledBody(k, p, count, memrefs[-3:]).write()
 
     return Kernel(
-        name=f"mat_mul_fused_simd_{dtype}_{_dim(p.rows)}x{p.columns}x{p.depth}_v{32 * p.lanes}",
+        name=f"mat_mul_fused_simd_{dtype}_{_dim(p.rows)}x{p.columns}x{contract.depth}_v{32 * p.lanes}{_suffix(p)}",
         inputs=(
             *(spec for spec, _ in rows),
-            TensorSpec((p.layout.panels(p.columns), p.depth, p.layout.width), dtype),
+            TensorSpec((p.layout.panels(p.columns), p.depth, p.layout.width), "i32" if p.pairs else dtype),
         ),
         outputs=(TensorSpec((p.rows, p.columns), dtype),),
         axes=(*(axes for _, axes in rows), "___", "T_"),
@@ -130,7 +132,11 @@ def product_kernel(contract: MatMul, p: Plan, *, both: bool = False) -> Kernel:
 
 def _arranged(p: Plan) -> TensorSpec:
     """What ``simd_rows`` makes of the rows."""
-    return TensorSpec((p.tiles, p.tile * p.depth), "f32")
+    return TensorSpec((p.tiles, p.tile * p.depth), "i32" if p.pairs else "f32")
+
+
+def _suffix(p: Plan) -> str:
+    return "_pairs" if p.pairs else ""
 
 
 def _dim(size: Dim) -> str:

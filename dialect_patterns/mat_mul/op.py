@@ -9,10 +9,11 @@ from iree.compiler import ir
 from ..op import IMPORTED, Choice, LoweringContext, LoweringOptions, Op
 from ..select import Strategy, always, select, wherever_legal
 from ..target import Target
-from . import fused_mma, fused_simd, fused_simt, fused_tiled, widened
+from . import fused_amx, fused_mma, fused_simd, fused_simt, fused_tiled, widened
 from .contract import MatMul, output_types, parse
 
 STRATEGIES = (
+    Strategy("fused_amx", fused_amx.is_legal, wherever_legal(lambda c: f"{c.rows} rows on the CPU's matrix unit")),
     Strategy(
         "fused_simd", fused_simd.is_legal, wherever_legal(lambda c: f"{c.rows} rows by packed weights in one kernel")
     ),
@@ -40,6 +41,8 @@ def lower(context: LoweringContext, contract: MatMul, operands: Sequence[ir.Valu
     assert a is not None
     assert b is not None
     strategy = choose(contract, context.target, context.options).strategy
+    if strategy == "fused_amx":
+        return [fused_amx.emit_mat_mul_fused_amx(context, contract, a, b)]
     if strategy == "fused_simd":
         return [fused_simd.emit_mat_mul_fused_simd(context, contract, a, b)]
     if strategy == "fused_mma":

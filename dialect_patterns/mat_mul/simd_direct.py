@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from ..emit.kernel_text import Index, KernelText, vector_type
 from .simd_edges import store_rows
+from .simd_pairs import load_half, load_pairs, multiply_add
 from .simd_plan import LINE, Plan
 
 _AHEAD = 1024
@@ -53,22 +54,34 @@ def direct_products(k: KernelText, p: Plan, a: str, b: str, panel: Index, row: I
     row_bytes = p.layout.width * k.element_bytes(b)
 
     def step(at: Index, sums: list[str]) -> list[str]:
-        for line in range(0, p.unroll * row_bytes, LINE) if k.element_type(b) != "f32" else ():
+        for line in range(0, p.unroll * row_bytes, LINE) if k.element_bytes(b) < 4 else ():
             for stream in streams:
                 k.prefetch(b, [stream, k.add(at, (_AHEAD + line) // row_bytes), 0])
-        rows = [k.load(a, [k.add(row, i), at], p.unroll) for i in range(p.tile)]
+        load = load_pairs if p.pairs else _load_elements
+        rows = [load(k, a, k.add(row, i), at, p.unroll) for i in range(p.tile)]
         for u in range(p.unroll):
-            depth = k.add(at, u)
-            weights = [k.load(b, [stored, depth, column], p.lanes) for stored, column in vectors]
-            for i in range(p.tile):
-                value = k.splat(k.extract(rows[i], u), p.lanes)
-                for v, weight in enumerate(weights):
-                    place = (u % sets) * size + i * p.vectors + v
-                    sums[place] = k.fma(value, weight, sums[place])
+            first = (u % sets) * size
+            elements = [k.extract(values, u) for values in rows]
+            sums[first : first + size] = multiply(k.add(at, u), elements, sums[first : first + size])
         return sums
 
-    sums = k.loop(p.depth, [k.constant(0.0, vector_type(p.lanes))] * (sets * size), step, step=p.unroll)
+    def multiply(depth: Index, elements: list[str], sums: list[str]) -> list[str]:
+        weights = [k.load(b, [stored, depth, column], p.lanes) for stored, column in vectors]
+        values = [k.splat(element, p.lanes) for element in elements for _ in weights]
+        return [
+            multiply_add(k, value, weight, total)
+            for value, weight, total in zip(values, weights * p.tile, sums, strict=True)
+        ]
+
+    whole = p.depth - p.half
+    sums = k.loop(whole, [k.constant(0.0, vector_type(p.lanes))] * (sets * size), step, step=p.unroll)
     totals = sums[:size]
+    if p.half:
+        totals = multiply(whole, [load_half(k, a, k.add(row, i), whole) for i in range(p.tile)], totals)
     for other in range(size, len(sums), size):
         totals = [k.addf(x, y) for x, y in zip(totals, sums[other : other + size], strict=True)]
     return totals
+
+
+def _load_elements(k: KernelText, memref: str, row: Index, at: Index, count: int) -> str:
+    return k.load(memref, [row, at], count)

@@ -66,6 +66,25 @@ class Layout:
         return range(0, width, self.width)
 
 
+@dataclass(frozen=True)
+class PairLayout(Layout):
+    """Panels of words of 32 bits: two bf16 of a column, one above the other in the matrix."""
+
+    @property
+    def name(self) -> str:
+        """Word for the layout."""
+        return f"{super().name}pairs"
+
+    def pack(self, weights: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """[K, N] of 16 bits as [panels, K / 2, width] of 32 bits; an odd K ends with a zero."""
+        depth, columns = weights.shape
+        pairs = np.zeros((-(-depth // 2), columns, 2), np.uint16)
+        halves = weights.view(np.uint16)
+        pairs[:, :, 0] = halves[::2]
+        pairs[: depth // 2, :, 1] = halves[1::2]
+        return super().pack(pairs.view(np.int32)[:, :, 0])
+
+
 SHARED = Layout(16, 32)
 """Of modules for several vector widths, up to 512 bits."""
 

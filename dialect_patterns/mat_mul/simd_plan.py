@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from ..emit.workers import slowest_share
 from ..target import Target
-from .simd_layout import Layout, layout
+from .simd_layout import Layout, PairLayout, layout
+from .simd_pairs import multiplies_pairs
 
 VECTORS = 2
 """Vectors side by side in a panel of columns, where a row does not have all registers for itself."""
@@ -32,16 +33,18 @@ class Plan:
 
     Attributes:
         rows: M, None where open.
-        depth: K.
+        depth: K; half of it, rounded up, where pairs are multiplied.
         columns: N.
         lanes: Lanes of a vector.
         tile: Rows of a tile.
-        block: Rows of the weights in a block; K where the rows are few.
+        block: Rows of the weights in a block; the depth where the rows are few.
         group: Panels of a workgroup.
         unroll: Rows of the weights in one iteration.
         chunk: Tiles of a workgroup; 0 where the rows are few, one tile, and read where they are.
         layout: How the weights lie in memory.
         vectors: Vectors side by side in a panel of columns.
+        pairs: Whether pairs of bf16 are multiplied.
+        half: Whether the last of these is an element alone.
     """
 
     rows: int | None
@@ -55,6 +58,8 @@ class Plan:
     chunk: int
     layout: Layout
     vectors: int = VECTORS
+    pairs: bool = False
+    half: bool = False
 
     @property
     def width(self) -> int:
@@ -77,8 +82,14 @@ class Plan:
         return None if self.rows is None else -(-self.rows // self.tile)
 
 
-def weight_layout(target: Target) -> Layout:
+def weight_layout(target: Target, dtype: str) -> Layout:
     """How the weights of all products lie for a machine, whatever their rows are."""
+    width = _lanes(target) * VECTORS
+    return PairLayout(width, width) if multiplies_pairs(dtype, target) else panel_layout(target)
+
+
+def panel_layout(target: Target) -> Layout:
+    """The same for products that take elements one by one."""
     return layout(target, _lanes(target) * VECTORS)
 
 
@@ -86,32 +97,37 @@ def _lanes(target: Target) -> int:
     return max(target.vector_bits // 32, 4)
 
 
-def plan(rows: int | None, depth: int, columns: int, target: Target, weight_bytes: int) -> Plan:
+def plan(rows: int | None, elements: int, columns: int, target: Target, packed: Layout, weight_bytes: int) -> Plan:
     """The sizes for a product.
 
     Args:
         rows: M, None where open.
-        depth: K.
+        elements: K.
         columns: N.
         target: The machine.
+        packed: How the weights lie.
         weight_bytes: Of one weight.
     """
     lanes = _lanes(target)
+    pairs = isinstance(packed, PairLayout)
+    depth, half = (-(-elements // 2), elements % 2 == 1) if pairs else (elements, False)
     width = lanes * VECTORS
-    panels, packed = -(-columns // width), weight_layout(target)
+    panels = -(-columns // width)
     most = 12 if target.vector_bits >= 512 else _ROWS  # with two vectors each, most of 32 or 16 registers
     if rows is not None and rows <= most:
         vectors = max(VECTORS, packed.width // lanes) if rows <= _ROWS_OF_LINES else VECTORS
         panels = -(-columns // (lanes * vectors))
-        group = _group(panels, depth * lanes * vectors * weight_bytes)
-        return Plan(rows, depth, columns, lanes, rows, depth, group, _unroll(depth, depth), 0, packed, vectors)
+        group = _group(panels, depth * lanes * vectors * (2 * weight_bytes if pairs else weight_bytes))
+        unroll = _unroll(depth - half, depth - half)
+        return Plan(rows, depth, columns, lanes, rows, depth, group, unroll, 0, packed, vectors, pairs, half)
     tile = (_ROWS if target.shares_weights else most) if rows is None else best_tile(rows, most)
     blocks = -(-depth * width * 4 // _BLOCK_BYTES)
     block = -(-depth // blocks)
     block += -block % lanes if blocks > 1 else 0
     longest = longest_chunk(tile, width)
     group, chunk = _share(panels, -(-rows // tile) if rows else longest, longest)
-    return Plan(rows, depth, columns, lanes, tile, block, group, _unroll(depth, block), chunk, packed)
+    unroll = _unroll(depth, block)
+    return Plan(rows, depth, columns, lanes, tile, block, group, unroll, chunk, packed, VECTORS, pairs, half)
 
 
 def _unroll(depth: int, block: int) -> int:

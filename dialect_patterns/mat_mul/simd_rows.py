@@ -1,4 +1,4 @@
-"""Many rows as the products of strategy ``fused_simd`` take them: f32, cut into tiles.
+"""Many rows as the products of strategy ``fused_simd`` take them: f32 or pairs of bf16, cut into tiles.
 
     [tiles, K x tile]: the elements of all rows of a tile side by side; the last row stands for those beyond it
 
@@ -9,6 +9,7 @@ often than not, and would share a few lines of the first-level cache.
 from __future__ import annotations
 
 from ..emit.kernel_text import Index, KernelText
+from .simd_pairs import load_half, load_pairs
 from .simd_plan import Plan
 
 
@@ -28,15 +29,22 @@ def write_rows(k: KernelText, p: Plan, rows: Index, source: str, target: str) ->
         places = [k.minimum(row, k.sub(rows, 1)) for row in places]
 
     def move(at: Index, lanes: int) -> list[str]:
-        """Elements of K from ``at`` on."""
-        loaded = [k.load(source, [row, at], lanes) for row in places]
+        """Elements of K, or pairs of them, from ``at`` on."""
+        if p.pairs:
+            half = p.half and at == p.depth - 1
+            loaded = [
+                load_half(k, source, row, at) if half else load_pairs(k, source, row, at, lanes or 1) for row in places
+            ]
+            lanes = 0 if half else lanes or 1
+        else:
+            loaded = [k.load(source, [row, at], lanes) for row in places]
         for lane in range(max(lanes, 1)):
             start = k.mul(k.add(at, lane), p.tile)
             for i, values in enumerate(loaded):
                 k.store(k.extract(values, lane) if lanes else values, target, [tile, k.add(start, i)])
         return []
 
-    whole = p.depth // p.lanes * p.lanes
+    whole = (p.depth - p.half) // p.lanes * p.lanes
     if whole:
         k.loop(whole, [], lambda at, _: move(at, p.lanes), step=p.lanes)
     for at in range(whole, p.depth):

@@ -1,6 +1,6 @@
 """The body of strategy ``fused_simd`` for many rows: a chunk of tiles of rows by a group of panels.
 
-    for each panel:  for each block of K:           weights: f32, where they are; 16 bits, widened once to the stack
+    for each panel:  for each block of K:           weights: f32 and pairs, where they are; else widened to the stack
       for each tile of rows:  acc[r, :] += a[r, k] * b[k, :]        R x 2 vectors in registers
 
 A block of a panel stays in the first-level cache while the tiles stream past it; sums wait on the stack for the next
@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 
 from ..emit.kernel_text import Index, KernelText, vector_type
 from .simd_edges import store_rows
+from .simd_pairs import multiply_add
 from .simd_plan import LINE, Plan
 
 
@@ -32,7 +33,7 @@ class TiledBody:
         self.k, self.p, self.rows, self.before = k, p, rows, before
         self.a, self.b, self.y = memrefs
         self.sums = k.alloca([p.chunk * p.tile, p.width]) if p.block < p.depth else ""
-        self.wide = k.alloca([p.block, p.width]) if k.element_type(self.b) != "f32" else ""
+        self.wide = k.alloca([p.block, p.width]) if k.element_bytes(self.b) < 4 else ""
         self.vector = vector_type(p.lanes)
         self.first, self.count = self._tiles()
         self.panel, self.panels = self._range("0", p.group, p.panels)
@@ -146,7 +147,7 @@ class TiledBody:
                 for i in range(p.tile):
                     value = k.splat(k.load(self.a, [place, k.add(elements, i)]), p.lanes)
                     for v, weight in enumerate(weights):
-                        sums[i * p.vectors + v] = k.fma(value, weight, sums[i * p.vectors + v])
+                        sums[i * p.vectors + v] = multiply_add(k, value, weight, sums[i * p.vectors + v])
             return sums
 
         return k.loop(size, initial, step, step=p.unroll)

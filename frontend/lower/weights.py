@@ -70,13 +70,18 @@ class Weights:
         return self._read(symbol)
 
     def repacked(
-        self, symbol: str, layout: str, repack: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]
+        self,
+        symbol: str,
+        layout: str,
+        repack: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]],
+        dtype: str | None = None,
     ) -> ir.Value:
         """See :class:`linattn.dialect_patterns.op.WeightStore`."""
         name = f"{symbol}.{layout}"
         if name not in self.stored:
             array = np.ascontiguousarray(repack(self.stored[symbol]))
-            self._define(name, array, self._types[symbol].element_type, content_key(array))
+            element = self._types[symbol].element_type if dtype is None else ir.Type.parse(dtype)
+            self._define(name, array, element, content_key(array))
         return self._read(name)
 
     def archive(self) -> dict[str, np.ndarray[Any, Any]]:

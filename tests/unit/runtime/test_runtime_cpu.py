@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from iree.compiler.tools import compile_str
-from linattn.runtime import Program, TargetError, cpu
+from linattn.runtime import Program, TargetError, amx, cpu
 from linattn.runtime.integrity import sealed
 from linattn.runtime.manifest import CpuLevel, EntryPoint, InputSpec, Manifest, OutputSpec, Target
 from linattn.runtime.module import Module
@@ -130,6 +130,30 @@ def test_a_machine_below_all_levels(monkeypatch: pytest.MonkeyPatch) -> None:
         cpu.check_cpu("m.vmfb", PORTABLE)
     assert "got a CPU without popcnt, sse4.2; " in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_the_matrix_unit_needs_permission(allowed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "machine_architecture", lambda: "x86_64")
+    monkeypatch.setattr(cpu, "_linux_x86_64", lambda: {*V4, "amx-tile", "amx-bf16"})
+    monkeypatch.setattr(amx, "permitted", lambda: allowed)
+    cpu.machine_features.cache_clear()
+    needs = dataclasses.replace(ANY_CPU, architecture="x86_64", instruction_sets=("amx-bf16", "amx-tile", "avx2"))
+    try:
+        assert cpu.machine_features() == {*V4, *(("amx-tile", "amx-bf16") if allowed else ())}
+        if allowed:
+            cpu.check_cpu("m.vmfb", needs)
+            return
+        with pytest.raises(TargetError, match="matrix unit the system keeps from this process") as caught:
+            cpu.check_cpu("m.vmfb", needs)
+        assert "compile with --cpu-features host on this machine" in str(caught.value)
+    finally:
+        cpu.machine_features.cache_clear()
+
+
+@pytest.mark.skipif(amx.FEATURES & cpu._linux_x86_64() != frozenset(), reason="this CPU has the unit")
+def test_no_permission_where_there_is_no_unit() -> None:
+    assert not amx.permitted()
 
 
 @pytest.mark.skipif(HERE != "x86_64", reason="x86-64's features")

@@ -1,0 +1,96 @@
+"""The CPU's matrix unit (AMX) in a hand-made kernel: eight registers of 16 rows of 64 bytes, named by their numbers.
+
+    with numbers a, b, c of registers:    c[i, j] += sum over pairs p of a[i, 2p] b[p, 2j] + a[i, 2p + 1] b[p, 2j + 1]
+
+16 x 16 sums in f32 of 32 products each take 16 cycles. A process needs Linux's permission for the registers, which
+``linattn.runtime.amx`` asks for.
+Source: Intel's Software Developer's Manual, chapter 18; the probe that LLVM's intrinsics pass through IREE as they are.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+
+from .kernel_text import Index, KernelText
+
+ROWS = 16
+"""Rows of a register."""
+ROW_BYTES = 64
+REGISTERS = 8
+
+
+class AmxTiles:
+    """Writes a kernel's instructions of the matrix unit; all registers have 16 rows of 64 bytes.
+
+    Args:
+        k: Where to.
+    """
+
+    def __init__(self, k: KernelText) -> None:
+        self.k = k
+        palette = [0] * 64
+        palette[0] = 1
+        for register in range(REGISTERS):
+            palette[16 + 2 * register] = ROW_BYTES
+            palette[48 + register] = ROWS
+        config = k.alloca([64], "i8")
+        values = k.op(f"arith.constant dense<{palette}> : vector<64xi8>", "vector<64xi8>")
+        k.do(f"vector.store {values}, {config}[{k.index(0)}] : memref<64xi8>, vector<64xi8>")
+        self._do("ldtilecfg", self._pointer(config, [0]))
+
+    def release(self) -> None:
+        """The last instruction: the registers cost every switch of threads while they are in use."""
+        self._do("tilerelease")
+
+    def zero(self, register: int) -> None:
+        """Zeros."""
+        self._do("tilezero", self._number(register))
+
+    def load(self, register: int, memref: str, indices: Sequence[Index]) -> None:
+        """Read 64 bytes of each of 16 rows.
+
+        Args:
+            register: Its number.
+            memref: Whose last dimension but one counts rows.
+            indices: Of the first element.
+        """
+        pointer, stride = self._pointer(memref, indices), self._stride(memref)
+        self._do("tileloadd64", self._number(register), pointer, stride)
+
+    def store(self, register: int, memref: str, indices: Sequence[Index]) -> None:
+        """Write what :meth:`load` reads."""
+        pointer, stride = self._pointer(memref, indices), self._stride(memref)
+        self._do("tilestored64", self._number(register), pointer, stride)
+
+    def multiply_bf16(self, total: int, a: int, b: int) -> None:
+        """Add the products of a's rows by b's columns of pairs of bf16."""
+        self._do("tdpbf16ps", *(self._number(register) for register in (total, a, b)))
+
+    def _number(self, register: int) -> str:
+        return self.k.op(f"llvm.mlir.constant({register} : i8) : i8", "i8")
+
+    def _stride(self, memref: str) -> str:
+        sizes, size = _sizes(self.k, memref)
+        return self.k.constant(sizes[-1] * size, "i64")
+
+    def _pointer(self, memref: str, indices: Sequence[Index]) -> str:
+        k = self.k
+        sizes, size = _sizes(k, memref)
+        offset: Index = 0
+        for axis, index in enumerate(indices):
+            offset = k.add(offset, k.mul(index, math.prod(sizes[axis + 1 :]) * size))
+        base = k.op(f"memref.extract_aligned_pointer_as_index {memref} : {k.types[memref]} -> index", "index")
+        address = k.op(f"arith.index_cast {k.add(base, offset)} : index to i64", "i64")
+        return k.op(f"llvm.inttoptr {address} : i64 to !llvm.ptr", "!llvm.ptr")
+
+    def _do(self, name: str, *operands: str) -> None:
+        types = ", ".join(self.k.types[value] for value in operands)
+        self.k.do(f'llvm.call_intrinsic "llvm.x86.{name}"({", ".join(operands)}) : ({types}) -> ()')
+
+
+def _sizes(k: KernelText, memref: str) -> tuple[list[int], int]:
+    """The sizes of a memref, an open first one as 0, and the bytes of an element."""
+    dims = re.findall(r"(\d+|\?)x", k.types[memref])
+    return [0 if dim == "?" else int(dim) for dim in dims], k.element_bytes(memref)

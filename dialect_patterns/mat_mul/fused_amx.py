@@ -1,0 +1,274 @@
+"""Strategy ``fused_amx``: many rows of bf16 by a matrix of weights on the CPU's matrix unit.
+
+    %y = flow.dispatch @mat_mul_fused_amx_...(%a, %packed)        weights in the pairs that ``fused_simd`` reads too
+
+    for each panel of 32 columns:  for each block of K:  for each 32 rows:
+      sums [2 x 2 registers of 16 x 16] += a [2 registers of 16 rows x 32] * b [2 of 32 x 16 columns]
+
+Four products for four loads, so that the unit waits for no memory within the second-level cache. A block of a panel
+stays in the first-level cache while the rows stream past it; sums wait on the stack for the next block. Where 32 does
+not divide the rows, the last ones begin earlier and some are computed twice.
+
+Legal: on CPUs with AMX, from 16 rows on, known at compile time, where 32 divides K. Cost: a once for each group of
+panels, b once for each chunk of rows. Sums in f32; subnormal numbers count as zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from iree.compiler import ir
+
+from ..emit.amx_tiles import ROWS, AmxTiles
+from ..emit.builder import spec_of
+from ..emit.dispatch import Kernel, dispatch
+from ..emit.kernel_text import Index, KernelText
+from ..emit.workers import slowest_share
+from ..node import TensorSpec
+from ..op import LoweringContext, weight_symbol
+from ..select import Legality, No, Yes
+from ..target import Target
+from . import fused_simd
+from .contract import MatMul
+from .simd_edges import store_rows
+from .simd_pairs import multiplies_pairs
+from .simd_plan import Plan, weight_layout
+
+FEATURES = frozenset({"amx-tile", "amx-bf16"})
+_COLUMNS = 32  # of a panel
+_WORDS = 16  # of K in one product
+_SUMS = range(4)
+_A, _B = (4, 5), (6, 7)
+_BLOCK = 160  # words of K: 20 KiB of a panel
+_CHUNK = 6  # blocks of 32 rows whose sums wait on the stack, of the 32 KiB that IREE allows
+_MOST_PANELS = 16
+_START = 8.0  # products of 32 x 32 x 32 that would take as long as the start of a workgroup
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Sizes of one kernel.
+
+    Attributes:
+        rows: M.
+        words: Pairs of K.
+        block: Words of a block.
+        chunk: Blocks of 32 rows of a workgroup.
+        group: Panels of a workgroup.
+    """
+
+    rows: int
+    words: int
+    block: int
+    chunk: int
+    group: int
+
+    @property
+    def steps(self) -> int:
+        """Blocks of 32 rows."""
+        return -(-self.rows // (2 * ROWS))
+
+
+def is_legal(contract: MatMul, target: Target) -> Legality:
+    """Where the machine has the unit and the sizes fill it."""
+    possible = fused_simd.is_legal(contract, target)
+    if isinstance(possible, No):
+        return possible
+    dtype = contract.a.dtype
+    if not has_unit(target) or not multiplies_pairs(dtype, target):
+        return No(f"no matrix unit for {dtype}")
+    if contract.rows is None or contract.rows < ROWS:
+        rows = "an open number of rows" if contract.rows is None else f"{contract.rows} rows"
+        return No(f"{rows}, from {ROWS} on the matrix unit is worth its start")
+    if contract.depth % (2 * _WORDS):
+        return No(f"{2 * _WORDS} does not divide K={contract.depth}")
+    return Yes()
+
+
+def has_unit(target: Target) -> bool:
+    """Whether a CPU has the matrix unit."""
+    return target.features >= FEATURES
+
+
+def tiling(contract: MatMul) -> Tiling:
+    """The sizes for a product that is legal."""
+    assert contract.rows is not None
+    words = contract.depth // 2
+    blocks = -(-words // _BLOCK)
+    block = -(-words // (blocks * _WORDS)) * _WORDS
+    steps, panels = -(-contract.rows // (2 * ROWS)), -(-contract.columns // _COLUMNS)
+    cost = words / _WORDS
+
+    def slowest(option: tuple[int, int]) -> float:
+        chunk, group = option
+        return slowest_share(-(-steps // chunk) * -(-panels // group), _START + group * chunk * cost)
+
+    chunks = sorted({-(-steps // count) for count in range(-(-steps // _CHUNK), steps + 1)}, reverse=True)
+    options = [(chunk, group) for chunk in chunks[:4] for group in range(1, min(panels, _MOST_PANELS) + 1)]
+    chunk, group = min(options, key=slowest)
+    return Tiling(contract.rows, words, block, chunk, group)
+
+
+def emit_mat_mul_fused_amx(context: LoweringContext, contract: MatMul, a: ir.Value, b: ir.Value) -> ir.Value:
+    """Emit the product of ``a`` [..., K] and the weight ``b`` [K, N]."""
+    build, symbol = context.builder, weight_symbol(b)
+    assert symbol is not None
+    assert context.weights is not None
+    packed_as = weight_layout(context.target, contract.a.dtype)
+    packed = context.weights.repacked(symbol, packed_as.name, packed_as.pack, "i32")
+    leading = build.shape(a)[:-1]
+    a = build.refine(a, TensorSpec((*spec_of(a).shape[:-1], contract.depth), contract.a.dtype))
+    rows = build.collapse(a, 0, len(leading) - 1)
+    assert contract.rows is not None
+    kernel = product_kernel(contract, fused_simd.plan_for(contract, context.target), tiling(contract))
+    (y,) = dispatch(build, kernel, [rows, packed], contract.rows, contract.rows)
+    return build.expand(y, 0, leading) if len(leading) > 1 else y
+
+
+def product_kernel(contract: MatMul, p: Plan, t: Tiling) -> Kernel:
+    """The kernel of the product."""
+    dtype, columns = contract.a.dtype, contract.columns
+
+    def write(k: KernelText, batch: Index, count: Index, memrefs: Sequence[str]) -> None:
+        del batch, count
+        AmxBody(k, replace(p, tile=1), t, memrefs).write()
+
+    return Kernel(
+        name=f"mat_mul_fused_amx_{dtype}_{t.rows}x{columns}x{contract.depth}",
+        inputs=(
+            TensorSpec((t.rows, contract.depth), dtype),
+            TensorSpec((p.layout.panels(columns), t.words, _COLUMNS), "i32"),
+        ),
+        outputs=(TensorSpec((t.rows, columns), dtype),),
+        axes=("T_", "___", "T_"),
+        workgroups=(-(-p.panels // t.group), 1),
+        write=write,
+        share=t.chunk * 2 * ROWS,
+    )
+
+
+class AmxBody:
+    """Writes the body.
+
+    Args:
+        k: Where to.
+        p: How columns are cut into panels, a row at a time.
+        t: Sizes of the kernel.
+        memrefs: The rows [M, K], the weights [panels, K / 2, 32], and y [M, N].
+    """
+
+    def __init__(self, k: KernelText, p: Plan, t: Tiling, memrefs: Sequence[str]) -> None:
+        self.k, self.p, self.t = k, p, t
+        self.a, self.b, self.y = memrefs
+        self.tiles = AmxTiles(k)
+        waiting = t.chunk if t.block < t.words else 1
+        self.sums = k.alloca([waiting * 2 * ROWS, _COLUMNS])
+
+    def write(self) -> None:
+        """The whole body."""
+        k, t = self.k, self.t
+        panel, panels = self._range("0", t.group, self.p.panels)
+        step, steps = self._range("1", t.chunk, t.steps)
+        whole = t.words // t.block * t.block
+
+        def one(index: Index) -> None:
+            at = k.add(panel, index)
+            self._loop(whole, t.block, lambda start: self._block(at, step, steps, start, t.block))
+            if t.words > whole:
+                self._block(at, step, steps, whole, t.words - whole)
+
+        self._loop(panels, 1, one)
+        self.tiles.release()
+
+    def _range(self, axis: str, size: int, total: int) -> tuple[Index, Index]:
+        """First and number of what a workgroup does of ``total`` things along one axis of the grid."""
+        k = self.k
+        if size == total:
+            return 0, size
+        first = k.mul(k.op(f"hal.interface.workgroup.id[{axis}] : index", "index"), size)
+        return first, size if total % size == 0 else k.minimum(k.sub(total, first), size)
+
+    def _loop(self, stop: Index, step: int, body: Callable[[Index], None]) -> None:
+        def once(index: Index, _: list[str]) -> list[str]:
+            body(index)
+            return []
+
+        if stop == step:
+            body(0)
+        else:
+            self.k.loop(stop, [], once, step=step)
+
+    def _block(self, panel: Index, first: Index, steps: Index, start: Index, size: int) -> None:
+        """All rows by one block of one panel."""
+        k, t = self.k, self.t
+
+        def rows(index: Index) -> None:
+            row = k.mul(k.add(first, index), 2 * ROWS)
+            places = [k.minimum(k.add(row, half * ROWS), t.rows - ROWS) for half in range(2)]
+            waiting = k.mul(index, 2 * ROWS) if t.block < t.words else 0
+            self._begin(start, waiting)
+            self._products(panel, places, start, size)
+            self._end(panel, places, k.add(start, size), waiting)
+
+        self._loop(steps, 1, rows)
+
+    def _begin(self, start: Index, waiting: Index) -> None:
+        k = self.k
+
+        def zeros() -> list[str]:
+            for register in _SUMS:
+                self.tiles.zero(register)
+            return []
+
+        def again() -> list[str]:
+            for register in _SUMS:
+                self.tiles.load(register, self.sums, self._place(register, waiting))
+            return []
+
+        if isinstance(start, int):
+            (zeros if start == 0 else again)()
+        else:
+            k.when(k.less(0, start), [], again, zeros)
+
+    def _products(self, panel: Index, places: Sequence[Index], start: Index, size: int) -> None:
+        k, tiles = self.k, self.tiles
+
+        def step(at: Index, _: list[str]) -> list[str]:
+            word = k.add(start, at)
+            for register, row in zip(_A, places, strict=True):
+                tiles.load(register, self.a, [row, k.mul(word, 2)])
+            for half, register in enumerate(_B):
+                tiles.load(register, self.b, [panel, word, half * ROWS])
+            for register in _SUMS:
+                tiles.multiply_bf16(register, _A[register // 2], _B[register % 2])
+            return []
+
+        k.loop(size, [], step, step=_WORDS)
+
+    def _end(self, panel: Index, places: Sequence[Index], stop: Index, waiting: Index) -> None:
+        """The sums of two registers' rows: to y, or to the stack for the next block."""
+        k, p, t = self.k, self.p, self.t
+        for register in _SUMS:
+            self.tiles.store(register, self.sums, self._place(register, waiting))
+
+        def finish() -> list[str]:
+            for half, place in enumerate(places):
+
+                def row(i: Index, half: int = half, place: Index = place) -> None:
+                    at = k.add(k.add(waiting, half * ROWS), i)
+                    sums = [k.load(self.sums, [at, v * p.lanes], p.lanes) for v in range(p.vectors)]
+                    store_rows(k, p, self.y, t.rows, k.add(place, i), panel, sums)
+
+                self._loop(ROWS, 1, row)
+            return []
+
+        if isinstance(stop, int):
+            if stop == t.words:
+                finish()
+        elif t.words % t.block == 0:
+            k.when(k.less(stop, t.words), [], lambda: [], finish)
+
+    def _place(self, register: int, waiting: Index) -> list[Index]:
+        """Where the stack has a register of sums."""
+        return [self.k.add(waiting, register // 2 * ROWS), register % 2 * ROWS]

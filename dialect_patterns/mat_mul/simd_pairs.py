@@ -1,0 +1,48 @@
+"""Pairs of bf16 in words of 32 bits, and the instruction that multiplies them (AVX512_BF16: Zen 4, Cooper Lake and on).
+
+    sums[c] += a[2j] * b[2j, c] + a[2j + 1] * b[2j + 1, c]        in f32, 16 columns and two rows of b at once
+
+Twice the multiply-adds of f32 in an instruction, and nothing to widen. Subnormal numbers count as zero.
+Source: Intel's Software Developer's Manual, VDPBF16PS.
+"""
+
+from __future__ import annotations
+
+from ..emit.kernel_text import Index, KernelText, vector_type
+from ..target import Target
+
+_DOT = "llvm.x86.avx512bf16.dpbf16ps.512"
+_LANES = 16
+
+
+def multiplies_pairs(dtype: str, target: Target) -> bool:
+    """Whether products of a type are those of pairs on a machine.
+
+    Not where the weights are for machines of other vectors too, which read them one by one.
+    """
+    has = "avx512bf16" in target.features and target.vector_bits == 32 * _LANES
+    return dtype == "bf16" and has and not target.shares_weights
+
+
+def multiply_add(k: KernelText, a: str, b: str, total: str) -> str:
+    """A * b + total for vectors of f32, or of pairs of bf16 as i32."""
+    return k.fma(a, b, total) if "f32" in k.types[a] else dot(k, a, b, total)
+
+
+def dot(k: KernelText, a: str, b: str, total: str) -> str:
+    """The sum of the products of pairs, vector<16xi32> each, and of vector<16xf32>."""
+    halves = vector_type(2 * _LANES, "bf16")
+    operands = [total, *(k.as_type(value, halves, "vector.bitcast") for value in (a, b))]
+    return k.intrinsic(_DOT, operands, k.types[total])
+
+
+def load_pairs(k: KernelText, memref: str, row: Index, pair: Index, count: int) -> str:
+    """``count`` pairs of a row of bf16 [M, K] as a vector of i32."""
+    halves = k.load(memref, [row, k.mul(pair, 2)], 2 * count, raw=True)
+    return k.as_type(halves, vector_type(count, "i32"), "vector.bitcast")
+
+
+def load_half(k: KernelText, memref: str, row: Index, pair: Index) -> str:
+    """The last element of a row, with a zero above it, as i32."""
+    element = k.load(memref, [row, k.mul(pair, 2)], raw=True)
+    return k.as_type(k.as_type(element, "i16", "arith.bitcast"), "i32", "arith.extui")
