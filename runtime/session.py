@@ -5,10 +5,10 @@ from __future__ import annotations
 import operator
 import os
 import threading
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
@@ -31,6 +31,7 @@ from .views import StateViews, find_state, from_outside
 if TYPE_CHECKING:
     from .program import Program
 
+_Chosen = TypeVar("_Chosen")
 _COMPACT_BYTES = 16 << 20
 _SPARE_STATES = 2
 
@@ -291,7 +292,7 @@ class Session(Owned):
         if now.batch is not None and now.mask is None and (step := self._engine.step(now.batch)) is not None:
             ids = step.accepts(inputs, now.position)
             if ids is not None:
-                return self._step(step, ids, now)
+                return self._step(step, ids, now, step.read)
         call = prepare(m, inputs, now.position, now.batch, now.mask)
         if call.tokens == 0:
             return {spec.name: self._no_tokens(spec, call.batch) for spec in m.outputs}
@@ -310,19 +311,32 @@ class Session(Owned):
         self._commit(Held(moving, lease, now.position + call.tokens, call.batch, call.mask))
         return joined
 
-    def _step(self, step: Step, ids: HostArray, now: Held) -> dict[str, HostArray]:
+    def _advance(self, ids: HostArray, choose: Callable[[HostArray], _Chosen]) -> _Chosen:
+        """Appends a token to every row and chooses by its logits, which are not copied; see `advance`."""
+        with self._exclusive():
+            now = self._line[-1]
+            step = self._engine.step(now.batch) if now.batch is not None and now.mask is None else None
+            if step is None or not step.has_room(now.position):
+                names = [spec.name for spec in self._manifest.inputs if spec.role == "tokens"]
+                logits = next(spec.name for spec in self._manifest.outputs if spec.role == "logits")
+                return choose(self._run({names[0]: ids}, True)[logits])
+            step.check(ids)
+            with self._engine.exclusive():  # until the logits' memory is the next call's
+                return choose(self._step(step, ids, now, step.logits))
+
+    def _step(self, step: Step, ids: HostArray, now: Held, read: Callable[[Sequence[DeviceArray]], _Chosen]) -> _Chosen:
         """What `_run` does, for one token of every row that all is prepared for."""
         lease = now.lease.caches.extend(now.lease, now.position + 1)
         try:
             with self._engine.exclusive():
                 into = self._spare.pop() if self._spare else None
                 outputs, moving = step.call(ids, Held(now.moving, lease, now.position, now.batch), into)
-                read = step.read(outputs)
+                found = read(outputs)
         except BaseException:
             lease.release()
             raise
         self._commit(Held(moving, lease, now.position + 1, now.batch))
-        return read
+        return found
 
     def _run_blocks(
         self, plan: list[tuple[EntryPoint, int]], call: Call, now: Held, last: bool
@@ -464,3 +478,19 @@ class Session(Owned):
 def engine_of(program: Program) -> Engine:
     """What a program and its sessions share; for the files of the runtime, users have no use of it."""
     return program._engine  # pyright: ignore[reportPrivateUsage]
+
+
+def advance(session: Session, ids: HostArray, choose: Callable[[HostArray], _Chosen]) -> _Chosen:
+    """A step of a generation: appends a token to every row, and what comes next is chosen by the logits.
+
+    Args:
+        session: Of a model with one input of token ids and one output of logits.
+        ids: [B, 1], of the input's dtype.
+        choose: Given the logits, [B, 1, V], which it must not keep. Should it fail, the tokens are there all the same.
+
+    Raises:
+        InputError: An index outside the model's tables.
+        StateError: The context is full.
+        TargetError: The call failed on the device.
+    """
+    return session._advance(ids, choose)  # pyright: ignore[reportPrivateUsage]

@@ -64,6 +64,7 @@ class Step:
         order = [next(caches if spec.in_place else places) for spec in m.states]
         self._in_order: Any = itemgetter(*order) if len(order) > 1 else tuple
         self._tied = len(m.states) - moving
+        self._takes_position = m.takes_position
         self._memory = [*self._inputs, *(outputs or ())]  # goes last: the views above are of it
 
     def accepts(self, inputs: object, position: int) -> HostArray | None:
@@ -75,18 +76,30 @@ class Step:
         if type(inputs) is not dict or len(inputs) != 1 or self._spec.name not in inputs:  # pyright: ignore[reportUnknownArgumentType]
             return None
         ids = as_array(self._spec, inputs[self._spec.name])
-        if ids.shape != self._ids.shape or (self._limit is not None and position >= self._limit):
+        if ids.shape != self._ids.shape or not self.has_room(position):
             return None
-        check_bounds(self._spec, ids)
+        self.check(ids)
         return ids
 
+    def check(self, ids: HostArray) -> None:
+        """Refuses token ids outside the model's tables.
+
+        Raises:
+            InputError: Names the first.
+        """
+        check_bounds(self._spec, ids)
+
+    def has_room(self, position: int) -> bool:
+        """Whether the context has room for a token at a position; the general call says why not."""
+        return self._limit is None or position < self._limit
+
     def call(
-        self, ids: HostArray | int, now: Held, into: list[DeviceArray] | None
+        self, ids: HostArray, now: Held, into: list[DeviceArray] | None
     ) -> tuple[Sequence[DeviceArray], list[DeviceArray]]:
         """Appends a token to every row, and waits.
 
         Args:
-            ids: What `accepts` returned, or one token for all rows.
+            ids: Token ids, [B, 1], checked.
             now: The states before; rows of its caches at its position are written.
             into: Memory for the moving states; None: new memory.
 
@@ -98,7 +111,7 @@ class Step:
         """
         self._write(ids, now.position)
         states = self._in_order([*now.moving, *now.lease.caches.arrays])
-        position = now.position if self._manifest.takes_position else None
+        position = now.position if self._takes_position else None
         if self._outputs is None:
             return self._call_for_memory(states, position)
         moving = self._new_moving() if into is None else into
@@ -115,7 +128,13 @@ class Step:
             for spec, view, output in zip(self._manifest.outputs, views, outputs, strict=True)
         }
 
-    def _write(self, ids: HostArray | int, position: int) -> None:
+    def logits(self, outputs: Sequence[DeviceArray]) -> HostArray:
+        """The logits of the last call, of a model that has them once, in their own memory where the host reads it."""
+        index = next(i for i, spec in enumerate(self._manifest.outputs) if spec.role == "logits")
+        view = self._views[index] if self._views else None
+        return view if view is not None else self._module.device.to_host(outputs[index])
+
+    def _write(self, ids: HostArray, position: int) -> None:
         self._ids[...] = ids
         for view in self._positions:
             view.fill(position)

@@ -11,7 +11,7 @@ from ..arrays import token_ids
 from ..device import HostArray
 from ..errors import InputError
 from ..manifest import InputSpec
-from ..session import Session
+from ..session import Session, advance
 from .sampling import Sampler, Sampling, index_of_largest, nan_logits
 
 
@@ -64,9 +64,12 @@ def greedy_rows(session: Session, ids: ArrayLike, count: int) -> Iterator[tuple[
     """
     spec, output = _ends(session)
     feed = _prompt(spec, ids)
-    for _ in range(count):
-        logits = session.run({spec.name: feed}, logits="last")[output]
-        feed = _largest(logits).astype(feed.dtype)
+    for turn in range(count):
+        if turn:
+            best = advance(session, feed, _largest)
+        else:
+            best = _largest(session.run({spec.name: feed}, logits="last")[output])
+        feed = best.astype(feed.dtype)
         yield tuple(int(token) for token in feed[:, 0])
 
 
@@ -104,8 +107,13 @@ def generate(
         hint = "greedy_rows generates for several"
         raise InputError("one row is generated", where=spec.name, got=list(feed.shape), expected="[T]", hint=hint)
     sampler = Sampler(sampling or Sampling(), [*seen, *(int(token) for token in feed[0])])
-    for _ in range(count):
-        token = sampler.choose(session.run({spec.name: feed}, logits="last")[output][0, -1])
+    for turn in range(count):
+        if turn == 0:
+            token = sampler.choose(session.run({spec.name: feed}, logits="last")[output][0, -1])
+        elif sampler.is_quick:
+            token = advance(session, feed, lambda logits: sampler.choose(logits[0, -1]))
+        else:  # the program's other sessions go on meanwhile
+            token = sampler.choose(advance(session, feed, np.copy)[0, -1])
         feed = np.full((1, 1), token, feed.dtype)
         yield token
         if token in stop:

@@ -71,6 +71,11 @@ class Sampler:
         self._seen = set(seen)
         self._random = np.random.Generator(np.random.Philox(sampling.seed))
 
+    @property
+    def is_quick(self) -> bool:
+        """Whether it only looks for the largest logit."""
+        return not self._sampling.temperature and self._sampling.repeat_penalty == 1.0
+
     def choose(self, logits: HostArray) -> int:
         """The next token; it counts as seen from here on.
 

@@ -9,7 +9,19 @@ import numpy as np
 import pytest
 from linattn.frontend import CompileOptions
 from linattn.frontend.compile import compile_model
-from linattn.runtime import InputError, Program, Session, StateError, TargetError
+from linattn.runtime import (
+    InputError,
+    Program,
+    Sampling,
+    Session,
+    StateError,
+    TargetError,
+    generate,
+    greedy,
+    greedy_rows,
+)
+from linattn.runtime import session as session_module
+from linattn.runtime.generation.sampling import Sampler
 from linattn.runtime.session import engine_of
 from linattn.runtime.step import Step
 
@@ -155,3 +167,38 @@ def test_what_a_step_refuses() -> None:
     with pytest.raises(StateError, match="context full, got 512"):
         session.run({"input_ids": [[1]]})
     assert session.position == CONTEXT
+
+
+@TARGETS
+def test_generation_takes_prepared_steps_alone(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the prompt nothing is checked, completed and cut anew; tokens are those of general calls."""
+    session, want = program(target).session(), list[int]()
+    feed = IDS[:, :9]
+    for _ in range(12):
+        logits = session.run({"input_ids": feed, "position_ids": session.position + np.arange(feed.shape[1])[None]})
+        feed = logits["logits"][:, -1].argmax(-1)[:, None]
+        want.append(int(feed[0, 0]))
+    right, calls = session_module.prepare, list[int]()
+
+    def counted(*args: Any) -> Any:
+        calls.append(1)
+        return right(*args)
+
+    monkeypatch.setattr(session_module, "prepare", counted)
+    for loop in (
+        lambda ids: list(greedy(program(target).session(), ids, 12)),
+        lambda ids: [token for (token,) in greedy_rows(program(target).session(), ids, 12)],
+        lambda ids: list(generate(program(target).session(), ids, 12, Sampling(temperature=1, top_k=1, seed=3))),
+    ):
+        calls.clear()
+        assert loop(IDS[:, :9]) == want
+        assert len(calls) == 1
+
+
+def test_a_chosen_token_without_a_row_in_the_table_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits may be more than the embedding's rows."""
+    session = program("cpu").session()
+    monkeypatch.setattr(Sampler, "choose", lambda *_: 256)
+    with pytest.raises(InputError, match=r"input_ids\[0, 0\]: index out of range, got 256, expected -256 to 255"):
+        list(generate(session, [1, 2, 3], 4))
+    assert session.position == 3
