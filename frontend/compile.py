@@ -14,7 +14,7 @@ from iree.compiler import ir
 from linattn.dialect_patterns.emit.builder import Builder
 from linattn.dialect_patterns.guarded_divisions import guard_divisions
 from linattn.dialect_patterns.guarded_reads import guard_reads
-from linattn.dialect_patterns.op import LoweringContext, LoweringOptions
+from linattn.dialect_patterns.op import INTERNAL, LoweringContext, LoweringOptions
 from linattn.dialect_patterns.rewrite import lower_operators
 from linattn.dialect_patterns.wide_conversions import widen_conversions
 from linattn.runtime.errors import InputError, LoweringError
@@ -37,7 +37,7 @@ from .graph.quantised_weights import pack_quantised_weights
 from .graph.raising.raise_operators import RAISED_OPS, raise_operators
 from .graph.ranked_top_k import rank_top_k
 from .graph.raw_values import raw_values
-from .graph.schema import check_contracts, check_supported, infer_types, opset_versions
+from .graph.schema import check_contracts, check_supported, domain_of, infer_types, opset_versions
 from .graph.single_token import squeezes_tokens
 from .graph.specialize import SpecializedGraph, specialize
 from .graph.state_names import Pairing
@@ -110,7 +110,7 @@ def compile_model(
         expand_swish(model.proto.graph)
         raising = raise_operators(model.proto)
         versions = opset_versions(model.proto)
-        written = [node for node in model.proto.graph.node if node.name not in choices]
+        written = [node for node in model.proto.graph.node if domain_of(node) != INTERNAL]
         check_supported(written, versions, raising.misses)
         leave_out_unused_outputs(model.proto)
         pack_quantised_weights(model)
@@ -118,7 +118,7 @@ def compile_model(
         mixtures = raise_masked_experts(model)
         raw_values(model.proto.graph)
     with progress.stage("pair states, plan entry points"):
-        plan, graphs = _plan(model, versions, options, target)
+        plan, graphs = _plan(model, versions, options, target, raising.one_token)
         plan, functions = _functions(plan, graphs)
     report = describe_choices(model, plan, graphs, versions, _lowering_options(options), target)
     report.notes += [*raising.notes, *mixtures]
@@ -216,7 +216,7 @@ def _lowering_options(options: CompileOptions) -> LoweringOptions:
 
 
 def _plan(
-    model: LoadedModel, versions: Mapping[str, int], options: CompileOptions, target: CompileTarget
+    model: LoadedModel, versions: Mapping[str, int], options: CompileOptions, target: CompileTarget, one_token: str
 ) -> tuple[ModulePlan, list[SpecializedGraph]]:
     graph = model.proto.graph
     types = infer_types(model.proto)
@@ -233,11 +233,9 @@ def _plan(
     for entry in plan.entry_points:
         sizes = plan.sizes(entry)
         specialized = specialize(model.proto, sizes, plan.state_types, plan.capacity_pairs, model.weights)
-        single = squeezes_tokens(specialized) if entry.kind == "prefill" else None
-        if single is not None:  # decode comes first
-            plan = plan.without_prefill(
-                f"the model takes one token a call (node '{single}'): prompts go through decode"
-            )
+        single = (squeezes_tokens(specialized) or one_token) if entry.kind == "prefill" else ""
+        if single:  # decode comes first
+            plan = plan.without_prefill(f"the model takes one token a call ({single}): prompts go through decode")
             break
         contracts = check_contracts(specialized.proto.graph, specialized.types, versions)
         check_operands(specialized, versions)

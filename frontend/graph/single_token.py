@@ -8,7 +8,7 @@ from .specialize import SpecializedGraph
 
 
 def squeezes_tokens(graph: SpecializedGraph) -> str | None:
-    """Name of a node that drops an axis of more than one element; None where there is none.
+    """A node that drops an axis of more than one element, as reports name it; None where there is none.
 
     Args:
         graph: The graph of an entry point for more than one token.
@@ -21,5 +21,5 @@ def squeezes_tokens(graph: SpecializedGraph) -> str | None:
             continue
         sizes = [spec.shape[axis] for axis in axes if -spec.rank <= axis < spec.rank]
         if any(size is not None and size != 1 for size in sizes):
-            return node.name
+            return f"node '{node.name}'"
     return None

@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx
-from linattn.dialect_patterns.op import MICROSOFT
+from linattn.dialect_patterns.op import INTERNAL, MICROSOFT
+from linattn.dialect_patterns.selective_scan.op import SELECTIVE_SCAN
 from linattn.runtime.errors import UnsupportedModelError
 
 from .schema import domain_of
@@ -24,6 +25,7 @@ STATE_PORTS: dict[tuple[str, str], tuple[tuple[str, int, int], ...]] = {
     (MICROSOFT, "LinearAttention"): (("recurrent", 3, 1),),
     ("", "CausalConvWithState"): (("conv", 3, 1),),
     (MICROSOFT, "CausalConvWithState"): (("conv", 3, 1),),
+    (INTERNAL, SELECTIVE_SCAN): (("recurrent", 5, 1),),
     ("", "Attention"): (("kv_cache", 4, 1), ("kv_cache", 5, 2)),
     (MICROSOFT, "GroupQueryAttention"): (("kv_cache", 3, 1), ("kv_cache", 4, 2)),
 }

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import onnx
+from linattn.dialect_patterns.op import INTERNAL, MICROSOFT
 
 from ..graph.schema import domain_of
 from ..graph.states import KV_LENGTH_AXIS, StatePair
@@ -19,6 +20,7 @@ from ..graph.states import KV_LENGTH_AXIS, StatePair
 _TOKEN_AXES = {
     ("LinearAttention", 3): (0, 1),
     ("CausalConvWithState", 3): (0, 2),
+    ("SelectiveScan", 3): (0, 1),
     ("GroupQueryAttention", 3): (0, 1),
     ("Attention", 3): (0, 1),
     ("Attention", 4): (0, 2),
@@ -70,7 +72,7 @@ def find_roles(graph: onnx.GraphProto, types: Mapping[str, onnx.TypeProto], stat
             give_axis(name, 1, "tokens")
     for node in graph.node:
         first = types.get(node.input[0]) if node.input else None
-        if first is None or domain_of(node) not in ("", "com.microsoft"):
+        if first is None or domain_of(node) not in ("", MICROSOFT, INTERNAL):
             continue
         dims = dim_names(first)
         axes = _TOKEN_AXES.get((node.op_type, len(dims)))

@@ -155,7 +155,7 @@ def plan_module(
         if v.name not in past_names and v.name not in initializers
     )
     outputs = tuple(_output(v, names) for v in graph.output if v.name not in present_names)
-    if not any(n.op_type in ("LinearAttention", "CausalConvWithState") for n in graph.node):
+    if not any(n.op_type in ("LinearAttention", "CausalConvWithState", "SelectiveScan") for n in graph.node):
         notes.append("the model has no LinearAttention or CausalConvWithState node: compiled as it is")
     if OPEN in names.values():
         left = ", ".join(s for s, r in names.items() if r == OPEN)
@@ -276,7 +276,7 @@ def _known_sizes(
             return {}
         channels, _, taps = weight.shape
         return {1: channels or 0, 2: ((taps or 1) - 1) * view.attr("dilation", 1)}
-    declared = types[node.input[3]]
+    declared = types[pair.past]
     return {i: d for i, d in enumerate(dim_names(declared)) if i and isinstance(d, int)}
 
 

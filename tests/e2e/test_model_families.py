@@ -5,19 +5,22 @@ from __future__ import annotations
 from functools import cache
 
 import numpy as np
+import onnx
 import pytest
 from linattn.frontend import CompileOptions, compile_model
 from linattn.frontend.compile import CompiledModel
 from linattn.runtime import Program
+from onnx import helper
 
 from tests.families.compare import LENGTHS, Family, compare
 
-# Family -> what stands between its states: a Concat of caches; nothing at all, the states are found by name.
 RAISED = "nemotron_h--mobius-onnx-standard-f32"
 """Its recurrences are Scans, its convolutions Conv between Concat and Slice."""
+SELECTIVE = "mamba_m--mobius-default-f32"
+"""Mamba-1, for one token a call; with its steps as operators it takes prompts."""
 EXPERTS = "lfm2_moe--genai-cpu-int4"
 """Experts of int4 behind a router of sigmoid, TopK and ScatterElements, a table of int4."""
-FAMILIES = ("nemotron_h--mobius-qnn-f32", "mamba_m--mobius-default-f32", RAISED, EXPERTS)
+FAMILIES = ("nemotron_h--mobius-qnn-f32", SELECTIVE, RAISED, EXPERTS)
 
 
 @cache
@@ -62,12 +65,28 @@ def test_an_open_context_begins_with_caches_of_no_rows() -> None:
 
 @pytest.mark.usefixtures("shared_models")
 def test_the_report_says_what_the_graph_does_not_show() -> None:
-    notes = "\n".join(compiled("mamba_m--mobius-default-f32").report.notes)
+    model = onnx.load(Family(SELECTIVE).model)
+    for decay in [n for n in model.graph.node if n.op_type == "Exp" and "Mul" in n.input[0]]:  # not Mamba-1's any more
+        place, name = list(model.graph.node).index(decay), decay.output[0]
+        decay.output[0] = f"{name}.signed"
+        model.graph.node.insert(place + 1, helper.make_node("Abs", [decay.output[0]], [name]))
+    done = compile_model(model, CompileOptions(prefill_blocks=(8,)))
+    notes = "\n".join(done.report.notes)
     assert "paired by name alone" in notes
     assert "past_states.1.ssm_state = present.1.ssm_state" in notes
     assert "takes one token a call" in notes
-    assert [entry.symbol for entry in compiled("mamba_m--mobius-default-f32").manifest.entry_points] == ["decode"]
+    assert [entry.symbol for entry in done.manifest.entry_points] == ["decode"]
+    found = compare(Program.load(done.module), Family(SELECTIVE), 5)
+    assert found.is_right(Family(SELECTIVE)), found
     assert "open context" in "\n".join(compiled("nemotron_h--mobius-qnn-f32").report.notes)
+
+
+@pytest.mark.usefixtures("shared_models")
+def test_a_selective_scan_takes_prompts() -> None:
+    done = compiled(SELECTIVE)
+    assert sum("-> SelectiveScan" in note for note in done.report.notes) == 2
+    assert [entry.symbol for entry in done.manifest.entry_points] == ["decode", "prefill_8"]
+    assert {row.strategy for row in done.report.nodes} == {"fused_simd"}
 
 
 @pytest.mark.usefixtures("shared_models")

@@ -57,10 +57,16 @@ class Tensor:
 
 
 class Algebra:
-    """Operations on tensors; holds the size of every variable."""
+    """Operations on tensors.
+
+    Attributes:
+        sizes: Of every variable.
+        fixed: Variables that mean the same in all tensors, whatever axis they are.
+    """
 
     def __init__(self) -> None:
         self.sizes: dict[int, Size] = {}
+        self.fixed: set[int] = set()
 
     def new(self, size: Size) -> int:
         """A variable."""
@@ -281,7 +287,8 @@ class Algebra:
 
     def _copy(self, tensor: Tensor) -> Tensor:
         """The same tensor with variables of its own."""
-        fresh: dict[int, Index] = {v: (self.new(self.sizes[v]),) for axis in tensor.axes for v in axis}
+        own = {v for axis in tensor.axes for v in axis} - self.fixed
+        fresh: dict[int, Index] = {v: (self.new(self.sizes[v]),) for v in sorted(own)}
         renamed = self.rename(tensor, fresh)
         return replace(renamed, terms=tuple(self._with_own_bound(term) for term in renamed.terms))
 

@@ -1,4 +1,4 @@
-"""The pass: every Scan that is a recurrence of LinearAttention in other words becomes one."""
+"""The pass: recurrences and convolutions that are spelled out become the operators that they are in other words."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 import onnx
 from linattn.dialect_patterns.op import MICROSOFT
 
+from ...plan.dims import evaluate
 from ..drop_unused import drop_unused
+from ..internal import import_internal
 from ..name_nodes import name_nodes
 from ..schema import domain_of, infer_types, opset_versions
 from .algebra import NotProvenError
@@ -17,6 +19,10 @@ from .interpret import MOVES
 from .moves import Raised
 from .readers import Readers, read_by
 from .scan import raise_scan
+from .single_step import raise_step, state_of_step
+from .single_value import is_single_value, raise_single_value
+from .sizes import Size
+from .tokens import dropped_tokens, mixes_tokens
 from .values import Values
 from .write_recurrence import Outcome
 
@@ -35,10 +41,12 @@ class Raising:
     Attributes:
         notes: For the report, a line an operator.
         misses: Node that was left alone -> what stood in the way.
+        one_token: Why a graph that took one token a call still does; empty for any other graph.
     """
 
     notes: list[str] = field(default_factory=list[str])
     misses: dict[str, str] = field(default_factory=dict[str, str])
+    one_token: str = ""
 
 
 def raise_operators(model: onnx.ModelProto) -> Raising:
@@ -54,21 +62,28 @@ def raise_operators(model: onnx.ModelProto) -> Raising:
         UnsupportedModelError: if the model's shapes contradict each other.
     """
     done = Raising()
-    _raise_convolutions(model, done)
+    tokens = dropped_tokens(model)
+    _raise_convolutions(model, done, tokens)
     _raise_scans(model, done)
+    _raise_single_values(model, done)
+    if tokens is not None:
+        _raise_steps(model, done, tokens)
     if any(note.startswith(_RAISED) for note in done.notes):
         drop_unused(model.graph)
         name_nodes(model.graph)
+    if tokens is not None:
+        done.one_token = mixes_tokens(model, tokens) or ""
     return done
 
 
-def _raise_convolutions(model: onnx.ModelProto, done: Raising) -> None:
+def _raise_convolutions(model: onnx.ModelProto, done: Raising, tokens: str | None) -> None:
     graph = model.graph
     structure = Values(graph, {})
     candidates = [node for node in graph.node if is_candidate(node, structure)]
     if not candidates or opset_versions(model).get("", 1) < _OLDEST:
         return
-    values, readers = Values(graph, infer_types(model)), Readers(graph)
+    types = infer_types(model if tokens is None else _for_one_token(model, tokens))
+    values, readers = Values(graph, types), Readers(graph)
     found: list[Raised] = []
     for node in candidates:
         try:
@@ -103,6 +118,50 @@ def _raise_scans(model: onnx.ModelProto, done: Raising) -> None:
     _put(model, found, done)
 
 
+def _raise_single_values(model: onnx.ModelProto, done: Raising) -> None:
+    graph = model.graph
+    if not any(node.op_type == "LinearAttention" for node in graph.node):
+        return
+    values = Values(graph, infer_types(model))
+    found: list[Raised] = []
+    for node in graph.node:
+        try:
+            if is_single_value(node, values):
+                found.append(raise_single_value(node, values))
+        except NotProvenError as error:
+            done.notes.append(f"not raised: LinearAttention '{node.name}' {error}")
+    _put(model, found, done)
+
+
+def _raise_steps(model: onnx.ModelProto, done: Raising, tokens: str) -> None:
+    """In a graph that takes one token a call."""
+    graph = model.graph
+    values, readers = Values(graph, infer_types(model)), Readers(graph)
+    inputs = {v.name for v in graph.input} - {t.name for t in graph.initializer}
+    found: list[Raised] = []
+    for node in graph.node:
+        state = state_of_step(node, values, inputs)
+        if state is None:
+            continue
+        try:
+            found.append(raise_step(node, state, Size.of(tokens), values, readers))
+        except NotProvenError as error:
+            done.notes.append(f"not raised: step '{node.name}' {error}")
+    _put(model, found, done)
+
+
+def _for_one_token(model: onnx.ModelProto, tokens: str) -> onnx.ModelProto:
+    """A copy of a model for calls of one token."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    for value in (*copy.graph.input, *copy.graph.output, *copy.graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            size = evaluate(dim.dim_param, {tokens: 1}) if dim.HasField("dim_param") else None
+            if size is not None:
+                dim.dim_value = size
+    return copy
+
+
 def _results(graph: onnx.GraphProto, outcome: Outcome, values: Values, readers: Readers) -> list[str]:
     """The values that are the operator's output again, behind moves of the Scan's."""
     outputs = {v.name for v in graph.output}
@@ -125,6 +184,7 @@ def _put(model: onnx.ModelProto, found: Sequence[Raised], done: Raising) -> None
     graph = model.graph
     if MICROSOFT not in opset_versions(model):
         model.opset_import.add(domain=MICROSOFT, version=1)
+    import_internal(model)
     made = {name for raised in found for node in raised.nodes for name in node.output if name}
     nodes = [*(node for node in graph.node if not made & set(node.output)), *(n for r in found for n in r.nodes)]
     nodes = _in_order(nodes)

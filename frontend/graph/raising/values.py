@@ -54,6 +54,10 @@ class Values:
         self._constants: dict[str, np.ndarray[Any, Any] | None] = {}
         self._lists: dict[str, tuple[Size, ...] | None] = {}
 
+    def is_initializer(self, name: str) -> bool:
+        """Whether a value is a constant of the graph."""
+        return name in self._initializers and name not in self.producers
+
     def element_type(self, name: str) -> int:
         """ONNX's number of a value's element type, 0 if it is not known."""
         proto = self.types.get(name)

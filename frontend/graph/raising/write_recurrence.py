@@ -32,6 +32,8 @@ class Loop:
         output_axis: Axis of the tokens in it.
         output_name: The output's name in the body.
         body: The step.
+        constants: Values that the body is given at every token, by their names in it.
+        unchanged: The loop's outputs of these, and what they are.
     """
 
     state: str
@@ -42,6 +44,8 @@ class Loop:
     output_axis: int
     output_name: str
     body: onnx.GraphProto
+    constants: dict[str, str]
+    unchanged: dict[str, str]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,199 @@
+"""Graphs that were written for one token a call: which axis is the tokens', and whether each token is for itself.
+
+Once its recurrences are operators again, such a graph may take many tokens, if everything else treats each by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import onnx
+from linattn.dialect_patterns.op import INTERNAL, MICROSOFT
+from linattn.dialect_patterns.selective_scan.op import SELECTIVE_SCAN
+
+from ..schema import attributes_of, domain_of, infer_types
+from .sizes import Size, product
+from .values import Values
+
+_ELEMENTWISE = """
+    Add Cast CastLike Clip Div Erf Exp Gelu HardSwish Identity LeakyRelu Log Max Min Mul Neg Pow QuickGelu Reciprocal
+    Relu Sigmoid Softplus Sqrt Sub Swish Tanh Where
+"""
+_ROWS = """
+    GatedAdd GatedRMSNorm LayerNormalization MatMul MatMulNBits MoE QMoE RMSNormalization SimplifiedLayerNormalization
+    SkipLayerNormalization SkipSimplifiedLayerNormalization
+"""
+"""Operators of rows, which the last axis holds, and of weights that all rows share."""
+
+_SEQUENTIAL: dict[tuple[str, str], int] = {
+    ("", "LinearAttention"): -2,
+    (MICROSOFT, "LinearAttention"): -2,
+    ("", "CausalConvWithState"): -1,
+    (MICROSOFT, "CausalConvWithState"): -1,
+    (INTERNAL, SELECTIVE_SCAN): -2,
+}
+"""Operators for which a prompt is its tokens one after the other, and the axis of the tokens, from the last one."""
+
+
+def dropped_tokens(model: onnx.ModelProto) -> str | None:
+    """The symbol of the tokens in a graph that takes one a call: that of an input, whose axis a Squeeze drops."""
+    graph = model.graph
+    if not any(node.op_type == "Squeeze" and domain_of(node) == "" for node in graph.node):
+        return None
+    symbols = {d.dim_param for v in graph.input for d in v.type.tensor_type.shape.dim[1:] if d.HasField("dim_param")}
+    values = Values(graph, infer_types(model))
+    found = {
+        str(size)
+        for node in graph.node
+        if node.op_type == "Squeeze" and domain_of(node) == "" and len(node.input) > 1
+        for size in _squeezed(node, values)
+        if str(size) in symbols
+    }
+    return found.pop() if len(found) == 1 else None
+
+
+def _squeezed(node: onnx.NodeProto, values: Values) -> list[Size]:
+    shape, axes = values.shape(node.input[0]), values.constant(node.input[1])
+    if shape is None or axes is None:
+        return []
+    return [shape[int(axis)] for axis in axes.reshape(-1) if -len(shape) <= axis < len(shape)]
+
+
+def mixes_tokens(model: onnx.ModelProto, tokens: str) -> str | None:
+    """Why a graph is not one that treats each of several tokens by itself; None if it is.
+
+    Args:
+        model: The model.
+        tokens: Symbol of the number of tokens.
+    """
+    values = Values(model.graph, infer_types(model))
+    places = _Places(values, Size.of(tokens))
+    for value in model.graph.input:
+        shape = values.shape(value.name) or ()
+        found = [i - len(shape) for i, size in enumerate(shape) if any(tokens in s for s, _ in size.terms)]
+        if len(found) > 1 or any(shape[i] != Size.of(tokens) for i in found):
+            return f"the input '{value.name}' has tokens in other axes than one"
+        places.known |= dict.fromkeys([value.name], *found) if found else {}
+    for node in model.graph.node:
+        if any(name in places.known for name in node.input):
+            place = places.of(node)
+            if place is None:
+                return f"node '{node.name}' ({node.op_type}) may mix tokens"
+            count = 1 if (domain_of(node), node.op_type) in _SEQUENTIAL else len(node.output)
+            places.known |= dict.fromkeys(node.output[:count], place)
+    return None
+
+
+class _Places:
+    """Which axis of a value is the tokens', counted from the last one: -1 and so on.
+
+    Args:
+        values: The graph.
+        tokens: Their number.
+
+    Attributes:
+        known: Value -> its axis, for all that have one.
+    """
+
+    def __init__(self, values: Values, tokens: Size) -> None:
+        self.known: dict[str, int] = {}
+        self._values, self._tokens = values, tokens
+
+    def of(self, node: onnx.NodeProto) -> int | None:
+        """That of a node's outputs, of which some input has one; None if the node may mix tokens."""
+        found = {i: self.known[name] for i, name in enumerate(node.input) if name in self.known}
+        place = found[min(found)]
+        if any(other != place for other in found.values()):
+            return None
+        if (domain_of(node), node.op_type) in _SEQUENTIAL:
+            return place if place == _SEQUENTIAL[domain_of(node), node.op_type] else None
+        if node.op_type in _ELEMENTWISE.split():
+            return place if all(self._stretches(name, place) for name in node.input if name) else None
+        if node.op_type in _ROWS.split():
+            shape = self._values.shape(node.input[1]) if node.op_type == "MatMul" else ()
+            return place if place != -1 and 0 in found and shape is not None and len(shape) < 3 else None
+        if node.op_type in ("Gather", "GatherColumns", "GatherBlockQuantized"):
+            return self._gathered(node, place) if set(found) == {1} else None
+        rule = _RULES.get(node.op_type) if domain_of(node) == "" else None
+        if rule is None or (set(found) != {0} and node.op_type != "Concat"):
+            return None
+        return rule(self, node, place)
+
+    def _stretches(self, name: str, place: int) -> bool:
+        """Whether a value has the tokens there, or nothing that it would repeat for each."""
+        shape = self._values.shape(name)
+        return name in self.known or (shape is not None and (len(shape) < -place or shape[place].value == 1))
+
+    def _gathered(self, node: onnx.NodeProto, place: int) -> int | None:
+        shape, attributes = self._values.shape(node.input[0]), attributes_of(node)
+        axis = attributes.get("axis", attributes.get("gather_axis", 0))
+        if shape is None or (axis != 0 and node.op_type != "GatherColumns"):
+            return None
+        return place - (len(shape) - 1)
+
+    def along(self, node: onnx.NodeProto, place: int) -> int | None:
+        """Of a node that works along the axis of its attribute ``axis``."""
+        rank, axis = len(self._values.shape(node.input[0]) or ()), int(str(attributes_of(node).get("axis", -1)))
+        return place if rank and axis % rank != place + rank else None
+
+    def _axes(self, node: onnx.NodeProto, port: int) -> list[int] | None:
+        """Axes from an input."""
+        value = self._values.constant(node.input[port]) if port < len(node.input) and node.input[port] else None
+        return None if value is None else [int(v) for v in value.reshape(-1)]
+
+    def sliced(self, node: onnx.NodeProto, place: int) -> int | None:
+        """Of a Slice."""
+        axes, rank = self._axes(node, 3), len(self._values.shape(node.input[0]) or ())
+        return place if axes is not None and rank and all(a % rank != place + rank for a in axes) else None
+
+    def reduced(self, node: onnx.NodeProto, place: int) -> int | None:
+        """Of a sum and the like, which keeps the axes that it reduces."""
+        axes, rank = self._axes(node, 1), len(self._values.shape(node.input[0]) or ())
+        kept = attributes_of(node).get("keepdims", 1) == 1
+        return place if axes and rank and kept and all(a % rank != place + rank for a in axes) else None
+
+    def transposed(self, node: onnx.NodeProto, place: int) -> int | None:
+        """Of a Transpose."""
+        order = next((list(a.ints) for a in node.attribute if a.name == "perm"), None)
+        return None if order is None else order.index(place + len(order)) - len(order)
+
+    def unsqueezed(self, node: onnx.NodeProto, place: int) -> int | None:
+        """Of an Unsqueeze."""
+        axes, rank = self._axes(node, 1), len(self._values.shape(node.input[0]) or ())
+        if axes is None or not rank:
+            return None
+        after = rank + len(axes)
+        kept = [i for i in range(after) if i not in {axis % after for axis in axes}]
+        return kept[place] - after
+
+    def squeezed(self, node: onnx.NodeProto, place: int) -> int | None:
+        """Of a Squeeze."""
+        axes, rank = self._axes(node, 1), len(self._values.shape(node.input[0]) or ())
+        if axes is None or not rank:
+            return None
+        kept = [i for i in range(rank) if i not in {axis % rank for axis in axes}]
+        return kept.index(place + rank) - len(kept) if place + rank in kept else None
+
+    def reshaped(self, node: onnx.NodeProto, place: int) -> int | None:
+        """Of a Reshape: the axis of as many tokens behind as many other elements."""
+        before, after = self._values.shape(node.input[0]), self._values.shape(node.output[0])
+        if before is None or after is None:
+            return None
+        lead = product(before[: place + len(before)])
+        same = [i for i, size in enumerate(after) if size == self._tokens and product(after[:i]) == lead]
+        return same[0] - len(after) if len(same) == 1 else None
+
+
+_RULES: dict[str, Callable[[_Places, onnx.NodeProto, int], int | None]] = {
+    "Concat": _Places.along,
+    "Softmax": _Places.along,
+    "Split": _Places.along,
+    "TopK": _Places.along,
+    "Slice": _Places.sliced,
+    "ReduceMean": _Places.reduced,
+    "ReduceSum": _Places.reduced,
+    "Transpose": _Places.transposed,
+    "Unsqueeze": _Places.unsqueezed,
+    "Squeeze": _Places.squeezed,
+    "Reshape": _Places.reshaped,
+}

@@ -1,0 +1,124 @@
+"""What spells Mamba-1's recurrence out becomes SelectiveScan, with ONNX Runtime's outputs; anything else stays."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from linattn.frontend.graph.raising.raise_operators import Raising, raise_operators
+from linattn.frontend.graph.states import find_states
+
+from tests.selective_models import CHANNELS, by_scan, scan_model, step_model, value_model
+from tests.spelled_out import feeds_of, run
+from tests.tolerances import BENIGN, error
+
+TOKENS = 5
+
+
+def kinds(model: onnx.ModelProto) -> list[str]:
+    return [node.op_type for node in model.graph.node]
+
+
+def raised(model: onnx.ModelProto) -> Raising:
+    done = raise_operators(model)
+    assert not done.misses, done.misses
+    assert not done.one_token, done.one_token
+    assert "SelectiveScan" in kinds(model), done.notes
+    assert not {"Scan", "LinearAttention", "Tile"} & set(kinds(model))
+    assert kinds(model).count("Exp") == 1  # of A_log
+    return done
+
+
+def compare(got: dict[str, np.ndarray], want: dict[str, np.ndarray]) -> None:
+    for name, value in want.items():
+        assert error(got[name], value) <= BENIGN[value.dtype.name], name
+
+
+@pytest.mark.parametrize("form", [{}, {"norms": True}, {"matmul": True}, {"half": True, "norms": True}])
+def test_a_step_takes_a_prompt_as_its_tokens_one_after_the_other(form: dict[str, Any]) -> None:
+    model = step_model(**form)
+    feeds = feeds_of(model, {"B": 2, "T": TOKENS})
+    want: dict[str, Any] = {"y": [], "present": feeds["past"]}
+    for t in range(TOKENS):
+        one = run(model, {"x": feeds["x"][:, t : t + 1], "past": want["present"]})
+        want = {"y": [*want["y"], one["y"]], "present": one["present"]}
+    want["y"] = np.concatenate(want["y"], axis=1)
+    done = raised(model)
+    assert done.notes == [f"raised: step '{next(n for n in done.notes[0].split(chr(39))[1:])}' -> SelectiveScan"]
+    compare(run(by_scan(model), feeds), want)
+    (pair,) = find_states(model.graph)
+    assert (pair.past, pair.present, pair.shaped_by_node) == ("past", "present", True)
+
+
+@pytest.mark.parametrize("form", [{}, {"half": True}, {"scale": 0.5}, {"scale": 0.0}])
+def test_a_value_a_head(form: dict[str, Any]) -> None:
+    model = value_model(**form)
+    feeds = feeds_of(model, {"B": 2, "T": TOKENS})
+    want = run(model, feeds)
+    raised(model)
+    compare(run(by_scan(model), feeds), want)
+    (pair,) = find_states(model.graph)
+    assert (pair.past, pair.present) == ("past", "present")
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"zero": True}, {"rate": "captured"}, {"before": True}, {"turned": True}, {"before": True, "axis": 1},
+        {"axis": 1, "turned": True, "rate": "captured"},
+    ],
+)  # fmt: skip
+def test_a_loop(form: dict[str, Any]) -> None:
+    model = scan_model(**form)
+    feeds = feeds_of(model, {"B": 2, "T": TOKENS})
+    want = run(model, feeds)
+    raised(model)
+    compare(run(by_scan(model), feeds), want)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"decayed": lambda g, v: g.op("Add", v, g.number(0.0))}, "exponential of a product"),
+        ({"decayed": lambda g, v: g.op("Mul", v, v)}, "exponential of a product"),
+        ({"decayed": lambda g, v: g.op("Sigmoid", v)}, "exponential of a product"),
+        ({"written": lambda g, v: g.op("Relu", v)}, "no value of a channel times a key"),
+    ],
+)
+def test_another_step_stays(change: dict[str, Any], why: str) -> None:
+    model = step_model(**change)
+    before = copy.deepcopy(model)
+    done = raise_operators(model)
+    assert model == before
+    assert why in done.notes[0], done.notes
+    assert "may mix tokens" in done.one_token
+
+
+@pytest.mark.parametrize(
+    "mix",
+    [
+        lambda g, y: g.op("Softmax", y, axis=1),
+        lambda g, y: g.op("Transpose", g.op("Relu", g.op("Reshape", y, g.ints(0, CHANNELS, -1))), perm=[0, 2, 1]),
+        lambda g, y: g.op("MatMul", g.op("MatMul", y, g.op("Transpose", y, perm=[0, 2, 1])), y),
+        lambda g, y: g.op("Add", y, g.op("ReduceMean", y, g.ints(1))),
+        lambda g, y: g.op("CumSum", y, g.ints(1)),
+    ],
+)
+def test_what_mixes_tokens_takes_one_a_call(mix: Any) -> None:
+    """For one token the graph is what it was; for a prompt it would be something else than token after token."""
+    model = step_model(after=mix)
+    feeds = feeds_of(model, {"B": 2, "T": 1})
+    want = run(model, feeds)
+    done = raise_operators(model)
+    assert "may mix tokens" in done.one_token
+    compare(run(by_scan(model), feeds), want)
+
+
+def test_keys_for_each_channel_stay() -> None:
+    model = value_model(per_channel=True)
+    done = raise_operators(model)
+    assert "for each channel" in done.notes[0]
+    assert "LinearAttention" in kinds(model)
