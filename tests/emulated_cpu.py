@@ -6,18 +6,19 @@ AVX512_BF16's products of pairs and AMX's registers. Where a machine has them th
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
-from linattn.dialect_patterns.emit.amx_tiles import REGISTERS, ROW_BYTES, ROWS
+from linattn.dialect_patterns.emit.amx_tiles import ROWS, SUMS, A, B
 from linattn.dialect_patterns.emit.kernel_text import Index, KernelText, vector_type
 from linattn.dialect_patterns.mat_mul import fused_amx, simd_pairs
+from linattn.dialect_patterns.mat_mul_n_bits import fused_amx as bytes_amx
 from linattn.frontend import compile as compiling
 
 PAIRS = frozenset({"avx512bf16"})
-AMX = PAIRS | fused_amx.FEATURES
+AMX = PAIRS | fused_amx.FEATURES | bytes_amx.FEATURES
 
 
 def emulate(monkeypatch: pytest.MonkeyPatch, features: frozenset[str]) -> None:
@@ -32,7 +33,8 @@ def emulate(monkeypatch: pytest.MonkeyPatch, features: frozenset[str]) -> None:
 
     monkeypatch.setattr(compiling, "resolve_target", with_features)
     monkeypatch.setattr(simd_pairs, "dot", dot)
-    monkeypatch.setattr(fused_amx, "AmxTiles", Tiles)
+    for kernels in (fused_amx, bytes_amx):
+        monkeypatch.setattr(kernels, "AmxTiles", Tiles)
 
 
 def dot(k: KernelText, a: str, b: str, total: str) -> str:
@@ -51,12 +53,25 @@ def dot(k: KernelText, a: str, b: str, total: str) -> str:
     return k.fma(upper(a), upper(b), k.fma(lower(a), lower(b), total))
 
 
+def dot_bytes(k: KernelText, a: str, b: str, total: str) -> str:
+    """The sum of the products of four bytes of words, a's signed and b's not, and of a vector of i32."""
+    kind = k.types[a]
+    for byte in range(4):
+        up = k.constant(24 - 8 * byte, kind)
+        left = [k.op(f"arith.shli {value}, {up} : {kind}", kind) for value in (a, b)]
+        down = k.constant(24, kind)
+        signed = k.op(f"arith.shrsi {left[0]}, {down} : {kind}", kind)
+        product = k.op(f"arith.muli {signed}, {k.shift_right(left[1], 24)} : {kind}", kind)
+        total = k.addi(total, product)
+    return total
+
+
 class Tiles:
     """The matrix unit's registers as memory on the stack."""
 
-    def __init__(self, k: KernelText) -> None:
-        self.k = k
-        self.registers = [k.alloca([ROWS, ROWS]) for _ in range(REGISTERS)]
+    def __init__(self, k: KernelText, words: int = ROWS) -> None:
+        self.k, self.words = k, words
+        self.registers = [k.alloca([ROWS, ROWS]) for _ in (*SUMS, *A, *B)]
 
     def release(self) -> None:
         """Leaves the registers undefined: nothing here."""
@@ -66,41 +81,52 @@ class Tiles:
         self._rows(lambda i: self.k.store(zero, self.registers[register], [i, 0]))
 
     def load(self, register: int, memref: str, indices: Sequence[Index]) -> None:
-        k, lanes = self.k, ROW_BYTES // self.k.element_bytes(memref)
+        k, words = self.k, self.words if register in A else ROWS
+        lanes = 4 * words // k.element_bytes(memref)
 
         def row(i: Index) -> None:
             value = k.load(memref, self._row(indices, i), lanes, raw=True)
-            value = k.as_type(value, vector_type(ROWS), "vector.bitcast")
-            k.store(value, self.registers[register], [i, 0])
+            k.store(k.as_type(value, vector_type(words), "vector.bitcast"), self.registers[register], [i, 0])
+
+        self._rows(row, self.words if register in B else ROWS)
+
+    def store(self, register: int, memref: str, indices: Sequence[Index]) -> None:
+        k, dtype = self.k, self.k.element_type(memref)
+
+        def row(i: Index) -> None:
+            value = k.load(self.registers[register], [i, 0], ROWS)
+            k.store(k.as_type(value, vector_type(ROWS, dtype), "vector.bitcast"), memref, self._row(indices, i))
 
         self._rows(row)
 
-    def store(self, register: int, memref: str, indices: Sequence[Index]) -> None:
-        k = self.k
-        assert k.element_type(memref) == "f32"
-        self._rows(lambda i: k.store(k.load(self.registers[register], [i, 0], ROWS), memref, self._row(indices, i)))
-
     def multiply_bf16(self, total: int, a: int, b: int) -> None:
-        k = self.k
+        self._multiply(total, a, b, "f32", lambda words, row, sums: dot(self.k, words, row, sums))
+
+    def multiply_bytes(self, total: int, a: int, b: int) -> None:
+        self._multiply(total, a, b, "i32", lambda words, row, sums: dot_bytes(self.k, words, row, sums))
+
+    def _multiply(self, total: int, a: int, b: int, dtype: str, products: Callable[[str, str, str], str]) -> None:
+        k, ints = self.k, vector_type(ROWS, "i32")
 
         def row(i: Index) -> None:
-            def pair(p: str, sums: list[str]) -> list[str]:
-                word = k.as_type(k.load(self.registers[a], [i, p]), "i32", "arith.bitcast")
-                words = k.load(self.registers[b], [p, 0], ROWS)
-                words = k.as_type(words, vector_type(ROWS, "i32"), "vector.bitcast")
-                return [dot(k, k.splat(word, ROWS), words, sums[0])]
+            def word(p: str, sums: list[str]) -> list[str]:
+                element = k.as_type(k.load(self.registers[a], [i, p]), "i32", "arith.bitcast")
+                columns = k.as_type(k.load(self.registers[b], [p, 0], ROWS), ints, "vector.bitcast")
+                return [products(k.splat(element, ROWS), columns, sums[0])]
 
-            (sums,) = k.loop(ROWS, [k.load(self.registers[total], [i, 0], ROWS)], pair)
-            k.store(sums, self.registers[total], [i, 0])
+            before = k.load(self.registers[total], [i, 0], ROWS)
+            before = k.as_type(before, vector_type(ROWS, dtype), "vector.bitcast")
+            (sums,) = k.loop(self.words, [before], word)
+            k.store(k.as_type(sums, vector_type(ROWS), "vector.bitcast"), self.registers[total], [i, 0])
 
         self._rows(row)
 
     def _row(self, indices: Sequence[Index], i: Index) -> list[Index]:
         return [*indices[:-2], self.k.add(indices[-2], i), indices[-1]]
 
-    def _rows(self, body: Any) -> None:
+    def _rows(self, body: Callable[[str], None], count: int = ROWS) -> None:
         def once(i: str, _: list[str]) -> list[str]:
             body(i)
             return []
 
-        self.k.loop(ROWS, [], once)
+        self.k.loop(count, [], once)

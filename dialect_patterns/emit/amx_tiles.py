@@ -1,10 +1,10 @@
 """The CPU's matrix unit (AMX) in a hand-made kernel: eight registers of 16 rows of 64 bytes, named by their numbers.
 
-    with numbers a, b, c of registers:    c[i, j] += sum over pairs p of a[i, 2p] b[p, 2j] + a[i, 2p + 1] b[p, 2j + 1]
+    c[i, j] += sum over words p of the products of a[i, p] and b[p, j]     words of 2 bf16, or of 4 bytes
 
-16 x 16 sums in f32 of 32 products each take 16 cycles. A process needs Linux's permission for the registers, which
-``linattn.runtime.amx`` asks for.
-Source: Intel's Software Developer's Manual, chapter 18; the probe that LLVM's intrinsics pass through IREE as they are.
+16 x 16 sums of 16 words each take 16 cycles: 32 products in f32, or 64 in i32. A process needs Linux's permission for
+the registers, which ``linattn.runtime.amx`` asks for. LLVM's intrinsics pass through IREE as they are.
+Source: Intel's Software Developer's Manual, chapter 18.
 """
 
 from __future__ import annotations
@@ -18,23 +18,25 @@ from .kernel_text import Index, KernelText
 ROWS = 16
 """Rows of a register."""
 ROW_BYTES = 64
-REGISTERS = 8
+SUMS, A, B = (0, 1, 2, 3), (4, 5), (6, 7)
+"""The registers by what a kernel of 32 x 32 sums has in them: a sum's are (A[i // 2], B[i % 2])."""
 
 
 class AmxTiles:
-    """Writes a kernel's instructions of the matrix unit; all registers have 16 rows of 64 bytes.
+    """Writes a kernel's instructions of the matrix unit.
 
     Args:
         k: Where to.
+        words: Words of a product, at most 16: of the rows of a, and rows of b.
     """
 
-    def __init__(self, k: KernelText) -> None:
+    def __init__(self, k: KernelText, words: int = ROWS) -> None:
         self.k = k
         palette = [0] * 64
         palette[0] = 1
-        for register in range(REGISTERS):
-            palette[16 + 2 * register] = ROW_BYTES
-            palette[48 + register] = ROWS
+        for register in (*SUMS, *A, *B):
+            palette[16 + 2 * register] = 4 * words if register in A else ROW_BYTES
+            palette[48 + register] = words if register in B else ROWS
         config = k.alloca([64], "i8")
         values = k.op(f"arith.constant dense<{palette}> : vector<64xi8>", "vector<64xi8>")
         k.do(f"vector.store {values}, {config}[{k.index(0)}] : memref<64xi8>, vector<64xi8>")
@@ -49,7 +51,7 @@ class AmxTiles:
         self._do("tilezero", self._number(register))
 
     def load(self, register: int, memref: str, indices: Sequence[Index]) -> None:
-        """Read 64 bytes of each of 16 rows.
+        """Read 64 bytes of each of 16 rows, or as many as the register has.
 
         Args:
             register: Its number.
@@ -65,8 +67,12 @@ class AmxTiles:
         self._do("tilestored64", self._number(register), pointer, stride)
 
     def multiply_bf16(self, total: int, a: int, b: int) -> None:
-        """Add the products of a's rows by b's columns of pairs of bf16."""
+        """Add the products of pairs of bf16, in f32."""
         self._do("tdpbf16ps", *(self._number(register) for register in (total, a, b)))
+
+    def multiply_bytes(self, total: int, a: int, b: int) -> None:
+        """Add the products of a's signed bytes by b's unsigned ones, in i32."""
+        self._do("tdpbsud", *(self._number(register) for register in (total, a, b)))
 
     def _number(self, register: int) -> str:
         return self.k.op(f"llvm.mlir.constant({register} : i8) : i8", "i8")

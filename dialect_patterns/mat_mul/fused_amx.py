@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 
 from iree.compiler import ir
 
-from ..emit.amx_tiles import ROWS, AmxTiles
+from ..emit.amx_tiles import ROWS, SUMS, A, AmxTiles, B
 from ..emit.builder import spec_of
 from ..emit.dispatch import Kernel, dispatch
 from ..emit.kernel_text import Index, KernelText
@@ -38,8 +38,6 @@ from .simd_plan import Plan, weight_layout
 FEATURES = frozenset({"amx-tile", "amx-bf16"})
 _COLUMNS = 32  # of a panel
 _WORDS = 16  # of K in one product
-_SUMS = range(4)
-_A, _B = (4, 5), (6, 7)
 _BLOCK = 160  # words of K: 20 KiB of a panel
 _CHUNK = 6  # blocks of 32 rows whose sums wait on the stack, of the 32 KiB that IREE allows
 _MOST_PANELS = 16
@@ -217,12 +215,12 @@ class AmxBody:
         k = self.k
 
         def zeros() -> list[str]:
-            for register in _SUMS:
+            for register in SUMS:
                 self.tiles.zero(register)
             return []
 
         def again() -> list[str]:
-            for register in _SUMS:
+            for register in SUMS:
                 self.tiles.load(register, self.sums, self._place(register, waiting))
             return []
 
@@ -236,12 +234,12 @@ class AmxBody:
 
         def step(at: Index, _: list[str]) -> list[str]:
             word = k.add(start, at)
-            for register, row in zip(_A, places, strict=True):
+            for register, row in zip(A, places, strict=True):
                 tiles.load(register, self.a, [row, k.mul(word, 2)])
-            for half, register in enumerate(_B):
+            for half, register in enumerate(B):
                 tiles.load(register, self.b, [panel, word, half * ROWS])
-            for register in _SUMS:
-                tiles.multiply_bf16(register, _A[register // 2], _B[register % 2])
+            for register in SUMS:
+                tiles.multiply_bf16(register, A[register // 2], B[register % 2])
             return []
 
         k.loop(size, [], step, step=_WORDS)
@@ -249,7 +247,7 @@ class AmxBody:
     def _end(self, panel: Index, places: Sequence[Index], stop: Index, waiting: Index) -> None:
         """The sums of two registers' rows: to y, or to the stack for the next block."""
         k, p, t = self.k, self.p, self.t
-        for register in _SUMS:
+        for register in SUMS:
             self.tiles.store(register, self.sums, self._place(register, waiting))
 
         def finish() -> list[str]:

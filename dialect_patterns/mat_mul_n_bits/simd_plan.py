@@ -10,6 +10,7 @@ from .contract import MatMulNBits
 from .simd_dot import DotInstruction, dot_instruction
 
 MIN_LANES = 4
+AMX_LANES = 16
 CHUNK = 4
 """Words of a column that are loaded at once: 16 bytes."""
 
@@ -111,6 +112,22 @@ def plan(contract: MatMulNBits, target: Target) -> Plan | str:
         if vectors == 1:
             return f"a block of {c.block_size} weights of {lanes} columns does not fit on the stack"
         vectors = 1
+
+
+def amx_plan(contract: MatMulNBits, target: Target) -> Plan | str:
+    """The sizes for the matrix unit, which multiplies 32 rows by 32 columns; or why there are none."""
+    c, lanes, vectors, rows = contract, AMX_LANES, 2, 2 * AMX_LANES
+    instruction = dot_instruction(target)
+    if instruction is None or instruction.vector_bits != 32 * lanes or c.columns < lanes * vectors:
+        return f"N={c.columns} is less than the {lanes * vectors} columns of the matrix unit"
+    block_bytes = _unpacked_bytes(c, instruction) * lanes * vectors
+    for row_block in (_ROW_BLOCK, rows):
+        fixed = 4 * lanes * vectors * (row_block + rows)
+        slab = _slab(c.blocks, max(1, (_STACK_BYTES - fixed) // block_bytes))
+        if slab * block_bytes + fixed <= _STACK_BYTES:
+            columns = _workgroup_columns(c, lanes * vectors, -(-(c.rows or 1) // row_block))
+            return Plan(instruction, lanes, vectors, rows, row_block, slab, columns)
+    return f"a block of {c.block_size} weights of {lanes * vectors} columns does not fit on the stack"
 
 
 def _register_tile(instruction: DotInstruction | None) -> tuple[int, int]:
