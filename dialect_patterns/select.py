@@ -34,7 +34,17 @@ class No:
     reason: str
 
 
+@dataclass(frozen=True)
+class OtherMachine(No):
+    """A strategy is for another kind of machine than the target; the report is about the target and leaves it out."""
+
+
 Legality = Yes | No
+
+
+def rows_text(rows: int | None) -> str:
+    """A number of rows as a reason says it; None: open."""
+    return "any number of rows" if rows is None else f"{rows} row{'s' if rows != 1 else ''}"
 
 
 @dataclass(frozen=True)
@@ -85,7 +95,7 @@ def select(
         where: The node, as errors name it.
 
     Returns:
-        The choice, with the reason of each better strategy that was not taken.
+        The choice, with the reason of each better strategy for such a machine that was not taken.
 
     Raises:
         LoweringError: if the forced strategy does not exist or is not legal.
@@ -112,5 +122,6 @@ def select(
             answer = strategy.preference(contract, target, options)
         if isinstance(answer, Yes):
             return Choice(strategy.name, answer.reason, rejected)
-        rejected[strategy.name] = answer.reason
+        if not isinstance(answer, OtherMachine):
+            rejected[strategy.name] = answer.reason
     raise AssertionError(f"{where}: no strategy is legal")

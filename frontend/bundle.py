@@ -117,6 +117,8 @@ def compile_bundle(
     check_outputs({**new, "--report": report_file}, [*load_model(source).files, *descriptions])
     for options in machines:
         resolve_target(options.target, options.machine)
+    if machines[0].dry_run:
+        return _dry_run(source, machines, folder, progress)
     reports: dict[str, CompileReport] = {}
     compiled: dict[str, CompiledModel] = {}
     with _new_folder(folder) as building:
@@ -156,6 +158,20 @@ def compile_bundle(
         (building / INDEX).write_text(bundle.to_json())
     if report_file is not None:
         write_report(report_file, report.to_dict())
+    return report
+
+
+def _dry_run(
+    source: str | Path, machines: Sequence[CompileOptions], folder: Path, progress: Callable[[str], Progress] | None
+) -> BundleReport:
+    """What would be compiled for each machine; of the bundle nothing is written."""
+    reports: dict[str, CompileReport] = {}
+    for file, options in _named(machines).items():
+        each = dataclasses.replace(options, report=None)
+        reports[file] = compile_model(source, each, progress=progress(file) if progress else None).report
+    report = BundleReport(str(folder), reports)
+    if machines[0].report is not None:
+        write_report(machines[0].report, report.to_dict())
     return report
 
 

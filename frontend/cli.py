@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from linattn.runtime.command import run_command, version_line
+from linattn.runtime.completion import add_completion
 from linattn.runtime.errors import InputError
 
 from .options import BUNDLE_SUFFIX, DEFAULT_MAX_MEMORY, CompileOptions, parse_size
@@ -126,8 +128,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--plain-abi", action="store_true", help="functions that iree-run-module and C programs can call as they are")
     add("--max-memory", metavar="SIZE", help="memory that a call may need, such as 16GiB (default: 64GiB)")
     add("--dump-ir", metavar="DIR", help="keep the IR after each stage")
-    add("--report", metavar="FILE.json", help="write what was found and chosen as JSON")
+    add("--report", metavar="FILE.json", help="write what was found and chosen as JSON; - to standard output")
+    add("--dry-run", action="store_true", help="do all but generate code and write: shows what would be chosen")
     add("--quiet", action="store_true", help="show neither progress nor the report")
+    add_completion(parser)
     add("--version", action="version", version=version_line("iree-base-compiler", "onnx"))
     add("--debug", action="store_true", help="show a traceback with an error")
     return parser
@@ -150,7 +154,8 @@ def _run(arguments: argparse.Namespace) -> int:
         max_memory=_size(arguments.max_memory),
         tokenizer={BESIDE: BESIDE, "none": None}.get(arguments.tokenizer, Path(arguments.tokenizer)),
         dump_ir=Path(arguments.dump_ir) if arguments.dump_ir else None,
-        report=Path(arguments.report) if arguments.report else None,
+        report=Path(arguments.report) if arguments.report not in (None, "", "-") else None,
+        dry_run=arguments.dry_run,
     )
     machines = [
         dataclasses.replace(options, target=name, **dataclasses.asdict(own))
@@ -170,15 +175,16 @@ def _run(arguments: argparse.Namespace) -> int:
     else:
         progress = None if arguments.quiet else stderr_progress(6)
         report = compile_model(model, machines[0], output=output, progress=progress).report
-    if not arguments.quiet:
+    if arguments.report == "-":
+        print(json.dumps(report.to_dict(), indent=2))
+    elif not arguments.quiet:
         print(report.to_text())
     return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, or what :mod:`linattn.runtime.command` has for an error."""
-    arguments = _parser().parse_args(argv)
-    return run_command("linattn-compile", lambda: _run(arguments), debug=arguments.debug)
+    return run_command("linattn-compile", lambda: _run(_parser().parse_args(argv)), argv)
 
 
 if __name__ == "__main__":

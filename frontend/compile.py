@@ -118,9 +118,10 @@ def compile_model(
         mixtures = raise_masked_experts(model)
         raw_values(model.proto.graph)
     with progress.stage("pair states, plan entry points"):
-        plan, graphs = _plan(model, versions, options, target, raising.one_token)
+        plan, graphs, needed = _plan(model, versions, options, target, raising.one_token)
         plan, functions = _functions(plan, graphs)
     report = describe_choices(model, plan, graphs, versions, _lowering_options(options), target)
+    report.call_bytes = needed
     report.notes += [*raising.notes, *mixtures]
     manifest = describe_module(model, plan, report, target, options)
     compiler = Compiler(target, options.dump_ir)
@@ -153,6 +154,9 @@ def compile_model(
             if target.capabilities.is_gpu and not target.capabilities.matrix_units:
                 widen_conversions(module)
         compiler.dump(module, "linalg")
+    if options.dry_run:
+        report.output = "none, since this was a dry run"
+        return _finish(CompiledModel(b"", manifest, report), text, options, progress)
     with progress.stage(f"generate code for {target.name} ({target.description})"):
         code = compiler.compile(module, manifest, progress.write)
         manifest = code.manifest
@@ -163,12 +167,20 @@ def compile_model(
         data = _write(code, weights, output, params, text)
         report.output = str(output or "in memory")
         report.output_bytes = Path(output).stat().st_size if output else len(data)
+    return _finish(CompiledModel(data, manifest, report), text, options, progress)
+
+
+def _finish(
+    compiled: CompiledModel, text: TextFiles | None, options: CompileOptions, progress: Progress
+) -> CompiledModel:
+    """Completes the report, and writes it where it is wanted."""
+    report = compiled.report
     if text is not None:
         report_text(text, report)
     report.stages = dict(progress.seconds)
     if options.report is not None:
         write_report(options.report, report.to_dict())
-    return CompiledModel(data, manifest, report)
+    return compiled
 
 
 def _check_outputs(read: Sequence[Path], options: CompileOptions, output: str | Path | None) -> None:
@@ -217,7 +229,8 @@ def _lowering_options(options: CompileOptions) -> LoweringOptions:
 
 def _plan(
     model: LoadedModel, versions: Mapping[str, int], options: CompileOptions, target: CompileTarget, one_token: str
-) -> tuple[ModulePlan, list[SpecializedGraph]]:
+) -> tuple[ModulePlan, list[SpecializedGraph], dict[str, int]]:
+    """The plan, a graph for each entry point, and the bytes that each of known sizes needs at most."""
     graph = model.proto.graph
     types = infer_types(model.proto)
     if widen_reductions(graph, types):
@@ -230,6 +243,7 @@ def _plan(
     module_options = ModuleOptions(options.batch, options.max_context, blocks)
     plan = plan_module(graph, types, versions, pairs, roles, module_options)
     graphs: list[SpecializedGraph] = []
+    needed: dict[str, int] = {}
     for entry in plan.entry_points:
         sizes = plan.sizes(entry)
         specialized = specialize(model.proto, sizes, plan.state_types, plan.capacity_pairs, model.weights)
@@ -239,12 +253,14 @@ def _plan(
             break
         contracts = check_contracts(specialized.proto.graph, specialized.types, versions)
         check_operands(specialized, versions)
-        check_memory(specialized, contracts, entry.symbol, options.max_memory)
+        held = check_memory(specialized, contracts, entry.symbol, options.max_memory)
+        if _is_static(specialized):
+            needed[entry.symbol] = held
         ranked = rank_top_k(specialized, target.capabilities)
         graphs.append(join_products(ranked, versions, target.capabilities, _lowering_options(options)))
     bounds = index_bounds(graphs, [spec.name for spec in plan.inputs])
     inputs = tuple(dataclasses.replace(spec, bounds=bounds.get(spec.name)) for spec in plan.inputs)
-    return dataclasses.replace(plan, inputs=inputs), graphs
+    return dataclasses.replace(plan, inputs=inputs), graphs, needed
 
 
 def _functions(plan: ModulePlan, graphs: Sequence[SpecializedGraph]) -> tuple[ModulePlan, dict[str, SpecializedGraph]]:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import onnx
 from linattn.dialect_patterns.experts.contract import Experts
 from linattn.runtime.errors import UnsupportedModelError
+from linattn.runtime.sizes import size_text
 
 from .graph.schema import spec_of_type
 from .graph.specialize import SpecializedGraph
@@ -34,7 +35,7 @@ _PRODUCTS = _EXPERTS | {
 }  # fmt: skip
 
 
-def check_memory(graph: SpecializedGraph, contracts: Mapping[str, object], symbol: str, limit: int) -> None:
+def check_memory(graph: SpecializedGraph, contracts: Mapping[str, object], symbol: str, limit: int) -> int:
     """Refuse an entry point that needs more memory than ``limit``; sizes that are open count as 1.
 
     Args:
@@ -42,6 +43,9 @@ def check_memory(graph: SpecializedGraph, contracts: Mapping[str, object], symbo
         contracts: Of its nodes, by name.
         symbol: Its name, for the error.
         limit: Bytes.
+
+    Returns:
+        Bytes that a call holds at most, weights not counted.
 
     Raises:
         UnsupportedModelError: for the largest value, the values computed from constants, or all of a call together.
@@ -73,7 +77,7 @@ def check_memory(graph: SpecializedGraph, contracts: Mapping[str, object], symbo
                 expected=f"up to {_MAX_WORK + _WORK_PER_WEIGHT * elements}", hint="compute them before the export",
             )  # fmt: skip
     scratch = {name: contract.scratch_bytes for name, contract in contracts.items() if isinstance(contract, Experts)}
-    _check_call(proto, sizes, scratch, constants, symbol, limit)
+    return _check_call(proto, sizes, scratch, constants, symbol, limit)
 
 
 def _check_call(
@@ -83,28 +87,31 @@ def _check_call(
     constants: set[str],
     symbol: str,
     limit: int,
-) -> None:
-    """The memory of a call: what is there while each node runs, freed after its last reader."""
+) -> int:
+    """The memory of a call at its peak: what is there while each node runs, freed after its last reader."""
     last = {name: index for index, node in enumerate(graph.node) for name in node.input}
     kept = {v.name for v in (*graph.input, *graph.output)}
     live = sum(sizes.get(name, 0) for name in kept - constants)
     if live > limit:
         raise _too_much(symbol, "model", "a call's inputs, states and outputs", live, limit)
+    most = live
     for index, node in enumerate(graph.node):
         live += sum(sizes.get(name, 0) for name in node.output if name not in kept and name not in constants)
         held = live + scratch.get(node.name, 0)
         if held > limit:
             raise _too_much(symbol, f"node '{node.name}' ({node.op_type})", "all that a call holds there", held, limit)
+        most = max(most, held)
         done = {name for name in (*node.input, *node.output) if last.get(name, -1) <= index}
         live -= sum(sizes.get(name, 0) for name in done if name not in kept and name not in constants)
+    return most
 
 
 def _too_much(symbol: str, where: str, what: str, got: int, limit: int) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"{what} takes too much memory for entry point '{symbol}'",
         where=where,
-        got=f"{got / 2**30:.2f} GiB",
-        expected=f"up to {limit / 2**30:.2f} GiB",
+        got=size_text(got),
+        expected=f"up to {size_text(limit)}",
         hint="compile for fewer rows, tokens or a shorter context, or raise --max-memory",
     )
 

@@ -47,6 +47,7 @@ class CompileOptions:
             one beside the model, if there is one; None for none.
         dump_ir: Folder for the IR after each stage.
         report: Write the report to this file, as JSON.
+        dry_run: Do everything up to the generation of code and write no module: what would be chosen, or refused.
     """
 
     target: str = "cpu"
@@ -67,6 +68,7 @@ class CompileOptions:
     tokenizer: Path | str | None = BESIDE
     dump_ir: Path | None = None
     report: Path | None = None
+    dry_run: bool = False
 
     @property
     def machine(self) -> TargetOptions:
@@ -79,7 +81,7 @@ class CompiledModel:
     """The result of :func:`linattn.frontend.compile_model`.
 
     Attributes:
-        module: The bytes of the ``.vmfb``, empty if it was written to a file.
+        module: The bytes of the ``.vmfb``, empty if it was written to a file or none was made.
         manifest: What the module says about itself.
         report: What was found and chosen.
     """

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO
 
 from linattn.runtime.errors import InputError
+from linattn.runtime.sizes import size_text
 from linattn.runtime.text.files import PREFIX, TOKENIZER, TextFiles, read_folder
 
 from .plan.report import CompileReport
@@ -66,4 +67,4 @@ def with_text(data: bytes, files: TextFiles) -> bytes:
 def report_text(files: TextFiles, report: CompileReport) -> None:
     """Says in the report what the module carries."""
     size = sum(len(data) for data in files.contents.values())
-    report.notes.append(f"text from {files.where} inside: {', '.join(files.contents)} ({-(-size >> 10)} KiB)")
+    report.notes.append(f"text from {files.where} inside: {', '.join(files.contents)} ({size_text(size)})")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import sys
 import time
 import warnings
@@ -14,6 +16,8 @@ import numpy as np
 
 from .arrays import token_ids
 from .command import run_command, version_line
+from .completion import add_completion
+from .describe import describe, describe_text
 from .device import HostArray
 from .discover import FoundDevice, devices
 from .errors import InputError
@@ -29,6 +33,7 @@ Examples:
   linattn-run model.vmfb --ids 1,2,3 --generate 32
   linattn-run model.vmfb --input ids.npy --output-dir out
   linattn-run model.vmfb --input q=q.npy k=k.npy v=v.npy past_state=state.npy
+  linattn-run --describe model.vmfb
   linattn-run --list-devices"""
 
 
@@ -41,11 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0; 2 after an error (one line on stderr); 130 after Ctrl-C; 141 where nobody reads on.
     """
-    parser = _parser()
-    options = parser.parse_args(argv)
-    if options.model is None and not options.list_devices:
-        parser.error("the following arguments are required: MODEL")
-    return run_command("linattn-run", lambda: _run(options), debug=options.debug)
+    return run_command("linattn-run", lambda: _run(_parse(argv)), argv)
 
 
 def describe_devices(found: Sequence[FoundDevice]) -> list[str]:
@@ -59,12 +60,12 @@ def describe_devices(found: Sequence[FoundDevice]) -> list[str]:
 
 
 def read_inputs(program: Program, texts: Sequence[str], ids: str | None) -> dict[str, HostArray]:
-    """Reads `NAME=FILE.npy` and `FILE.npy` (token ids) arguments and a comma list of ids.
+    """Reads `NAME=FILE.npy` and `FILE.npy` (token ids) arguments and a comma list of ids, a row a line.
 
     Token ids may be [T] or [B, T] and of any integer dtype; everything else must fit as it is.
 
     Raises:
-        InputError: A file that is not a plain .npy array, or ids twice.
+        InputError: A file that is not a plain .npy array, ids twice, or rows of different lengths.
     """
     tokens = [spec.name for spec in program.inputs if spec.role == "tokens"]
     inputs: dict[str, HostArray] = {}
@@ -80,14 +81,19 @@ def read_inputs(program: Program, texts: Sequence[str], ids: str | None) -> dict
     if ids is not None:
         if len(tokens) != 1 or tokens[0] in inputs:
             raise InputError("no place for these ids", where="--ids", expected="one input of token ids, given once")
-        try:
-            inputs[tokens[0]] = np.array([[int(part) for part in ids.split(",")]], np.int64)
-        except (ValueError, OverflowError) as error:
-            raise InputError("not token ids", where="--ids", got=repr(ids[:40]), expected="1,2,3") from error
+        inputs[tokens[0]] = _ids(ids)
     for spec in program.inputs:
         if spec.role == "tokens" and spec.name in inputs:
             inputs[spec.name] = token_ids(spec, inputs[spec.name])
     return inputs
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if options.model is None and not options.list_devices:
+        parser.error("the following arguments are required: MODEL")
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -106,8 +112,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--input", metavar="NAME=FILE.npy", nargs="+", action="extend", default=[], help="inputs; FILE.npy: token ids"
     )
-    parser.add_argument("--ids", metavar="1,2,3", help="token ids of one row")
-    parser.add_argument("--generate", metavar="N", type=int, help="generate N tokens greedily and print their ids")
+    parser.add_argument("--ids", metavar="1,2,3", help="token ids of one row; - reads standard input, a row a line")
+    parser.add_argument(
+        "--generate", metavar="N", type=int, help="generate N tokens greedily and print their ids, as --ids reads them"
+    )
     parser.add_argument("--output-dir", metavar="DIR", help="save each output as DIR/NAME.npy")
     parser.add_argument("--threads", metavar="N", type=int, help="CPU worker threads (default: one for each core)")
     parser.add_argument("--parameters", metavar="FILE.irpa", help="weights, if not beside the model")
@@ -115,6 +123,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--list-devices", action="store_true", help="show the devices of this machine, best first, and do nothing else"
     )
+    parser.add_argument("--describe", action="store_true", help="show what MODEL is, and do nothing else")
+    parser.add_argument("--json", action="store_true", help="--describe and --list-devices: for machines")
+    add_completion(parser)
     parser.add_argument("--version", action="version", version=version_line("iree-base-runtime", "numpy"))
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
     add_arguments(parser)
@@ -122,8 +133,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> int:
+    if options.json and not (options.list_devices or options.describe):
+        raise InputError("--json shows what --describe or --list-devices found", got="neither")
     if options.list_devices:
-        print("\n".join(describe_devices(devices())))
+        rows = devices()
+        print(_json([dataclasses.asdict(row) for row in rows]) if options.json else "\n".join(describe_devices(rows)))
+        return 0
+    if options.describe:
+        found = describe(Path(options.model))
+        print(_json(found) if options.json else describe_text(found))
         return 0
     if options.generate is not None and options.generate < 1:
         raise InputError("nothing to generate", where="--generate", got=options.generate, expected="at least 1")
@@ -145,12 +163,16 @@ def _run(options: argparse.Namespace) -> int:
         if wants_text:
             run_text(program, options, _note)
             return 0
-        inputs = read_inputs(program, options.input, options.ids)
+        inputs = read_inputs(program, options.input, sys.stdin.read() if options.ids == "-" else options.ids)
         if options.generate is not None:
             _generate(program, inputs, options.generate)
         else:
             _call(program, inputs, options)
     return 0
+
+
+def _json(found: object) -> str:
+    return json.dumps(found, indent=2)
 
 
 def _call(program: Program, inputs: Mapping[str, HostArray], options: argparse.Namespace) -> None:
@@ -175,14 +197,18 @@ def _generate(program: Program, inputs: Mapping[str, HostArray], count: int) -> 
     start = last = time.perf_counter()
     first = 0.0
     one = inputs[name].shape[0] == 1
+    rows: list[tuple[int, ...]] = []
     for token in (generate if one else greedy_rows)(session, inputs[name], count):
-        print(token if isinstance(token, int) else ",".join(map(str, token)), end=" ", flush=True)
+        if isinstance(token, int):
+            print("," if first else "", token, sep="", end="", flush=True)
+        else:
+            rows.append(token)
         last = time.perf_counter()
         first = first or last - start
-    print()
-    rows, prompt = inputs[name].shape
-    rate = f", then {(count - 1) * rows / (last - start - first):.1f} tokens/s" if count > 1 else ""
-    _note(f"prompt of {prompt} tokens in {first * 1e3:.1f} ms ({prompt * rows / first:.1f} tokens/s){rate}")
+    print("\n".join(",".join(map(str, row)) for row in zip(*rows, strict=True)))
+    batch, prompt = inputs[name].shape
+    rate = f", then {(count - 1) * batch / (last - start - first):.1f} tokens/s" if count > 1 else ""
+    _note(f"prompt of {prompt} tokens in {first * 1e3:.1f} ms ({prompt * batch / first:.1f} tokens/s){rate}")
 
 
 def _files(names: Sequence[str], options: argparse.Namespace) -> dict[str, Path]:
@@ -213,6 +239,18 @@ def _report(outputs: Mapping[str, HostArray], files: Mapping[str, Path]) -> None
                 np.save(file, array, allow_pickle=False)
             line += f" -> {files[name]}"
         print(line)
+
+
+def _ids(text: str) -> HostArray:
+    """Rows of token ids, [B, T]: a row a line, commas or spaces between."""
+    rows = [line.replace(",", " ").split() for line in text.strip().splitlines()]
+    if len({len(row) for row in rows}) > 1:
+        got = ", ".join(str(len(row)) for row in rows[:8])
+        raise InputError("rows of different lengths", where="--ids", got=got, hint="give them one by one")
+    try:
+        return np.array([[int(part) for part in row] for row in rows], np.int64).reshape(len(rows), -1)
+    except (ValueError, OverflowError) as error:
+        raise InputError("not token ids", where="--ids", got=repr(text[:40]), expected="1,2,3") from error
 
 
 def _load(file: Path) -> HostArray:

@@ -8,7 +8,7 @@ import platform
 import select
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 
 from .errors import LinattnError
@@ -17,24 +17,25 @@ ERROR, STOPPED, UNREAD = 2, 130, 141
 """Exit codes: an error that the user can mend; as after SIGINT; as after SIGPIPE."""
 
 
-def run_command(name: str, body: Callable[[], int], *, debug: bool) -> int:
+def run_command(name: str, body: Callable[[], int], argv: Sequence[str] | None) -> int:
     """Runs what a command does, and turns the exceptions that are no bugs into an exit code.
 
     Args:
         name: The command, for its messages.
-        body: Does it, and returns the exit code.
-        debug: Show where an error comes from.
+        body: Reads the arguments, does it, and returns the exit code.
+        argv: The arguments; None: those of the process. With `--debug` an error shows where it comes from.
     """
     try:
-        code = body()
-        sys.stdout.flush()
-        return code
+        try:
+            return body()
+        finally:  # after --help too, which exits
+            sys.stdout.flush()
     except KeyboardInterrupt:
         return _say(f"{name}: stopped", STOPPED)
     except (LinattnError, OSError) as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             return _say("", UNREAD)
-        if debug:
+        if "--debug" in (sys.argv if argv is None else argv):
             traceback.print_exc()
         return _say(f"{name}: error: {' '.join(str(error).split())}", ERROR)
 

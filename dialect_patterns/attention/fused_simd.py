@@ -22,7 +22,7 @@ from ..emit.kernel_text import Index, KernelText
 from ..emit.scalar import Scalar
 from ..machines import for_machines
 from ..node import Dim, TensorSpec
-from ..select import Legality, No, Yes
+from ..select import Legality, No, OtherMachine, Yes
 from ..target import Target
 from . import core
 from .core import AttentionShape, Heads, Visibility
@@ -43,7 +43,7 @@ def is_legal(shape: AttentionShape, target: Target) -> Legality:
     """On CPUs, for a known number of tokens and head sizes that vectors divide."""
     heads, length = shape.heads, shape.length
     if target.is_gpu or not target.vector_bits:
-        return No("the target is not a CPU with vectors")
+        return (OtherMachine if target.is_gpu else No)("the target is not a CPU with vectors")
     if not length:
         return No("the number of tokens is open" if length is None else "no tokens")
     for name, size in (("dk", heads.dk), ("dv", heads.dv)):

@@ -25,7 +25,7 @@ from ..emit.builder import Builder, Size, tensor_type
 from ..emit.scalar import Scalar
 from ..emit.simt_kernel import MAX_GROUPS, Buffer, Group, Kernel, dispatch
 from ..node import TensorSpec
-from ..select import Legality, No, Yes
+from ..select import Legality, No, OtherMachine, Yes
 from ..target import Target
 from .core import AttentionShape
 from .simt_bias import Bias
@@ -40,6 +40,8 @@ _AHEAD = 4  # keys whose loads are under way
 def is_legal(shape: AttentionShape, target: Target) -> Legality:
     """For a few static rows, where a subgroup can share a key."""
     heads, tokens = shape.heads, shape.length
+    if not target.is_gpu:
+        return OtherMachine(f"{target.name} is not a GPU")
     if not target.subgroup_size:
         return No(f"{target.name} is compiled for without subgroup operations")
     if reason := why_not_by_position(shape):

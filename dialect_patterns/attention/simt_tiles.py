@@ -29,7 +29,7 @@ from ..emit.builder import Builder, Size, spec_of, tensor_type
 from ..emit.scalar import Scalar
 from ..emit.simt_kernel import MAX_GROUPS, Buffer, Group, Kernel, dispatch
 from ..node import TensorSpec
-from ..select import Legality, No, Yes
+from ..select import Legality, No, OtherMachine, Yes
 from ..target import Target
 from .core import AttentionShape
 from .simt_bias import Bias
@@ -54,7 +54,7 @@ def is_legal(shape: AttentionShape, target: Target) -> Legality:
     """For any number of static rows."""
     heads = shape.heads
     if not target.is_gpu:
-        return No(f"{target.name} is not a GPU")
+        return OtherMachine(f"{target.name} is not a GPU")
     if reason := why_not_by_position(shape):
         return No(reason)
     if not shape.length or not heads.batch:

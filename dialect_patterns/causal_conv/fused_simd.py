@@ -26,7 +26,7 @@ from ..emit.workers import slowest_share
 from ..machines import for_machines
 from ..node import Dim, TensorSpec
 from ..op import LoweringContext
-from ..select import Legality, No, Yes
+from ..select import Legality, No, OtherMachine, Yes
 from ..target import Target
 from .contract import CausalConv
 from .direct import Operands
@@ -45,7 +45,7 @@ _START = 1000  # elements that would take as long as the start of a workgroup
 def is_legal(contract: CausalConv, target: Target) -> Legality:
     """On CPUs, with the sequence last and a short state."""
     if target.is_gpu or not target.vector_bits:
-        return No("the target is not a CPU with vectors")
+        return (OtherMachine if target.is_gpu else No)("the target is not a CPU with vectors")
     if contract.channels_last:
         return No("channels_last")
     if not contract.state_length:

@@ -25,7 +25,7 @@ from ..emit.builder import Builder, Size, tensor_type
 from ..emit.scalar import Scalar
 from ..emit.simt_kernel import Buffer, Group, Kernel, dispatch
 from ..op import LoweringContext
-from ..select import Legality, No, Yes
+from ..select import Legality, No, OtherMachine, Yes
 from ..target import Target
 from .contract import CausalConv, output_specs
 from .direct import Operands
@@ -37,7 +37,7 @@ _MAX_TAPS = 32
 def is_legal(contract: CausalConv, target: Target) -> Legality:
     """On a GPU, while the taps can be unrolled."""
     if not target.is_gpu:
-        return No(f"{target.name} is not a GPU")
+        return OtherMachine(f"{target.name} is not a GPU")
     if contract.kernel > _MAX_TAPS:
         return No(f"{contract.kernel} taps, more than {_MAX_TAPS}")
     return Yes("one kernel, state update included")

@@ -28,7 +28,7 @@ from ..emit.builder import Builder, Size, spec_of
 from ..emit.dispatch import Kernel, dispatch
 from ..machines import for_machines
 from ..op import LoweringContext, weight_symbol
-from ..select import Legality, No, Yes
+from ..select import Legality, No, OtherMachine, Yes, rows_text
 from ..target import Target
 from . import simd_bits, simd_bits_direct, simd_bits_tiled, simd_direct, simd_tiled
 from .contract import Experts
@@ -43,7 +43,7 @@ _FEW = 2  # tokens that are never grouped
 def is_legal(contract: Experts, target: Target) -> Legality:
     """On CPUs, for weights of the model."""
     if target.is_gpu or not target.vector_bits:
-        return No("the target is not a CPU with vectors")
+        return (OtherMachine if target.is_gpu else No)("the target is not a CPU with vectors")
     if not contract.constant:
         return No("the experts are not weights of the model")
     if contract.rows == 0:
@@ -68,10 +68,9 @@ def is_direct(c: Experts, target: Target) -> bool:
 
 def describe(contract: Experts, target: Target) -> str:
     """What the report says about it."""
-    rows = "?" if contract.rows is None else contract.rows
     if is_direct(contract, target):
-        return f"{rows} rows read the {contract.chosen} experts they chose, of {contract.count}"
-    return f"{rows} rows grouped by expert, each expert's weights read once"
+        return f"{rows_text(contract.rows)}, reading {contract.chosen} chosen experts of {contract.count}"
+    return f"{rows_text(contract.rows)} grouped by expert, each expert's weights read once"
 
 
 def emit_experts_fused_simd(

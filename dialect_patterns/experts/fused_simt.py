@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from iree.compiler import ir
 
 from ..op import LoweringContext
-from ..select import Legality, No, Yes
+from ..select import Legality, No, OtherMachine, Yes, rows_text
 from ..target import Target
 from . import simd_bits
 from .contract import Experts
@@ -36,7 +36,7 @@ def is_legal(contract: Experts, target: Target) -> Legality:
     """On a GPU, for weights of the model."""
     c = contract
     if not target.is_gpu:
-        return No(f"{target.name} is not a GPU")
+        return OtherMachine(f"{target.name} is not a GPU")
     if not c.constant:
         return No("the experts are not weights of the model")
     if not c.given and choice_bytes(c) > target.workgroup_memory:
@@ -74,10 +74,10 @@ def rows_of_a_tile(c: Experts) -> int:
 def describe(contract: Experts, target: Target) -> str:
     """What the report says about it."""
     del target
-    rows, tile = "?" if contract.rows is None else contract.rows, rows_of_a_tile(contract)
+    tile = rows_of_a_tile(contract)
     if tile == 1:
-        return f"{rows} rows read the {contract.chosen} experts they chose, of {contract.count}"
-    return f"{rows} rows grouped by expert, {tile} share a read of its weights"
+        return f"{rows_text(contract.rows)}, reading {contract.chosen} chosen experts of {contract.count}"
+    return f"{rows_text(contract.rows)} grouped by expert, {tile} share a read of its weights"
 
 
 def emit_experts_fused_simt(

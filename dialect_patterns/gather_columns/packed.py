@@ -20,7 +20,7 @@ from ..mat_mul.simd_layout import PairLayout
 from ..mat_mul.simd_plan import weight_layout
 from ..node import FLOATS
 from ..op import LoweringContext, weight_symbol
-from ..select import Legality, No, Yes
+from ..select import Legality, No, OtherMachine, Yes
 from ..target import Target
 from .columns import emit_columns
 from .contract import GatherColumns
@@ -29,7 +29,7 @@ from .contract import GatherColumns
 def is_legal(contract: GatherColumns, target: Target) -> Legality:
     """Where products with the weight are packed."""
     if target.is_gpu or not target.vector_bits:
-        return No("the target is not a CPU with vectors")
+        return (OtherMachine if target.is_gpu else No)("the target is not a CPU with vectors")
     if not contract.constant or contract.weight.dtype not in FLOATS:
         return No("the matrix is not a weight of the model in floating point")
     return Yes()

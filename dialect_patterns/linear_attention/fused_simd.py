@@ -27,7 +27,7 @@ from ..emit.kernel_text import Index, KernelText
 from ..machines import for_machines
 from ..node import Dim, TensorSpec
 from ..op import LoweringContext
-from ..select import Legality, No, Yes
+from ..select import Legality, No, OtherMachine, Yes
 from ..target import Target
 from .contract import LinearAttention, output_specs
 from .simd_blocks import BlocksBody
@@ -38,7 +38,7 @@ from .simd_tiling import PAIR_TOKENS, Blocks, Direct, tiling
 def is_legal(contract: LinearAttention, target: Target) -> Legality:
     """On CPUs, for head sizes that vectors divide."""
     if target.is_gpu or not target.vector_bits:
-        return No("the target is not a CPU with vectors")
+        return (OtherMachine if target.is_gpu else No)("the target is not a CPU with vectors")
     for found in (tiling(_shared(contract), machine.vector_bits) for machine in target.machines):
         if isinstance(found, str):
             return No(found)

@@ -24,7 +24,7 @@ from ..emit.builder import Size, tensor_type
 from ..emit.scalar import Scalar
 from ..emit.simt_kernel import Kernel, dispatch
 from ..op import LoweringContext
-from ..select import Legality, No, Yes
+from ..select import Legality, No, OtherMachine, Yes
 from ..target import Target
 from .contract import LinearAttention, output_specs
 from .fused_simt_kernel import Recurrence
@@ -35,7 +35,7 @@ from .operands import Operands, kernel_name
 def is_legal(contract: LinearAttention, target: Target) -> Legality:
     """On a GPU, if a thread can hold its part of the state."""
     if not target.is_gpu:
-        return No(f"{target.name} is not a GPU")
+        return OtherMachine(f"{target.name} is not a GPU")
     if contract.rows > MAX_ROWS:
         return No(f"{contract.rows} query heads read one state, more than {MAX_ROWS}")
     if plan_for(contract, target) is None:

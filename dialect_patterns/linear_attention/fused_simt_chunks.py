@@ -21,7 +21,7 @@ from ..emit.builder import Size, tensor_type
 from ..emit.scalar import Scalar
 from ..emit.simt_kernel import Group, Kernel, dispatch
 from ..op import LoweringContext
-from ..select import Legality, No, Yes
+from ..select import Legality, No, OtherMachine, Yes
 from ..target import Target
 from .contract import LinearAttention, output_specs
 from .operands import Operands, kernel_name
@@ -37,7 +37,7 @@ def is_legal(contract: LinearAttention, target: Target) -> Legality:
     """Where a column lies over 8 threads of a subgroup."""
     c = contract
     if not target.is_gpu:
-        return No(f"{target.name} is not a GPU")
+        return OtherMachine(f"{target.name} is not a GPU")
     if target.subgroup_size < LANES or target.subgroup_size > THREADS:
         return No(f"{target.name} is compiled for without subgroups of {LANES} threads or more")
     if c.decay == "key":

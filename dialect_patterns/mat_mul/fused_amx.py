@@ -27,7 +27,7 @@ from ..emit.kernel_text import Index, KernelText
 from ..emit.workers import slowest_share
 from ..node import TensorSpec
 from ..op import LoweringContext, weight_symbol
-from ..select import Legality, No, Yes
+from ..select import Legality, No, OtherMachine, Yes, rows_text
 from ..target import Target
 from . import fused_simd
 from .contract import MatMul
@@ -75,10 +75,9 @@ def is_legal(contract: MatMul, target: Target) -> Legality:
         return possible
     dtype = contract.a.dtype
     if not has_unit(target) or not multiplies_pairs(dtype, target):
-        return No(f"no matrix unit for {dtype}")
+        return (No if has_unit(target) else OtherMachine)(f"no matrix unit for {dtype}")
     if contract.rows is None or contract.rows < ROWS:
-        rows = "an open number of rows" if contract.rows is None else f"{contract.rows} rows"
-        return No(f"{rows}, from {ROWS} on the matrix unit is worth its start")
+        return No(f"{rows_text(contract.rows)}, from {ROWS} on the matrix unit is worth its start")
     if contract.depth % (2 * _WORDS):
         return No(f"{2 * _WORDS} does not divide K={contract.depth}")
     return Yes()

@@ -29,7 +29,7 @@ from ..emit.kernel_text import Index, KernelText
 from ..machines import for_machines
 from ..node import Dim, TensorSpec
 from ..op import LoweringContext, weight_symbol
-from ..select import Legality, No, Yes
+from ..select import Legality, No, OtherMachine, Yes
 from ..target import Target
 from .contract import MatMul
 from .simd_direct import write_direct
@@ -43,7 +43,7 @@ _BYTES = {"f32": 4, "f16": 2, "bf16": 2}
 def is_legal(contract: MatMul, target: Target) -> Legality:
     """On CPUs, for weights of the model."""
     if target.is_gpu or not target.vector_bits:
-        return No("the target is not a CPU with vectors")
+        return (OtherMachine if target.is_gpu else No)("the target is not a CPU with vectors")
     if not contract.is_plain:
         return No(f"{contract.a} by {contract.b} is not rows times one matrix")
     if not contract.constant:

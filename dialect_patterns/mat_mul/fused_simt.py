@@ -26,7 +26,7 @@ from ..emit.builder import tensor_type
 from ..emit.scalar import Scalar
 from ..emit.simt_kernel import Buffer, Group, Kernel, dispatch
 from ..op import LoweringContext
-from ..select import Legality, No, Yes
+from ..select import Legality, No, OtherMachine, Yes
 from ..target import Target
 from .contract import MatMul
 
@@ -74,7 +74,7 @@ class Plan:
 def is_legal(contract: MatMul, target: Target) -> Legality:
     """On a GPU, for a few rows."""
     if not target.is_gpu:
-        return No(f"{target.name} is not a GPU")
+        return OtherMachine(f"{target.name} is not a GPU")
     if not contract.is_plain:
         return No(f"{contract.a} by {contract.b} is not rows times one matrix")
     if contract.rows is None or not 1 <= contract.rows <= _MAX_ROWS:

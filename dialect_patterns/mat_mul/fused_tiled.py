@@ -20,7 +20,7 @@ from ..emit.scalar import Scalar
 from ..emit.simt_kernel import Buffer, Group, Kernel, dispatch
 from ..emit.tiled_product import CHUNKS, DEPTH, STRIDE, VECTOR, TiledProduct, places, plan_for
 from ..op import LoweringContext
-from ..select import Legality, No, Yes
+from ..select import Legality, No, OtherMachine, Yes
 from ..target import Target
 from .contract import MatMul
 
@@ -28,7 +28,7 @@ from .contract import MatMul
 def is_legal(contract: MatMul, target: Target) -> Legality:
     """Where IREE's own products do not compile."""
     if not target.is_gpu:
-        return No(f"{target.name} is not a GPU")
+        return OtherMachine(f"{target.name} is not a GPU")
     if not contract.is_plain:
         return No(f"{contract.a} by {contract.b} is not rows times one matrix")
     if contract.a.dtype != "bf16" or target.matrix_units:

@@ -18,6 +18,7 @@ from iree.compiler import ir
 
 from ..node import Node, TensorSpec
 from ..op import INTERNAL, Choice, LoweringContext, LoweringOptions, Op
+from ..select import rows_text
 from ..target import Target
 from . import op
 from .contract import MatMul
@@ -68,9 +69,9 @@ def output_types(contract: Products) -> Sequence[TensorSpec | None]:
 
 def choose(contract: Products, target: Target, options: LoweringOptions) -> Choice:
     """There is one way."""
-    count, rows = len(contract.products), contract.products[0].rows
-    what = "a gated pair" if contract.gated else f"{count} products"
-    return Choice("fused_simt", f"{what} of {rows} rows in one kernel that reads each weight once")
+    what = "a gated pair" if contract.gated else f"{len(contract.products)} products"
+    rows = rows_text(contract.products[0].rows)
+    return Choice("fused_simt", f"{what} of {rows} in one kernel that reads each weight once")
 
 
 def lower(context: LoweringContext, contract: Products, operands: Sequence[ir.Value | None]) -> list[ir.Value]:

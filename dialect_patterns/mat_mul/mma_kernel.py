@@ -21,7 +21,7 @@ from iree.compiler import ir
 
 from ..emit.scalar import Scalar
 from ..emit.simt_kernel import Kernel
-from ..select import Legality, No, Yes
+from ..select import Legality, No, OtherMachine, Yes
 from ..target import Target
 
 SIDE = 16
@@ -144,7 +144,7 @@ def is_possible(size: Size, dtype: str, target: Target, transposed: bool, step: 
         step: What must divide the columns.
     """
     if not target.is_gpu:
-        return No(f"{target.name} is not a GPU")
+        return OtherMachine(f"{target.name} is not a GPU")
     if target.matrix_stride is None or target.subgroup_size < SIDE:
         return No(f"{target.name} is compiled for without products of 16x16 matrices")
     if dtype != "f16":

@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from iree.compiler import ir
 
 from ..op import IMPORTED, Choice, LoweringContext, LoweringOptions, Op
-from ..select import Strategy, always, select, wherever_legal
+from ..select import Legality, Strategy, always, rows_text, select, wherever_legal
 from ..target import Target
 from . import fused_amx, fused_mma, fused_simd, fused_simt, fused_tiled, widened
 from .contract import MatMul, output_types, parse
 
+
+def _taken(how: str) -> Callable[[MatMul, Target, LoweringOptions], Legality]:
+    """The preference of a strategy that is taken wherever it is legal; its reason begins with the number of rows."""
+    return wherever_legal(lambda contract: f"{rows_text(contract.rows)} {how}")
+
+
 STRATEGIES = (
-    Strategy("fused_amx", fused_amx.is_legal, wherever_legal(lambda c: f"{c.rows} rows on the CPU's matrix unit")),
+    Strategy("fused_amx", fused_amx.is_legal, _taken("on the CPU's matrix unit")),
     Strategy(
-        "fused_simd", fused_simd.is_legal, wherever_legal(lambda c: f"{c.rows} rows by packed weights in one kernel")
+        "fused_simd",
+        fused_simd.is_legal,
+        _taken("by packed weights in one kernel"),
     ),
     # 1.2 to 2 times as fast as IREE's kernels on CUDA, whose own do not load on Vulkan.
-    Strategy("fused_mma", fused_mma.is_legal, wherever_legal(lambda c: f"{c.rows} rows on the matrix units")),
+    Strategy("fused_mma", fused_mma.is_legal, _taken("on the matrix units")),
     Strategy(
         "fused_simt",
         fused_simt.is_legal,
-        wherever_legal(lambda c: f"{c.rows} rows in one kernel that reads each weight once"),
+        _taken("in one kernel that reads each weight once"),
     ),
     Strategy("fused_tiled", fused_tiled.is_legal, wherever_legal("f32 products of tiles; IREE's own do not compile")),
     Strategy("widened", widened.is_legal, wherever_legal("in f32; IREE's own do not compile")),

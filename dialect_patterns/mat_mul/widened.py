@@ -12,7 +12,7 @@ from iree.compiler import ir
 
 from ..emit.builder import Builder
 from ..emit.wide_bf16 import narrowed, widened
-from ..select import Legality, No, Yes
+from ..select import Legality, No, OtherMachine, Yes
 from ..target import Target
 from .contract import MatMul
 
@@ -20,7 +20,9 @@ from .contract import MatMul
 def is_legal(contract: MatMul, target: Target) -> Legality:
     """Where IREE's own products of bf16 do not compile."""
     a, b = contract.a, contract.b
-    if not target.is_gpu or target.matrix_units or a.dtype != "bf16":
+    if not target.is_gpu:
+        return OtherMachine(f"{target.name} is not a GPU")
+    if target.matrix_units or a.dtype != "bf16":
         return No(f"IREE's own take {a.dtype} on {target.name}")
     if a.rank < 2 or b.rank < 2:
         return No(f"{a} by {b} is not matrices")

@@ -23,7 +23,7 @@ from ..emit.scalar import Scalar
 from ..emit.simt_kernel import Group, Kernel, dispatch
 from ..mat_mul.mma_kernel import CHUNK, SIDE, VECTOR, Plan, Product, Size, is_possible, plan_for
 from ..op import LoweringContext
-from ..select import Legality, No
+from ..select import Legality, No, rows_text
 from ..target import Target
 from .contract import MatMulNBits
 from .operands import Operands
@@ -48,7 +48,7 @@ def is_legal(contract: MatMulNBits, target: Target) -> Legality:
 def describe(contract: MatMulNBits, target: Target) -> str:
     """What the report says about it."""
     plan = plan_for(_size(contract), target, transposed=True)
-    return f"{contract.rows} rows on the matrix units, tiles of {plan.rows}x{plan.columns}"
+    return f"{rows_text(contract.rows)} on the matrix units, tiles of {plan.rows}x{plan.columns}"
 
 
 def emit_mat_mul_n_bits_fused_mma(context: LoweringContext, contract: MatMulNBits, x: Operands) -> ir.Value:

@@ -27,7 +27,7 @@ from ..emit.kernel_text import Index, KernelText
 from ..machines import for_machines
 from ..node import TensorSpec
 from ..op import LoweringContext
-from ..select import Legality, No, Yes
+from ..select import Legality, No, OtherMachine, Yes
 from ..target import Target
 from .contract import MatMulNBits
 from .operands import Operands
@@ -42,7 +42,7 @@ _ARRANGED_ROWS = 8  # of a workgroup that arranges A
 def is_legal(contract: MatMulNBits, target: Target) -> Legality:
     """On CPUs, where a tile fits."""
     if target.is_gpu or not target.vector_bits:
-        return No("the target is not a CPU with vectors")
+        return (OtherMachine if target.is_gpu else No)("the target is not a CPU with vectors")
     for found in (plan(contract, machine) for machine in target.machines):
         if isinstance(found, str):
             return No(found)

@@ -26,7 +26,7 @@ from ..emit.builder import spec_of, tensor_type
 from ..emit.scalar import Scalar
 from ..emit.simt_kernel import Buffer, Group, Kernel, dispatch
 from ..op import LoweringContext
-from ..select import Legality, No
+from ..select import Legality, No, OtherMachine, rows_text
 from ..target import Target
 from .contract import MatMulNBits
 from .operands import Operands
@@ -90,7 +90,7 @@ class Plan:
 def is_legal(contract: MatMulNBits, target: Target) -> Legality:
     """On a GPU, for a few rows."""
     if not target.is_gpu:
-        return No(f"{target.name} is not a GPU")
+        return OtherMachine(f"{target.name} is not a GPU")
     rows = contract.rows
     if rows is None or not 1 <= rows <= _MAX_ROWS:
         return No(f"{'?' if rows is None else rows} rows, not 1 to {_MAX_ROWS}")
@@ -100,7 +100,7 @@ def is_legal(contract: MatMulNBits, target: Target) -> Legality:
 def describe(contract: MatMulNBits, target: Target) -> str:
     """What the report says about it."""
     rounded = ", A rounded on the way" if rounds_itself(contract, plan_for(contract, target)) else ""
-    return f"{contract.rows} rows in one kernel that reads each weight once{rounded}"
+    return f"{rows_text(contract.rows)} in one kernel that reads each weight once{rounded}"
 
 
 def plan_for(contract: MatMulNBits, target: Target) -> Plan:

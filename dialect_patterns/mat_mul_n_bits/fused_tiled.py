@@ -21,7 +21,7 @@ from ..emit.scalar import Scalar
 from ..emit.simt_kernel import Group, Kernel, dispatch
 from ..emit.tiled_product import DEPTH, STRIDE, VECTOR, Plan, TiledProduct, places, plan_for
 from ..op import LoweringContext
-from ..select import Legality, No
+from ..select import Legality, No, OtherMachine
 from ..target import Target
 from .contract import MatMulNBits
 from .operands import Operands
@@ -32,7 +32,7 @@ from .simt_weights import PackedWeights, bound, readable
 def is_legal(contract: MatMulNBits, target: Target) -> Legality:
     """On any GPU."""
     if not target.is_gpu:
-        return No(f"{target.name} is not a GPU")
+        return OtherMachine(f"{target.name} is not a GPU")
     if contract.columns % VECTOR:
         return No(f"N={contract.columns} is not a multiple of {VECTOR}")
     return readable(contract)

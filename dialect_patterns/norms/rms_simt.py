@@ -19,7 +19,7 @@ from iree.compiler import ir
 from ..emit.builder import Builder, spec_of, tensor_type
 from ..emit.scalar import Scalar
 from ..emit.simt_kernel import MAX_GROUPS, Group, Kernel, dispatch
-from ..select import Legality, No, Yes
+from ..select import Legality, No, OtherMachine, Yes
 from ..target import Target
 
 _WIDTH = 4
@@ -33,7 +33,7 @@ def is_legal(x: ir.Value, skip: ir.Value, target: Target) -> Legality:
     """For static rows that a workgroup can hold."""
     spec = spec_of(x)
     if not target.is_gpu:
-        return No(f"{target.name} is not a GPU")
+        return OtherMachine(f"{target.name} is not a GPU")
     if None in spec.shape or spec_of(skip).shape != spec.shape:
         return No(f"{spec} and {spec_of(skip)} are not of one static shape")
     size = spec.shape[-1] or 0

@@ -68,12 +68,13 @@ def describe_choices(
         for line, counts in others.items()
     ]
     for state, pair in zip(plan.states, plan.pairs, strict=True):
-        sizes = {"batch": plan.batch or 1, "past": plan.max_context or 0}
+        grows = pair.kind == "kv_cache" and plan.max_context is None
+        sizes = {"batch": plan.batch or 1, "past": plan.max_context or 1}
         dims = [d if isinstance(d, int) else sizes.get(plan.roles.roles.get(d, ""), 1) for d in state.shape]
-        total = report.states.setdefault(pair.kind, {"count": 0, "bytes": 0})
+        total = report.states.setdefault(pair.kind, {"count": 0, "bytes": 0, "token_bytes": 0})
         item = onnx.helper.tensor_dtype_to_np_dtype(plan.state_types[pair.past].tensor_type.elem_type).itemsize
         total["count"] += 1
-        total["bytes"] += math.prod(dims) * item
+        total["token_bytes" if grows else "bytes"] += math.prod(dims) * item
     return report
 
 

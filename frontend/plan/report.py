@@ -13,6 +13,7 @@ from typing import TextIO
 
 from linattn.runtime.errors import LinattnError
 from linattn.runtime.outputs import new_file
+from linattn.runtime.sizes import size_text
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,13 @@ class CompileReport:
         model: Name of the model.
         target: Target and description.
         nodes: The two operators' nodes.
-        states: Kind -> number of states and bytes in all.
+        states: Kind -> number of states and bytes in all; ``token_bytes`` for each token where the context is open.
         entry_points: Names of the compiled functions.
         output: File written.
         output_bytes: Its size.
         weight_bytes: Size of the weights.
+        call_bytes: Function of known sizes -> bytes that a call needs at most, by the sizes of the model's values:
+            inputs, states, outputs and what it computes between. What IREE fuses takes none.
         stages: Stage -> seconds.
         others: What was chosen for operators of which a model has many, a line a choice.
         notes: Things the user should know.
@@ -67,6 +70,7 @@ class CompileReport:
     output: str = ""
     output_bytes: int = 0
     weight_bytes: int = 0
+    call_bytes: dict[str, int] = field(default_factory=dict[str, int])
     stages: dict[str, float] = field(default_factory=dict[str, float])
     others: list[str] = field(default_factory=list[str])
     notes: list[str] = field(default_factory=list[str])
@@ -78,7 +82,7 @@ class CompileReport:
 
     def to_text(self) -> str:
         """For the terminal."""
-        lines = [f"model     {self.model}  ({mib(self.weight_bytes)} of weights)", f"target    {self.target}"]
+        lines = [f"model     {self.model}  ({size_text(self.weight_bytes)} of weights)", f"target    {self.target}"]
         if self.nodes:
             lines.append("")
             lines += _table(
@@ -88,9 +92,14 @@ class CompileReport:
             lines.append("")
         lines += [f"others    {line}" for line in self.others]
         for kind, total in self.states.items():
-            lines.append(f"states    {total['count']} x {kind}, {mib(total['bytes'])}")
+            size = f"{size_text(total['token_bytes'])} a token" if total["token_bytes"] else size_text(total["bytes"])
+            lines.append(f"states    {total['count']} x {kind}, {size}")
         lines.append(f"entries   {', '.join(self.entry_points)}")
-        lines.append(f"output    {self.output}  ({mib(self.output_bytes)})")
+        if self.call_bytes:
+            symbol, most = max(self.call_bytes.items(), key=lambda item: item[1])
+            lines.append(f"memory    up to {size_text(most)} in a call of {symbol}, beside the weights")
+        size = f"  ({size_text(self.output_bytes)})" if self.output_bytes else ""
+        lines.append(f"output    {self.output}{size}")
         lines += [f"note      {note}" for note in self.notes]
         return "\n".join(lines)
 
@@ -113,9 +122,9 @@ class BundleReport:
 
     output: str
     modules: Mapping[str, CompileReport]
-    weight_bytes: int
-    shared_bytes: int
-    own_bytes: Mapping[str, int]
+    weight_bytes: int = 0
+    shared_bytes: int = 0
+    own_bytes: Mapping[str, int] = field(default_factory=dict[str, int])
 
     def to_dict(self) -> dict[str, object]:
         """For ``--report FILE.json``."""
@@ -124,16 +133,13 @@ class BundleReport:
     def to_text(self) -> str:
         """For the terminal."""
         parts = [report.to_text() for report in self.modules.values()]
-        own = ", ".join(f"{mib(count)} for {name} alone" for name, count in self.own_bytes.items() if count)
-        shared = f"{mib(self.shared_bytes)} shared" + (f", {own}" if own else "")
         sizes = sum(report.output_bytes for report in self.modules.values())
-        total = f"bundle    {self.output}  ({len(self.modules)} modules, {mib(sizes)} of code)"
-        return "\n\n".join([*parts, f"{total}\nweights   {BUNDLE_WEIGHTS}  ({mib(self.weight_bytes)}: {shared})"])
-
-
-def mib(count: int) -> str:
-    """A number of bytes for people."""
-    return f"{count / 2**20:.1f} MiB"
+        if not sizes:  # a dry run
+            return "\n\n".join(parts)
+        own = ", ".join(f"{size_text(count)} for {name} alone" for name, count in self.own_bytes.items() if count)
+        shared = f"{size_text(self.shared_bytes)} shared" + (f", {own}" if own else "")
+        total = f"bundle    {self.output}  ({len(self.modules)} modules, {size_text(sizes)} of code)"
+        return "\n\n".join([*parts, f"{total}\nweights   {BUNDLE_WEIGHTS}  ({size_text(self.weight_bytes)}: {shared})"])
 
 
 def _short(name: str, width: int = 44) -> str:

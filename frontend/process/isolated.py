@@ -199,7 +199,7 @@ def compile_model(
         compiled: CompiledModel = _compile("linattn.frontend.process.tasks:compile_task", arguments, outputs, progress)
         progress.done += len(compiled.report.stages)
         progress.seconds |= compiled.report.stages
-        if output is not None:
+        if output is not None or options.dry_run:
             return compiled
         compiled.report.output = "in memory"
         return CompiledModel(module.read_bytes(), compiled.manifest, compiled.report)

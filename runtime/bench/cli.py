@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from linattn.runtime.command import run_command, version_line
+from linattn.runtime.completion import add_completion
 from linattn.runtime.errors import InputError
 from linattn.runtime.outputs import check_outputs, new_file
 
@@ -41,8 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit status: 0; 1 if a subject of linattn gave a wrong result; 2 after an error (one line on stderr);
         130 after Ctrl-C; 141 where nobody reads on.
     """
-    arguments = _parser().parse_args(argv)
-    return run_command("linattn-bench", lambda: _run(arguments), debug=arguments.debug)
+    return run_command("linattn-bench", lambda: _run(_parser().parse_args(argv)), argv)
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -64,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     packages = "iree-base-compiler", "iree-base-runtime", "onnxruntime"
     parser.add_argument("--version", action="version", version=version_line(*packages))
+    add_completion(parser)
     commands = parser.add_subparsers(dest="command", required=True, metavar="op|model|plot")
     _op_options(commands.add_parser("op", help="one operator over token counts"))
     _model_options(commands.add_parser("model", help="prefill and decode of whole models"))
@@ -83,7 +84,7 @@ def _common_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--threads", type=int, metavar="N", help="CPU threads of every subject (default: each one's own default)")
     add("--seed", type=int, default=0, metavar="N", help="of the inputs (default: 0)")
-    add("--json", metavar="FILE", help="write the result for machines")
+    add("--json", metavar="FILE", help="write the result for machines; - to standard output")
     add("--plot", metavar="FILE.png", help="draw the result; needs matplotlib")
     add("--no-ceilings", action="store_true", help="do not measure the machine's copy bandwidth and FMA rate")
     add("--quiet", action="store_true", help="show the table only, no progress")
@@ -222,11 +223,12 @@ def _run_model(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _write(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
-    print(to_text(result))
     result["command"] = ["linattn-bench", *sys.argv[1:]]
-    if arguments.json:
+    text = json.dumps(_finite(result), indent=2, allow_nan=False)
+    print(text if arguments.json == "-" else to_text(result))
+    if arguments.json not in (None, "-"):
         with new_file(arguments.json) as partial:
-            partial.write_text(json.dumps(_finite(result), indent=2, allow_nan=False) + "\n")
+            partial.write_text(f"{text}\n")
     if arguments.plot and result["kind"] != "profile":
         from .plot import draw
 
@@ -264,7 +266,7 @@ def _check_files(arguments: argparse.Namespace) -> None:
     if arguments.json or arguments.plot:
         models = [Path(path) for path in getattr(arguments, "models", [])]
         inputs = [file for model in models for file in files_of(model)]
-        check_outputs({"--json": arguments.json, "--plot": arguments.plot}, inputs)
+        check_outputs({"--json": None if arguments.json == "-" else arguments.json, "--plot": arguments.plot}, inputs)
     if arguments.plot:
         from .plot import check
 

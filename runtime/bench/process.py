@@ -15,6 +15,7 @@ import tempfile
 import traceback
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,7 @@ def _deaf_to_ctrl_c() -> Generator[None]:
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
+    resource_tracker.ensure_running()  # which unblocks Ctrl-C when it starts, at the first process otherwise
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

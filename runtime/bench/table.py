@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from linattn.runtime.sizes import size_text
+
 _SHORT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 
 
@@ -143,7 +145,7 @@ def _model_lines(result: Mapping[str, Any]) -> list[str]:
                 f"{_digits(row['decode']['tokens_per_s'])} tok/s",
                 *(time_text(steps[key]) for key in ("median", "p90", "p99")),
                 time_text(row["overhead"]["median"] if row["overhead"] else None),
-                f"{row['memory_bytes']['peak'] / 2**20:.0f} MiB" if row["memory_bytes"]["peak"] else "-",
+                size_text(row["memory_bytes"]["peak"]) if row["memory_bytes"]["peak"] else "-",
                 ("WRONG " if row["status"] != "ok" else "") + f"{error['logits']:.1e}" if error else "-",
                 f"{greedy['equal']}/{greedy['of']}" if greedy else "-",
             )

@@ -7,7 +7,6 @@ is first used: `import linattn` costs nothing.
 from __future__ import annotations
 
 import importlib
-from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -51,6 +50,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """What is public, on its first use, and `__version__`."""
     if name == "__version__":
+        from importlib import metadata
+
         return metadata.version("linattn")
     if name not in __all__:
         raise AttributeError(f"module 'linattn' has no attribute '{name}'")

@@ -43,6 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("run", ["m.vmfb", "--input", "x=x.npy"]),
         ("run", ["tiny.vmfb", "--ids", "1,2,3", "--generate", "400"]),
         ("run", ["--list-devices"]),
+        ("run", ["--print-completion", "bash"]),
         ("compile", ["model.onnx", "-o", "unread.vmfb"]),
         ("bench", ["op", "--tokens", "1", "--seconds", "0.01", "--rounds", "1", "--peers", "none", "--no-ceilings"]),
     ],
@@ -78,7 +79,7 @@ def test_another_pipe_that_breaks_is_an_error(capfd: pytest.CaptureFixture[str])
     def body() -> int:
         raise BrokenPipeError(32, "Broken pipe")
 
-    assert run_command("linattn-run", body, debug=False) == 2
+    assert run_command("linattn-run", body, []) == 2
     assert capfd.readouterr().err == "linattn-run: error: [Errno 32] Broken pipe\n"
 
 

@@ -221,7 +221,7 @@ def test_files(compiled: Path) -> None:
     chosen = [line for line in report["others"] if "MatMul: fused_simd" in line]
     assert [line.rpartition("(")[2] for line in chosen] == ["decode)", "prefill_8)"]
     assert b"mat_mul_fused_simd_f32_8x" in (compiled / "out.vmfb").read_bytes()  # the report says what was compiled
-    assert report["states"]["kv_cache"] == {"count": 2, "bytes": 2 * 2 * 64 * 32 * 4}
+    assert report["states"]["kv_cache"] == {"count": 2, "bytes": 2 * 2 * 64 * 32 * 4, "token_bytes": 0}
     assert report["entry_points"] == ["decode", "prefill_8"]
     assert sorted(p.name for p in (compiled / "ir").iterdir())[0] == "01-import.mlir"
     assert (compiled / "weights.irpa").stat().st_size > (compiled / "out.vmfb").stat().st_size / 2

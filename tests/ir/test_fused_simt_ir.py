@@ -197,7 +197,9 @@ def contract_of(shape: Shape, tokens: int = 4) -> Any:
     ],
 )
 def test_refused_with_the_reason(shape: Shape, target: Target, reason: str) -> None:
-    assert is_legal(contract_of(shape), target) == No(reason)
+    legality = is_legal(contract_of(shape), target)
+    assert isinstance(legality, No)
+    assert legality.reason == reason
 
 
 @pytest.mark.parametrize("size", [32, 64, 80, 96, 128, 192, 256])

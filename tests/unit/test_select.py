@@ -7,18 +7,14 @@ from data import Shape, linear_attention
 from harness import node_for
 from linattn.dialect_patterns.linear_attention.op import choose, chunk_size, parse
 from linattn.dialect_patterns.op import Choice, LoweringOptions
-from linattn.dialect_patterns.select import No, Strategy, Yes, select
+from linattn.dialect_patterns.select import No, OtherMachine, Strategy, Yes, select
 from linattn.dialect_patterns.target import Target
 from linattn.runtime.errors import LoweringError
 from state_ops import specs_of
 
 CPU = Target("cpu", vector_bits=256)
 PORTABLE = Target("other")
-NEITHER = {
-    "fused_simd": "the target is not a CPU with vectors",
-    "fused_simt_chunks": "other is not a GPU",
-    "fused_simt": "other is not a GPU",
-}
+NEITHER = {"fused_simd": "the target is not a CPU with vectors"}
 UNITS = Target("gpu", is_gpu=True, matrix_units=True)
 
 
@@ -62,6 +58,16 @@ def test_forced_but_not_legal() -> None:
     never = Strategy("never", lambda *_: No("the moon is full"), lambda *_: Yes())
     with pytest.raises(LoweringError, match="'never' is not possible here: the moon is full; leave"):
         select([never], None, CPU, LoweringOptions(strategy="never"), "node 'x'")
+
+
+@pytest.mark.parametrize("target", [CPU, UNITS])
+def test_strategies_of_other_machines_are_no_news(target: Target) -> None:
+    """They are tried all the same, and say why not where they are asked for."""
+    never = Strategy("never", lambda *_: OtherMachine("the moon is no machine"), lambda *_: Yes())
+    always = Strategy("always", lambda *_: Yes(), lambda *_: Yes())
+    assert select([never, always], None, target, LoweringOptions(), "node 'x'") == Choice("always", "", {})
+    with pytest.raises(LoweringError, match="not possible here: the moon is no machine"):
+        select([never, always], None, target, LoweringOptions(strategy="never"), "node 'x'")
 
 
 def test_the_first_that_is_legal_and_preferred() -> None:

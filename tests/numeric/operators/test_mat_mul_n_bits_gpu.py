@@ -165,7 +165,6 @@ def test_selection(case: MatMulNBits, target: Target, strategy: str) -> None:
 def test_reasons() -> None:
     open_rows = choose(contract(None, columns=42, dtype=np.float16), CUDA, OPTIONS)
     assert open_rows.rejected == {
-        "fused_simd": "the target is not a CPU with vectors",
         "fused_mma": "? rows, less than 9",
         "fused_simt": "? rows, not 1 to 8",
         "fused_tiled": "N=42 is not a multiple of 4",

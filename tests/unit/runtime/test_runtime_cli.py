@@ -20,7 +20,7 @@ def test_generate(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(model), "--ids", "3,1,2", "--generate", "6"]) == 0
     out, err = capsys.readouterr()
     want = list(greedy(Program.load(model).session(), [3, 1, 2], 6))
-    assert [int(token) for token in out.split()] == want
+    assert [int(token) for token in out.split(",")] == want
     assert out.count("\n") == 1
     assert "loaded" in err
     assert "tokens/s" in err
