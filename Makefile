@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test test-quick test-sweep fuzz aarch64 dist lint format type clean
+.PHONY: help demo test test-quick test-sweep fuzz aarch64 dist docs from-nothing lint format type clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -41,6 +41,16 @@ dist: $(STAMP)  ## wheel and sdist in dist/, the wheel tried in a new environmen
 	$(BIN)/python -m build --outdir dist . >/dev/null
 	tests/smoke_dist.sh dist build/dist $(PYTHONS)
 
+docs: $(VENV)/.docs $(VENV)/types/linattn  ## the documentation as pages in build/site; a broken link or a page left out is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+from-nothing: $(STAMP)  ## the commands of README, tutorial and how-tos, as they stand there, in new environments
+	$(BIN)/python tests/docs/from_nothing.py
+
+$(VENV)/.docs: $(STAMP) pyproject.toml
+	$(BIN)/python -m pip install --quiet -e '.[docs]'
+	@touch $@
+
 lint: $(STAMP)  ## ruff: style, imports, docstrings, formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -49,11 +59,13 @@ format: $(STAMP)  ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-type: $(STAMP)  ## pyright, strict on the three packages
-	@mkdir -p $(VENV)/types/linattn
-	@for p in frontend dialect_patterns runtime; do ln -sfn ../../../$$p $(VENV)/types/linattn/$$p; done
-	@ln -sfn ../../../runtime/package/install.py $(VENV)/types/linattn/install.py
+type: $(STAMP) $(VENV)/types/linattn  ## pyright, strict on the three packages
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+$(VENV)/types/linattn: $(STAMP)
+	@mkdir -p $@
+	@for p in frontend dialect_patterns runtime; do ln -sfn ../../../$$p $@/$$p; done
+	@ln -sfn ../../../runtime/package/install.py $@/install.py
 
 clean:  ## remove what the commands above made
 	rm -rf $(VENV) build
