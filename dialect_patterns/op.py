@@ -54,7 +54,7 @@ class LoweringOptions:
 
 
 class WeightStore(Protocol):
-    """The model's weights, for lowerings that want them in an order of their own."""
+    """The model's weights, for strategies that want them in an order of their own."""
 
     def repacked(
         self,

@@ -115,8 +115,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--prefill-blocks", metavar="N,N,...|open", help="sizes of the prefill entry points (default: by target)")
     add("--state", action="append", default=[], metavar="PAST=PRESENT", help="pair a state's input and output by hand")
     add("--no-state", action="append", default=[], metavar="NAME", help="an input that is no state; repeatable")
-    add("--chunk-size", metavar="N", help="tokens a chunk in chunk-parallel lowerings, a power of two")
-    add("--strategy", metavar="NAME", help="force one lowering of the two operators; fails where it is not legal")
+    add("--chunk-size", metavar="N", help="tokens a chunk in strategies that go by chunks, a power of two")
+    add("--strategy", metavar="NAME", help="force one strategy for the two operators; fails where it is not legal")
     add("--params", metavar="FILE.irpa", help="write the weights to this file instead of into the module")
     add(
         "--tokenizer",

@@ -26,7 +26,7 @@ class NodeRow:
         rule: The update rule, or the activation.
         heads: Heads and head sizes.
         dtypes: Activation and state types.
-        strategy: Which lowering was chosen, for decode and prefill if they differ.
+        strategy: Which strategy was chosen, for decode and prefill if they differ.
         reason: Why.
         rejected: Better strategies that were not taken -> reason.
     """

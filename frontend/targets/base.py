@@ -39,7 +39,7 @@ class CompileTarget:
         levels: The machines that a portable module has code for, best first; the last needs `instruction_sets`.
         device_attribute: MLIR text of the module's ``hal.device.targets``, for devices that IREE's own tables describe
             wrongly or not at all; None to let the flags decide.
-        capabilities: What the lowerings may ask about.
+        capabilities: What the strategies may ask about.
         subgroup_size: Threads of a subgroup that the compiled kernels need, None if any will do.
         prefill_blocks: Default sizes of the prefill entry points, in tokens.
         notes: What the user should be told, such as a target that was mapped to another.

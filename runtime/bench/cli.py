@@ -111,7 +111,7 @@ def _op_options(parser: argparse.ArgumentParser) -> None:
         "--strategies",
         default=DEFAULT,
         metavar="NAME,...",
-        help="lowerings to force; default: linattn's choice; or all",
+        help="strategies to force; default: linattn's choice; or all",
     )
     add("--peers", default="onnxruntime", metavar=",".join(OP_PEERS), help="peers, or none (default: onnxruntime)")
     add("--rounds", type=int, default=5, metavar="N", help="turns of each subject in a case (default: 5)")
@@ -138,7 +138,7 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     add("--prefill", type=int, default=512, metavar="N", help="tokens of the prompt (default: 512)")
     add("--decode", type=int, default=128, metavar="N", help="tokens to generate (default: 128)")
     add("--repeats", type=int, default=3, metavar="N", help="turns of each subject (default: 3)")
-    add("--strategies", default=DEFAULT, metavar="NAME,...", help="lowerings to force; default: linattn's choice")
+    add("--strategies", default=DEFAULT, metavar="NAME,...", help="strategies to force; default: linattn's choice")
     add("--peers", default="onnxruntime", metavar="onnxruntime", help="peers, or none (default: onnxruntime)")
     add("--all-logits", action="store_true", help="of a prompt the logits of all positions, not of the last one only")
     add(

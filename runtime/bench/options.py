@@ -58,7 +58,7 @@ class ModelOptions:
         decode: Tokens generated after the first.
         repeats: How often the subjects take turns.
         targets: What to compile `.onnx` files for.
-        strategies: Lowerings to force, `default` for linattn's choice.
+        strategies: Strategies to force, `default` for linattn's choice.
         peers: Some of `MODEL_PEERS`.
         threads: CPU threads of every subject; None: each one's own default.
         seed: Of the prompt.
