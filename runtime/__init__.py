@@ -5,6 +5,7 @@
 
 from .choice import Choice
 from .discover import FoundDevice, devices
+from .dlpack import DeviceTensor
 from .errors import InputError, LinattnError, StateError, TargetError
 from .generation.loop import generate, greedy, greedy_rows
 from .generation.sampling import Sampling
@@ -16,6 +17,7 @@ from .text.generator import TextGenerator, TextStream
 
 __all__ = [
     "Choice",
+    "DeviceTensor",
     "FoundDevice",
     "InputError",
     "LinattnError",

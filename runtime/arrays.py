@@ -7,6 +7,7 @@ from typing import Any, cast
 import numpy as np
 
 from .device import HostArray, numpy_dtype
+from .dlpack import from_outside
 from .errors import InputError
 from .manifest import InputSpec, StateSpec
 
@@ -19,12 +20,14 @@ def as_array(spec: InputSpec | StateSpec, value: Any) -> HostArray:
 
     Args:
         spec: What it is for.
-        value: An array of exactly the right dtype, or Python numbers and lists of them.
+        value: An array of the right dtype (for an input of integers, any integers that fit it), also one that speaks
+            DLPack; or Python numbers and lists of them.
 
     Raises:
         InputError: Another dtype, integers that do not fit, rows of different length, or no numbers at all.
+        StateError: DLPack of another device's memory.
     """
-    wanted = numpy_dtype(spec.dtype)
+    wanted, value = numpy_dtype(spec.dtype), from_outside(value)
     if isinstance(value, (np.ndarray, np.generic)):
         array: HostArray = np.asarray(cast(Any, value))
     else:
@@ -33,6 +36,8 @@ def as_array(spec: InputSpec | StateSpec, value: Any) -> HostArray:
             array = array.astype(wanted)
         elif array.dtype.kind in "iub":
             return narrowed(spec, array)
+    if array.dtype != wanted and wanted.kind in "iu" and array.dtype.kind in "iu" and isinstance(spec, InputSpec):
+        return narrowed(spec, array)
     if array.dtype != wanted:
         hint = f"convert it, for example with .astype({spec.dtype!r})"
         raise InputError("wrong dtype", where=spec.name, got=array.dtype, expected=spec.dtype, hint=hint)
@@ -45,6 +50,7 @@ def token_ids(spec: InputSpec, value: Any) -> HostArray:
     Raises:
         InputError: Not integers, or integers that do not fit the input's dtype.
     """
+    value = from_outside(value)
     typed = isinstance(value, (np.ndarray, np.generic))
     array: HostArray = np.asarray(cast(Any, value)) if typed else _from_numbers(spec, value)
     if array.size and array.dtype.kind not in "iu":

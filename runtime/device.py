@@ -40,7 +40,7 @@ from .drivers import (
     one_line,
 )
 from .errors import InputError, TargetError
-from .owned import Owned, check_process, never_free
+from .owned import Owned, check_process, keep_to_the_end, never_free
 
 try:  # iree.runtime brings ml_dtypes along; without it bfloat16 arrays are seen as their uint16 bits
     import ml_dtypes  # pyright: ignore[reportMissingTypeStubs, reportMissingImports, reportUnusedImport]  # noqa: F401
@@ -75,6 +75,10 @@ _POLLED_SECONDS = 0.02
 _NICE = 10
 _SAMPLES, _SAMPLE_SECONDS = 3, 0.004
 _ZERO = np.zeros(1, np.uint8)
+_HOST_MEMORY = (
+    int(_rt.MemoryType.HOST_LOCAL) | int(_rt.MemoryType.DEVICE_VISIBLE),
+    int(_rt.BufferUsage.DEFAULT) | int(_rt.BufferUsage.MAPPING_SCOPED),
+)
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
@@ -202,13 +206,52 @@ class Device(Owned):
         )
         return self._array(array.shape, dtype, view)
 
+    def borrow(self, array: HostArray, dtype: str) -> DeviceArray:
+        """Memory of the host itself as an array, on CPUs; see `dlpack.borrowed`, which knows when that can be."""
+        buffer = self._allocator.import_host_allocation(array.reshape(-1).view(np.uint8), *_HOST_MEMORY)
+        return self.wrap(_rt.HalBufferView(buffer, list(array.shape), _hal_type(dtype)), dtype)
+
+    def to_dlpack(self, array: DeviceArray, kind: int, number: int) -> Any:
+        """A capsule of an array's memory, with the place that it shall name.
+
+        Raises:
+            TargetError: IREE cannot share the memory of this kind of device.
+        """
+        keep_to_the_end(array.allocator)  # the capsule does not keep it, and crashes where it is freed first
+        try:
+            return self.hal_device.create_dlpack_capsule(array.view, kind, number)
+        except DRIVER_ERRORS as error:
+            raise TargetError("its memory cannot be shared", where=self.uri, hint=one_line(error)) from error
+
+    def from_dlpack(self, capsule: Any) -> DeviceArray:
+        """Memory of somebody else's on this device as an array.
+
+        Raises:
+            InputError: IREE cannot take it, or its dtype.
+        """
+        try:
+            view = self.hal_device.from_dlpack_capsule(capsule)
+        except DRIVER_ERRORS as error:
+            raise InputError("not memory that IREE can take", got=one_line(error), hint="copy it to the CPU") from error
+        return self.wrap(view, self._dtype_of(view))
+
+    def _dtype_of(self, view: Any) -> str:
+        """The name of a foreign view's element type.
+
+        Raises:
+            InputError: It is one that no manifest names.
+        """
+        found = next((name for name in DTYPE_NAMES if int(_hal_type(name)) == int(view.element_type)), None)
+        if found is None:
+            raise InputError("unknown dtype", got=hex(view.element_type), expected=" | ".join(DTYPE_NAMES))
+        return found
+
     def host_buffer(self, shape: Sequence[int], dtype: str) -> DeviceArray:
         """Allocates an array in host memory that the device reads where it is; fill it with `write`.
 
         For small inputs that change with every call: nothing is submitted to the device's queue for them.
         """
-        memory = int(_rt.MemoryType.HOST_LOCAL) | int(_rt.MemoryType.DEVICE_VISIBLE)
-        return self._empty(shape, dtype, memory, int(_rt.BufferUsage.DEFAULT) | int(_rt.BufferUsage.MAPPING_SCOPED))
+        return self._empty(shape, dtype, *_HOST_MEMORY)
 
     def write(self, target: DeviceArray, array: HostArray) -> None:
         """Overwrites an array of `host_buffer`; no call that reads it may be under way.

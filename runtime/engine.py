@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager
 from typing import TypeVar, cast
 
 from .device import Device, DeviceArray, HostArray
+from .dlpack import borrowed
 from .manifest import EntryPoint, Manifest
 from .module import Module
 from .state import next_states
@@ -87,7 +88,7 @@ class Engine:
     def call(
         self,
         entry: EntryPoint,
-        inputs: Sequence[HostArray],
+        inputs: Sequence[HostArray | DeviceArray],
         states: Sequence[DeviceArray],
         position: int,
         last: bool = False,
@@ -97,7 +98,8 @@ class Engine:
 
         Args:
             entry: Which one.
-            inputs: One array per graph input, in manifest order, in the shapes that the module takes.
+            inputs: One array per graph input, in manifest order, in the shapes that the module takes; the CPU reads
+                large ones where they are.
             states: One device array per state; those with `in_place` are written to.
             position: P.
             last: The last position's logits will do: the others are left out where the module can do without them.
@@ -171,11 +173,14 @@ class Engine:
             ]
         return self._outputs.get(symbol)
 
-    def _input(self, index: int, array: HostArray) -> DeviceArray:
+    def _input(self, index: int, array: HostArray | DeviceArray) -> DeviceArray:
         """A graph input where the device can read it; for as long as the call takes."""
+        if isinstance(array, DeviceArray):
+            return array
         dtype = self.manifest.inputs[index].dtype
         if array.nbytes > _LARGE_INPUT:
-            return self.device.upload(array, dtype)
+            own = borrowed(self.device, array, dtype) if self.takes_results else None  # else a result may be an input
+            return own if own is not None else self.device.upload(array, dtype)
         key = index, array.shape
         if key not in self._inputs:
             if len(self._inputs) > _KEPT_INPUTS:  # an open context has another mask in every step

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,9 @@ import numpy as np
 from . import binding
 from .arrays import as_array
 from .binding import Sizes
-from .device import HostArray
+from .collect import part
+from .device import Device, DeviceArray, HostArray, numpy_dtype
+from .dlpack import on_device
 from .errors import InputError, StateError
 from .manifest import Manifest
 
@@ -25,21 +27,44 @@ class Call:
         batch: B.
         tokens: T.
         mask: The columns of all P+T tokens, where one of them is masked.
+        placed: Inputs that are on the device already; `feeds` has their shapes only.
     """
 
     feeds: dict[str, HostArray]
     batch: int
     tokens: int
     mask: HostArray | None
+    placed: Mapping[str, DeviceArray]
+
+    def placed_block(
+        self, manifest: Manifest, device: Device, block: Sequence[HostArray], start: int, size: int
+    ) -> list[HostArray | DeviceArray]:
+        """The inputs of one block, with those that are on the device where they are."""
+        if not self.placed:
+            return list(block)
+        found: list[HostArray | DeviceArray] = []
+        for spec, array in zip(manifest.inputs, block, strict=True):
+            placed, axis = self.placed.get(spec.name), binding.axis_of(manifest, spec.shape, "tokens")
+            if placed is None or axis is None:
+                found.append(array if placed is None else placed)
+            else:
+                found.append(part(device, placed, axis, start, size))
+        return found
 
 
 def prepare(
-    manifest: Manifest, inputs: Mapping[str, Any], past: int, batch: int | None, mask: HostArray | None
+    manifest: Manifest,
+    device: Device,
+    inputs: Mapping[str, Any],
+    past: int,
+    batch: int | None,
+    mask: HostArray | None,
 ) -> Call:
     """Checks the inputs of a session's call and completes them.
 
     Args:
         manifest: The model.
+        device: Where it runs.
         inputs: The caller's.
         past: P.
         batch: B of the session; None: still open.
@@ -57,7 +82,7 @@ def prepare(
     optional = ("attention_mask", "position_ids")
     required = [spec.name for spec in m.inputs if spec.role not in optional]
     binding.check_names(inputs, [spec.name for spec in m.inputs], required)
-    arrays = {spec.name: as_array(spec, inputs[spec.name]) for spec in m.inputs if spec.name in inputs}
+    arrays, placed = take_inputs(m, device, inputs)
     sizes = Sizes(m, past=past) if batch is None else Sizes(m, past=past, batch=batch)
     for spec in m.inputs:
         if spec.name in arrays and spec.role != "attention_mask":
@@ -66,7 +91,38 @@ def prepare(
     tokens = sizes.set_default("tokens", binding.count_tokens(m, sizes, arrays))
     sizes.set_default("total", past + tokens)
     merged = _merge_mask(m, arrays, sizes, past, mask)
-    return Call(complete_inputs(m, arrays, sizes, rows, past, tokens), rows, tokens, merged)
+    return Call(complete_inputs(m, arrays, sizes, rows, past, tokens), rows, tokens, merged, placed)
+
+
+def take_inputs(
+    manifest: Manifest, device: Device, inputs: Mapping[str, Any]
+) -> tuple[dict[str, HostArray], dict[str, DeviceArray]]:
+    """The caller's inputs that are not states, and those of them that are on the device and may stay there.
+
+    Indices come to the host, where they are checked; masks and positions, where they are cut. An array that stays is
+    among the first ones too, as one of its shape without memory. Ids of one row may be given as [T].
+
+    Raises:
+        InputError: A dtype that does not fit, or integers that do not.
+    """
+    arrays: dict[str, HostArray] = {}
+    placed: dict[str, DeviceArray] = {}
+    for spec in manifest.inputs:
+        if spec.name not in inputs:
+            continue
+        value = inputs[spec.name]
+        free = spec.bounds is None and spec.role not in ("attention_mask", "position_ids")
+        array = on_device(device, value) if free else None
+        if array is not None:
+            if array.dtype != spec.dtype:
+                raise InputError("wrong dtype", where=spec.name, got=array.dtype, expected=spec.dtype)
+            placed[spec.name] = array
+            arrays[spec.name] = np.broadcast_to(np.zeros((), numpy_dtype(spec.dtype)), array.shape)
+            continue
+        host = as_array(spec, value)
+        is_row = spec.role == "tokens" and host.ndim == 1 and len(spec.shape) == 2
+        arrays[spec.name] = host[None] if is_row else host
+    return arrays, placed
 
 
 def check_room(manifest: Manifest, past: int, tokens: int) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
+from typing import cast
 
 from .errors import StateError, TargetError
 
@@ -42,3 +44,10 @@ def check_process(pid: int, uri: str) -> None:
 def never_free(thing: object) -> None:
     """Keeps a Python object for as long as the process lasts, the interpreter's end included."""
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
+
+
+def keep_to_the_end(thing: object) -> None:
+    """Keeps a Python object until the interpreter frees `sys`, after all modules of users and all that they hold."""
+    kept = cast(list[object], sys.modules["sys"].__dict__.setdefault("_linattn_kept", []))
+    if not any(other is thing for other in kept):
+        kept.append(thing)

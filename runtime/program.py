@@ -14,10 +14,11 @@ from .arrays import as_array
 from .batch import Batch, read_prompts
 from .binding import Sizes
 from .choice import Choice
+from .collect import Collector, find_wanted, kept
 from .cpu import chosen_level
-from .device import Device, HostArray
+from .device import Device
 from .engine import Engine
-from .feeds import block_inputs, check_room, complete_inputs
+from .feeds import block_inputs, check_room, complete_inputs, take_inputs
 from .loading import load
 from .manifest import InputSpec, Manifest, OutputSpec, StateSpec
 from .module import Module
@@ -165,17 +166,22 @@ class Program(Owned):
         """
         return read_prompts(self, prompts)
 
-    def run(self, inputs: Mapping[str, Any]) -> dict[str, HostArray]:
+    def run(
+        self, inputs: Mapping[str, Any], *, outputs: Sequence[str] | None = None, device_outputs: bool = False
+    ) -> dict[str, Any]:
         """Runs the graph once, without a session: everything in and out by ONNX name and in ONNX shape.
 
         States that are left out are zeros (a KV cache: no rows); so is the past that an `attention_mask` and
         `position_ids` are filled for when they are left out. The arrays given are never changed.
 
         Args:
-            inputs: Graph inputs by name, states included (KV caches with P rows, P at most the capacity).
+            inputs: Graph inputs by name, states included (KV caches with P rows, P at most the capacity): what
+                `Session.run` takes.
+            outputs: Names of those that are wanted; None: all.
+            device_outputs: They stay on the device, as `DeviceTensor`s.
 
         Returns:
-            Every graph output by name, present states included (KV caches with P+T rows).
+            The graph outputs by name, present states included (KV caches with P+T rows).
 
         Raises:
             InputError: A wrong name, dtype or shape, an index outside the model's tables, a mask with zeros for a
@@ -188,8 +194,11 @@ class Program(Owned):
         optional = {spec.name for spec in m.inputs if spec.role in ("attention_mask", "position_ids")}
         required = [spec.name for spec in m.inputs if spec.name not in optional]
         binding.check_names(inputs, [spec.name for spec in (*m.inputs, *m.states)], required)
+        available = [*(spec.name for spec in m.outputs), *(spec.output for spec in m.states)]
+        wanted = find_wanted(available, outputs, stays=device_outputs)
         specs = (*m.inputs, *m.states)
-        arrays = {spec.name: as_array(spec, inputs[spec.name]) for spec in specs if spec.name in inputs}
+        arrays, placed = take_inputs(m, self.device, inputs)
+        arrays |= {spec.name: as_array(spec, inputs[spec.name]) for spec in m.states if spec.name in inputs}
 
         sizes = Sizes(m)
         for spec in sorted(specs, key=lambda spec: isinstance(spec, InputSpec) and spec.role == "attention_mask"):
@@ -216,9 +225,19 @@ class Program(Owned):
             else self.device.zeros(state_shape(m, spec, batch, m.max_context or 0), spec.dtype)
             for spec in m.states
         ]
+        block = block_inputs(m, feeds, past, 0, tokens)
+        collector = Collector(m, self.device, wanted, tokens)
         with self._engine.exclusive():
-            outputs, states = self._engine.call(entry, block_inputs(m, feeds, past, 0, tokens), states, past)
-            results = {spec.name: self.device.to_host(out) for spec, out in zip(m.outputs, outputs, strict=True)}
+            given = [placed.get(spec.name, array) for spec, array in zip(m.inputs, block, strict=True)]
+            found, states = self._engine.call(entry, given, states, past)
+            collector.take(found, tokens)
+        results = collector.results()
         for spec, state in zip(m.states, states, strict=True):
-            results[spec.output] = read_state(m, self.device, spec, state, past + tokens)
+            if spec.output not in wanted.names:
+                continue
+            axis = spec.length_axis if m.max_context is not None else None
+            if device_outputs:
+                results[spec.output] = kept(self.device, state, axis, past + tokens)
+            else:
+                results[spec.output] = read_state(m, self.device, spec, state, past + tokens)
         return results

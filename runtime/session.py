@@ -14,6 +14,7 @@ import numpy as np
 
 from . import binding, held
 from .arrays import as_array
+from .collect import Collector, Wanted, find_wanted
 from .device import DeviceArray, HostArray, numpy_dtype
 from .engine import Engine
 from .errors import InputError, StateError
@@ -26,7 +27,7 @@ from .saved import load_states, save_states
 from .snapshot import Snapshot, parts_of
 from .state import read_state, state_shape, upload_state
 from .step import Step
-from .views import StateViews, find_state, from_outside
+from .views import StateViews, find_state
 
 if TYPE_CHECKING:
     from .program import Program
@@ -181,17 +182,31 @@ class Session(Owned):
                 expected = f"{steps} tokens" if steps else "nothing to be taken back"
                 raise StateError("cannot roll back", got=f"{tokens} tokens", expected=expected, hint=hint)
 
-    def run(self, inputs: Mapping[str, Any], logits: Literal["all", "last"] = "all") -> dict[str, HostArray]:
+    def run(
+        self,
+        inputs: Mapping[str, Any],
+        logits: Literal["all", "last"] = "all",
+        *,
+        outputs: Sequence[str] | None = None,
+        device_outputs: bool = False,
+        into: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
         """Appends T tokens and returns the outputs; the tokens are cut into the blocks that the module has.
 
         Args:
-            inputs: Graph inputs by ONNX name: token ids [B, T] (any T; 0 returns empty outputs), other inputs of the
-                graph. `attention_mask` ([B, P+T], or [B, T] for the new tokens alone) and `position_ids` may be left
-                out. States may not be passed: the session has them.
+            inputs: Graph inputs by ONNX name: token ids [B, T] (any T; 0 returns empty outputs; of one row also [T]),
+                other inputs of the graph: numpy arrays, numbers, what speaks DLPack, `DeviceTensor`. `attention_mask`
+                ([B, P+T], or [B, T] for the new tokens alone) and `position_ids` may be left out. States may not be
+                passed: the session has them.
             logits: `last` returns the last position's logits only ([B, 1, vocabulary]); the rest stays on the device.
+            outputs: Names of those that are wanted; None: all.
+            device_outputs: They stay on the device, as `DeviceTensor`s.
+            into: Memory for some of them, of their dtype and shape: numpy arrays or `DeviceTensor`s, also CUDA arrays
+                that speak DLPack. What it holds after an error is undefined.
 
         Returns:
-            The outputs by ONNX name, joined along their token axis. The states are not among them (see `states`).
+            The outputs by ONNX name, joined along their token axis: arrays on the host, or what was asked for. The
+            states are not among them (see `states`).
 
         Raises:
             InputError: A wrong name, dtype or shape, an index outside the model's tables, a mask with zeros for a
@@ -199,10 +214,10 @@ class Session(Owned):
             StateError: The context is full (nothing has run), or another thread is inside.
             TargetError: The call failed on the device.
         """
-        if logits not in ("all", "last"):
-            raise InputError("unknown choice", where="logits", got=repr(logits), expected="all | last")
+        names = [spec.name for spec in self._manifest.outputs]
+        wanted = find_wanted(names, outputs, logits, device_outputs, into)
         with self._exclusive():
-            return self._run(inputs, logits == "last")
+            return self._run(inputs, wanted)
 
     def rows(self, indices: Sequence[int]) -> None:
         """Makes these rows the batch: some dropped, some several times, in any order, copied on the device.
@@ -265,7 +280,7 @@ class Session(Owned):
         """
         with self._exclusive():
             m, now, spec = self._manifest, self._started(), find_state(self._manifest, name)
-            array = as_array(spec, from_outside(value))
+            array = as_array(spec, value)
             shape = state_shape(m, spec, now.batch or 1, now.position)
             if array.shape != shape:
                 raise InputError("wrong shape", where=spec.name, got=list(array.shape), expected=list(shape))
@@ -287,29 +302,32 @@ class Session(Owned):
         self._line = [held.nothing(self._engine.device, self.position)]
         self._spare = []
 
-    def _run(self, inputs: Mapping[str, Any], last: bool) -> dict[str, HostArray]:
-        m, now = self._manifest, self._line[-1]
-        if now.batch is not None and now.mask is None and (step := self._engine.step(now.batch)) is not None:
+    def _run(self, inputs: Mapping[str, Any], wanted: Wanted) -> dict[str, Any]:
+        m, now, device = self._manifest, self._line[-1], self._engine.device
+        plain = wanted.is_plain and now.batch is not None and now.mask is None
+        if plain and (step := self._engine.step(now.batch or 1)) is not None:
             ids = step.accepts(inputs, now.position)
             if ids is not None:
                 return self._step(step, ids, now, step.read)
-        call = prepare(m, inputs, now.position, now.batch, now.mask)
+        call = prepare(m, device, inputs, now.position, now.batch, now.mask)
+        collector = Collector(m, device, wanted, call.tokens)
         if call.tokens == 0:
-            return {spec.name: self._no_tokens(spec, call.batch) for spec in m.outputs}
+            return collector.nothing({spec.name: self._no_tokens(spec, call.batch) for spec in m.outputs})
         check_room(m, now.position, call.tokens)
         binding.check_indices(m, call.feeds)
         plan = binding.plan_blocks(m, call.tokens)
         if now.batch is None:
-            now = held.zeros(m, self._engine.device, call.batch)
+            now = held.zeros(m, device, call.batch)
         lease = now.lease.caches.extend(now.lease, now.position + call.tokens)
         try:
             start = Held(now.moving, lease, now.position, call.batch)
-            joined, moving = self._run_blocks(plan, call, start, last)
+            moving = self._run_blocks(plan, call, start, collector)
+            results = collector.results()
         except BaseException:
             lease.release()
             raise
         self._commit(Held(moving, lease, now.position + call.tokens, call.batch, call.mask))
-        return joined
+        return results
 
     def _advance(self, ids: HostArray, choose: Callable[[HostArray], _Chosen]) -> _Chosen:
         """Appends a token to every row and chooses by its logits, which are not copied; see `advance`."""
@@ -319,7 +337,7 @@ class Session(Owned):
             if step is None or not step.has_room(now.position):
                 names = [spec.name for spec in self._manifest.inputs if spec.role == "tokens"]
                 logits = next(spec.name for spec in self._manifest.outputs if spec.role == "logits")
-                return choose(self._run({names[0]: ids}, True)[logits])
+                return choose(self._run({names[0]: ids}, Wanted(frozenset([logits]), last=True))[logits])
             step.check(ids)
             with self._engine.exclusive():  # until the logits' memory is the next call's
                 return choose(self._step(step, ids, now, step.logits))
@@ -339,30 +357,24 @@ class Session(Owned):
         return found
 
     def _run_blocks(
-        self, plan: list[tuple[EntryPoint, int]], call: Call, now: Held, last: bool
-    ) -> tuple[dict[str, HostArray], list[DeviceArray]]:
-        """The outputs, joined, and the new moving states."""
-        m, start = self._manifest, 0
-        parts: dict[str, list[HostArray]] = {spec.name: [] for spec in m.outputs}
-        outputs: list[DeviceArray] = []
-        states = now.arrays(m)
+        self, plan: list[tuple[EntryPoint, int]], call: Call, now: Held, collector: Collector
+    ) -> list[DeviceArray]:
+        """The new moving states; the collector has the outputs."""
+        start, outputs, states = 0, list[DeviceArray](), now.arrays(self._manifest)
         for entry, size in plan:
             outputs = []  # lets go of the block before, which may be large
-            block = block_inputs(m, call.feeds, now.position, start, size)
+            block = block_inputs(self._manifest, call.feeds, now.position, start, size)
+            placed = call.placed_block(self._manifest, self._engine.device, block, start, size)
             with self._engine.exclusive():
                 into = self._take_spare()
-                outputs, following = self._engine.call(entry, block, states, now.position + start, last, into)
-                start += size
-                for spec, output in zip(m.outputs, outputs, strict=True):
-                    self._collect(parts[spec.name], spec, output, last, start == call.tokens)
+                last = not collector.needs_all_logits
+                outputs, following = self._engine.call(entry, placed, states, now.position + start, last, into)
+                collector.take(outputs, size)
+            start += size
             if start > size:
                 self._keep_memory(self._moving(states))
             states = following
-        joined = {
-            spec.name: found[0] if len(found) == 1 else np.concatenate(found, spec.token_axis or 0)
-            for spec, found in ((spec, parts[spec.name]) for spec in m.outputs)
-        }
-        return joined, self._compact(self._moving(states), outputs)
+        return self._compact(self._moving(states), outputs)
 
     def _commit(self, new: Held) -> None:
         """Holds something more; what was there is kept for `rollback` as far as the window goes."""
@@ -412,18 +424,6 @@ class Session(Owned):
         shapes = [state_shape(m, spec, batch, m.max_context or 0) for spec in m.states]
         is_alone = now.lease.caches.is_of_one(now.lease)
         return is_alone and [array.shape for array in now.arrays(m)] == shapes
-
-    def _collect(self, found: list[HostArray], spec: OutputSpec, output: DeviceArray, last: bool, final: bool) -> None:
-        device = self._engine.device
-        if spec.token_axis is None:
-            if final:
-                found.append(device.to_host(output))
-        elif last and spec.role == "logits":
-            if final:
-                count = output.shape[spec.token_axis]
-                found.append(device.to_host_rows(output, spec.token_axis, count - 1, count))
-        else:
-            found.append(device.to_host(output))
 
     def _moving(self, states: list[DeviceArray]) -> list[DeviceArray]:
         return [state for spec, state in zip(self._manifest.states, states, strict=True) if not spec.in_place]

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, cast
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from .device import HostArray, numpy_dtype
 from .errors import StateError
@@ -140,18 +138,3 @@ def find_state(manifest: Manifest, name: str) -> StateSpec:
             return spec
     expected = ", ".join(spec.name for spec in manifest.states) or "none: the model has no states"
     raise StateError("no such state", got=name, expected=expected)
-
-
-def from_outside(value: Any) -> Any:
-    """A caller's array: what speaks DLPack and is no numpy array becomes one, without a copy where it can.
-
-    Raises:
-        StateError: It is on another device than the CPU, or of a dtype that numpy does not have.
-    """
-    if isinstance(value, (np.ndarray, np.generic)) or not hasattr(value, "__dlpack__"):
-        return cast(Any, value)
-    try:
-        return np.from_dlpack(value)
-    except (BufferError, RuntimeError, TypeError, ValueError) as error:
-        got = (str(error).partition("\n")[0] or type(error).__name__)[:200]
-        raise StateError("not an array that numpy can have", got=got, hint="copy it to the CPU first") from error

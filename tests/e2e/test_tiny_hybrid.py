@@ -13,6 +13,7 @@ from linattn.frontend.compile import compile_model  # in this process, where a l
 from linattn.frontend.graph import last_position
 from linattn.runtime import Program, Session
 from linattn.runtime.binding import Sizes
+from linattn.runtime.collect import Collector
 from linattn.runtime.feeds import block_inputs, complete_inputs
 from linattn.runtime.state import read_state, zero_states
 
@@ -115,19 +116,19 @@ def test_a_used_session_starts_over_as_a_fresh_one() -> None:
 def test_a_call_that_fails_leaves_every_state(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sessions alternate between two sets of states; the committed one is not written to, whichever it is."""
     session, done = program(target).session(), 0
-    collect = session._collect
+    take = Collector.take
     for tokens in (4, 1, 4, 16, 1):
         session.run({"input_ids": IDS[:, done : done + tokens]})
         done += tokens
         before, left = session.states.numpy(), iter([None, None])  # the third block of a call fails when it is over
 
         def fail(*arguments: object, left: object = left) -> None:
-            collect(*arguments)  # type: ignore[arg-type]
+            take(*arguments)  # type: ignore[arg-type]
             if next(left, "none") == "none":  # type: ignore[call-overload]
                 raise RuntimeError("after the call")
 
         with monkeypatch.context() as patch:
-            patch.setattr(session, "_collect", fail)
+            patch.setattr(Collector, "take", fail)
             with pytest.raises(RuntimeError, match="after the call"):
                 session.run({"input_ids": IDS[:, done : done + 9]})
         assert session.position == done
@@ -149,7 +150,7 @@ def test_a_position_that_no_row_has_writes_the_last_rows(target: str, position: 
         sizes = Sizes(loaded.manifest, batch=2, tokens=tokens, past=0, total=tokens)
         feeds = complete_inputs(loaded.manifest, {"input_ids": IDS[:, :tokens]}, sizes, 2, 0, tokens)
         states = zero_states(loaded.manifest, loaded.device, 2)
-        _, states = loaded.call(entry, block_inputs(loaded.manifest, feeds, 0, 0, tokens), states, position)
+        _, states = loaded._engine.call(entry, block_inputs(loaded.manifest, feeds, 0, 0, tokens), states, position)
         for spec, state in zip(loaded.manifest.states, states, strict=True):
             if spec.kind == "kv_cache":
                 rows = np.abs(read_state(loaded.manifest, loaded.device, spec, state, 48)).sum((0, 1, 3))

@@ -27,7 +27,9 @@ FLOATS = InputSpec("x", "float32", ("n",))
         (IDS, [[None]], "ids: not an array, got list, expected int32"),
         (IDS, {"a": 1}, "ids: not an array, got dict, expected int32"),
         (IDS, [[1.0]], "ids: wrong dtype, got float64, expected int32; convert it"),
-        (IDS, np.array([[1]]), "ids: wrong dtype, got int64, expected int32; convert it"),
+        (IDS, np.array([[1, 1 << 31]]), "ids[0, 1]: value out of range, got 2147483648, expected int32"),
+        (IDS, np.array([[1.0]], np.float32), "ids: wrong dtype, got float32, expected int32; convert it"),
+        (IDS, np.array([[True]]), "ids: wrong dtype, got bool, expected int32; convert it"),
         (FLOATS, [[1.0], [2.0, 3.0]], "x: rows of different length, got 1 and 2"),
         (FLOATS, [1j], "x: not an array, got list, expected float32"),
     ],
@@ -39,7 +41,9 @@ def test_refused(spec: InputSpec, value: Any, words: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("value", [[[1, 2]], ((1, 2),), [[True, 2]], np.array([[1, 2]], np.int32)])
+@pytest.mark.parametrize(
+    "value", [[[1, 2]], ((1, 2),), [[True, 2]], *(np.array([[1, 2]], dtype) for dtype in ("int32", "int64", "uint8"))]
+)
 def test_taken(value: Any) -> None:
     array = as_array(IDS, value)
     assert array.dtype == np.int32

@@ -320,10 +320,14 @@ elif what == "function":
 elif what == "state":
     kept = session._line
     del session, program
+elif what == "tensor":
+    kept = session.run({"input_ids": [1, 2]}, device_outputs=True)["logits"]
+    shared = np.from_dlpack(kept) if kept.device != "vulkan" else None
+    del session, program, kept
 """
 
 
-@pytest.mark.parametrize("what", ["plain", "cycle", "function", "state"])
+@pytest.mark.parametrize("what", ["plain", "cycle", "function", "state", "tensor"])
 @pytest.mark.parametrize("target", ["cpu", pytest.param("vulkan", marks=pytest.mark.vulkan)])
 def test_the_interpreter_ends_in_any_order(what: str, target: str, tmp_path: Path) -> None:
     """What lies on a device is freed before the device, whatever Python frees first."""

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from conftest import need_device
 from linattn.runtime import InputError, Program, Session, StateError
+from linattn.runtime.dlpack import from_outside
 from linattn.runtime.manifest import StateSpec
-from linattn.runtime.views import from_outside
 from tiny_hybrid import Hybrid, open_form, reference
 
 IDS = np.random.default_rng(0).integers(1, 8, (1, 12))
