@@ -152,9 +152,9 @@ def test_what_a_step_refuses() -> None:
     run(session, 0, 5)
     for feed, message in (
         ([[1000]], r"input_ids\[0, 0\]: index out of range, got 1000, expected -256 to 255"),
-        (np.array([[3]], np.int32), r"input_ids: wrong dtype, got int32, expected int64"),
+        (np.array([[3]], np.float32), r"input_ids: wrong dtype, got float32, expected int64"),
         ([[1], [2]], r"input_ids: wrong shape, got \[2, 1\], expected \[batch=1, sequence\]"),
-        ([1], r"input_ids: wrong shape, got \[1\], expected \[batch=1, sequence\]"),
+        (1, r"input_ids: wrong shape, got \[\], expected \[batch=1, sequence\]"),
         ([["a"]], r"input_ids: not an array"),
     ):
         with pytest.raises(InputError, match=message):
