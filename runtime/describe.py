@@ -92,7 +92,7 @@ def _bytes(manifest: Manifest, spec: InputSpec | OutputSpec | StateSpec) -> int 
 
 
 def _strategies(nodes: Sequence[Any]) -> list[dict[str, Any]]:
-    """The lowerings of the nodes that the compile report has, equal ones together, with how many they are."""
+    """The strategies of the nodes that the compile report has, equal ones together, with how many they are."""
     found: dict[tuple[str, ...], int] = {}
     for node in nodes:
         row = cast(Mapping[str, object], node if isinstance(node, dict) else {})

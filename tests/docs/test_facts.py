@@ -1,0 +1,58 @@
+"""What pages say of the code is so: operators, strategies, families of GPUs, versions, files."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+
+from linattn.dialect_patterns.causal_conv import op as causal_conv
+from linattn.dialect_patterns.linear_attention import op as linear_attention
+from linattn.dialect_patterns.op import INTERNAL
+from linattn.dialect_patterns.registry import OPS
+from linattn.frontend.targets.vulkan_device import DEVICES
+from pages import PAGES, ROOT
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def text(page: str) -> str:
+    return (ROOT / page).read_text()
+
+
+def test_every_operator_is_in_the_reference() -> None:
+    named = text("docs/reference/operators.md")
+    missing = {op.op_type for op in OPS if op.domain != INTERNAL and op.op_type not in named}
+    assert missing == set()
+
+
+def test_every_strategy_of_the_state_operators_is_in_the_reference() -> None:
+    named = text("docs/reference/operators.md")
+    strategies = {strategy.name for op in (linear_attention, causal_conv) for strategy in op.STRATEGIES}
+    assert not {name for name in strategies if f"`{name}`" not in named}
+
+
+def test_families_of_gpus_are_those_that_we_know() -> None:
+    """`--gpu-target` in the how-to, a name or a range of names."""
+    (row,) = (line for line in text("docs/how-to/targets.md").splitlines() if line.startswith("| whose GPU"))
+    names = set(re.findall(r"`([a-z]+\d?)`", row)) | set(re.findall(r"--gpu-target (\w+)", row))
+    assert len(names) >= 9
+    assert names <= set(DEVICES)
+
+
+def test_versions_are_those_of_the_project() -> None:
+    readme, extras = text("README.md"), PROJECT["optional-dependencies"]
+    iree = next(need.partition("==")[2] for need in PROJECT["dependencies"] if need.startswith("iree"))
+    onnx = next(need.partition("==")[2] for need in extras["compile"] if need.startswith("onnx"))
+    assert f"IREE exactly {iree.removesuffix('.*')}, ONNX exactly {onnx.removesuffix('.*')}" in readme
+    assert re.search(rf"\| {PROJECT['requires-python'].removeprefix('>=')} to 3\.\d+;", readme)
+    for page in PAGES:
+        given = re.findall(r"(?:pip install )'?\.?(?:linattn)?\[([\w,]+)\]", text(page))
+        assert not {extra for extras_ in given for extra in extras_.split(",")} - set(extras), page
+
+
+def test_files_that_pages_name_are_there() -> None:
+    """What stands in code marks and begins with one of our folders."""
+    path = re.compile(r"`((?:frontend|dialect_patterns|runtime|tests|samples|docs|\.ci|\.github)/[\w./*-]*)`")
+    named = [(page, name) for page in PAGES for name in path.findall(text(page))]
+    assert len(named) > 20
+    assert not [f"{page}: {name}" for page, name in named if not list(ROOT.glob(name.rstrip("/")))]
