@@ -35,6 +35,7 @@ from .graph.masked_experts import raise_masked_experts
 from .graph.name_nodes import name_nodes
 from .graph.quantised_weights import pack_quantised_weights
 from .graph.raising.raise_operators import RAISED_OPS, raise_operators
+from .graph.raising.tokens import mixes_tokens
 from .graph.ranked_top_k import rank_top_k
 from .graph.raw_values import raw_values
 from .graph.schema import check_contracts, check_supported, domain_of, infer_types, opset_versions
@@ -116,9 +117,10 @@ def compile_model(
         pack_quantised_weights(model)
         transpose_weights(model)
         mixtures = raise_masked_experts(model)
+        one_token = mixes_tokens(model.proto, raising.tokens) if raising.tokens is not None else None
         raw_values(model.proto.graph)
     with progress.stage("pair states, plan entry points"):
-        plan, graphs, needed = _plan(model, versions, options, target, raising.one_token)
+        plan, graphs, needed = _plan(model, versions, options, target, one_token or "")
         plan, functions = _functions(plan, graphs)
     report = describe_choices(model, plan, graphs, versions, _lowering_options(options), target)
     report.call_bytes = needed

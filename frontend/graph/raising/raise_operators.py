@@ -22,7 +22,7 @@ from .scan import raise_scan
 from .single_step import raise_step, state_of_step
 from .single_value import is_single_value, raise_single_value
 from .sizes import Size
-from .tokens import dropped_tokens, mixes_tokens
+from .tokens import dropped_tokens
 from .values import Values
 from .write_recurrence import Outcome
 
@@ -41,12 +41,12 @@ class Raising:
     Attributes:
         notes: For the report, a line an operator.
         misses: Node that was left alone -> what stood in the way.
-        one_token: Why a graph that took one token a call still does; empty for any other graph.
+        tokens: Symbol of the number of tokens in a graph that takes one a call, see ``tokens.py``; None for any other.
     """
 
     notes: list[str] = field(default_factory=list[str])
     misses: dict[str, str] = field(default_factory=dict[str, str])
-    one_token: str = ""
+    tokens: str | None = None
 
 
 def raise_operators(model: onnx.ModelProto) -> Raising:
@@ -61,28 +61,25 @@ def raise_operators(model: onnx.ModelProto) -> Raising:
     Raises:
         UnsupportedModelError: if the model's shapes contradict each other.
     """
-    done = Raising()
-    tokens = dropped_tokens(model)
-    _raise_convolutions(model, done, tokens)
+    done = Raising(tokens=dropped_tokens(model))
+    _raise_convolutions(model, done)
     _raise_scans(model, done)
     _raise_single_values(model, done)
-    if tokens is not None:
-        _raise_steps(model, done, tokens)
+    if done.tokens is not None:
+        _raise_steps(model, done, done.tokens)
     if any(note.startswith(_RAISED) for note in done.notes):
         drop_unused(model.graph)
         name_nodes(model.graph)
-    if tokens is not None:
-        done.one_token = mixes_tokens(model, tokens) or ""
     return done
 
 
-def _raise_convolutions(model: onnx.ModelProto, done: Raising, tokens: str | None) -> None:
+def _raise_convolutions(model: onnx.ModelProto, done: Raising) -> None:
     graph = model.graph
     structure = Values(graph, {})
     candidates = [node for node in graph.node if is_candidate(node, structure)]
     if not candidates or opset_versions(model).get("", 1) < _OLDEST:
         return
-    types = infer_types(model if tokens is None else _for_one_token(model, tokens))
+    types = infer_types(model if done.tokens is None else _for_one_token(model, done.tokens))
     values, readers = Values(graph, types), Readers(graph)
     found: list[Raised] = []
     for node in candidates:

@@ -5,13 +5,16 @@ Once its recurrences are operators again, such a graph may take many tokens, if 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import onnx
+from linattn.dialect_patterns.experts.given import CHOSEN_EXPERTS
+from linattn.dialect_patterns.gather_columns.op import GATHER_COLUMNS
 from linattn.dialect_patterns.op import INTERNAL, MICROSOFT
 from linattn.dialect_patterns.selective_scan.op import SELECTIVE_SCAN
 
 from ..schema import attributes_of, domain_of, infer_types
+from ..states import STATE_PORTS
 from .sizes import Size, product
 from .values import Values
 
@@ -19,20 +22,23 @@ _ELEMENTWISE = """
     Add Cast CastLike Clip Div Erf Exp Gelu HardSwish Identity LeakyRelu Log Max Min Mul Neg Pow QuickGelu Reciprocal
     Relu Sigmoid Softplus Sqrt Sub Swish Tanh Where
 """
-_ROWS = """
-    GatedAdd GatedRMSNorm LayerNormalization MatMul MatMulNBits MoE QMoE RMSNormalization SimplifiedLayerNormalization
-    SkipLayerNormalization SkipSimplifiedLayerNormalization
+_ROWS = f"""
+    {CHOSEN_EXPERTS} GatedAdd GatedRMSNorm LayerNormalization MatMul MatMulNBits MoE QMoE RMSNormalization
+    SimplifiedLayerNormalization SkipLayerNormalization SkipSimplifiedLayerNormalization
 """
 """Operators of rows, which the last axis holds, and of weights that all rows share."""
 
-_SEQUENTIAL: dict[tuple[str, str], int] = {
-    ("", "LinearAttention"): -2,
-    (MICROSOFT, "LinearAttention"): -2,
-    ("", "CausalConvWithState"): -1,
-    (MICROSOFT, "CausalConvWithState"): -1,
-    (INTERNAL, SELECTIVE_SCAN): -2,
+_SEQUENTIAL: dict[tuple[str, str], tuple[int, tuple[int, ...]]] = {
+    ("", "LinearAttention"): (-2, (0, 1, 2, 4, 5)),
+    (MICROSOFT, "LinearAttention"): (-2, (0, 1, 2, 4, 5)),
+    ("", "CausalConvWithState"): (-1, (0,)),
+    (MICROSOFT, "CausalConvWithState"): (-1, (0,)),
+    (INTERNAL, SELECTIVE_SCAN): (-2, (0, 1, 3, 4)),
+    ("", "Attention"): (-2, (0, 1, 2)),
+    (MICROSOFT, "GroupQueryAttention"): (-2, (0, 1, 2)),
 }
-"""Operators for which a prompt is its tokens one after the other, and the axis of the tokens, from the last one."""
+"""Operators for which a prompt is its tokens one after the other: the axis of the tokens, from the last one, and the
+inputs that have it. Each is one if it reads a state and gives it back, Attention if it is causal."""
 
 
 def dropped_tokens(model: onnx.ModelProto) -> str | None:
@@ -84,6 +90,10 @@ def mixes_tokens(model: onnx.ModelProto, tokens: str) -> str | None:
     return None
 
 
+def _has(ports: Sequence[str], port: int) -> bool:
+    return port < len(ports) and bool(ports[port])
+
+
 class _Places:
     """Which axis of a value is the tokens', counted from the last one: -1 and so on.
 
@@ -102,17 +112,23 @@ class _Places:
     def of(self, node: onnx.NodeProto) -> int | None:
         """That of a node's outputs, of which some input has one; None if the node may mix tokens."""
         found = {i: self.known[name] for i, name in enumerate(node.input) if name in self.known}
+        sequential = _SEQUENTIAL.get((domain_of(node), node.op_type))
+        if sequential is not None:
+            place, ports = sequential
+            causal = node.op_type != "Attention" or attributes_of(node).get("is_causal") == 1
+            states = STATE_PORTS[domain_of(node), node.op_type]
+            carries = all(_has(node.input, past) and _has(node.output, present) for _, past, present in states)
+            fits = set(found) <= {*ports} and set(found.values()) == {place}
+            return place if causal and carries and fits else None
         place = found[min(found)]
         if any(other != place for other in found.values()):
             return None
-        if (domain_of(node), node.op_type) in _SEQUENTIAL:
-            return place if place == _SEQUENTIAL[domain_of(node), node.op_type] else None
         if node.op_type in _ELEMENTWISE.split():
             return place if all(self._stretches(name, place) for name in node.input if name) else None
         if node.op_type in _ROWS.split():
             shape = self._values.shape(node.input[1]) if node.op_type == "MatMul" else ()
             return place if place != -1 and 0 in found and shape is not None and len(shape) < 3 else None
-        if node.op_type in ("Gather", "GatherColumns", "GatherBlockQuantized"):
+        if node.op_type in ("Gather", GATHER_COLUMNS, "GatherBlockQuantized"):
             return self._gathered(node, place) if set(found) == {1} else None
         rule = _RULES.get(node.op_type) if domain_of(node) == "" else None
         if rule is None or (set(found) != {0} and node.op_type != "Concat"):
@@ -127,7 +143,7 @@ class _Places:
     def _gathered(self, node: onnx.NodeProto, place: int) -> int | None:
         shape, attributes = self._values.shape(node.input[0]), attributes_of(node)
         axis = attributes.get("axis", attributes.get("gather_axis", 0))
-        if shape is None or (axis != 0 and node.op_type != "GatherColumns"):
+        if shape is None or (axis != 0 and node.op_type != GATHER_COLUMNS):
             return None
         return place - (len(shape) - 1)
 
