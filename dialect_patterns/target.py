@@ -48,6 +48,7 @@ class Target:
         limits: What the driver takes of any dispatch, IREE's own included.
         executable: MLIR text of IREE's description of the machine (CPU), where a module has code for several.
         shares_weights: Whether code for other vector widths reads the same packed weights (CPU).
+        fast_math: Whether products of f32 may be of terms of 16 bits.
         levels: The machines that a module has code for, best first, where those are several; what is asked of this
             target itself is then asked of all.
     """
@@ -65,6 +66,7 @@ class Target:
     limits: Limits = Limits()
     executable: str = ""
     shares_weights: bool = False
+    fast_math: bool = False
     levels: tuple[Target, ...] = ()
 
     @property

@@ -117,6 +117,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--no-state", action="append", default=[], metavar="NAME", help="an input that is no state; repeatable")
     add("--chunk-size", metavar="N", help="tokens a chunk in strategies that go by chunks, a power of two")
     add("--strategy", metavar="NAME", help="force one strategy for the two operators; fails where it is not legal")
+    add(
+        "--math",
+        default="strict",
+        metavar="strict|fast",
+        help="fast: products of f32 weights may be of terms of 16 bits, which lose 2^-16 of each, where the machine's "
+        "matrix units make that faster (default: strict)",
+    )
     add("--params", metavar="FILE.irpa", help="write the weights to this file instead of into the module")
     add(
         "--tokenizer",
@@ -149,6 +156,7 @@ def _run(arguments: argparse.Namespace) -> int:
         states=_states(arguments.state),
         no_states=frozenset(arguments.no_state),
         strategy=arguments.strategy,
+        math=arguments.math,
         params=Path(arguments.params) if arguments.params else None,
         plain_abi=arguments.plain_abi,
         max_memory=_size(arguments.max_memory),

@@ -63,6 +63,7 @@ from .plan.module import describe_module
 from .plan.report import Progress, write_report
 from .process.guard import last_net
 from .targets import CompileTarget, resolve_target
+from .targets.math import with_math
 from .text import add_text, report_text, text_files, with_text
 
 
@@ -94,7 +95,7 @@ def compile_model(
     """
     options = options or CompileOptions()
     progress = progress or Progress(6)
-    target = resolve_target(options.target, options.machine)
+    target = with_math(resolve_target(options.target, options.machine), options.math)
     with progress.stage("load and check the model"):
         model = load_model(source)
         text = text_files(options.tokenizer, model.path)

@@ -39,6 +39,8 @@ class CompileOptions:
         states: Past input -> present output, for states that neither the graph nor their names show.
         no_states: Inputs that are no states, whatever they look like.
         strategy: Forces one strategy on the two state operators.
+        math: ``strict``: sums and products of f32 are in f32; ``fast``: products with weights may be of terms of 16
+            bits, where the machine multiplies those faster.
         params: Write the weights to this ``.irpa`` file instead of into the module.
         plain_abi: Functions return every output and state as ordinary results, as any caller of IREE expects; without
             it those of fixed sizes take memory for them, which saves our runtime an allocation a call.
@@ -62,6 +64,7 @@ class CompileOptions:
     states: Mapping[str, str] = field(default_factory=dict[str, str])
     no_states: frozenset[str] = frozenset()
     strategy: str | None = None
+    math: str = "strict"
     params: Path | None = None
     plain_abi: bool = False
     max_memory: int = DEFAULT_MAX_MEMORY

@@ -1,6 +1,9 @@
-"""Strategy ``fused_amx``: many rows of bf16 by a matrix of weights on the CPU's matrix unit.
+"""Strategy ``fused_amx``: many rows by a matrix of weights on the CPU's matrix unit, which multiplies bf16.
 
-    %y = flow.dispatch @mat_mul_fused_amx_...(%a, %packed)        weights in the pairs that ``fused_simd`` reads too
+    %y = flow.dispatch @mat_mul_fused_amx_...(%a, %packed)        bf16: in the pairs that ``fused_simd`` reads too
+
+    %terms = flow.dispatch @mat_mul_amx_rows_...(%a)              f16, and f32 with --math fast: sums of two bf16
+    %y = flow.dispatch @mat_mul_fused_amx_...(%terms, %packed)    weights taken apart block by block, on the stack
 
     for each panel of 32 columns:  for each block of K:  for each 32 rows:
       sums [2 x 2 registers of 16 x 16] += a [2 registers of 16 rows x 32] * b [2 of 32 x 16 columns]
@@ -10,7 +13,7 @@ stays in the first-level cache while the rows stream past it; sums wait on the s
 not divide the rows, the last ones begin earlier and some are computed twice.
 
 Legal: on CPUs with AMX, from 16 rows on, known at compile time, where 32 divides K. Cost: a once for each group of
-panels, b once for each chunk of rows. Sums in f32; subnormal numbers count as zero.
+panels, b once for each chunk of rows; with two terms three products for one. Sums in f32; subnormal bf16 count as zero.
 """
 
 from __future__ import annotations
@@ -30,16 +33,17 @@ from ..op import LoweringContext, weight_symbol
 from ..select import Legality, No, OtherMachine, Yes, rows_text
 from ..target import Target
 from . import fused_simd
+from .bf16_terms import PRODUCTS, write_split_rows, write_split_weights
 from .contract import MatMul
 from .simd_edges import store_rows
-from .simd_pairs import multiplies_pairs
 from .simd_plan import Plan, weight_layout
 
 FEATURES = frozenset({"amx-tile", "amx-bf16"})
 _COLUMNS = 32  # of a panel
 _WORDS = 16  # of K in one product
-_BLOCK = 160  # words of K: 20 KiB of a panel
-_CHUNK = 6  # blocks of 32 rows whose sums wait on the stack, of the 32 KiB that IREE allows
+# By terms: words of K in a block, 20 KiB of a panel or 16 on the stack; blocks of 32 rows whose sums wait there, of the
+# 32 KiB that IREE allows.
+_BLOCK, _CHUNK = {1: 160, 2: 64}, {1: 6, 2: 3}
 _MOST_PANELS = 16
 _START = 8.0  # products of 32 x 32 x 32 that would take as long as the start of a workgroup
 
@@ -54,6 +58,7 @@ class Tiling:
         block: Words of a block.
         chunk: Blocks of 32 rows of a workgroup.
         group: Panels of a workgroup.
+        terms: Of each number, see ``bf16_terms``.
     """
 
     rows: int
@@ -61,6 +66,7 @@ class Tiling:
     block: int
     chunk: int
     group: int
+    terms: int
 
     @property
     def steps(self) -> int:
@@ -74,8 +80,10 @@ def is_legal(contract: MatMul, target: Target) -> Legality:
     if isinstance(possible, No):
         return possible
     dtype = contract.a.dtype
-    if not has_unit(target) or not multiplies_pairs(dtype, target):
-        return (No if has_unit(target) else OtherMachine)(f"no matrix unit for {dtype}")
+    if not target.features >= FEATURES:
+        return OtherMachine(f"no matrix unit for {dtype}")
+    if dtype == "f32" and not target.fast_math:
+        return No("its matrix unit rounds f32, which --math fast allows")
     if contract.rows is None or contract.rows < ROWS:
         return No(f"{rows_text(contract.rows)}, from {ROWS} on the matrix unit is worth its start")
     if contract.depth % (2 * _WORDS):
@@ -83,28 +91,23 @@ def is_legal(contract: MatMul, target: Target) -> Legality:
     return Yes()
 
 
-def has_unit(target: Target) -> bool:
-    """Whether a CPU has the matrix unit."""
-    return target.features >= FEATURES
-
-
 def tiling(contract: MatMul) -> Tiling:
     """The sizes for a product that is legal."""
     assert contract.rows is not None
-    words = contract.depth // 2
-    blocks = -(-words // _BLOCK)
+    words, terms = contract.depth // 2, 1 if contract.a.dtype == "bf16" else 2
+    blocks = -(-words // _BLOCK[terms])
     block = -(-words // (blocks * _WORDS)) * _WORDS
     steps, panels = -(-contract.rows // (2 * ROWS)), -(-contract.columns // _COLUMNS)
-    cost = words / _WORDS
+    cost = words / _WORDS * (1 if terms == 1 else len(PRODUCTS))
 
     def slowest(option: tuple[int, int]) -> float:
         chunk, group = option
         return slowest_share(-(-steps // chunk) * -(-panels // group), _START + group * chunk * cost)
 
-    chunks = sorted({-(-steps // count) for count in range(-(-steps // _CHUNK), steps + 1)}, reverse=True)
+    chunks = sorted({-(-steps // count) for count in range(-(-steps // _CHUNK[terms]), steps + 1)}, reverse=True)
     options = [(chunk, group) for chunk in chunks[:4] for group in range(1, min(panels, _MOST_PANELS) + 1)]
     chunk, group = min(options, key=slowest)
-    return Tiling(contract.rows, words, block, chunk, group)
+    return Tiling(contract.rows, words, block, chunk, group, terms)
 
 
 def emit_mat_mul_fused_amx(context: LoweringContext, contract: MatMul, a: ir.Value, b: ir.Value) -> ir.Value:
@@ -113,14 +116,36 @@ def emit_mat_mul_fused_amx(context: LoweringContext, contract: MatMul, a: ir.Val
     assert symbol is not None
     assert context.weights is not None
     packed_as = weight_layout(context.target, contract.a.dtype)
-    packed = context.weights.repacked(symbol, packed_as.name, packed_as.pack, "i32")
+    t = tiling(contract)
+    packed = context.weights.repacked(symbol, packed_as.name, packed_as.pack, "i32" if t.terms == 1 else None)
     leading = build.shape(a)[:-1]
     a = build.refine(a, TensorSpec((*spec_of(a).shape[:-1], contract.depth), contract.a.dtype))
     rows = build.collapse(a, 0, len(leading) - 1)
     assert contract.rows is not None
-    kernel = product_kernel(contract, fused_simd.plan_for(contract, context.target), tiling(contract))
+    if t.terms > 1:
+        (rows,) = dispatch(build, rows_kernel(contract, t), [rows], contract.rows, contract.rows)
+    kernel = product_kernel(contract, fused_simd.plan_for(contract, context.target), t)
     (y,) = dispatch(build, kernel, [rows, packed], contract.rows, contract.rows)
     return build.expand(y, 0, leading) if len(leading) > 1 else y
+
+
+def rows_kernel(contract: MatMul, t: Tiling) -> Kernel:
+    """The kernel that takes the rows apart."""
+    dtype = contract.a.dtype
+
+    def write(k: KernelText, batch: Index, count: Index, memrefs: Sequence[str]) -> None:
+        del batch, count
+        row = k.op("hal.interface.workgroup.id[1] : index", "index")
+        write_split_rows(k, row, contract.depth, _WORDS, *memrefs)
+
+    return Kernel(
+        name=f"mat_mul_amx_rows_{dtype}_{t.rows}x{contract.depth}",
+        inputs=(TensorSpec((t.rows, contract.depth), dtype),),
+        outputs=(TensorSpec((t.terms, t.rows, t.words), "i32"),),
+        axes=("T_", "_T_"),
+        workgroups=(1, 1),
+        write=write,
+    )
 
 
 def product_kernel(contract: MatMul, p: Plan, t: Tiling) -> Kernel:
@@ -134,11 +159,11 @@ def product_kernel(contract: MatMul, p: Plan, t: Tiling) -> Kernel:
     return Kernel(
         name=f"mat_mul_fused_amx_{dtype}_{t.rows}x{columns}x{contract.depth}",
         inputs=(
-            TensorSpec((t.rows, contract.depth), dtype),
-            TensorSpec((p.layout.panels(columns), t.words, _COLUMNS), "i32"),
+            TensorSpec((t.rows, contract.depth), dtype) if t.terms == 1 else rows_kernel(contract, t).outputs[0],
+            TensorSpec((p.layout.panels(columns), p.depth, _COLUMNS), "i32" if p.pairs else dtype),
         ),
         outputs=(TensorSpec((t.rows, columns), dtype),),
-        axes=("T_", "___", "T_"),
+        axes=("T_" if t.terms == 1 else "_T_", "___", "T_"),
         workgroups=(-(-p.panels // t.group), 1),
         write=write,
         share=t.chunk * 2 * ROWS,
@@ -152,7 +177,7 @@ class AmxBody:
         k: Where to.
         p: How columns are cut into panels, a row at a time.
         t: Sizes of the kernel.
-        memrefs: The rows [M, K], the weights [panels, K / 2, 32], and y [M, N].
+        memrefs: The rows [M, K], or their terms [2, M, K / 2]; the weights; and y [M, N].
     """
 
     def __init__(self, k: KernelText, p: Plan, t: Tiling, memrefs: Sequence[str]) -> None:
@@ -161,6 +186,7 @@ class AmxBody:
         self.tiles = AmxTiles(k)
         waiting = t.chunk if t.block < t.words else 1
         self.sums = k.alloca([waiting * 2 * ROWS, _COLUMNS])
+        self.parts = [k.alloca([t.block, _COLUMNS], "i32") for _ in range(t.terms)] if t.terms > 1 else []
 
     def write(self) -> None:
         """The whole body."""
@@ -199,6 +225,8 @@ class AmxBody:
     def _block(self, panel: Index, first: Index, steps: Index, start: Index, size: int) -> None:
         """All rows by one block of one panel."""
         k, t = self.k, self.t
+        if self.parts:
+            write_split_weights(k, self.p, panel, start, size, self.b, self.parts)
 
         def rows(index: Index) -> None:
             row = k.mul(k.add(first, index), 2 * ROWS)
@@ -231,14 +259,28 @@ class AmxBody:
     def _products(self, panel: Index, places: Sequence[Index], start: Index, size: int) -> None:
         k, tiles = self.k, self.tiles
 
-        def step(at: Index, _: list[str]) -> list[str]:
-            word = k.add(start, at)
+        def load_rows(term: int, word: Index) -> None:
             for register, row in zip(A, places, strict=True):
-                tiles.load(register, self.a, [row, k.mul(word, 2)])
+                place = [term, row, word] if self.parts else [row, k.mul(word, 2)]
+                tiles.load(register, self.a, place)
+
+        def load_columns(term: int, word: Index, at: Index) -> None:
             for half, register in enumerate(B):
-                tiles.load(register, self.b, [panel, word, half * ROWS])
-            for register in SUMS:
-                tiles.multiply_bf16(register, A[register // 2], B[register % 2])
+                if self.parts:
+                    tiles.load(register, self.parts[term], [at, half * ROWS])
+                else:
+                    tiles.load(register, self.b, [panel, word, half * ROWS])
+
+        def step(at: Index, _: list[str]) -> list[str]:
+            word, last = k.add(start, at), (-1, -1)
+            for terms in PRODUCTS if self.parts else PRODUCTS[:1]:
+                if terms[0] != last[0]:
+                    load_rows(terms[0], word)
+                if terms[1] != last[1]:
+                    load_columns(terms[1], word, at)
+                for register in SUMS:
+                    tiles.multiply_bf16(register, A[register // 2], B[register % 2])
+                last = terms
             return []
 
         k.loop(size, [], step, step=_WORDS)

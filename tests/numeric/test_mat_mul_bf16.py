@@ -1,9 +1,13 @@
-"""Products of bf16 by AVX512_BF16 and by AMX, against float64: real where this CPU has them, else emulated."""
+"""Products by AVX512_BF16 and by AMX, against float64: real where this CPU has them, else emulated."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import ml_dtypes
 import numpy as np
+import onnx
 import pytest
 from linattn.dialect_patterns.mat_mul.contract import MatMul
 from linattn.dialect_patterns.mat_mul.op import choose
@@ -11,6 +15,7 @@ from linattn.dialect_patterns.mat_mul.simd_layout import PairLayout
 from linattn.dialect_patterns.node import TensorSpec
 from linattn.dialect_patterns.op import LoweringOptions
 from linattn.dialect_patterns.target import Target
+from linattn.frontend.cli import main
 from linattn.frontend.compile import CompileOptions, compile_model
 from linattn.runtime import Program
 from test_mat_mul import SHAPES, build, check, inputs_of
@@ -32,35 +37,42 @@ AMX_CPU = Target("cpu", vector_bits=512, features=AMX)
 
 @pytest.mark.parametrize("how", ["here", "emulated"])
 @pytest.mark.parametrize(
-    ("features", "shapes", "kernel"),
-    [(PAIRS, PAIRED, b"mat_mul_fused_simd"), (AMX, UNIT, b"mat_mul_fused_amx")],
-    ids=["avx512_bf16", "amx"],
+    ("features", "shapes", "kernel", "dtype"),
+    [
+        (PAIRS, PAIRED, b"mat_mul_fused_simd", BF16),
+        (AMX, UNIT, b"mat_mul_fused_amx", BF16),
+        (AMX, UNIT, b"mat_mul_fused_amx", np.float16),
+        (AMX, UNIT, b"mat_mul_fused_amx", np.float32),
+    ],
+    ids=["avx512_bf16", "amx", "amx-f16", "amx-f32"],
 )
 def test_products(
     how: str,
     features: frozenset[str],
     shapes: list[tuple[int, int, int]],
     kernel: bytes,
+    dtype: type,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if how == "emulated":
         emulate(monkeypatch, features)
     elif not features <= HOST.features:
         pytest.skip(f"emulated only: this CPU lacks {', '.join(sorted(features - HOST.features))}")
-    model = build(shapes, BF16)
-    compiled = compile_model(model, CompileOptions())
+    model = build(shapes, dtype)
+    compiled = compile_model(model, CompileOptions(math="fast"))
     assert compiled.module.count(kernel) >= len(shapes)
     assert (b"_pairs" in compiled.module) == (features == PAIRS)
-    check(Program.load(compiled.module), model, shapes, BF16)
+    check(Program.load(compiled.module), model, shapes, dtype)
 
 
-def test_rows_that_are_not_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """NaN and inf stay in their row, and a zero beyond an odd K meets neither."""
+@pytest.mark.parametrize("dtype", [BF16, np.float16, np.float32], ids=["bf16", "f16", "f32"])
+def test_rows_that_are_not_numbers(dtype: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NaN and inf stay in their row, inf is no NaN but with fast math, and a zero beyond an odd K meets neither."""
     emulate(monkeypatch, AMX)
     shapes = [(40, 64, 33), (3, 31, 9), (20, 31, 9)]
-    model = build(shapes, BF16)
-    program = Program.load(compile_model(model, CompileOptions()).module)
-    feeds = inputs_of(shapes, BF16)
+    model = build(shapes, dtype)
+    program = Program.load(compile_model(model, CompileOptions(math="fast")).module)
+    feeds = inputs_of(shapes, dtype)
     clean = program.run(feeds)
     for array in feeds.values():
         array[1], array[2, -1] = np.nan, np.inf
@@ -68,8 +80,21 @@ def test_rows_that_are_not_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, y in found.items():
         assert np.isnan(y[1].astype(np.float32)).all()
         assert not np.isfinite(y[2].astype(np.float32)).any()
+        assert dtype == np.float32 or np.isinf(y[2].astype(np.float32)).all()
         for row in (0, *range(3, len(y))):
             np.testing.assert_array_equal(y[row], clean[name][row])
+
+
+def test_fast_math_is_for_the_matrix_unit(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    onnx.save(build([(16, 32, 8)], np.float32), tmp_path / "model.onnx")
+    arguments = [str(tmp_path / "model.onnx"), "-o", str(tmp_path / "m.vmfb")]
+    assert main([*arguments, "--math", "exact"]) == 2
+    assert "--math: not understood, got 'exact', expected strict or fast" in capsys.readouterr().err
+    for features, changed in (("x86-64-v3", False), ("sapphirerapids", True)):
+        assert main([*arguments, "--math", "fast", "--cpu-features", features]) == 0
+        said = capsys.readouterr()
+        assert ("MatMul: fused_amx, " in said.out + said.err) == changed
+        assert ("--math fast changes nothing here" in said.out + said.err) != changed
 
 
 @pytest.mark.parametrize(("depth", "columns"), [(1, 5), (6, 32), (7, 33), (4, 70)])
@@ -91,7 +116,10 @@ def test_pairs(depth: int, columns: int) -> None:
         (15, 64, "bf16", AMX_CPU, "fused_simd", "15 rows"),
         (None, 64, "bf16", AMX_CPU, "fused_simd", "an open number of rows"),
         (64, 48, "bf16", AMX_CPU, "fused_simd", "32 does not divide K=48"),
-        (64, 64, "f16", AMX_CPU, "fused_simd", "no matrix unit for f16"),
+        (64, 64, "f16", AMX_CPU, "fused_amx", ""),
+        (64, 64, "f32", AMX_CPU, "fused_simd", "--math fast"),
+        (64, 64, "f32", replace(AMX_CPU, fast_math=True), "fused_amx", ""),
+        (64, 64, "f16", Target("cpu", vector_bits=512, features=PAIRS), "fused_simd", "no matrix unit"),
         (64, 64, "bf16", Target("cpu", vector_bits=512, features=PAIRS), "fused_simd", "no matrix unit"),
         (64, 64, "bf16", Target("cpu", vector_bits=256), "fused_simd", "no matrix unit"),
     ],

@@ -1,0 +1,28 @@
+"""``--math``: whether products of f32 may be of terms of 16 bits, where a machine multiplies those faster."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from linattn.dialect_patterns.mat_mul.fused_amx import FEATURES
+from linattn.runtime.errors import InputError
+
+from .base import CompileTarget
+
+STRICT, FAST = "strict", "fast"
+
+
+def with_math(target: CompileTarget, math: str) -> CompileTarget:
+    """The target with what ``--math`` allows; a note where that changes nothing.
+
+    Raises:
+        InputError: if it is neither ``strict`` nor ``fast``.
+    """
+    if math not in (STRICT, FAST):
+        raise InputError("not understood", where="--math", got=repr(math), expected=f"{STRICT} or {FAST}")
+    if math == STRICT:
+        return target
+    if not target.capabilities.features >= FEATURES or target.levels:
+        note = "--math fast changes nothing here: it is for CPUs with AMX (such as --cpu-features sapphirerapids)"
+        return replace(target, notes=(*target.notes, note))
+    return replace(target, capabilities=replace(target.capabilities, fast_math=True))
