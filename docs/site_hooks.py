@@ -55,6 +55,11 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     return _HELP.sub(_help, "".join([*pieces, _turn(markdown[end:], source, place)]))
 
 
+def on_page_content(html: str, **_: Any) -> str:
+    """Names that docstrings refer to as Sphinx does, without the role and the path."""
+    return re.sub(r":(?:class|func|mod|meth|data):<code>~?(?:[\w.]+\.)?(\w+)</code>", r"<code>\1</code>", html)
+
+
 def _turn(text: str, source: str, place: str) -> str:
     def turn(match: re.Match[str]) -> str:
         picture, label, link = match.groups()
