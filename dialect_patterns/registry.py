@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import choose
+from . import choose, next_token
 from .attention import group_query as group_query_attention
 from .attention import op as attention
 from .causal_conv import op as causal_conv
@@ -52,6 +52,7 @@ OPS: tuple[Op, ...] = (
     *mat_mul.OPS,
     *joined.OPS,
     *choose.OPS,
+    *next_token.OPS,
 )
 
 

@@ -13,7 +13,7 @@ from linattn.runtime.command import run_command, version_line
 from linattn.runtime.completion import add_completion
 from linattn.runtime.errors import InputError
 
-from .options import BUNDLE_SUFFIX, DEFAULT_MAX_MEMORY, CompileOptions, parse_size
+from .options import BUNDLE_SUFFIX, DEFAULT_MAX_MEMORY, SAMPLERS, CompileOptions, parse_size
 from .plan.report import module_progress, stderr_progress
 from .process.isolated import compile_bundle, compile_model
 from .targets import TARGETS, TargetOptions
@@ -132,6 +132,13 @@ def _parser() -> argparse.ArgumentParser:
         help="put this tokenizer.json, and the chat template and configs beside it, into the module (default: the one "
         "beside MODEL)",
     )
+    add(
+        "--sampler",
+        default="none",
+        metavar="|".join(SAMPLERS),
+        help="greedy: a step that returns the likeliest token instead of all logits, so that greedy generation on a "
+        "GPU submits the next step before the last is done (default: none)",
+    )
     add("--plain-abi", action="store_true", help="functions that iree-run-module and C programs can call as they are")
     add("--max-memory", metavar="SIZE", help="memory that a call may need, such as 16GiB (default: 64GiB)")
     add("--dump-ir", metavar="DIR", help="keep the IR after each stage")
@@ -160,6 +167,7 @@ def _run(arguments: argparse.Namespace) -> int:
         params=Path(arguments.params) if arguments.params else None,
         plain_abi=arguments.plain_abi,
         max_memory=_size(arguments.max_memory),
+        sampler=arguments.sampler,
         tokenizer={BESIDE: BESIDE, "none": None}.get(arguments.tokenizer, Path(arguments.tokenizer)),
         dump_ir=Path(arguments.dump_ir) if arguments.dump_ir else None,
         report=Path(arguments.report) if arguments.report not in (None, "", "-") else None,

@@ -33,6 +33,7 @@ from .graph.join_products import join_products
 from .graph.last_position import LEAST_TOKENS, keep_last
 from .graph.masked_experts import raise_masked_experts
 from .graph.name_nodes import name_nodes
+from .graph.next_token import choose_next
 from .graph.quantised_weights import pack_quantised_weights
 from .graph.raising.raise_operators import RAISED_OPS, raise_operators
 from .graph.raising.tokens import mixes_tokens
@@ -122,7 +123,7 @@ def compile_model(
         raw_values(model.proto.graph)
     with progress.stage("pair states, plan entry points"):
         plan, graphs, needed = _plan(model, versions, options, target, one_token or "")
-        plan, functions = _functions(plan, graphs)
+        plan, functions = _functions(plan, graphs, options)
     report = describe_choices(model, plan, graphs, versions, _lowering_options(options), target)
     report.call_bytes = needed
     report.notes += [*raising.notes, *mixtures]
@@ -266,9 +267,15 @@ def _plan(
     return dataclasses.replace(plan, inputs=inputs), graphs, needed
 
 
-def _functions(plan: ModulePlan, graphs: Sequence[SpecializedGraph]) -> tuple[ModulePlan, dict[str, SpecializedGraph]]:
-    """Symbol -> graph of all functions: the entry points, and after a large one its variant for the last position."""
+def _functions(
+    plan: ModulePlan, graphs: Sequence[SpecializedGraph], options: CompileOptions
+) -> tuple[ModulePlan, dict[str, SpecializedGraph]]:
+    """Symbol -> graph of all functions: the entry points, each followed by its variants that hand back less.
+
+    After a large one that for the last position, after that of one token that for the next token.
+    """
     logits = [output.name for output in plan.outputs if output.role == "logits" and output.token_axis == 1]
+    ids = [spec.name for spec in plan.inputs if spec.role == "tokens"]
     entries: list[EntryPoint] = []
     functions: dict[str, SpecializedGraph] = {}
     for entry, graph in zip(plan.entry_points, graphs, strict=True):
@@ -279,7 +286,15 @@ def _functions(plan: ModulePlan, graphs: Sequence[SpecializedGraph]) -> tuple[Mo
         if short is not None:
             functions[symbol] = short
         entries.append(dataclasses.replace(entry, last=symbol) if short is not None else entry)
-    return dataclasses.replace(plan, entry_points=tuple(entries)), functions
+        if options.sampler == "greedy" and entry.tokens == 1 and len(logits) == len(ids) == 1:
+            next_token = choose_next(graph, logits[0], ids[0])
+            if next_token is not None:
+                functions[f"{entry.symbol}_token"] = next_token
+                entries[-1] = dataclasses.replace(entries[-1], token=f"{entry.symbol}_token")
+    notes = list(plan.notes)
+    if options.sampler == "greedy" and not any(entry.token for entry in entries):
+        notes.append("--sampler greedy: no token can be chosen, for no step of one token has one row of logits an id")
+    return dataclasses.replace(plan, entry_points=tuple(entries), notes=tuple(notes)), functions
 
 
 __all__ = ["CompileOptions", "CompiledModel", "LoweringError", "compile_model"]

@@ -19,6 +19,8 @@ BUNDLE_SUFFIX = ".linattn"
 DEFAULT_MAX_MEMORY = 64 << 30
 """Bytes that one call may need for its inputs, states, outputs and what it computes between."""
 
+SAMPLERS = ("none", "greedy")
+
 _UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 
 
@@ -45,6 +47,7 @@ class CompileOptions:
         plain_abi: Functions return every output and state as ordinary results, as any caller of IREE expects; without
             it those of fixed sizes take memory for them, which saves our runtime an allocation a call.
         max_memory: Bytes that a call may need, weights not counted; see :mod:`linattn.frontend.limits`.
+        sampler: ``greedy``: a further entry point whose result is the token with the largest logit; ``none``.
         tokenizer: A folder or a tokenizer.json that the module will carry, with what lies beside it; ``beside`` for the
             one beside the model, if there is one; None for none.
         dump_ir: Folder for the IR after each stage.
@@ -68,10 +71,15 @@ class CompileOptions:
     params: Path | None = None
     plain_abi: bool = False
     max_memory: int = DEFAULT_MAX_MEMORY
+    sampler: str = "none"
     tokenizer: Path | str | None = BESIDE
     dump_ir: Path | None = None
     report: Path | None = None
     dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        if self.sampler not in SAMPLERS:
+            raise InputError("unknown", where="--sampler", got=repr(self.sampler), expected=" | ".join(SAMPLERS))
 
     @property
     def machine(self) -> TargetOptions:

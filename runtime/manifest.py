@@ -100,12 +100,15 @@ class EntryPoint:
         kind: `decode` | `prefill` | `main`.
         tokens: Number of tokens it takes; None: any number.
         last: A function that does the same but returns the logits of the last position only; None: there is none.
+        token: A function that does the same but returns in place of the logits the index of the largest one of each
+            row, [B, 1], of the dtype of the token ids, -1 where there is a NaN; None: there is none.
     """
 
     symbol: str
     kind: str
     tokens: int | None
     last: str | None = None
+    token: str | None = None
 
 
 @dataclass(frozen=True)
@@ -379,6 +382,7 @@ def _build(top: Reader, where: str) -> Manifest:
                 row.choice("kind", ("decode", "prefill", "main")),
                 row.optional_whole("tokens", 0),
                 row.optional_text("last"),
+                row.optional_text("token"),
             )
             for row in top.rows("entry_points")
         ),
@@ -398,7 +402,7 @@ def _check(manifest: Manifest, where: str) -> None:
     for group, names in (
         ("input and state", [spec.name for spec in (*m.inputs, *m.states)]),
         ("output", [*(spec.name for spec in m.outputs), *(state.output for state in m.states)]),
-        ("entry point", [name for entry in m.entry_points for name in (entry.symbol, entry.last) if name]),
+        ("entry point", [name for e in m.entry_points for name in (e.symbol, e.last, e.token) if name]),
     ):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
@@ -406,7 +410,7 @@ def _check(manifest: Manifest, where: str) -> None:
     if not m.entry_points:
         raise bad(where, "entry_points", "empty")
     for entry in m.entry_points:
-        for symbol in (entry.symbol, entry.last or ""):
+        for symbol in (entry.symbol, entry.last or "", entry.token or ""):
             if symbol == "__init" or "$" in symbol:
                 raise bad(where, "entry_points", "not a function to call", symbol)
         if entry.kind == "decode" and entry.tokens != 1:

@@ -99,6 +99,13 @@ class Scalar:
     def __or__(self, other: Scalar | Number) -> Scalar:
         return Scalar(arith.OrIOp(self.value, self._other(other)).result)
 
+    def __xor__(self, other: Scalar | Number) -> Scalar:
+        return Scalar(arith.XOrIOp(self.value, self._other(other)).result)
+
+    def bits(self) -> Scalar:
+        """The bits of a float as an integer."""
+        return Scalar(arith.BitcastOp(element_type(f"i{FLOAT_BITS[self.dtype]}"), self.value).result)
+
     def shift_right(self, other: Scalar | Number) -> Scalar:
         """Logical shift to the right."""
         return Scalar(arith.ShRUIOp(self.value, self._other(other)).result)

@@ -66,6 +66,9 @@ class AndIOp(OpView):
 class OrIOp(OpView):
     def __init__(self, lhs: Value, rhs: Value) -> None: ...
 
+class XOrIOp(OpView):
+    def __init__(self, lhs: Value, rhs: Value) -> None: ...
+
 class ShRUIOp(OpView):
     def __init__(self, lhs: Value, rhs: Value) -> None: ...
 
