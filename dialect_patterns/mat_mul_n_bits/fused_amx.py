@@ -25,7 +25,7 @@ from ..emit.dispatch import Kernel, dispatch
 from ..emit.kernel_text import Index, KernelText
 from ..node import Dim
 from ..op import LoweringContext
-from ..select import Legality, No, Yes
+from ..select import Legality, No, OtherMachine, Yes
 from ..target import Target
 from . import fused_simd
 from .contract import MatMulNBits
@@ -42,7 +42,7 @@ def is_legal(contract: MatMulNBits, target: Target) -> Legality:
     """Where the machine has the unit, and rows and blocks fill it."""
     c = contract
     if not target.features >= FEATURES:
-        return No("no matrix unit for bytes")
+        return OtherMachine("no matrix unit for bytes")
     if not c.rounds_a:
         return No("A is not rounded to int8 (accuracy_level 4)")
     if c.rows is not None and c.rows < ROWS:

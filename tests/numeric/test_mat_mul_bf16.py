@@ -114,14 +114,14 @@ def test_pairs(depth: int, columns: int) -> None:
     [
         (64, 64, "bf16", AMX_CPU, "fused_amx", ""),
         (15, 64, "bf16", AMX_CPU, "fused_simd", "15 rows"),
-        (None, 64, "bf16", AMX_CPU, "fused_simd", "an open number of rows"),
+        (None, 64, "bf16", AMX_CPU, "fused_simd", "any number of rows"),
         (64, 48, "bf16", AMX_CPU, "fused_simd", "32 does not divide K=48"),
         (64, 64, "f16", AMX_CPU, "fused_amx", ""),
         (64, 64, "f32", AMX_CPU, "fused_simd", "--math fast"),
         (64, 64, "f32", replace(AMX_CPU, fast_math=True), "fused_amx", ""),
-        (64, 64, "f16", Target("cpu", vector_bits=512, features=PAIRS), "fused_simd", "no matrix unit"),
-        (64, 64, "bf16", Target("cpu", vector_bits=512, features=PAIRS), "fused_simd", "no matrix unit"),
-        (64, 64, "bf16", Target("cpu", vector_bits=256), "fused_simd", "no matrix unit"),
+        (64, 64, "f16", Target("cpu", vector_bits=512, features=PAIRS), "fused_simd", ""),
+        (64, 64, "bf16", Target("cpu", vector_bits=512, features=PAIRS), "fused_simd", ""),
+        (64, 64, "bf16", Target("cpu", vector_bits=256), "fused_simd", ""),
     ],
 )
 def test_choice(rows: int | None, depth: int, dtype: str, target: Target, strategy: str, reason: str) -> None:
