@@ -9,7 +9,7 @@ condition that more than sizes decide is refused by name, as all other control f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import onnx
@@ -83,9 +83,33 @@ def _chooses(node: onnx.NodeProto) -> bool:
     return node.op_type == CHOOSE and domain_of(node) == INTERNAL
 
 
+def _inner_names(graph: onnx.GraphProto) -> Iterator[str]:
+    """What the bodies of a graph's nodes define."""
+    for node in graph.node:
+        for body in (attribute.g for attribute in node.attribute if attribute.HasField("g")):
+            yield from (name for inner in body.node for name in inner.output if name)
+            yield from _inner_names(body)
+
+
+def _rename(body: onnx.GraphProto, names: Mapping[str, str]) -> None:
+    """Give the values that a body reads from around it, in place, the names that they have now."""
+    own = {v.name for v in body.input} | {t.name for t in body.initializer}
+    own |= {name for node in body.node for name in node.output}
+    outer = {old: new for old, new in names.items() if old not in own}
+    for node in body.node if outer else ():
+        for i, name in enumerate(node.input):
+            node.input[i] = outer.get(name, name)
+        for attribute in node.attribute:
+            _rename(attribute.g, outer)
+    for value in body.output:
+        value.name = outer.get(value.name, value.name)
+
+
 class _Flattening:
     def __init__(self, graph: onnx.GraphProto) -> None:
         self._graph, self._names = graph, Names(graph)
+        for inner in _inner_names(graph):  # none of ours may hide behind them
+            self._names.new(inner)
         self._nodes = {node.name for node in graph.node if not _is_if(node)}
         self._results: list[str] = []
         self.choices: set[str] = set()
@@ -106,6 +130,8 @@ class _Flattening:
             copy.CopyFrom(node)
             del copy.input[:], copy.output[:]
             copy.input.extend(known.get(name, name) for name in node.input)
+            for attribute in () if _is_if(node) else copy.attribute:
+                _rename(attribute.g, known)
             if prefix:
                 known |= {name: self._names.new(f"{prefix}{name}") for name in node.output if name}
                 name = f"{prefix}{node.name or node.op_type}"

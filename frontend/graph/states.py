@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx
+from linattn.dialect_patterns.choose import CHOOSE
 from linattn.dialect_patterns.op import INTERNAL, MICROSOFT
 from linattn.dialect_patterns.selective_scan.op import SELECTIVE_SCAN
 from linattn.runtime.errors import UnsupportedModelError
@@ -118,6 +119,9 @@ class _Flow:
         for node in graph.node:
             if domain_of(node) == "" and node.op_type in _MOVES_ON:
                 for name in node.input[: len(node.input) if node.op_type == "Concat" else 1]:
+                    self._movers[name].append(node)
+            elif domain_of(node) == INTERNAL and node.op_type == CHOOSE:
+                for name in node.input[1:]:
                     self._movers[name].append(node)
 
     def back(self, name: str) -> tuple[str | None, tuple[str, ...]]:

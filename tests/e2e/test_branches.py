@@ -13,6 +13,9 @@ from linattn.runtime.errors import UnsupportedModelError
 from onnx import TensorProto, helper
 from tolerances import BENIGN, error
 
+from tests.selective_models import scan_model, step_model
+from tests.spelled_out import feeds_of, run
+
 WIDTH = 8
 node = helper.make_node
 
@@ -86,3 +89,37 @@ def test_what_is_in_a_branch_is_checked() -> None:
     outer.attribute[0].g.node[0].op_type = "LSTM"
     with pytest.raises(UnsupportedModelError, match=r"node 'outer\.else\.inner': the operator ai\.onnx\.LSTM is not"):
         compile_model(proto)
+
+
+def of_branches(condition: list[onnx.NodeProto]) -> onnx.ModelProto:
+    """Mamba-1's step for one token, else a Scan, which reads a value of its branch from around its body."""
+    branches: list[onnx.GraphProto] = []
+    for part in (step_model(), scan_model(rate="captured")):
+        graph = part.graph
+        names = {v.name: f"{v.name}_result" for v in graph.output}
+        for inner in graph.node:
+            inner.output[:] = [names.get(name, name) for name in inner.output]
+            inner.input[:] = [names.get(name, name) for name in inner.input]
+        results = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names.values()]
+        branches.append(helper.make_graph(graph.node, "branch", [], results, graph.initializer))
+    chosen = node("If", ["single"], ["y", "present"], "branch", then_branch=branches[0], else_branch=branches[1])
+    count = node("Shape", ["x"], ["count"], "shape", start=1, end=2)
+    whole = scan_model().graph
+    one = helper.make_tensor("one", TensorProto.INT64, [1], [1])
+    graph = helper.make_graph([count, *condition, chosen], "g", whole.input, whole.output, [one])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=10)
+
+
+def test_a_loop_in_a_branch_is_raised_and_its_state_paired() -> None:
+    proto = of_branches(BY_SIZE)
+    compiled = compile_model(proto, CompileOptions(prefill_blocks=(6,)))
+    assert [note.rpartition(" -> ")[2] for note in compiled.report.notes if "raised" in note] == ["SelectiveScan"]
+    program = Program.load(compiled.module)
+    assert [(state.name, state.output) for state in program.states] == [("past", "present")]
+    for tokens in (1, 6):
+        feeds = feeds_of(proto, {"B": 1, "T": tokens})
+        got, want = program.run(feeds), run(proto, feeds)
+        for name, value in want.items():
+            assert error(got[name], value) < BENIGN["float32"], (tokens, name)
+    with pytest.raises(UnsupportedModelError, match=r"node 'branch.* \(If\): its condition depends on more than the "):
+        compile_model(of_branches(BY_DATA))

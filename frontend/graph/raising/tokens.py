@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import onnx
+from linattn.dialect_patterns.choose import CHOOSE
 from linattn.dialect_patterns.experts.given import CHOSEN_EXPERTS
 from linattn.dialect_patterns.gather_columns.op import GATHER_COLUMNS
 from linattn.dialect_patterns.op import INTERNAL, MICROSOFT
@@ -46,6 +47,8 @@ def dropped_tokens(model: onnx.ModelProto) -> str | None:
     graph = model.graph
     if not any(node.op_type == "Squeeze" and domain_of(node) == "" for node in graph.node):
         return None
+    if any(node.op_type == CHOOSE and domain_of(node) == INTERNAL for node in graph.node):
+        return None  # where it takes one token is a branch of it
     symbols = {d.dim_param for v in graph.input for d in v.type.tensor_type.shape.dim[1:] if d.HasField("dim_param")}
     values = Values(graph, infer_types(model))
     found = {
