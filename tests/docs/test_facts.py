@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+import runpy
 import tomllib
 
+import linattn
+from linattn import runtime
 from linattn.dialect_patterns.causal_conv import op as causal_conv
 from linattn.dialect_patterns.linear_attention import op as linear_attention
 from linattn.dialect_patterns.op import INTERNAL
@@ -37,6 +40,20 @@ def test_families_of_gpus_are_those_that_we_know() -> None:
     names = set(re.findall(r"`([a-z]+\d?)`", row)) | set(re.findall(r"--gpu-target (\w+)", row))
     assert len(names) >= 9
     assert names <= set(DEVICES)
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    named = text("docs/reference/api.md")
+    assert not [name for name in (*linattn.__all__, *runtime.__all__) if not re.search(rf"[.`]{name}\b", named)]
+
+
+def test_the_picture_is_the_one_that_is_drawn() -> None:
+    drawn = runpy.run_path(str(ROOT / "docs/contributing/rooms.py"))["draw"]()
+    assert text("docs/contributing/rooms.svg") == drawn + "\n", "run docs/contributing/rooms.py"
+
+
+def test_hosted_ci_is_ours() -> None:
+    assert "bash .ci/run" in text(".github/workflows/ci.yml")
 
 
 def test_versions_are_those_of_the_project() -> None:
