@@ -52,8 +52,8 @@ class Kernel:
 def kernels(module: ir.Operation) -> Iterator[Kernel]:
     """The kernels of all executables."""
     for variant in _variants(module):
-        code = [op for inner in _inside(variant, "builtin.module") for op in _code(inner)]
-        for export in _inside(variant, "hal.executable.export"):
+        code = [op for inner in inside(variant, "builtin.module") for op in _code(inner)]
+        for export in inside(variant, "hal.executable.export"):
             attributes, layout = export.attributes, str(export.attributes["layout"])
             constants = _CONSTANTS.search(layout)
             sizes = ir.ArrayAttr(attributes["workgroup_size"]) if "workgroup_size" in attributes else ()
@@ -75,8 +75,8 @@ def state_spirv_versions(module: ir.Operation) -> None:
     least version that has the instructions at the head; below 1.4 that is not valid.
     """
     for variant in _variants(module):
-        for inner in _inside(variant, "builtin.module"):
-            for code in _inside(inner, "spirv.module"):
+        for inner in inside(variant, "builtin.module"):
+            for code in inside(inner, "spirv.module"):
                 wanted = _VERSION.search(str(inner.attributes["spirv.target_env"]))
                 if wanted and (int(wanted[1]), int(wanted[2])) >= (1, 4):
                     text = _VERSION.sub(f"vce<v{wanted[1]}.{wanted[2]}", str(code.attributes["vce_triple"]))
@@ -87,8 +87,8 @@ def spirv_capabilities(module: ir.Operation) -> set[str]:
     """The capabilities that any SPIR-V of the module asks for."""
     found: set[str] = set()
     for variant in _variants(module):
-        for inner in _inside(variant, "builtin.module"):
-            for code in _inside(inner, "spirv.module"):
+        for inner in inside(variant, "builtin.module"):
+            for code in inside(inner, "spirv.module"):
                 listed = _CAPABILITIES.search(str(code.attributes["vce_triple"]))
                 found.update(word.strip() for word in (listed[1] if listed else "").split(","))
     return found
@@ -131,17 +131,19 @@ def type_bytes(text: str) -> int:
 
 
 def _variants(module: ir.Operation) -> Iterator[ir.Operation]:
-    for executable in _inside(module, "hal.executable"):
-        yield from _inside(executable, "hal.executable.variant")
+    for executable in inside(module, "hal.executable"):
+        yield from inside(executable, "hal.executable.variant")
 
 
-def _inside(parent: ir.Operation, name: str) -> list[ir.Operation]:
-    return [op for op in _operations(parent) if op.name == name]
+def inside(parent: ir.Operation, name: str) -> list[ir.Operation]:
+    """The operations of a kind right inside another."""
+    return [op for op in operations(parent) if op.name == name]
 
 
 def _code(module: ir.Operation) -> list[ir.Operation]:
-    return [op for one in _inside(module, "spirv.module") or [module] for op in _operations(one)]
+    return [op for one in inside(module, "spirv.module") or [module] for op in operations(one)]
 
 
-def _operations(parent: ir.Operation) -> list[ir.Operation]:
+def operations(parent: ir.Operation) -> list[ir.Operation]:
+    """What is right inside an operation."""
     return [op.operation for region in parent.regions for block in region.blocks for op in block.operations]

@@ -26,6 +26,7 @@ from .dispatch_limits import DispatchLimits
 from .dispatches import attach_dispatches
 from .empty_ranges import fill_empty_ranges
 from .executables import state_spirv_versions
+from .kernel_bodies import KernelBodies
 from .reflection import set_reflection
 
 _TORCH_PIPELINE = "builtin.module(func.func(convert-torch-onnx-to-torch),torch-to-iree{externalize-transients=%s})"
@@ -168,12 +169,17 @@ class Compiler:
         invocation.import_module(module.operation)
         verify_between_passes(invocation, self._dump is not None)
         levels = self._target.capabilities.levels
-        self._run(invocation, module, "ToPhase", "flow")
+        self._run(invocation, module, "ToPhase", "global-optimization")
+        with self.building():
+            bodies = KernelBodies(module.operation)
+        self._run(invocation, module, "FromPhase", "global-optimization", "ToPhase", "flow")
         with self.building():
             nodes = attach_dispatches(module.operation)
         limits = DispatchLimits(self._target.capabilities, self._target.description, nodes)
         show(f"{len(nodes)} kernels ... ")
         self._run(invocation, module, "FromPhase", "flow", "ToPhase", "executable-sources")
+        with self.building():
+            bodies.put_back(module.operation)
         show("scheduled ... ")
         self._run(invocation, module, "FromPhase", "executable-sources", "ToPhase", "executable-targets")
         with self.building():

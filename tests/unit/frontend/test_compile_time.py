@@ -11,15 +11,18 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 from iree.compiler import ir
+from iree.compiler.api import Invocation
 from linattn.frontend.compile import CompileOptions, compile_model
 from linattn.frontend.lower import iree
 from linattn.frontend.lower.iree import Compiler
+from linattn.frontend.lower.kernel_bodies import KernelBodies
 from linattn.frontend.plan.report import Progress
 from linattn.runtime.errors import LoweringError
-from onnx import helper
+from onnx import helper, numpy_helper
 
 from samples.tiny_hybrid import build
 
@@ -81,6 +84,52 @@ def test_verified_between_phases_not_passes(tmp_path: Path, monkeypatch: pytest.
         with pytest.raises(LoweringError, match=r"node 'here': IREE could not compile the model: 'arith.addi' op"):
             compile_model(build(), CompileOptions(cpu_features="generic", dump_ir=dump))
     assert asked == [False, True]
+
+
+def two_products() -> onnx.ModelProto:
+    """Two different kernels of one strategy, then one of IREE's own."""
+    random = np.random.default_rng(0)
+    names = ("a", "b")
+    weights = [
+        numpy_helper.from_array(random.standard_normal(shape).astype(np.float32), name)
+        for name, shape in zip(names, [(64, 96), (96, 32)], strict=True)
+    ]
+    nodes = [helper.make_node("MatMul", [x, w], [y]) for x, w, y in [("x", "a", "h"), ("h", "b", "p")]]
+    values = [helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, s) for n, s in [("x", [3, 64]), ("y", [3, 32])]]
+    graph = helper.make_graph([*nodes, helper.make_node("Tanh", ["p"], ["y"])], "two", values[:1], values[1:], weights)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)])
+
+
+@pytest.mark.parametrize(
+    "options", [CompileOptions(cpu_features="portable"), CompileOptions(target="vulkan")], ids=["cpu", "vulkan"]
+)
+def test_kernels_are_out_of_the_module_while_it_is_scheduled(
+    options: CompileOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """IREE's passes over the host code do not go through them, and the code is the same byte for byte."""
+    inside: dict[str, int] = {}
+    modules: list[ir.Operation] = []
+    real_import, real_execute = Invocation.import_module, iree.execute
+
+    def take(self: Invocation, module: Any) -> bool:
+        modules.append(module)
+        return real_import(self, module)
+
+    def count(invocation: Invocation, *phases: str) -> bool:
+        done = real_execute(invocation, *phases)
+        texts = [str(op) for op in modules[-1].regions[0].blocks[0] if op.operation.name.startswith("hal.executable")]
+        inside[phases[-1]] = len([text for text in texts if "no_pipeline" in text])
+        return done
+
+    monkeypatch.setattr(Invocation, "import_module", take)
+    monkeypatch.setattr(iree, "execute", count)
+    apart = compile_model(two_products(), options).module
+    assert inside["global-optimization"] == 2
+    assert inside["flow"] == inside["executable-sources"] == 0
+    monkeypatch.setattr(KernelBodies, "__init__", lambda *_: None)
+    monkeypatch.setattr(KernelBodies, "put_back", lambda *_: None)
+    assert compile_model(two_products(), options).module == apart
+    assert inside["flow"] == inside["executable-sources"] == 2
 
 
 def test_the_long_stage_says_how_far_it_is() -> None:
