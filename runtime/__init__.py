@@ -14,6 +14,7 @@ from .program import Program
 from .session import Session
 from .snapshot import Snapshot
 from .text.generator import TextGenerator, TextStream
+from .usage import MemoryUse
 
 __all__ = [
     "Choice",
@@ -22,6 +23,7 @@ __all__ = [
     "InputError",
     "LinattnError",
     "Manifest",
+    "MemoryUse",
     "Program",
     "Sampling",
     "Session",

@@ -184,6 +184,12 @@ class Device(Owned):
     def __repr__(self) -> str:
         return f"Device({self.uri!r}, {self.description!r})"
 
+    def allocated_bytes(self) -> int:
+        """What its allocator has given away and not got back, in this process; 0 where it does not count."""
+        found: dict[str, int] = self._allocator.statistics if self._allocator.has_statistics else {}
+        kinds = ("host", "device")
+        return sum(found.get(f"{kind}_bytes_allocated", 0) - found.get(f"{kind}_bytes_freed", 0) for kind in kinds)
+
     def upload(self, array: HostArray, dtype: str) -> DeviceArray:
         """Copies a host array to the device; the host array may be changed right after.
 

@@ -9,16 +9,17 @@ from __future__ import annotations
 import math
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from typing import TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
-from .device import Device, DeviceArray, HostArray
+from .device import Device, DeviceArray, HostArray, numpy_dtype
 from .dlpack import borrowed
 from .manifest import EntryPoint, Manifest
 from .module import Module
-from .state import next_states
+from .state import next_states, state_shape
 from .step import Step, step_shapes
+from .usage import MemoryUse
 
 _LARGE_INPUT = 1 << 18  # bytes; above it a copy to the device pays off
 _KEPT_INPUTS = 64
@@ -26,6 +27,18 @@ _KEPT_STEPS = 8
 _SMALL_OUTPUT = 1 << 19  # elements; below it the device writes to the host's memory sooner than a copy is submitted
 
 _Holder = TypeVar("_Holder")
+
+
+class Holding(NamedTuple):
+    """What a session or a snapshot does with device memory.
+
+    Attributes:
+        release: Lets go of it.
+        arrays: What it holds.
+    """
+
+    release: Callable[[Any], None]
+    arrays: Callable[[Any], Iterable[DeviceArray]]
 
 
 class Engine:
@@ -43,7 +56,7 @@ class Engine:
         self._outputs: dict[str, list[DeviceArray]] = {}
         self._steps: dict[int, Step | None] = {}
         self._lock = threading.RLock()
-        self._holders: weakref.WeakKeyDictionary[object, Callable[[object], None]] = weakref.WeakKeyDictionary()
+        self._holders: weakref.WeakKeyDictionary[object, Holding] = weakref.WeakKeyDictionary()
         self._holders_lock = threading.Lock()
         self._result_dtypes = [spec.dtype for spec in (*manifest.outputs, *manifest.states)]
 
@@ -61,10 +74,38 @@ class Engine:
         """
         self.module.check_usable()
 
-    def adopt(self, holder: _Holder, release: Callable[[_Holder], None]) -> None:
-        """Lets `close` free what a session or a snapshot holds; it does not keep the holder alive."""
+    def adopt(
+        self,
+        holder: _Holder,
+        release: Callable[[_Holder], None],
+        arrays: Callable[[_Holder], Iterable[DeviceArray]],
+    ) -> None:
+        """Lets `close` free what a session or a snapshot holds, and `memory` count it; it may go at any time."""
         with self._holders_lock:
-            self._holders[holder] = cast(Callable[[object], None], release)
+            self._holders[holder] = Holding(cast(Any, release), cast(Any, arrays))
+
+    def memory(self) -> MemoryUse:
+        """See `Program.memory`."""
+        m, module = self.manifest, self.module
+        with self.exclusive(), self._holders_lock:
+            held = {id(array): array for one, holding in self._holders.items() for array in holding.arrays(one)}
+            steps = [step.nbytes for step in self._steps.values() if step is not None]
+            kept = [*self._inputs.values(), *(array for arrays in self._outputs.values() for array in arrays)]
+        batch = m.batch or 1
+        sizes = [
+            math.prod(state_shape(m, spec, batch, m.max_context or 0)) * numpy_dtype(spec.dtype).itemsize
+            for spec in m.states
+        ]
+        again = sum(size for size, spec in zip(sizes, m.states, strict=True) if not spec.in_place)
+        return MemoryUse(
+            device=self.device.uri,
+            files=module.file_bytes,
+            weights=module.loaded_bytes,
+            workspace=module.workspace_now + sum(steps) + sum(array.nbytes for array in kept),
+            session=sum(sizes) + again,
+            batch=batch,
+            held=sum(array.nbytes for array in held.values()),
+        )
 
     def close(self) -> None:
         """See `Program.close`."""
@@ -77,8 +118,8 @@ class Engine:
             self._steps.clear()
             self._outputs.clear()
             with self._holders_lock:
-                for holder, release in self._holders.items():
-                    release(holder)
+                for holder, holding in self._holders.items():
+                    holding.release(holder)
 
     def exclusive(self) -> AbstractContextManager[object]:
         """No other thread's call runs inside, so that the outputs of one's own call stay as they are."""

@@ -164,9 +164,14 @@ class Held:
         return Held([], Lease(self.lease.caches, position), position, self.batch, mask, self.shared)
 
     @property
+    def all_arrays(self) -> Sequence[DeviceArray]:
+        """Them in any order; caches are whole, whoever else uses them."""
+        return [*self.moving, *self.lease.caches.arrays]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the memory that it keeps; caches are whole, whoever else uses them."""
-        return sum(array.nbytes for array in (*self.moving, *self.lease.caches.arrays))
+        return sum(array.nbytes for array in self.all_arrays)
 
 
 def nothing(device: Device, position: int = 0) -> Held:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from .errors import TargetError
 from .gpu import check_gpu
 from .manifest import REFLECTION_KEY, Manifest, Target
 from .module import Module
+
+_log = logging.getLogger("linattn.runtime")
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ def _load_bundle(folder: Path, device: str | None, threads: int | None, verify: 
     if told != found:
         message = f"another module than {INDEX} says"
         raise TargetError(message, where=str(folder / entry.file), got=found, expected=told, hint="compile it again")
+    _log.info("%s: took %s on %s%s", folder, choice.module, choice.device, "".join(f"; {row}" for row in choice.passed))
     for row in choice.passed:
         if row.failed:
             warnings.warn(f"{folder}: {row}; took {choice.module} on {choice.device}", RuntimeWarning, stacklevel=4)

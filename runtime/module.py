@@ -11,9 +11,11 @@ Facts about IREE 3.13.0 that shape this file (each has a test):
 
 from __future__ import annotations
 
+import logging
 import mmap
 import os
 import threading
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -29,6 +31,7 @@ from .owned import Owned, check_process
 from .result_specs import ResultSpec, read_result_specs
 
 _rt: Any = cast(Any, _untyped_rt)
+_log = logging.getLogger("linattn.runtime")
 
 _WORKSPACE_BYTES = "iree.abi.transients.size.constant"
 _NO_PRIORITY: Any = os.sched_param(0) if hasattr(os, "SCHED_BATCH") else None
@@ -54,6 +57,10 @@ class Module(Owned):
         self._closed = False
         self.file = source if isinstance(source, Path) else None
         self.where = str(source) if self.file else "module bytes"
+        self.file_bytes = 0
+        """Of the module and, once it is linked, of the file with its weights."""
+        self.loaded_bytes = 0
+        """What linking took on the device."""
         self._lock = threading.Lock()
         self._workspace: DeviceArray | None = None
         self._workspace_ref: Any = None
@@ -64,6 +71,7 @@ class Module(Owned):
         self._instance: Any = _rt.VmInstance()
         self._context: Any = None
         check_seal(source, self.where, whole=verify)
+        self.file_bytes = source.stat().st_size if isinstance(source, Path) else len(source)
         try:
             if isinstance(source, Path):
                 self._module: Any = _rt.VmModule.wrap_buffer(self._instance, _map(source))
@@ -131,7 +139,9 @@ class Module(Owned):
             TargetError: The module was compiled for another device, or the parameter file does not fit or is damaged.
         """
         self._device = device
+        start, before = time.perf_counter(), device.allocated_bytes()
         if parameters is not None:
+            self.file_bytes += parameters[1].stat().st_size
             check_seal(parameters[1], str(parameters[1]), whole=self._verify)
         try:
             modules: list[Any] = [_rt.create_hal_module(self._instance, self.device.hal_device)]
@@ -141,6 +151,11 @@ class Module(Owned):
                 provider = index.create_provider(scope=parameters[0])
                 modules.append(_rt.create_io_parameters_module(self._instance, provider))
             self._context = _rt.VmContext(self._instance, [*modules, self._module])
+            self.loaded_bytes = max(device.allocated_bytes() - before, 0)
+            message = (
+                "loaded %s on %s in %.2f s: %d bytes of files, %d on the device; a GPU's driver compiles kernels now"
+            )
+            _log.info(message, self.where, device.uri, time.perf_counter() - start, self.file_bytes, self.loaded_bytes)
         except (RuntimeError, ValueError, LookupError, NotImplementedError, OSError) as error:
             if parameters is not None and "no parameter found" in str(error):  # each is named by the hash of its values
                 hint = f"{self.where} needs the file that was written with it"
@@ -253,6 +268,11 @@ class Module(Owned):
         self._context.invoke(queued, packed, results)
         self.device.wait(semaphore, self._submitted + 1, after)
         self._semaphore, self._submitted = semaphore, self._submitted + 1
+
+    @property
+    def workspace_now(self) -> int:
+        """Bytes that have been taken for intermediate values."""
+        return 0 if self._workspace is None else self._workspace.nbytes
 
     def workspace_bytes(self, function: str) -> int | None:
         """Size of the memory that a function takes for its intermediate values; None if it allocates them itself."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from numpy.typing import ArrayLike
 
@@ -26,6 +26,7 @@ from .owned import Owned
 from .session import Session
 from .snapshot import Snapshot
 from .state import read_state, state_shape, upload_state
+from .usage import MemoryUse
 
 
 class Program(Owned):
@@ -133,19 +134,31 @@ class Program(Owned):
         """The states, each a graph input and the graph output that replaces it."""
         return self._engine.manifest.states
 
-    def session(self, snapshot: Snapshot | None = None, *, batch: int | None = None, window: int = 0) -> Session:
+    def memory(self) -> MemoryUse:
+        """What the program and its sessions take now: files, weights, workspace and states, in bytes."""
+        return self._engine.memory()
+
+    def session(
+        self,
+        snapshot: Snapshot | None = None,
+        *,
+        batch: int | None = None,
+        window: int = 0,
+        guard: Literal["nan"] | None = None,
+    ) -> Session:
         """Starts a sequence (or a batch of them) with states of its own: an empty one, or where a snapshot was taken.
 
         Args:
             snapshot: Where to go on from; None: an empty sequence.
             batch: B for a model with an open batch; None: the snapshot or the first call decides.
             window: How many calls `Session.rollback` can take back; each keeps the recurrent and conv states before it.
+            guard: `nan`: a call whose states are not finite is not committed, and refused; every call reads its states.
 
         Raises:
-            InputError: A batch that the model does not have, or a negative window.
+            InputError: A batch that the model does not have, a negative window, or an unknown guard.
             StateError: The snapshot is of another program or another batch.
         """
-        return Session(self, batch, window, snapshot)
+        return Session(self, batch, window, snapshot, guard)
 
     def batch(self, prompts: Sequence[ArrayLike]) -> Batch:
         """Reads prompts of different lengths and puts them into one batch, which goes on together.

@@ -19,6 +19,7 @@ from .device import DeviceArray, HostArray, numpy_dtype
 from .engine import Engine
 from .errors import InputError, StateError
 from .feeds import Call, block_inputs, check_room, prepare
+from .finite import check_finite
 from .held import Held
 from .manifest import EntryPoint, OutputSpec, StateSpec
 from .owned import Owned
@@ -49,7 +50,12 @@ class Session(Owned):
     _copy_hint = "fork() goes on from here a second time, save() takes it to another process"
 
     def __init__(
-        self, program: Program, batch: int | None = None, window: int = 0, snapshot: Snapshot | None = None
+        self,
+        program: Program,
+        batch: int | None = None,
+        window: int = 0,
+        snapshot: Snapshot | None = None,
+        guard: Literal["nan"] | None = None,
     ) -> None:
         engine = engine_of(program)
         engine.check_usable()
@@ -59,6 +65,8 @@ class Session(Owned):
             raise InputError("wrong batch", where="batch", got=batch, expected=manifest.batch, hint=hint)
         if batch is not None and batch < 1:
             raise InputError("wrong batch", where="batch", got=batch, expected="at least 1")
+        if guard not in (None, "nan"):
+            raise InputError("unknown choice", where="guard", got=repr(guard), expected="'nan' | None")
         if window < 0:
             raise InputError("wrong window", where="window", got=window, expected="a number of calls")
         self._program = program
@@ -66,12 +74,19 @@ class Session(Owned):
         self._manifest = manifest
         self._fixed_batch = batch if batch is not None else manifest.batch
         self._window = window
+        self._guard: Literal["nan"] | None = guard
         self._takes_results = engine.takes_results
         self._busy = threading.Lock()
         # What is held now, last; before it what rollback goes back to.
         self._line = [self._empty() if snapshot is None else self._held_by(snapshot)]
         self._spare: list[list[DeviceArray]] = []  # memory of moving states that nobody needs any more
-        engine.adopt(self, Session._release)
+        engine.adopt(self, Session._release, Session._all_arrays)
+
+    def __repr__(self) -> str:
+        """Model, device and what it holds, as in `<Session of tiny on local-task: position 5, batch 1>`."""
+        rows = "batch open" if self.batch is None else f"batch {self.batch}"
+        name, uri = self._manifest.model_name, self._engine.device.uri
+        return f"<Session of {name} on {uri}: position {self.position}, {rows}>"
 
     @property
     def program(self) -> Program:
@@ -124,7 +139,7 @@ class Session(Owned):
 
     def fork(self) -> Session:
         """A second session that goes on from here; the two share memory until they write."""
-        return self._program.session(self.snapshot(), window=self._window)
+        return self._program.session(self.snapshot(), window=self._window, guard=self._guard)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes states, position and mask to a file (safetensors), whole or not at all; see `load`.
@@ -138,7 +153,9 @@ class Session(Owned):
             save_states(Path(path), self._manifest, self._engine.device, self._started())
 
     @staticmethod
-    def load(program: Program, path: str | os.PathLike[str], *, window: int = 0) -> Session:
+    def load(
+        program: Program, path: str | os.PathLike[str], *, window: int = 0, guard: Literal["nan"] | None = None
+    ) -> Session:
         """Goes on where a session was saved, with the same model on this or any other target.
 
         Args:
@@ -146,6 +163,7 @@ class Session(Owned):
                 KV caches and the sizes of its blocks may be others.
             path: What `save` wrote. It is checked before anything in it is used, and holds no code.
             window: As of `Program.session`.
+            guard: As of `Program.session`.
 
         Raises:
             StateError: No such file, another model's, more tokens than fit, or a damaged file.
@@ -154,7 +172,7 @@ class Session(Owned):
         engine = engine_of(program)
         engine.check_usable()
         loaded = load_states(Path(path), engine.manifest, engine.device)
-        return program.session(Snapshot(engine, loaded), window=window)
+        return program.session(Snapshot(engine, loaded), window=window, guard=guard)
 
     def rollback(self, tokens: int) -> None:
         """Takes back the last tokens: afterwards it is as if they had never been there.
@@ -211,7 +229,7 @@ class Session(Owned):
         Raises:
             InputError: A wrong name, dtype or shape, an index outside the model's tables, a mask with zeros for a
                 model with recurrent or conv states, or no blocks for this number of tokens.
-            StateError: The context is full (nothing has run), or another thread is inside.
+            StateError: The context is full (nothing has run), a guard refuses the states, or another thread is inside.
             TargetError: The call failed on the device.
         """
         names = [spec.name for spec in self._manifest.outputs]
@@ -302,6 +320,9 @@ class Session(Owned):
         self._line = [held.nothing(self._engine.device, self.position)]
         self._spare = []
 
+    def _all_arrays(self) -> list[DeviceArray]:
+        return [array for one in (*(held.all_arrays for held in self._line), *list(self._spare)) for array in one]
+
     def _run(self, inputs: Mapping[str, Any], wanted: Wanted) -> dict[str, Any]:
         m, now, device = self._manifest, self._line[-1], self._engine.device
         plain = wanted.is_plain and now.batch is not None and now.mask is None
@@ -377,7 +398,17 @@ class Session(Owned):
         return self._compact(self._moving(states), outputs)
 
     def _commit(self, new: Held) -> None:
-        """Holds something more; what was there is kept for `rollback` as far as the window goes."""
+        """Holds something more; what was there is kept for `rollback` as far as the window goes.
+
+        Raises:
+            StateError: The guard found a state that is not finite: nothing has changed.
+        """
+        if self._guard is not None:
+            try:
+                check_finite(self._manifest, self._engine.device, new, self.position)
+            except BaseException:
+                new.lease.release()
+                raise
         self._replace([*self._line, new][-1 - self._window :])
 
     def _check_rows(self, indices: Sequence[int]) -> list[int]:

@@ -19,7 +19,7 @@ class Snapshot(Owned):
     def __init__(self, engine: Engine, held: Held) -> None:
         self._engine = engine
         self._held = held
-        engine.adopt(self, Snapshot._release)
+        engine.adopt(self, Snapshot._release, lambda snapshot: snapshot._held.all_arrays)
 
     def __repr__(self) -> str:
         rows = "no rows yet" if self.batch is None else f"batch {self.batch}"

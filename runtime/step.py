@@ -67,6 +67,11 @@ class Step:
         self._takes_position = m.takes_position
         self._memory = [*self._inputs, *(outputs or ())]  # goes last: the views above are of it
 
+    @property
+    def nbytes(self) -> int:
+        """Of its inputs; the outputs' memory is the engine's."""
+        return sum(array.nbytes for array in self._inputs)
+
     def accepts(self, inputs: object, position: int) -> HostArray | None:
         """The token ids of a session's call that is no more than a step, checked; None for any other call.
 

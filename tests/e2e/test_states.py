@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from linattn.frontend import CompileOptions
 from linattn.frontend.compile import compile_model
-from linattn.runtime import Program, Session
+from linattn.runtime import Program, Session, StateError
 from linattn.runtime.device import Device, DeviceArray, Move, row_regions
 
 from samples.tiny_hybrid import build
@@ -157,7 +157,7 @@ def test_fifty_forks_of_a_prompt(target: str, monkeypatch: pytest.MonkeyPatch) -
 NEXT = """
 import sys
 import numpy as np
-from linattn.runtime import Program, Session
+from linattn.runtime import Program, Session, StateError
 module, state, target, tokens = sys.argv[1:]
 session = Session.load(Program.load(module, target), state)
 feed, found = np.array(eval(tokens)), []
@@ -194,6 +194,31 @@ def test_saved_and_continued_in_a_new_process(source: str, target: str, tmp_path
         want.append(feed.ravel().tolist())
     assert eval(done.stdout) == want
     assert len({tuple(tokens) for tokens in want}) > 1
+
+
+@TARGETS
+@pytest.mark.parametrize("tokens", [1, 11])
+def test_states_that_are_not_finite_are_not_committed(target: str, tokens: int) -> None:
+    """Whichever layer is the first to have one; the session stays where it was and goes on from a rollback."""
+    session = program(target).session(window=2, guard="nan")
+    assert session.fork()._guard == "nan"
+    run(session, 0, 20)
+    np.testing.assert_array_equal(run(session, 20, 21), expected(target)[:, :1])
+    for view in list(session.states.values()):
+        good = view.numpy()
+        bad = good.copy()
+        bad.flat[-1] = np.inf if view.kind == "conv" else np.nan
+        session.set_state(view.name, bad)
+        with pytest.raises(StateError) as caught:
+            run(session, 21, 21 + tokens)
+        assert f": not finite after {21 + tokens} tokens, got" in str(caught.value)
+        assert str(caught.value).endswith("; not committed: the session stays at position 21")
+        assert session.position == 21
+        np.testing.assert_array_equal(session.states[view.name].numpy(), bad)
+        session.set_state(view.name, good)
+    np.testing.assert_array_equal(run(session, 21, 22), expected(target)[:, 1:2])
+    session.rollback(2)
+    np.testing.assert_array_equal(steps(session, 20, 5), expected(target)[:, :5])
 
 
 @TARGETS

@@ -341,7 +341,7 @@ def test_a_failure_at_every_boundary(load: Load, monkeypatch: pytest.MonkeyPatch
             raise error
         return result
 
-    session = program.session(window=1)
+    session = program.session(window=1, guard="nan")
     run(session, ids[:, :6])
     run(session, ids[:, 6:])
     snapshot = session.snapshot()
