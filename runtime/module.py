@@ -152,10 +152,10 @@ class Module(Owned):
                 modules.append(_rt.create_io_parameters_module(self._instance, provider))
             self._context = _rt.VmContext(self._instance, [*modules, self._module])
             self.loaded_bytes = max(device.allocated_bytes() - before, 0)
-            message = (
-                "loaded %s on %s in %.2f s: %d bytes of files, %d on the device; a GPU's driver compiles kernels now"
-            )
-            _log.info(message, self.where, device.uri, time.perf_counter() - start, self.file_bytes, self.loaded_bytes)
+            compiled = "" if device.driver in CPU_DRIVERS else ", its driver's compilation of the kernels included"
+            message = "%s: loaded on %s in %.2f s%s; %d bytes of files, %d on the device"
+            seconds = time.perf_counter() - start
+            _log.info(message, self.where, device.uri, seconds, compiled, self.file_bytes, self.loaded_bytes)
         except (RuntimeError, ValueError, LookupError, NotImplementedError, OSError) as error:
             if parameters is not None and "no parameter found" in str(error):  # each is named by the hash of its values
                 hint = f"{self.where} needs the file that was written with it"

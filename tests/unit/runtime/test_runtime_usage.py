@@ -87,5 +87,5 @@ def test_finite(dtype: str) -> None:
 
 
 def test_guards_there_are(cpu: Program) -> None:
-    with pytest.raises(InputError, match="guard: unknown choice, got 'inf', expected 'nan' | None"):
+    with pytest.raises(InputError, match="guard: unknown choice, got 'inf'"):
         cpu.session(guard="inf")  # type: ignore[arg-type]
