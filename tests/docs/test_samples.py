@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
 import runpy
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
-from linattn.runtime import Program, TextGenerator, greedy
+from linattn.runtime import Program, TextGenerator
 from pages import ROOT, links
 
 from tests.tolerances import BENIGN
@@ -62,16 +64,19 @@ def ends(program: Path, text: str, count: int) -> str:
     return "".join(TextGenerator(Program.load(program)).generate(text, max_tokens=count))
 
 
-def test_chat(module: Path, run: Run) -> None:
-    """The second question reads the first; after /reset the first answer comes again."""
-    typed = "Hi\nYou\n/reset\nHi\n"
-    answers = [
-        line[2:] for line in run("chat.py", module, "--temperature", 0, "--max-tokens", 6, typed=typed).split("\n")
-    ]
-    first = ends(module, "[user]Hi[assistant]", 6)
-    assert answers[0] == first
-    assert answers[1] == ends(module, f"[user]Hi[assistant]{first}[user]You[assistant]", 6)
-    assert answers[2].endswith(first)
+def test_chat(module: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second question comes with the first and its answer; after /reset it starts anew."""
+    asked: list[list[str]] = []
+
+    def answer(self: TextGenerator, messages: list[dict[str, str]], **_: object) -> Iterator[str]:
+        asked.append([f"{message['role']}: {message['content']}" for message in messages])
+        return iter(("to ", messages[-1]["content"]))
+
+    printed = run("chat.py", module, "--temperature", 0, "--max-tokens", 6, typed="Hi\n")
+    assert printed == f"> {ends(module, '[user]Hi[assistant]', 6)}\n> "
+    monkeypatch.setattr(TextGenerator, "chat", answer)
+    assert run("chat.py", module, typed="Hi\nYou\n/reset\nHi\n") == "> to Hi\n> to You\n> > to Hi\n> "
+    assert asked == [["user: Hi"], ["user: Hi", "assistant: to Hi", "user: You"], ["user: Hi"]]
 
 
 def test_threads(module: Path, run: Run) -> None:
@@ -96,11 +101,21 @@ def test_resume(module: Path, run: Run, tmp_path: Path) -> None:
 
 
 def test_score(module: Path, run: Run) -> None:
-    """What the model itself would say is likelier than anything else."""
-    likely = bytes(greedy(Program.load(module).session(), list(b"The sky is"), 1)).decode("latin-1")
-    best, other = run("score.py", module, "--prompt", "The sky is", likely, "x").splitlines()
-    assert best.endswith(f"  {likely!r}")
-    assert float(other.split()[0]) < float(best.split()[0]) < 0
+    """The sum of what each token had before it, a token a call; the likelier text comes first."""
+
+    def score(text: str) -> float:
+        session, total = Program.load(module).session(), 0.0
+        ids = list(b"The sky is" + text.encode())
+        for i, (token, following) in enumerate(itertools.pairwise(ids)):
+            logits = session.run({"input_ids": [[token]]})["logits"][0, 0].astype(np.float64)
+            if i >= len("The sky is") - 1:
+                total += logits[following] - np.log(np.exp(logits).sum())
+        return total
+
+    lines = run("score.py", module, "--prompt", "The sky is", " blue", " square").splitlines()
+    found = {line[12:]: float(line[:10]) for line in lines}
+    assert list(found.values()) == sorted(found.values(), reverse=True)
+    assert found == pytest.approx({repr(text): score(text) for text in (" blue", " square")}, abs=2e-4)
 
 
 def test_stream_sensor(run: Run) -> None:
