@@ -76,6 +76,8 @@ def _turn(text: str, source: str, place: str) -> str:
             return match.group()  # broken: mkdocs says so
         return label if "`" in label else f"`{label}`"
 
+    # GitHub wants `a\|b` in tables, Python-Markdown `a|b`.
+    text = re.sub(r"`[^`\n]+`", lambda code: code.group().replace(r"\|", "|"), text)
     return _LINK.sub(turn, text)
 
 

@@ -12,6 +12,7 @@ from linattn.dialect_patterns.causal_conv import op as causal_conv
 from linattn.dialect_patterns.linear_attention import op as linear_attention
 from linattn.dialect_patterns.op import INTERNAL
 from linattn.dialect_patterns.registry import OPS
+from linattn.frontend import cli as compile_cli
 from linattn.frontend.targets.vulkan_device import DEVICES
 from pages import PAGES, ROOT
 
@@ -40,6 +41,13 @@ def test_families_of_gpus_are_those_that_we_know() -> None:
     names = set(re.findall(r"`([a-z]+\d?)`", row)) | set(re.findall(r"--gpu-target (\w+)", row))
     assert len(names) >= 9
     assert names <= set(DEVICES)
+
+
+def test_every_option_of_the_compiler_is_explained() -> None:
+    """In the table, besides what the command says itself; what all commands have is explained once."""
+    explained = text("docs/reference/cli.md").partition("## linattn-run")[0]
+    options = {name for action in compile_cli._parser()._actions for name in action.option_strings if len(name) > 2}
+    assert not {name for name in options - {"--help"} if f"`{name}" not in explained}
 
 
 def test_every_public_name_is_in_the_reference() -> None:
