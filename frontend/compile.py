@@ -48,6 +48,7 @@ from .graph.trailing_inputs import drop_trailing_inputs
 from .graph.transpose_weights import transpose_weights
 from .graph.unused_outputs import leave_out_unused_outputs
 from .graph.validate import check_graph
+from .graph.weights_outside import move_weights_outside
 from .graph.wide_reductions import widen_reductions
 from .limits import check_memory
 from .lower.importer import Signature, import_entry_point
@@ -121,6 +122,7 @@ def compile_model(
         mixtures = raise_masked_experts(model)
         one_token = mixes_tokens(model.proto, raising.tokens) if raising.tokens is not None else None
         raw_values(model.proto.graph)
+        move_weights_outside(model)
     with progress.stage("pair states, plan entry points"):
         plan, graphs, needed = _plan(model, versions, options, target, one_token or "")
         plan, functions = _functions(plan, graphs, options)

@@ -34,7 +34,7 @@ class LoadedModel:
         weights: Initializer name -> its values, for every initializer whose bytes lie outside the graph.
         graph_sha256: Hash of the graph file and of the small values that lie outside it, hex.
         files: The graph file and those of the weights.
-        derived: Names of those ``weights`` that passes have made of others.
+        derived: Names of those ``weights`` that passes have made of others, or taken out of the graph.
     """
 
     path: Path | None
@@ -52,9 +52,10 @@ class LoadedModel:
     @property
     def sha256(self) -> str:
         """Hash of the graph and of what all weights hold, hex."""
-        if not self.weights:
+        given = [name for name in self.weights if name not in self.derived]
+        if not given:
             return self.graph_sha256
-        lines = [self.graph_sha256, *(f"{self.keys[name]} {name}" for name in self.weights if name not in self.derived)]
+        lines = [self.graph_sha256, *(f"{self.keys[name]} {name}" for name in given)]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     @property

@@ -86,6 +86,26 @@ def test_verified_between_phases_not_passes(tmp_path: Path, monkeypatch: pytest.
     assert asked == [False, True]
 
 
+def test_no_copy_of_a_graph_holds_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those inside the file too: shape inference wrote and read all of them some ten times."""
+    written: list[int] = []
+    real = onnx.shape_inference.infer_shapes
+
+    def infer(model: onnx.ModelProto, *args: Any, **options: Any) -> onnx.ModelProto:
+        written.append(model.ByteSize())
+        return real(model, *args, **options)
+
+    monkeypatch.setattr(Compiler, "compile", stop)
+    monkeypatch.setattr(onnx.shape_inference, "infer_shapes", infer)
+    for dtype in ("f32", "f16"):
+        model = build(dtype)
+        written.clear()
+        with pytest.raises(Lowered):
+            compile_model(model, CompileOptions(cpu_features="generic"))
+        assert len(written) > 2
+        assert max(written[2:]) < model.ByteSize() / 8  # raising looks at the graph as it came, twice
+
+
 def two_products() -> onnx.ModelProto:
     """Two different kernels of one strategy, then one of IREE's own."""
     random = np.random.default_rng(0)
