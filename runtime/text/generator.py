@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ from ..generation.sampling import Sampling
 from ..program import Program
 from .defaults import read_defaults
 from .files import CONFIG, TEMPLATE, TOKENIZER, find
-from .memory import Memory
+from .memory import Marks, Memory
 from .stops import StopTexts
 from .template import ChatTemplate
 from .tokenizer import Tokenizer, load_tokenizer
@@ -28,19 +29,23 @@ class TextGenerator:
     """Generates text with one sequence of states, which it keeps from call to call.
 
     A prompt or conversation that goes on from the last one prefills only what is new. For conversations side by side
-    make one generator each, of one program and tokenizer.
+    `fork` it.
 
     Args:
         program: A model with one input of token ids and one output of logits.
         tokenizer: A folder or a `tokenizer.json`, or an object that is a `Tokenizer`; None: the one inside the
             module, or beside it.
+        keep: How many snapshots it and its forks keep, at the ends of prompts and answers; each keeps a session's
+            states from being freed.
 
     Raises:
         LinattnError: The packages tokenizers or jinja2 are missing.
         InputError: No tokenizer, or a damaged file.
     """
 
-    def __init__(self, program: Program, tokenizer: str | PathLike[str] | Tokenizer | None = None) -> None:
+    def __init__(
+        self, program: Program, tokenizer: str | PathLike[str] | Tokenizer | None = None, *, keep: int = 8
+    ) -> None:
         self._template: ChatTemplate | None = None
         self._stop: frozenset[int] = frozenset()
         self.sampling = Sampling()
@@ -57,7 +62,18 @@ class TextGenerator:
                 self._template = ChatTemplate(template, defaults.special, where)
         else:
             self._tokenizer = tokenizer
-        self._memory = Memory(program.session(batch=1 if program.manifest.batch is None else None))
+        session = program.session(batch=1 if program.manifest.batch is None else None)
+        self._memory = Memory(session, Marks(keep))
+
+    def fork(self) -> TextGenerator:
+        """Another generator, for another conversation: what one has read the other need not read again.
+
+        The two may run in different threads. What prompts begin with in common, such as the same instructions, is
+        read once; the states there are kept, as are those at the ends of the last prompts and answers.
+        """
+        other = copy.copy(self)
+        other._memory = self._memory.fork()
+        return other
 
     @property
     def can_chat(self) -> bool:
@@ -70,7 +86,7 @@ class TextGenerator:
         return self._tokenizer
 
     def reset(self) -> None:
-        """Forgets what was read and written."""
+        """Forgets what was read and written, by its forks too."""
         self._memory.reset()
 
     def generate(
@@ -185,7 +201,7 @@ class TextStream(Iterator[str]):
         self.reused_tokens = turn.reused
         _log.info("prompt of %d tokens, %d of them reused", self.prompt_tokens, turn.reused)
         push, decoded = self._tokenizer.stream(), ""
-        new, held = self._prompt[turn.reused :], self._prompt[: turn.reused]
+        new, held = self._prompt[turn.start :], self._prompt[: turn.start]
         count = min(self._count, self._memory.room(self.prompt_tokens))
         for token in turn.follow(generate(turn.session, new, count, self._sampling, self._stop, held)):
             now = time.perf_counter()

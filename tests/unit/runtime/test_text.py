@@ -110,6 +110,27 @@ def test_goes_on_from_what_it_has_read(cpu: Program) -> None:
     assert other.reused_tokens == 0
 
 
+def test_forks_share_what_was_read() -> None:
+    """Ends of prompts and answers, and where prompts part, if that is far enough; forgotten when one is reset."""
+    program = Program.load(Hybrid(max_context=128).compile(), "local-sync")
+    first, system = TextGenerator(program, FourTokens(), keep=3), "abcd" * 9
+    forks = [first.fork() for _ in range(3)]
+    for generator, text, reused in (
+        (first, system + "a", 0),
+        (forks[0], system + "b", 0),  # marks where the two part
+        (forks[1], system + "c", 36),
+        (forks[2], system + "ca", 37),
+        (first, "b", 0),
+    ):
+        stream = generator.generate(text, max_tokens=3)
+        assert "".join(stream) == greedy_reference(text, 3)
+        assert stream.reused_tokens == reused
+    forks[2].reset()
+    stream = forks[1].generate(system + "d", max_tokens=2)
+    assert "".join(stream) == greedy_reference(system + "d", 2)
+    assert stream.reused_tokens == 0
+
+
 def test_goes_back_to_the_prompt_where_an_answer_comes_back_otherwise(cpu: Program) -> None:
     generator = TextGenerator(cpu, FourTokens())
     first = "".join(generator.generate("abca", max_tokens=5))
