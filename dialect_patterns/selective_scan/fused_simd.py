@@ -24,7 +24,7 @@ from ..emit.kernel_text import Index, KernelText
 from ..machines import for_machines
 from ..node import Dim, TensorSpec
 from ..op import LoweringContext
-from ..select import Legality, No, Yes
+from ..select import Legality, No, OtherMachine, Yes
 from ..target import Target
 from .contract import SelectiveScan
 from .simd_one_token import OneToken
@@ -38,7 +38,7 @@ _SHARE = 128  # channels of a workgroup for one token
 def is_legal(contract: SelectiveScan, target: Target) -> Legality:
     """On CPUs, where channels and states fill vectors."""
     if target.is_gpu or not target.vector_bits:
-        return No("the target is not a CPU with vectors")
+        return (OtherMachine if target.is_gpu else No)("the target is not a CPU with vectors")
     if contract.channels < _LEAST or contract.states % _LEAST or contract.states > _MAX_STATE:
         shape = f"{contract.channels} channels with states of {contract.states}"
         return No(f"{shape}: it takes {_LEAST} channels or more and multiples of {_LEAST} up to {_MAX_STATE}")

@@ -20,7 +20,7 @@ from ..emit.builder import Size, tensor_type
 from ..emit.scalar import Scalar
 from ..emit.simt_kernel import Buffer, Group, Kernel, dispatch
 from ..op import LoweringContext
-from ..select import Legality, No, Yes
+from ..select import Legality, No, OtherMachine, Yes
 from ..target import Target
 from .contract import SelectiveScan
 
@@ -33,7 +33,7 @@ _AHEAD = 4  # tokens whose loads are in flight
 def is_legal(contract: SelectiveScan, target: Target) -> Legality:
     """On a GPU, while a thread's part of the state fits its registers."""
     if not target.is_gpu:
-        return No(f"{target.name} is not a GPU")
+        return OtherMachine(f"{target.name} is not a GPU")
     held = contract.states // _lanes(contract, target)
     if held > _MAX_HELD:
         return No(f"a thread would hold {held} elements of the state, more than {_MAX_HELD}")

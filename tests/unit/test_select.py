@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 from data import Shape, linear_attention
 from harness import node_for
+from linattn import dialect_patterns
 from linattn.dialect_patterns.linear_attention.op import choose, chunk_size, parse
 from linattn.dialect_patterns.op import Choice, LoweringOptions
 from linattn.dialect_patterns.select import No, OtherMachine, Strategy, Yes, select
@@ -96,3 +100,11 @@ def test_chunk_size(tokens: int | None, size: int, target: Target, asked: int | 
 def test_chunk_size_refused(asked: int) -> None:
     with pytest.raises(LoweringError, match="option 'chunk size', got"):
         choose(contract(512), CPU, LoweringOptions(chunk_size=asked))
+
+
+def test_no_strategy_forgets_that_it_is_of_another_machine() -> None:
+    """All that say so say it in a way that the report can tell."""
+    folder = Path(dialect_patterns.__file__).parent
+    texts = {path.name: path.read_text() for path in folder.rglob("*.py")}
+    plain = [name for name, text in texts.items() if re.search(r"\bNo\(f?\"[^\"]*\bnot a (GPU|CPU)\b", text)]
+    assert plain == []
