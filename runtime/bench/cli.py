@@ -6,7 +6,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,10 +16,12 @@ from linattn.runtime.errors import InputError
 from linattn.runtime.outputs import check_outputs, new_file
 
 from .cases import RULES, AttentionCase, Case, ConvCase, dtype_name
+from .export import to_csv, to_markdown
 from .model_bench import run_model
-from .op_bench import run_op
+from .op_bench import FORMAT, run_op
 from .op_models import DOMAINS, MICROSOFT, strategy_names
 from .options import DEFAULT, OP_PEERS, ModelOptions, OpOptions
+from .report import write_page
 from .subjects import Note, files_of, parse_targets, split
 from .table import to_text
 
@@ -29,7 +31,8 @@ _EPILOG = """Examples:
   linattn-bench op --op causal_conv --channels 6144 --taps 4 --tokens 1,512 --json out.json
   linattn-bench model model.onnx --prefill 512 --decode 128 --targets cpu --peers onnxruntime
   linattn-bench model model.onnx --prefill 512 --profile --json profile.json
-  linattn-bench plot laptop.json server.json -o tokens.png"""
+  linattn-bench plot laptop.json server.json -o tokens.png
+  linattn-bench report laptop.json server.json -o report.html"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,6 +52,10 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.command == "plot":
         _plot(arguments)
         return 0
+    if arguments.command == "report":
+        check_outputs({"-o": arguments.output}, arguments.results)
+        write_page(_read(arguments.results), arguments.results, Path(arguments.output))
+        return 0
     _check_files(arguments)
     result = _run_op(arguments) if arguments.command == "op" else _run_model(arguments)
     _write(arguments, result)
@@ -65,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     packages = "iree-base-compiler", "iree-base-runtime", "onnxruntime"
     parser.add_argument("--version", action="version", version=version_line(*packages))
     add_completion(parser)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="op|model|plot")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="op|model|plot|report")
     _op_options(commands.add_parser("op", help="one operator over token counts"))
     _model_options(commands.add_parser("model", help="prefill and decode of whole models"))
     plot = commands.add_parser(
@@ -74,6 +81,12 @@ def _parser() -> argparse.ArgumentParser:
     plot.add_argument("results", nargs="+", metavar="RESULT.json", help="one of op, or some of model")
     plot.add_argument("-o", "--output", required=True, metavar="FILE.png", help="file to write; needs matplotlib")
     plot.add_argument("--debug", action="store_true", help="show a traceback with an error")
+    report = commands.add_parser("report", help="a page of results written with --json, of several machines and kinds")
+    report.add_argument("results", nargs="+", metavar="RESULT.json", help="of op and model")
+    report.add_argument(
+        "-o", "--output", required=True, metavar="FILE.html", help="file to write, with nothing outside it"
+    )
+    report.add_argument("--debug", action="store_true", help="show a traceback with an error")
     return parser
 
 
@@ -85,6 +98,8 @@ def _common_options(parser: argparse.ArgumentParser) -> None:
     add("--threads", type=int, metavar="N", help="CPU threads of every subject (default: each one's own default)")
     add("--seed", type=int, default=0, metavar="N", help="of the inputs (default: 0)")
     add("--json", metavar="FILE", help="write the result for machines; - to standard output")
+    add("--markdown", metavar="FILE.md", help="write the table for a page; - to standard output")
+    add("--csv", metavar="FILE.csv", help="write every number for a spreadsheet; - to standard output")
     add("--plot", metavar="FILE.png", help="draw the result; needs matplotlib")
     add("--no-ceilings", action="store_true", help="do not measure the machine's copy bandwidth and FMA rate")
     add("--quiet", action="store_true", help="show the table only, no progress")
@@ -135,9 +150,10 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL.onnx|MODEL.vmfb|MODEL.linattn",
         help="models to compile, and compiled ones (a .vmfb is code), of a bundle each module",
     )
-    add("--prefill", type=int, default=512, metavar="N", help="tokens of the prompt (default: 512)")
+    add("--prefill", default="512", metavar="N,N,...", help="tokens of the prompts (default: 512)")
     add("--decode", type=int, default=128, metavar="N", help="tokens to generate (default: 128)")
     add("--repeats", type=int, default=3, metavar="N", help="turns of each subject (default: 3)")
+    add("--warmup", type=int, default=1, metavar="N", help="untimed prompts before the first turn (default: 1)")
     add("--strategies", default=DEFAULT, metavar="NAME,...", help="strategies to force; default: linattn's choice")
     add("--peers", default="onnxruntime", metavar="onnxruntime", help="peers, or none (default: onnxruntime)")
     add("--all-logits", action="store_true", help="of a prompt the logits of all positions, not of the last one only")
@@ -203,13 +219,14 @@ def _cases(arguments: argparse.Namespace) -> list[Case]:
 
 
 def _run_model(arguments: argparse.Namespace) -> dict[str, Any]:
-    for option in ("prefill", "decode", "repeats", "threads"):
+    for option in ("decode", "repeats", "warmup", "threads"):
         _positive(getattr(arguments, option), option)
     options = ModelOptions(
         models=[Path(model) for model in arguments.models],
-        prefill=arguments.prefill,
+        prefill=sorted({_whole(part, "--prefill") for part in split(arguments.prefill, "--prefill")}),
         decode=arguments.decode,
         repeats=arguments.repeats,
+        warmup=arguments.warmup,
         targets=parse_targets(arguments.targets),
         strategies=split(arguments.strategies, "--strategies"),
         peers=_peers(arguments.peers),
@@ -224,11 +241,21 @@ def _run_model(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _write(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
     result["command"] = ["linattn-bench", *sys.argv[1:]]
-    text = json.dumps(_finite(result), indent=2, allow_nan=False)
-    print(text if arguments.json == "-" else to_text(result))
-    if arguments.json not in (None, "-"):
-        with new_file(arguments.json) as partial:
-            partial.write_text(f"{text}\n")
+    written: dict[str, Callable[[dict[str, Any]], str]] = {
+        "json": lambda found: json.dumps(_finite(found), indent=2, allow_nan=False) + "\n",
+        "markdown": to_markdown,
+        "csv": to_csv,
+    }
+    asked = {name: getattr(arguments, name) for name in written if getattr(arguments, name)}
+    if "-" not in asked.values():
+        print(to_text(result))
+    for name, path in asked.items():
+        text = written[name](result)
+        if path == "-":
+            sys.stdout.write(text)
+            continue
+        with new_file(path) as partial:
+            partial.write_text(text)
     if arguments.plot and result["kind"] != "profile":
         from .plot import draw
 
@@ -240,8 +267,13 @@ def _plot(arguments: argparse.Namespace) -> None:
 
     check(Path(arguments.output))
     check_outputs({"-o": arguments.output}, arguments.results)
+    draw(_read(arguments.results), Path(arguments.output))
+
+
+def _read(paths: Sequence[str]) -> list[dict[str, Any]]:
+    """Results that were written with --json."""
     results: list[dict[str, Any]] = []
-    for path in arguments.results:
+    for path in paths:
         try:
             results.append(json.loads(Path(path).read_text()))
             missing = [key for key in ("kind", "method", "rows") if key not in results[-1]]
@@ -249,7 +281,11 @@ def _plot(arguments: argparse.Namespace) -> None:
             raise InputError("not a result of linattn-bench", where=path, got=str(error)) from error
         if missing:
             raise InputError("not a result of linattn-bench", where=path, hint=f"it has no {missing[0]!r}")
-    draw(results, Path(arguments.output))
+        if results[-1].get("format") != FORMAT:
+            hint = "measure again with this version"
+            got = results[-1].get("format")
+            raise InputError("a result of another version", where=path, got=got, expected=FORMAT, hint=hint)
+    return results
 
 
 def _finite(value: Any) -> Any:
@@ -263,10 +299,15 @@ def _finite(value: Any) -> Any:
 
 def _check_files(arguments: argparse.Namespace) -> None:
     """Finds out before the measuring what would fail after it."""
-    if arguments.json or arguments.plot:
+    asked = {f"--{name}": getattr(arguments, name) for name in ("json", "markdown", "csv", "plot")}
+    if list(asked.values()).count("-") > 1:
+        got = ", ".join(option for option, path in asked.items() if path == "-")
+        raise InputError("standard output takes one of them", got=got)
+    asked = {option: path for option, path in asked.items() if path not in (None, "-")}
+    if asked:
         models = [Path(path) for path in getattr(arguments, "models", [])]
         inputs = [file for model in models for file in files_of(model)]
-        check_outputs({"--json": None if arguments.json == "-" else arguments.json, "--plot": arguments.plot}, inputs)
+        check_outputs(asked, inputs)
     if arguments.plot:
         from .plot import check
 

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import platform
 import re
+import subprocess
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ from typing import Any, cast
 import iree.runtime as _untyped_rt  # pyright: ignore[reportMissingTypeStubs]
 import numpy as np
 from linattn.runtime.device import Device, DeviceArray, open_device
+from linattn.runtime.discover import look_for
 from linattn.runtime.drivers import list_devices
 from linattn.runtime.errors import TargetError
 from linattn.runtime.loading import read_manifest
@@ -44,6 +46,17 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def commit() -> str | None:
+    """The commit of linattn that is measured, `-dirty` if it was changed since; None outside a checkout."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        subprocess.run([*git, "ls-files", "--error-unmatch", __file__], check=True, capture_output=True)
+        found = subprocess.run([*git, "describe", "--always", "--dirty"], check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()
 
 
 def describe_machine() -> dict[str, Any]:
@@ -90,11 +103,12 @@ class Probe:
         self._device = open_device(device or target)
 
     def describe(self) -> dict[str, Any]:
-        """Name, driver and driver version of the device."""
+        """Name, driver and driver version of the device, and whether it is a GPU's driver in `software`."""
         device = self._device
         name = describe_machine()["cpu"] if self._target == "cpu" else device.description
         name = re.sub(r"\(.*\(.*\)\)$", "", name).strip()  # llvmpipe says its driver twice
-        return {"uri": device.uri, "name": name, "driver": device.driver, "driver_version": _driver_version(device)}
+        found = {"uri": device.uri, "name": name, "driver": device.driver, "driver_version": _driver_version(device)}
+        return found | {"software": self._target == "vulkan" and _is_software(device)}
 
     def ceilings(self, models: Mapping[str, str]) -> dict[str, Any]:
         """Bytes per second of a large copy (read and written) and FLOP per second of large matrix products.
@@ -116,6 +130,13 @@ class Probe:
             else found["how"]
         )
         return found | rates | {"how": how}
+
+
+def _is_software(device: Device) -> bool:
+    """Whether a Vulkan device computes on the CPU, as lavapipe does; the default device may be any of them."""
+    found = [row for row in look_for("vulkan") if row.uri is not None]
+    same = [row for row in found if row.uri == device.uri] or [row for row in found if row.name in device.description]
+    return any(row.is_software for row in same or found)
 
 
 def _driver_version(device: Device) -> str:

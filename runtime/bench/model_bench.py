@@ -3,56 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from linattn.runtime.bundle import read_bundle
-from linattn.runtime.device import HostArray
 from linattn.runtime.errors import InputError, LinattnError, TargetError
 from linattn.runtime.loading import read_manifest
 from linattn.runtime.manifest import Manifest
 from linattn.runtime.module import Module
 
-from .cases import relative_error
 from .lazy import compiler_side, need
-from .machine import describe_machine, versions
-from .model_runners import logits_output, vocabulary_of
+from .machine import commit, describe_machine, versions
+from .model_rows import Entrant, row_of
+from .model_runners import vocabulary_of
 from .op_bench import FORMAT
 from .options import DEFAULT, MODEL_PEERS, ModelOptions
 from .process import Subject
 from .profile import profile_entry
 from .subjects import Absences, Note, TargetChoice, close_all, compile_file, file_name, open_targets, start
-from .timing import summarize
 
 CHECKED_STEPS = 8
-LOGIT_LIMITS = {"float32": 1e-3, "float16": 5e-2, "bfloat16": 1e-1}
-"""Relative error norm of logits against ONNX Runtime above which a subject counts as wrong."""
-QUANTIZED_LIMIT = 1e-1
-"""The same for quantized models: with accuracy_level 4 ONNX Runtime rounds activations to int8, which we do not."""
-
-
-@dataclass
-class _Entrant:
-    name: str
-    kind: str
-    target: str
-    manifest: Manifest
-    path: Path
-    facts: dict[str, Any] = field(default_factory=dict[str, Any])
-    device: str | None = None
-    subject: Subject | None = None
-    logits: HostArray | None = None
-    repeats: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
-
-    def call(self, method: str, **arguments: Any) -> Any:
-        assert self.subject is not None, "started first"
-        return self.subject.call(method, **arguments)
+_METHOD = ("prefill", "decode", "repeats", "warmup", "threads", "seed", "all_logits")
 
 
 def run_model(options: ModelOptions, note: Note) -> dict[str, Any]:
@@ -79,9 +57,8 @@ def run_model(options: ModelOptions, note: Note) -> dict[str, Any]:
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": describe_machine(),
         "versions": versions(),
-        "method": {
-            key: getattr(options, key) for key in ("prefill", "decode", "repeats", "threads", "seed", "all_logits")
-        },
+        "commit": commit(),
+        "method": {key: getattr(options, key) for key in _METHOD},
     }
     with tempfile.TemporaryDirectory(prefix="linattn-bench-") as name:
         folder = Path(name)
@@ -96,14 +73,20 @@ def run_model(options: ModelOptions, note: Note) -> dict[str, Any]:
             return result | {"kind": "profile", "devices": devices, "rows": rows, "absent": absent.rows}
         try:
             entrants = _start_all(entrants, options, absent, note)
-            entrants = _measure(entrants, options, absent, order, note)
+            prompts, forced = _prompts(entrants, options)
+            entrants = _measure(entrants, prompts, forced, options, absent, order, note)
+            peers = {e.manifest.model_sha256: e for e in entrants if e.kind != "linattn"}
+            warmup = {"prompts": options.warmup, "steps": options.warmup * len(forced)}
+            rows = [
+                row_of(entrant, peers.get(entrant.manifest.model_sha256), prompt, warmup)
+                for prompt in prompts
+                for entrant in entrants
+            ]
         finally:
             close_all([entrant.subject for entrant in entrants if entrant.subject is not None])
     if not any(entrant.kind == "linattn" for entrant in entrants):
         reasons = "; ".join(f"{row['name']}: {row['reason']}" for row in absent.rows)
         raise TargetError("nothing of linattn could be measured", hint=reasons)
-    peers = {entrant.manifest.model_sha256: entrant for entrant in entrants if entrant.kind != "linattn"}
-    rows = [_row(entrant, peers.get(entrant.manifest.model_sha256), options) for entrant in entrants]
     result |= {"devices": devices, "models": _models(entrants)}
     return result | {"rows": rows, "absent": absent.rows, "order": order}
 
@@ -126,7 +109,7 @@ def _check_modules(options: ModelOptions) -> dict[Path, Manifest]:
             raise InputError("not a model", where=str(path), expected="a .onnx or a .vmfb file, or a bundle")
         if path.suffix == ".vmfb":
             manifest = found[path] = read_manifest(Module(path))
-            needed, limit = options.prefill + options.decode, manifest.token_limit
+            needed, limit = options.longest + options.decode, manifest.token_limit
             if limit is not None and limit < needed:
                 hint = f"compile with --max-context {needed}, or ask for less"
                 raise InputError(
@@ -142,18 +125,18 @@ def _compile_all(
     folder: Path,
     absent: Absences,
     note: Note,
-) -> list[_Entrant]:
-    entrants: list[_Entrant] = []
+) -> list[Entrant]:
+    entrants: list[Entrant] = []
     several = len(options.models) > 1
     for path in options.models:
         if path in modules:
             manifest = modules[path]
             if manifest.target.name in devices:
                 facts = {"compile_s": None, "strategy": _strategies(manifest)}
-                entrants.append(_Entrant(path.stem, "linattn", manifest.target.name, manifest, path, facts))
+                entrants.append(Entrant(path.stem, "linattn", manifest.target.name, manifest, path, facts))
             continue
         prefix = f"{path.parent.name if path.stem == 'model' else path.stem}:" if several else ""
-        ours: list[_Entrant] = []
+        ours: list[Entrant] = []
         for choice in options.targets:
             for strategy in options.strategies if choice.label in devices else ():
                 name = f"{prefix}{choice.label}:{strategy}"
@@ -162,10 +145,13 @@ def _compile_all(
                     ours.append(_compile(name, path, options, choice, strategy, folder))
                 except LinattnError as error:
                     absent.add(name, error)
+        weights, rounds = _weights(path) if ours else ("", False)
+        for entrant in ours:
+            entrant.facts["weights"] = weights
         entrants += ours
         if ours and options.peers and not options.profile:
-            facts = {"quantized": _is_quantized(path)}
-            entrants.append(_Entrant(f"{prefix}onnxruntime", "onnxruntime", "cpu", ours[0].manifest, path, facts))
+            facts = {"quantized": rounds, "weights": weights}
+            entrants.append(Entrant(f"{prefix}onnxruntime", "onnxruntime", "cpu", ours[0].manifest, path, facts))
     if options.peers and not options.profile and not any(entrant.kind == "onnxruntime" for entrant in entrants):
         absent.add("onnxruntime", "it runs .onnx files, and none was given that compiled")
     return entrants
@@ -173,18 +159,18 @@ def _compile_all(
 
 def _compile(
     name: str, path: Path, options: ModelOptions, choice: TargetChoice, strategy: str, folder: Path
-) -> _Entrant:
+) -> Entrant:
     with compiler_side():
         from linattn.frontend.targets import TargetOptions, resolve_target
     blocks = resolve_target(choice.name, TargetOptions(gpu_target=choice.gpu)).prefill_blocks
-    fitting = tuple(block for block in blocks if block <= options.prefill)
+    fitting = tuple(block for block in blocks if block <= options.longest)
     output = folder / f"{path.parent.name}-{file_name(name)}.vmfb"
     begin = time.perf_counter()
     forced = None if strategy == DEFAULT else strategy
-    settings = {"max_context": options.prefill + options.decode, "prefill_blocks": fitting}
+    settings = {"max_context": options.longest + options.decode, "prefill_blocks": fitting}
     compiled = compile_file(path, output, choice, forced, **settings)
     facts = {"compile_s": time.perf_counter() - begin, "strategy": _strategies(compiled.manifest)}
-    return _Entrant(name, "linattn", choice.label, compiled.manifest, output, facts, choice.device)
+    return Entrant(name, "linattn", choice.label, compiled.manifest, output, facts, choice.device)
 
 
 def _strategies(manifest: Manifest) -> str:
@@ -193,31 +179,32 @@ def _strategies(manifest: Manifest) -> str:
     return "; ".join(sorted(set(found), key=found.count, reverse=True))
 
 
-def _is_quantized(path: Path) -> bool:
-    """Whether the ONNX model has quantized products, which ONNX Runtime computes with rounded activations."""
+def _weights(path: Path) -> tuple[str, bool]:
+    """What an ONNX model's weights are, such as `float32` or `int4`, and whether its products may round activations.
+
+    That is where ONNX Runtime may compute products of quantised weights with activations in int8.
+    """
     onnx = need("onnx", "compile")
-    nodes = onnx.load_model(str(path), load_external_data=False).graph.node
-    return any(node.op_type in ("MatMulNBits", "MatMulInteger", "QLinearMatMul") for node in nodes)
+    graph = onnx.load_model(str(path), load_external_data=False).graph
+    products = [{a.name: a.i for a in node.attribute} for node in graph.node if node.op_type == "MatMulNBits"]
+    if products:
+        bits = Counter(int(product.get("bits", 4)) for product in products)
+        rounds = any(product.get("accuracy_level", 0) > 0 for product in products)
+        return f"int{bits.most_common(1)[0][0]}", rounds
+    held = Counter[str]()
+    for tensor in graph.initializer:
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        held[dtype.name] += math.prod(tensor.dims) * dtype.itemsize
+    return held.most_common(1)[0][0] if held else "none", False
 
 
-def _start_all(entrants: list[_Entrant], options: ModelOptions, absent: Absences, note: Note) -> list[_Entrant]:
+def _start_all(entrants: list[Entrant], options: ModelOptions, absent: Absences, note: Note) -> list[Entrant]:
     """Loads each in its process, one after the other; those that do not load are absent."""
-    started: list[_Entrant] = []
+    started: list[Entrant] = []
     for entrant in entrants:
         note(f"load {entrant.name}")
-        arguments: dict[str, Any] = {"threads": options.threads}
-        if entrant.kind == "linattn":
-            factory, arguments["module"] = "model_runners:IreeModel", str(entrant.path)
-            arguments |= {"device": entrant.device, "all_logits": options.all_logits}
-        else:
-            bare = dataclasses.replace(entrant.manifest, nodes=())
-            factory, arguments["model"], arguments["manifest"] = (
-                "model_runners:OrtModel",
-                str(entrant.path),
-                bare.to_json(),
-            )
         try:
-            entrant.subject = start(entrant.name, factory, arguments)
+            entrant.subject = _start(entrant, options)
             entrant.facts |= entrant.call("describe")
             started.append(entrant)
         except LinattnError as error:
@@ -225,8 +212,19 @@ def _start_all(entrants: list[_Entrant], options: ModelOptions, absent: Absences
     return started
 
 
+def _start(entrant: Entrant, options: ModelOptions, *, exact: bool = False) -> Subject:
+    """A process with the model of a subject; `exact`: in ONNX Runtime without rounded activations."""
+    arguments: dict[str, Any] = {"threads": options.threads}
+    if entrant.kind == "linattn":
+        arguments |= {"module": str(entrant.path), "device": entrant.device, "all_logits": options.all_logits}
+        return start(entrant.name, "model_runners:IreeModel", arguments)
+    bare = dataclasses.replace(entrant.manifest, nodes=())
+    arguments |= {"model": str(entrant.path), "manifest": bare.to_json(), "exact": exact}
+    return start(entrant.name, "model_runners:OrtModel", arguments)
+
+
 def _profile(
-    entrants: Sequence[_Entrant], options: ModelOptions, folder: Path, absent: Absences, note: Note
+    entrants: Sequence[Entrant], options: ModelOptions, folder: Path, absent: Absences, note: Note
 ) -> list[dict[str, Any]]:
     """Profiles every entry point of every module; what cannot be profiled is absent."""
     rows: list[dict[str, Any]] = []
@@ -236,7 +234,7 @@ def _profile(
         for entry in entrant.manifest.entry_points:
             note(f"profile {entry.symbol} of {entrant.name}")
             device = entrant.device or entrant.manifest.target.device
-            start = options.prefill if entry.kind == "decode" else 0
+            start = options.longest if entry.kind == "decode" else 0
             try:
                 profile = profile_entry(entrant.path, entrant.manifest, entry, start, device, options.threads, folder)
             except LinattnError as error:
@@ -249,75 +247,58 @@ def _profile(
     return rows
 
 
-def _measure(
-    entrants: list[_Entrant], options: ModelOptions, absent: Absences, order: list[str], note: Note
-) -> list[_Entrant]:
-    """Warms up and collects logits, then lets the subjects take turns; those that fail become absent."""
-    if not entrants:
-        return entrants
-    vocabulary = vocabulary_of(entrants[0].manifest)
+def _prompts(entrants: Sequence[Entrant], options: ModelOptions) -> tuple[list[list[int]], list[int]]:
+    """A prompt for each length, the shorter ones beginnings of the longest, and tokens to give after it."""
+    vocabulary = vocabulary_of(entrants[0].manifest) if entrants else 1
     random = np.random.default_rng(options.seed)
-    prompt = [int(token) for token in random.integers(0, vocabulary, options.prefill)]
+    longest = [int(token) for token in random.integers(0, vocabulary, options.longest)]
     forced = [int(token) for token in random.integers(0, vocabulary, min(CHECKED_STEPS, options.decode))]
+    return [longest[:length] for length in options.prefill], forced
+
+
+def _measure(
+    entrants: list[Entrant],
+    prompts: Sequence[Sequence[int]],
+    forced: Sequence[int],
+    options: ModelOptions,
+    absent: Absences,
+    order: list[str],
+    note: Note,
+) -> list[Entrant]:
+    """Warms up and collects logits, then lets the subjects take turns; those that fail become absent."""
     for turn in range(options.repeats + 1):
         note("warm up and compare logits" if not turn else f"repeat {turn} of {options.repeats}")
-        for entrant in list(entrants):
-            try:
-                if not turn:
-                    entrant.logits = entrant.call("check", prompt=prompt, forced=forced)
-                    continue
-                order.append(entrant.name)
-                entrant.repeats.append(entrant.call("repeat", prompt=prompt, count=options.decode))
-            except LinattnError as error:
-                absent.add(entrant.name, error)
-                close_all([entrant.subject] if entrant.subject else [])
-                entrants.remove(entrant)
+        for prompt in prompts:
+            for entrant in list(entrants):
+                try:
+                    if not turn:
+                        _warm_up(entrant, prompt, forced, options)
+                        continue
+                    order.append(entrant.name)
+                    found = entrant.call("repeat", prompt=prompt, count=options.decode)
+                    entrant.repeats.setdefault(len(prompt), []).append(found)
+                except LinattnError as error:
+                    absent.add(entrant.name, error)
+                    close_all([entrant.subject] if entrant.subject else [])
+                    entrants.remove(entrant)
     return entrants
 
 
-def _row(entrant: _Entrant, reference: _Entrant | None, options: ModelOptions) -> dict[str, Any]:
-    prefill = summarize([repeat["prefill_s"] for repeat in entrant.repeats])
-    steps = summarize([step for repeat in entrant.repeats for step in repeat["steps_s"]])
-    overheads = [seconds for repeat in entrant.repeats for seconds in repeat["overheads_s"]]
-    decode = summarize([sum(repeat["steps_s"]) for repeat in entrant.repeats])
-    row: dict[str, Any] = {
-        "subject": entrant.name,
-        "kind": entrant.kind,
-        "target": entrant.target,
-        "model_sha256": entrant.manifest.model_sha256,
-        "strategy": entrant.facts.get("strategy"),
-        "compile_s": entrant.facts.get("compile_s"),
-        "load_s": entrant.facts["load_s"],
-        "memory_bytes": {"loaded": entrant.facts["memory_bytes"]["now"], **entrant.repeats[-1]["memory_bytes"]},
-        "first_token_s": prefill,
-        "prefill": {"tokens_per_s": options.prefill / prefill["median"], "total": prefill},
-        "decode": {"tokens_per_s": options.decode / decode["median"], "total": decode, "step": steps},
-        "overhead": summarize(overheads) if overheads else None,
-        "error": None,
-        "greedy": None,
-        "status": "ok",
-        "reference": None,
-    }
-    if reference is None or reference is entrant:
-        return row
-    assert entrant.logits is not None
-    assert reference.logits is not None
-    dtypes = {logits_output(e.manifest).dtype for e in (entrant, reference)} | {
-        s.dtype for s in entrant.manifest.states
-    }
-    limit = max(LOGIT_LIMITS.get(dtype, 0.0) for dtype in dtypes)
-    limit = max(limit, QUANTIZED_LIMIT) if reference.facts.get("quantized") else limit
-    error = relative_error(entrant.logits, reference.logits)
-    ours, theirs = entrant.repeats[0]["tokens"], reference.repeats[0]["tokens"]
-    first = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), None)
-    row["error"] = {"logits": error, "limit": limit, "ok": error <= limit, "positions": len(entrant.logits)}
-    row["greedy"] = {"equal": first if first is not None else len(ours), "of": len(ours)}
-    row["status"] = "ok" if error <= limit else "wrong"
-    row["reference"] = reference.name
-    return row
+def _warm_up(entrant: Entrant, prompt: Sequence[int], forced: Sequence[int], options: ModelOptions) -> None:
+    """The untimed turns; their logits are compared. Of a quantised model ONNX Runtime tells its noise, too."""
+    length = len(prompt)
+    for _ in range(options.warmup):
+        entrant.logits[length] = entrant.call("check", prompt=prompt, forced=forced)
+    if not entrant.facts.get("quantized"):
+        return
+    exact = _start(entrant, options, exact=True)
+    try:
+        entrant.exact[length] = exact.call("check", prompt=prompt, forced=forced)
+    finally:
+        close_all([exact])
 
 
-def _models(entrants: Sequence[_Entrant]) -> list[dict[str, Any]]:
+def _models(entrants: Sequence[Entrant]) -> list[dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for entrant in entrants:
         m = entrant.manifest

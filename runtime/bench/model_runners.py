@@ -23,6 +23,7 @@ from linattn.runtime.state import state_shape, zero_states
 
 from .device_times import cuda_kernels
 from .lazy import need
+from .load import Watch
 from .machine import core_count, resident_bytes
 from .op_runners import open_ort, view_ort
 
@@ -31,6 +32,9 @@ class ModelRunner:
     """A subject: `reset`, then `step` for the prompt and each token."""
 
     load_s = 0.0
+
+    def __init__(self) -> None:
+        self._watches: dict[int, Watch] = {}
 
     def reset(self) -> None:
         """Starts a fresh sequence."""
@@ -66,6 +70,32 @@ class ModelRunner:
             each what `step` took beyond the call itself, if that is known), the `tokens` (1 + count of them), and the
             memory of the process.
         """
+        with self._watches.setdefault(len(prompt), Watch()).watching():
+            return self._repeat(prompt, count)
+
+    def watched(self, length: int) -> dict[str, Any]:
+        """What the CPU did during the timed turns with a prompt of a length."""
+        return self._watches[length].summary()
+
+    def margin(self, prompt: Sequence[int], tokens: Sequence[int], one: int, other: int) -> float:
+        """How much likelier one token is than another one after a prompt and some tokens, in norms of the logits.
+
+        Args:
+            prompt: Token ids.
+            tokens: What came after it.
+            one: A token.
+            other: Another one.
+
+        Returns:
+            The difference of their logits over the root mean square of all.
+        """
+        self.reset()
+        logits = self.step(np.array([prompt])).astype(np.float64)
+        for token in tokens:
+            logits = self.step(np.array([[token]])).astype(np.float64)
+        return float((logits[one] - logits[other]) / np.sqrt(np.mean(logits**2)))
+
+    def _repeat(self, prompt: Sequence[int], count: int) -> dict[str, Any]:
         self.reset()
         start = time.perf_counter()
         tokens = [index_of_largest(self.step(np.array([prompt])))]
@@ -97,6 +127,7 @@ class IreeModel(ModelRunner):
     def __init__(
         self, module: str, device: str | None = None, threads: int | None = None, *, all_logits: bool = False
     ) -> None:
+        super().__init__()
         where = device or read_manifest(Module(Path(module))).target.device
         start = time.perf_counter()
         self._program = Program.load(module, device, threads=threads if has_worker_threads(where) else None)
@@ -161,9 +192,11 @@ class OrtModel(ModelRunner):
         model: Path of the ONNX model.
         manifest: What linattn found out about it (inputs, roles, states), as JSON.
         threads: Of one operator; None: as many as there are cores.
+        exact: With products of int4 that do not round activations to int8, whatever the model allows.
     """
 
-    def __init__(self, model: str, manifest: str, threads: int | None = None) -> None:
+    def __init__(self, model: str, manifest: str, threads: int | None = None, *, exact: bool = False) -> None:
+        super().__init__()
         self._ort = need("onnxruntime", "bench")
         self._manifest = Manifest.from_json(manifest)
         others = [spec.name for spec in self._manifest.inputs if spec.role == "other"]
@@ -172,7 +205,11 @@ class OrtModel(ModelRunner):
         if any(spec.dtype == "bfloat16" for spec in (*self._manifest.states, *self._manifest.outputs)):
             raise InputError("is not fed with bfloat16 states", where="onnxruntime")
         start = time.perf_counter()
-        self._session = open_ort(self._ort, model, threads or core_count())
+        if exact:
+            data, folder = _without_rounding(model), Path(model).parent
+            self._session = open_ort(self._ort, data, threads or core_count(), folder)
+        else:
+            self._session = open_ort(self._ort, model, threads or core_count())
         self.load_s = time.perf_counter() - start
         self._tokens = next(spec for spec in self._manifest.inputs if spec.role == "tokens")
         self._logits = logits_output(self._manifest).name
@@ -206,6 +243,17 @@ class OrtModel(ModelRunner):
         self._states = dict(zip((spec.name for spec in m.states), outputs[1:], strict=True))
         self._position += count
         return view_ort(outputs[0])[0, -1].copy()
+
+
+def _without_rounding(model: str) -> bytes:
+    """The graph with every MatMulNBits at accuracy_level 0; its weights stay where they are."""
+    proto = need("onnx", "compile").load_model(model, load_external_data=False)
+    for node in (node for nodes in (proto.graph, *proto.functions) for node in nodes.node):
+        kept = [attribute for attribute in node.attribute if attribute.name != "accuracy_level"]
+        if node.op_type == "MatMulNBits" and len(kept) < len(node.attribute):
+            del node.attribute[:]
+            node.attribute.extend(kept)
+    return proto.SerializeToString()
 
 
 def profiled_inputs(manifest: Manifest, entry: EntryPoint, position: int) -> list[HostArray]:

@@ -15,7 +15,7 @@ from linattn.runtime.errors import InputError, LinattnError, TargetError
 from .cases import Case, judge
 from .device_times import tells_times
 from .fla_runner import FORMS, missing_fla
-from .machine import describe_machine, versions
+from .machine import commit, describe_machine, versions
 from .op_models import AI_ONNX, MICROSOFT, build_op, build_trivial, chain_feeds, digest, strategy_names, trivial_feeds
 from .op_rows import compare, kernel_time, rate
 from .options import DEFAULT, OP_PEERS, OpOptions
@@ -33,7 +33,7 @@ from .subjects import (
 )
 from .timing import summarize
 
-FORMAT = 1
+FORMAT = 2
 _LEAST_PROFILED, _MOST_PROFILED = 3, 200
 """Calls of a turn under the profiler."""
 _WARM_SECONDS, _MOST_WARMING = 1.0, 20_000
@@ -86,6 +86,7 @@ def run_op(options: OpOptions, note: Note) -> dict[str, Any]:
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": describe_machine(),
         "versions": versions(),
+        "commit": commit(),
         "method": _method(options),
         "case": _case(options.cases[0]),
     }
@@ -280,6 +281,7 @@ def _row(
 ) -> dict[str, Any] | None:
     try:
         error = judge(case, entrant.subject.call("results", key="call"), reference)
+        watched = entrant.subject.call("watched", key="call")
         for key in ("call", "chain"):
             entrant.subject.call("drop", key=key)
     except LinattnError as failure:
@@ -299,6 +301,7 @@ def _row(
         "dtype": case.dtype,
         "status": "ok" if error["ok"] else "wrong",
         "call": call,
+        "load": watched,
         "overhead": summarize(overhead) if overhead else None,
         "kernel": kernel_time(entrant.kind, entrant.samples, options.chain),
         "bytes": case.bytes,

@@ -15,8 +15,9 @@ from linattn.runtime.module import Module
 
 from .device_times import call_seconds, cuda_call_seconds, memory_arguments
 from .lazy import need
+from .load import Watch
 from .machine import core_count
-from .timing import timed
+from .timing import timed, warm_up
 
 Feeds = Mapping[str, HostArray]
 
@@ -29,6 +30,8 @@ class Runner:
     def __init__(self) -> None:
         self._calls: dict[str, Callable[[], Any]] = {}
         self._last: dict[str, Any] = {}
+        self._watches: dict[str, Watch] = {}
+        self._warmed: dict[str, int] = {}
 
     def prepare(self, key: str, model: str, feeds: Feeds, attributes: Mapping[str, Any] | None = None) -> None:
         """Loads a model and puts its inputs where it reads them.
@@ -48,7 +51,13 @@ class Runner:
         def keep() -> None:
             self._last[key] = call()
 
-        return timed(keep, seconds, warmup)
+        self._warmed[key] = self._warmed.get(key, 0) + warm_up(keep, warmup)
+        with self._watches.setdefault(key, Watch()).watching():
+            return timed(keep, seconds, 0, 0.0)
+
+    def watched(self, key: str) -> dict[str, Any]:
+        """How many calls of a model were not timed, and what the CPU did during those that were."""
+        return {"warmup": self._warmed[key], **self._watches[key].summary()}
 
     def results(self, key: str) -> dict[str, HostArray]:
         """What the last timed call returned."""
@@ -58,6 +67,8 @@ class Runner:
         """Forgets a model and its arrays."""
         self._calls.pop(key, None)
         self._last.pop(key, None)
+        self._watches.pop(key, None)
+        self._warmed.pop(key, None)
 
 
 class IreeRunner(Runner):
@@ -154,9 +165,18 @@ class OrtRunner(Runner):
         self._bound.pop(key, None)
 
 
-def open_ort(ort: Any, model: str, threads: int) -> Any:
-    """An ONNX Runtime session on the CPU, with its defaults but for the threads and its warnings."""
+def open_ort(ort: Any, model: str | bytes, threads: int, folder: Path | None = None) -> Any:
+    """An ONNX Runtime session on the CPU, with its defaults but for the threads and its warnings.
+
+    Args:
+        ort: The package.
+        model: Path of the model, or its bytes.
+        threads: Of one operator.
+        folder: Where the weights of a model in bytes lie.
+    """
     options = ort.SessionOptions()
+    if folder is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])

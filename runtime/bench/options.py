@@ -54,9 +54,10 @@ class ModelOptions:
     Attributes:
         models: `.onnx` files, compiled for each target and strategy, `.vmfb` files, run as they are, and bundles, of
             which every module is run whose device is there.
-        prefill: Tokens of the prompt.
+        prefill: Tokens of each prompt, ascending.
         decode: Tokens generated after the first.
         repeats: How often the subjects take turns.
+        warmup: Untimed prompts, each with some steps, before the first turn.
         targets: What to compile `.onnx` files for.
         strategies: Strategies to force, `default` for linattn's choice.
         peers: Some of `MODEL_PEERS`.
@@ -68,9 +69,10 @@ class ModelOptions:
     """
 
     models: Sequence[Path]
-    prefill: int = 512
+    prefill: Sequence[int] = (512,)
     decode: int = 128
     repeats: int = 3
+    warmup: int = 1
     targets: Sequence[TargetChoice] = (TargetChoice("cpu"),)
     strategies: Sequence[str] = (DEFAULT,)
     peers: Sequence[str] = MODEL_PEERS
@@ -79,3 +81,8 @@ class ModelOptions:
     ceilings: bool = True
     all_logits: bool = False
     profile: bool = False
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(self.prefill)

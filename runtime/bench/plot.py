@@ -10,7 +10,7 @@ from linattn.runtime.errors import InputError
 from linattn.runtime.outputs import new_file
 
 from .lazy import need
-from .table import time_text
+from .table import label_of, time_text
 
 SUFFIXES = (".png", ".svg", ".pdf")
 _OURS = ("#1f5fbf", "#2a9d8f", "#7b4fb5", "#c2410c", "#3f7f1f", "#b83280")
@@ -18,7 +18,7 @@ _PEERS = ("#6b7280", "#a8a29e", "#c0a062", "#94a3b8")
 _PHASES = ("prefill", "decode")
 _INK, _GRID, _WRONG = "#1f2937", "#e5e7eb", "#c81e1e"
 _WIDE = 30
-"""Ratio of the longest bar to the shortest above which they stand on a log axis."""
+"""Ratio of the fastest to the slowest above which points on a log axis stand in for bars."""
 
 
 def check(path: Path) -> None:
@@ -47,7 +47,7 @@ def draw(results: Sequence[Mapping[str, Any]], path: Path) -> None:
     if kinds - {"op", "model"} or (len(results) > 1 and kinds != {"model"}):
         raise InputError("no picture", got=", ".join(sorted(kinds)), expected="one result of op, or some of model")
     if kinds == {"model"}:
-        lengths = {tuple(result["method"][phase] for phase in _PHASES) for result in results}
+        lengths = {str([result["method"][phase] for phase in _PHASES]) for result in results}
         if len(lengths) > 1:
             raise InputError("results of different lengths", expected="the same --prefill and --decode in all of them")
     need("matplotlib", "bench").use("Agg")
@@ -92,8 +92,8 @@ def _draw_times(axis: Any, rows: Sequence[Mapping[str, Any]], colors: Mapping[st
         x, y = [row["tokens"] for row in mine], [row["call"]["median"] for row in mine]
         style = {"marker": "o", "linewidth": 2.2} if ours else {"marker": "s", "linewidth": 1.6, "linestyle": "--"}
         axis.plot(x, y, color=colors[subject], label=_legend(mine), markersize=5, zorder=3 if ours else 2, **style)
-        least, p90 = ([row["call"][key] for row in mine] for key in ("min", "p90"))
-        axis.vlines(x, least, p90, color=colors[subject], linewidth=1.2, alpha=0.45, zorder=1)
+        least, p95 = ([row["call"][key] for row in mine] for key in ("min", "p95"))
+        axis.vlines(x, least, p95, color=colors[subject], linewidth=1.2, alpha=0.45, zorder=1)
         for row in mine:
             if row["status"] != "ok":
                 axis.annotate("WRONG", (row["tokens"], row["call"]["median"]), color=_WRONG, fontweight="bold")
@@ -107,7 +107,7 @@ def _draw_times(axis: Any, rows: Sequence[Mapping[str, Any]], colors: Mapping[st
     axis.yaxis.set_major_formatter(_tick_time)
     axis.grid(True, color=_GRID, linewidth=0.8)
     axis.set_axisbelow(True)
-    axis.set_xlabel("tokens of the call (whiskers: least time to p90)")
+    axis.set_xlabel("tokens of the call (whiskers: least time to p95)")
 
 
 def _annotate(axis: Any, row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], color: str) -> None:
@@ -154,21 +154,25 @@ def _draw_models(pyplot: Any, results: Sequence[Mapping[str, Any]]) -> Any:
     figure, axes = pyplot.subplots(1, 2, figsize=(10.5, height), sharey=True, layout="constrained")
     for axis, phase in zip(axes, _PHASES, strict=True):
         values = [row[phase]["tokens_per_s"] for _, row in rows]
-        bars = axis.barh(range(len(rows)), values, 0.7, color=[colors[row["subject"]] for _, row in rows])
-        labels = [_bar_text(row, phase, _reference_rate(result, row, phase)) for result, row in rows]
-        axis.bar_label(bars, labels, padding=4, fontsize=9)
-        axis.set_title(f"{phase}, {results[0]['method'][phase]} tokens", loc="left", fontsize=10, fontweight="bold")
-        axis.set_xlabel("tokens/s")
-        if max(values) > _WIDE * min(values):
+        inks, places = [colors[row["subject"]] for _, row in rows], range(len(rows))
+        if max(values) > _WIDE * min(values):  # a bar's length says nothing there
             axis.set_xscale("log")
             axis.set_xlim(min(values) / 3, max(values) * 8)
+            axis.scatter(values, places, 50, inks, zorder=3)
         else:
             axis.set_xlim(0, max(values) * 1.35)
+            axis.barh(places, values, 0.7, color=inks)
+        for place, value, (result, row) in zip(places, values, rows, strict=True):
+            text = _bar_text(row, phase, _reference_rate(result, row, phase))
+            axis.annotate(text, (value, place), xytext=(6, 0), textcoords="offset points", va="center", fontsize=9)
+        axis.set_title(phase, loc="left", fontsize=10, fontweight="bold")
+        axis.set_xlabel("tokens/s, by the medians")
         axis.xaxis.set_major_formatter("{x:,.0f}")
         axis.grid(True, axis="x", color=_GRID, linewidth=0.8)
         axis.set_axisbelow(True)
     several = len(results) > 1
-    axes[0].set_yticks(range(len(rows)), [_model_label(row, result if several else None) for result, row in rows])
+    labels = [_model_label(row, result["devices"], result if several else None) for result, row in rows]
+    axes[0].set_yticks(range(len(rows)), labels)
     axes[0].invert_yaxis()
     about = [f"{_names(result)}{': ' if several else chr(10)}{_where_text(result)}" for result in results]
     figure.suptitle("\n".join(about), fontsize=8 if several else 10, ha="left", x=0.01)
@@ -178,7 +182,9 @@ def _draw_models(pyplot: Any, results: Sequence[Mapping[str, Any]]) -> Any:
 def _reference_rate(result: Mapping[str, Any], row: Mapping[str, Any], phase: str) -> float | None:
     """The rate to compare with: that of the reference, where it ran on the same target."""
     rates = {
-        other["subject"]: other[phase]["tokens_per_s"] for other in result["rows"] if other["target"] == row["target"]
+        other["subject"]: other[phase]["tokens_per_s"]
+        for other in result["rows"]
+        if (other["target"], other["prompt"]) == (row["target"], row["prompt"])
     }
     return rates.get(row["reference"])
 
@@ -194,18 +200,20 @@ def _tick_time(seconds: float, _: int) -> str:
 def _bar_text(row: Mapping[str, Any], phase: str, reference: float | None) -> str:
     value = row[phase]["tokens_per_s"]
     text = f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+    text += " !" if row["load"]["spoiled"] else ""
     if row["status"] != "ok":
         return f"{text}  WRONG"
     return text if reference is None else f"{text}  ({value / reference:.2f}x)"
 
 
-def _model_label(row: Mapping[str, Any], result: Mapping[str, Any] | None) -> str:
-    """The subject, and under it what it ran and where (of several results) or its error."""
+def _model_label(row: Mapping[str, Any], devices: Mapping[str, Any], result: Mapping[str, Any] | None) -> str:
+    """The subject and the prompt, and under them what it ran and where (of several results) or its error."""
+    subject = f"{label_of(row, devices)}, prompt of {row['prompt']}"
     if result is not None:
-        device = result["devices"].get(row["target"])
-        return f"{row['subject']}\n{_names(result)}, {device['name'] if device else result['machine']['cpu']}"
+        device = devices.get(row["target"])
+        return f"{subject}\n{_names(result)}, {device['name'] if device else result['machine']['cpu']}"
     error = f"\nlogits error {row['error']['logits']:.0e}" if row["error"] else ""
-    return f"{row['subject']}{error}"
+    return f"{subject}{error}"
 
 
 def _colors(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:

@@ -82,13 +82,14 @@ def _device_lines(devices: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def _op_lines(result: Mapping[str, Any]) -> list[str]:
+def op_table(result: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and rows of an operator's result."""
     header = (
-        "subject", "strategy", "T", "dtype", "n", "min", "median", "p90", "p99", "overhead", "kernel", "bytes/s",
-        "FLOP/s", "error", "state err", "speed",
+        "subject", "strategy", "T", "dtype", "n", "min", "median", "p95", "p99", "+-", "overhead", "kernel", "bytes/s",
+        "FLOP/s", "error", "state err", "others", "speed",
     )  # fmt: skip
     rows: list[tuple[str, ...]] = []
-    peers = sorted({row["peer"] for row in result["rows"] if row["peer"]})
+    peers = _peers(result)
     for row in result["rows"]:
         call, error = row["call"], row["error"]
         wrong = row["status"] != "ok"
@@ -96,29 +97,68 @@ def _op_lines(result: Mapping[str, Any]) -> list[str]:
         speed += f" {row['peer']}" if len(peers) > 1 and row["peer"] else ""
         rows.append(
             (
-                row["subject"],
+                label_of(row, result["devices"]),
                 row["strategy"] or "-",
                 str(row["tokens"]),
                 _SHORT[row["dtype"]],
                 str(call["n"]),
-                *(time_text(call[key]) for key in ("min", "median", "p90", "p99")),
+                *(time_text(call[key]) for key in ("min", "median", "p95", "p99", "deviation")),
                 time_text(row["overhead"]["median"] if row["overhead"] else None),
                 time_text(row["kernel"]["seconds"]),
                 _share(row, "bytes_per_s", "B/s"),
                 _share(row, "flop_per_s", "FLOP/s"),
                 f"{error['output']:.1e}",
                 f"{error['state']:.1e}",
+                _others(row),
                 speed,
             )
         )
-    lines = grid(header, rows)
+    return header, rows
+
+
+def _op_lines(result: Mapping[str, Any]) -> list[str]:
+    lines, peers = grid(*op_table(result)), _peers(result)
     if peers:
         lines.append(f"speed: times faster than {', '.join(peers)} by the median call; error: norm against float64")
     else:
         lines.append("error: norm against float64")
-    if any(row["status"] != "ok" for row in result["rows"]):
-        lines.append("WRONG: the error is above the limit for the dtype; its time means nothing")
+    return lines + notes(result)
+
+
+def _peers(result: Mapping[str, Any]) -> list[str]:
+    return sorted({row["peer"] for row in result["rows"] if row["peer"]})
+
+
+def label_of(row: Mapping[str, Any], devices: Mapping[str, Any]) -> str:
+    """The subject, and that it is no GPU where its driver computes on the CPU."""
+    return f"{row['subject']} (on the CPU)" if devices.get(row["target"], {}).get("software") else row["subject"]
+
+
+def notes(result: Mapping[str, Any]) -> list[str]:
+    """What a reader must know of the rows: software drivers, a busy machine, wrong results."""
+    rows: list[Mapping[str, Any]] = result["rows"]
+    lines = [
+        f"{target}: {device['name']} is a driver in software and no GPU: its times say nothing about one"
+        for target, device in result["devices"].items()
+        if device.get("software")
+    ]
+    spoiled = [row for row in rows if row.get("load", {}).get("spoiled")]
+    if spoiled:
+        most = max(row["load"]["cores_of_others"] for row in spoiled)
+        lines.append(
+            f"SPOILED ({len(spoiled)} of {len(rows)} rows, marked !): other processes took up to {most:.2f} cores "
+            "while they were timed; repeat them on an idle machine"
+        )
+    if any(row["status"] != "ok" for row in rows):
+        what = "the error is above the limit" if result["kind"] == "op" else "logits or tokens are not ONNX Runtime's"
+        lines.append(f"WRONG: {what}; its time means nothing")
     return lines
+
+
+def _others(row: Mapping[str, Any]) -> str:
+    """Cores that others took, with a mark where that spoiled the row."""
+    others = row["load"]["cores_of_others"]
+    return "-" if others is None else f"{others:.2f}" + (" !" if row["load"]["spoiled"] else "")
 
 
 def _share(row: Mapping[str, Any], key: str, unit: str) -> str:
@@ -126,36 +166,52 @@ def _share(row: Mapping[str, Any], key: str, unit: str) -> str:
     return rate_text(row[key], unit) + (f" {share:.0%}" if share is not None else "")
 
 
-def _model_lines(result: Mapping[str, Any]) -> list[str]:
-    method = result["method"]
+def model_table(result: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and rows of the result of whole models."""
     header = (
-        "subject", "strategy", "load", "first token", f"prefill {method['prefill']}", f"decode {method['decode']}",
-        "median", "p90", "p99", "overhead of a step", "memory", "logits err", "tokens",
+        "subject", "weights", "strategy", "prompt", "load", "first token", "prefill", "decode", "median", "p95", "p99",
+        "+-", "overhead", "memory", "threads", "others", "logits err", "tokens",
     )  # fmt: skip
     rows: list[tuple[str, ...]] = []
     for row in result["rows"]:
         steps, error, greedy = row["decode"]["step"], row["error"], row["greedy"]
         rows.append(
             (
-                row["subject"],
+                label_of(row, result["devices"]),
+                row["weights"] or "-",
                 row["strategy"] or "-",
+                str(row["prompt"]),
                 time_text(row["load_s"]),
                 time_text(row["first_token_s"]["median"]),
                 f"{_digits(row['prefill']['tokens_per_s'])} tok/s",
                 f"{_digits(row['decode']['tokens_per_s'])} tok/s",
-                *(time_text(steps[key]) for key in ("median", "p90", "p99")),
+                *(time_text(steps[key]) for key in ("median", "p95", "p99", "deviation")),
                 time_text(row["overhead"]["median"] if row["overhead"] else None),
                 size_text(row["memory_bytes"]["peak"]) if row["memory_bytes"]["peak"] else "-",
+                str(row["load"]["threads"] or "-"),
+                _others(row),
                 ("WRONG " if row["status"] != "ok" else "") + f"{error['logits']:.1e}" if error else "-",
                 f"{greedy['equal']}/{greedy['of']}" if greedy else "-",
             )
         )
-    lines = grid(header, rows)
+    return header, rows
+
+
+def _model_lines(result: Mapping[str, Any]) -> list[str]:
+    lines = grid(*model_table(result), left=3)
     if any(row["reference"] for row in result["rows"]):
         lines.append("logits err and equal greedy tokens: against onnxruntime on the same ONNX model")
-    lines.append("overhead of a step: median of what `Session.run` takes beyond the call of the module itself")
-    lines.append("median, p90, p99: of one decode step; memory: peak of the subject's process on the host")
-    return lines
+    lines += [
+        f"{row['subject']}, prompt of {row['prompt']}: {row['reference']} without rounded activations differs from it "
+        f"by {row['error']['noise']:.1e}; right is up to {row['error']['limit']:.1e}"
+        for row in result["rows"]
+        if row["error"] and row["error"]["noise"] is not None
+    ]
+    lines.append(
+        "median, p95, p99, +- (deviation): of one decode step; overhead: what a step takes beyond the call itself; "
+        "memory: peak of the subject's process on the host; threads: that worked; others: cores of other processes"
+    )
+    return lines + notes(result)
 
 
 def _profile_lines(result: Mapping[str, Any]) -> list[str]:

@@ -24,10 +24,7 @@ def timed(call: Callable[[], object], seconds: float, warmup: int, warmup_second
     Returns:
         Seconds of each timed call.
     """
-    start, count = time.perf_counter(), 0
-    while count < warmup or (time.perf_counter() - start < warmup_seconds and count < MAX_CALLS):
-        call()
-        count += 1
+    warm_up(call, warmup, warmup_seconds)
     samples: list[float] = []
     collecting = gc.isenabled()
     gc.disable()
@@ -43,6 +40,24 @@ def timed(call: Callable[[], object], seconds: float, warmup: int, warmup_second
     finally:
         if collecting:
             gc.enable()
+
+
+def warm_up(call: Callable[[], object], least: int, seconds: float = 0.02) -> int:
+    """Calls without timing.
+
+    Args:
+        call: One synchronous call.
+        least: Number of calls at least.
+        seconds: Time at least.
+
+    Returns:
+        How often it was called.
+    """
+    start, count = time.perf_counter(), 0
+    while count < least or (time.perf_counter() - start < seconds and count < MAX_CALLS):
+        call()
+        count += 1
+    return count
 
 
 def settle() -> float:
@@ -73,18 +88,21 @@ def median(samples: Sequence[float]) -> float:
 
 
 def summarize(samples: Sequence[float]) -> dict[str, float | int]:
-    """n, min, mean, median, p90, p99 and max of samples in seconds.
+    """n, min, mean, deviation, median, p90, p95, p99 and max of samples in seconds.
 
     >>> summarize([3.0, 1.0, 2.0])["median"]
     2.0
     """
     ordered = sorted(samples)
+    mean = sum(ordered) / len(ordered)
     return {
         "n": len(ordered),
         "min": ordered[0],
-        "mean": sum(ordered) / len(ordered),
+        "mean": mean,
+        "deviation": math.sqrt(sum((sample - mean) ** 2 for sample in ordered) / len(ordered)),
         "median": median(ordered),
         "p90": quantile(ordered, 0.9),
+        "p95": quantile(ordered, 0.95),
         "p99": quantile(ordered, 0.99),
         "max": ordered[-1],
     }

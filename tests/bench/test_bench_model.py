@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import io
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from linattn.runtime.bench import model_bench
+from linattn.runtime.bench import model_rows
+from linattn.runtime.bench.charts import Bar, bar_chart
 from linattn.runtime.bench.cli import main
+from linattn.runtime.bench.export import to_csv, to_markdown
 from linattn.runtime.bench.model_runners import IreeModel
+from linattn.runtime.loading import read_manifest
+from linattn.runtime.module import Module
 
+MODELS = Path(__file__).parents[3] / "shared" / "models"
 Bench = Callable[..., tuple[int, str, str]]
 QUICK = ("--prefill", "5", "--decode", "3", "--repeats", "2", "--no-ceilings")
+LENGTHS = ("--prefill", "5,3", *QUICK[2:])
 
 
 @pytest.fixture(scope="module")
@@ -31,15 +41,17 @@ def compiled(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture(scope="module")
 def result(tiny_model: Path, compiled: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     file = tmp_path_factory.mktemp("json") / "m.json"
-    assert main(["model", str(tiny_model), str(compiled), *QUICK, "--quiet", "--json", str(file)]) == 0
+    options = [*LENGTHS, "--warmup", "2", "--quiet", "--json", str(file)]
+    assert main(["model", str(tiny_model), str(compiled), *options]) == 0
     return json.loads(file.read_text())
 
 
 def test_json(result: dict[str, Any]) -> None:
-    assert (result["format"], result["kind"]) == (1, "model")
+    assert (result["format"], result["kind"]) == (2, "model")
     subjects = ["tiny:cpu:default", "tiny:onnxruntime", "compiled"]
-    assert [row["subject"] for row in result["rows"]] == subjects
-    assert result["order"] == subjects * 2
+    assert [(row["subject"], row["prompt"]) for row in result["rows"]] == [(s, n) for n in (3, 5) for s in subjects]
+    assert result["order"] == subjects * 4
+    assert result["method"]["prefill"] == [3, 5]
     assert len(result["models"]) == 1
     for row in result["rows"]:
         assert row["prefill"]["tokens_per_s"] > 0
@@ -48,13 +60,20 @@ def test_json(result: dict[str, Any]) -> None:
         assert (row["overhead"] is None) == (row["kind"] != "linattn")
         assert row["overhead"] is None or 0 < row["overhead"]["median"] < row["decode"]["step"]["max"]
         assert row["first_token_s"]["n"] == 2
+        assert row["decode"]["tokens_per_s"] == pytest.approx(1 / row["decode"]["step"]["median"])
+        assert row["decode"]["step"]["median"] <= row["decode"]["step"]["p95"] <= row["decode"]["step"]["max"]
+        assert row["decode"]["step"]["deviation"] >= 0
+        assert row["warmup"] == {"prompts": 2, "steps": 6}
+        assert {"threads", "cores_used", "cores_of_others", "spoiled"} == set(row["load"])
         assert row["load_s"] > 0
         assert row["memory_bytes"]["peak"] >= row["memory_bytes"]["loaded"] > 0
         if row["kind"] == "linattn":
             assert (row["status"], row["reference"]) == ("ok", "tiny:onnxruntime")
             assert 0 < row["error"]["logits"] < 1e-5
             assert row["error"]["positions"] == 4
-            assert row["greedy"] == {"equal": 4, "of": 4}
+            assert row["greedy"] == {"equal": 4, "of": 4, "margin": None, "ok": True}
+            assert row["weights"] == (None if row["subject"] == "compiled" else "float32")
+            assert row["error"]["noise"] is None  # nothing is rounded
     assert "fused_simd" in result["rows"][0]["strategy"]
 
 
@@ -112,7 +131,7 @@ def test_plot_of_several_results(result: dict[str, Any], bench: Bench, tmp_path:
     status, _, err = bench("plot", one, other, "-o", tmp_path / "both.png")
     assert (status, err) == (0, "")
     assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
-    other.write_text(json.dumps(result | {"method": result["method"] | {"prefill": 6}}))
+    other.write_text(json.dumps(result | {"method": result["method"] | {"prefill": [6]}}))
     status, _, err = bench("plot", one, other, "-o", tmp_path / "both.png")
     assert status == 2
     assert "results of different lengths" in err
@@ -123,11 +142,112 @@ def test_plot_of_several_results(result: dict[str, Any], bench: Bench, tmp_path:
 
 
 def test_wrong_logits_are_flagged(bench: Bench, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_bench, "LOGIT_LIMITS", dict.fromkeys(model_bench.LOGIT_LIMITS, 0.0))
+    monkeypatch.setattr(model_rows, "LOGIT_LIMITS", dict.fromkeys(model_rows.LOGIT_LIMITS, 0.0))
     arguments = (*QUICK, "--repeats", "1")
     status, out, _ = bench("model", tiny_model, *arguments)
     assert status == 1
     assert "WRONG" in out
+
+
+class FakeSubject:
+    """ONNX Runtime, which finds another token likelier by a margin."""
+
+    def __init__(self, margin: float) -> None:
+        self._margin = margin
+
+    def call(self, method: str, **arguments: Any) -> Any:
+        assert (arguments["tokens"], arguments["one"], arguments["other"]) == ([7], 8, 9)
+        return {"margin": self._margin}[method]
+
+
+@pytest.mark.parametrize(
+    ("off", "exact", "margin", "status"),
+    [
+        (1e-4, None, 1e-4, "ok"),  # a tie that rounding decides
+        (1e-4, None, 0.5, "wrong"),  # right logits where they were compared, another token all the same
+        (5e-2, None, 1e-4, "wrong"),
+        (5e-2, 4e-2, 1e-4, "ok"),  # ONNX Runtime's own rounding is as large
+        (5e-2, 1e-2, 1e-4, "wrong"),  # more than that noise
+    ],
+)
+def test_what_is_wrong(compiled: Path, off: float, exact: float | None, margin: float, status: str) -> None:
+    """A quantised model is held against how far ONNX Runtime is from itself, not against a guess."""
+    manifest = read_manifest(Module(compiled))
+    logits = np.ones((2, 4), np.float32)
+    ours, theirs = (model_rows.Entrant(name, "", "cpu", manifest, compiled) for name in ("ours", "theirs"))
+    ours.logits, theirs.logits = {3: logits * (1 + off)}, {3: logits}
+    theirs.exact = {} if exact is None else {3: logits / (1 + exact)}
+    ours.repeats, theirs.repeats = {3: [{"tokens": [7, 9]}]}, {3: [{"tokens": [7, 8]}]}
+    theirs.subject = FakeSubject(margin)  # type: ignore[assignment]
+    judged = model_rows._judged(ours, theirs, [1, 2, 3])
+    assert judged["status"] == status
+    assert judged["error"]["noise"] == (None if exact is None else pytest.approx(exact))
+
+
+def test_noise_of_a_quantised_model(bench: Bench, tmp_path: Path) -> None:
+    """It is measured where the model lets products round, with the model's own weights."""
+    model = MODELS / "genai-int4-cpu" / "model.onnx"
+    status, out, err = bench("model", model, *QUICK, "--repeats", "1", "--json", tmp_path / "q.json")
+    assert status == 0, err
+    row = json.loads((tmp_path / "q.json").read_text())["rows"][0]
+    assert row["weights"] == "int4"
+    assert 1e-3 < row["error"]["noise"] < 0.2
+    assert row["error"]["limit"] == pytest.approx(2 * row["error"]["noise"])
+    assert "onnxruntime without rounded activations differs from it" in out
+
+
+def test_report(result: dict[str, Any], bench: Bench, tmp_path: Path) -> None:
+    """One page with nothing outside it; names are text, whatever is in them."""
+    one, other = tmp_path / "one.json", tmp_path / "other.json"
+    names = [{"name": "<b>tiny", "sha256": result["models"][0]["sha256"]}]
+    busy = {"threads": 2, "cores_used": 2.0, "cores_of_others": 1.5, "spoiled": True}
+    rows = [row | {"load": busy} for row in result["rows"]]
+    rows[0] |= {"status": "wrong"}
+    devices = {"cpu": result["devices"]["cpu"] | {"software": True, "name": "llvmpipe"}}
+    one.write_text(json.dumps(result))
+    other.write_text(json.dumps(result | {"models": names, "rows": rows, "devices": devices}))
+    assert bench("report", one, other, "-o", tmp_path / "r.html") == (0, "", "")
+    page = (tmp_path / "r.html").read_text()
+    for text in ("Prompt of 3 tokens", "Prompt of 5 tokens", "SPOILED (6 of 6 rows", "no GPU", " WRONG</text>"):
+        assert text in page
+    assert ("<b>tiny" in page, "&lt;b&gt;tiny" in page) == (False, True)
+    assert not re.search(r"(src|href)=|@import|url\(", page)
+    assert len(re.findall("<svg", page)) == len(re.findall("</svg>", page)) == 3
+    for svg in re.findall(r"<svg.*?</svg>", page, re.S):
+        ElementTree.fromstring(svg)
+    other.write_text(json.dumps(result | {"format": 1}))
+    status, _, err = bench("report", one, other, "-o", tmp_path / "r.html")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "a result of another version, got 1, expected 2; measure again" in err
+
+
+def test_bars_begin_at_zero_or_are_points() -> None:
+    near, far = (bar_chart([Bar("a", 10, "10", "ours"), Bar("b", value, "", "peer")], "s") for value in (20, 2000))
+    widths = [float(width) for width in re.findall(r'<rect[^>]* width="([\d.]+)"', near)]
+    assert widths[1] == pytest.approx(2 * widths[0], rel=1e-2)
+    assert ("<rect" in far, far.count("<circle"), "log axis" in far) == (False, 2, True)
+
+
+def test_markdown_and_csv(result: dict[str, Any], tmp_path: Path) -> None:
+    lines = to_markdown(result).splitlines()
+    assert len([line for line in lines if line.startswith("| ")]) == 2 + len(result["rows"])
+    assert len({line.count("|") for line in lines if line.startswith("| ")}) == 1
+    assert lines[-1].startswith("`linattn-bench ")
+    rows = list(csv.DictReader(io.StringIO(to_csv(result))))
+    assert [float(row["decode.step.p95"]) for row in rows] == [r["decode"]["step"]["p95"] for r in result["rows"]]
+    assert {"warmup.steps", "load.threads", "load.cores_of_others", "decode.step.deviation"} <= set(rows[0])
+
+
+def test_json_on_standard_output(
+    result: dict[str, Any], bench: Bench, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("linattn.runtime.bench.cli.run_model", lambda *_: dict(result))
+    status, out, _ = bench("model", tiny_model, "--json", "-")
+    assert (status, json.loads(out)["rows"]) == (0, result["rows"])
+    status, out, _ = bench("model", tiny_model, "--csv", "-")
+    assert out.startswith("subject,")
+    status, _, err = bench("model", tiny_model, "--csv", "-", "--json", "-")
+    assert (status, err) == (2, "linattn-bench: error: standard output takes one of them, got --json, --csv\n")
 
 
 def test_module_without_a_peer(bench: Bench, compiled: Path) -> None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +19,7 @@ from linattn.frontend import CompileOptions, compile_model
 from linattn.runtime.bench import cases, fla_runner
 from linattn.runtime.bench.cases import AttentionCase, ConvCase, judge, relative_error
 from linattn.runtime.bench.device_times import per_call, tells_times
+from linattn.runtime.bench.load import Watch
 from linattn.runtime.bench.op_models import COPY, build_copy, build_op, chain_feeds
 from linattn.runtime.bench.op_rows import kernel_time
 from linattn.runtime.bench.process import Subject, SubjectError
@@ -27,7 +32,7 @@ SMALL = ("op", "--heads", "2", "--dim", "32", *QUICK)
 
 
 def check_stats(stats: Mapping[str, float]) -> None:
-    order = [stats[key] for key in ("min", "median", "p90", "p99", "max")]
+    order = [stats[key] for key in ("min", "median", "p90", "p95", "p99", "max")]
     assert stats["n"] >= 1
     assert order == sorted(order)
     assert order[0] > 0
@@ -53,7 +58,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_json(result: dict[str, Any]) -> None:
-    assert (result["format"], result["kind"]) == (1, "op")
+    assert (result["format"], result["kind"]) == (2, "op")
     assert {"cpu", "cores", "system", "load_average"} <= set(result["machine"])
     assert {"python", "iree-base-runtime", "iree-base-compiler", "onnxruntime"} <= set(result["versions"])
     assert {"uri", "name", "driver", "driver_version"} <= set(result["devices"]["cpu"])
@@ -67,6 +72,7 @@ def test_json(result: dict[str, Any]) -> None:
     for row in result["rows"]:
         check_stats(row["call"])
         check_stats(row["overhead"])
+        assert row["load"]["warmup"] >= 2  # one a round
         assert row["kernel"]["method"].startswith("device clock" if row["kind"] == "linattn" else "call - overhead")
         assert row["kind"] != "linattn" or row["kernel"]["seconds"] > 0
         assert row["bytes_per_s"] > 0
@@ -130,6 +136,35 @@ def test_absent_are_named(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None
     assert "absent    fla: torch is not installed" in out
     assert "absent    onnxruntime (tokens=2, dtype=bfloat16): " in out
     assert "cpu:default" in out
+
+
+def test_work_of_others_is_seen() -> None:
+    """A process that keeps a core busy spoils what is timed beside it."""
+    watch = Watch()
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
+        try:
+            with watch.watching():
+                time.sleep(0.3)
+                sum(range(1_000_000))
+        finally:
+            other.kill()
+    seen = watch.summary()
+    assert seen["cores_of_others"] > 0.3
+    assert seen["spoiled"] is True
+    short = Watch()
+    with short.watching():
+        pass
+    assert short.summary()["spoiled"] is None
+
+
+@pytest.mark.vulkan
+def test_a_driver_in_software_is_no_gpu(bench: Bench, tmp_path: Path) -> None:
+    arguments = ("--heads", "1", "--dim", "8", "--tokens", "2", "--targets", "vulkan", "--peers", "none")
+    _, out, _ = bench(*SMALL[:1], *arguments, *QUICK, "--json", tmp_path / "o.json")
+    device = json.loads((tmp_path / "o.json").read_text())["devices"]["vulkan"]
+    assert device["software"] == ("llvmpipe" in device["name"])
+    assert ("is a driver in software and no GPU" in out) == device["software"]
+    assert ("vulkan:default (on the CPU)" in out) == device["software"]
 
 
 def test_nothing_measured(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,7 +276,8 @@ def test_chain_waits_for_the_node_before() -> None:
 
 def test_statistics() -> None:
     stats = summarize([float(value) for value in range(1, 101)])
-    assert stats == {"n": 100, "min": 1, "mean": 50.5, "median": 50.5, "p90": 90, "p99": 99, "max": 100}
+    assert stats.pop("deviation") == pytest.approx(math.sqrt((100**2 - 1) / 12))
+    assert stats == {"n": 100, "min": 1, "mean": 50.5, "median": 50.5, "p90": 90, "p95": 95, "p99": 99, "max": 100}
 
 
 @pytest.mark.parametrize("size", COPY)
