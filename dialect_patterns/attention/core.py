@@ -221,6 +221,7 @@ def emit_attention(
     visibility: Visibility,
     mask: ir.Value | None = None,
     sink: ir.Value | None = None,
+    most: int | None = None,
 ) -> ir.Value:
     """Attention of ``q`` over all rows of ``k`` and ``v``; a query that sees no key gives zeros.
 
@@ -235,6 +236,7 @@ def emit_attention(
         visibility: Which keys are visible by position.
         mask: From :func:`align_mask`, or None.
         sink: What the softmax of each query head sees beside its keys [Hq], or None.
+        most: Workgroups of a dispatch, where each result of a sum over an open number of keys takes one.
 
     Returns:
         [B, Hq, T, dv] of the type of ``q``.
@@ -291,11 +293,29 @@ def emit_attention(
     if sinks is not None:
         own = [by_head(sums), by_head(highest), sinks]
         sums = by_row(b.map("bhrt,bhrt,hr->bhrt", lambda n, m, s: n + (s - m).exp(), *own))
-    mixed = b.contract("gms,gsd->gmd", weights, b.collapse(v, 0, 1))
+    mixed = _mixed(b, weights, b.collapse(v, 0, 1), most)
     # A row that sees a key has a sum of at least 1 (its maximum), so the bound only turns 0 / 0 into 0.
     result = b.map("gmd,gm->gmd", lambda o, n: o / n.maximum(0.5), mixed, sums, dtype=spec_of(q).dtype)
     result = b.expand(b.expand(result, 1, [heads.group, length]), 0, [batch, heads.kv])
     return b.collapse(result, 1, 2)
+
+
+def _mixed(b: Builder, weights: ir.Value, values: ir.Value, most: int | None) -> ir.Value:
+    """The values [G, S, d] weighed by [G, M, S]; where keys are open, some rows at a time if all are too many."""
+    groups, rows, keys = b.shape(weights)
+    width = b.dim(values, 2)
+    if (
+        most is None
+        or isinstance(keys, int)
+        or not (isinstance(groups, int) and isinstance(rows, int) and isinstance(width, int))
+    ):
+        return b.contract("gms,gsd->gmd", weights, values)
+    count = max(1, min(rows, most // max(1, groups * width)))
+    parts = [
+        b.contract("gms,gsd->gmd", b.slice(weights, [0, start, 0], [groups, min(count, rows - start), keys]), values)
+        for start in range(0, rows, count)
+    ]
+    return b.concat(parts, 1)
 
 
 def _as_i32(b: Builder, bound: Size | None) -> Size | None:

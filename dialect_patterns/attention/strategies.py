@@ -97,6 +97,9 @@ def emit_softmax_attention(
         if wide:
             q, k, v = (widened(b, value) for value in (q, k, v))
             mask, sink = (None if value is None else widened(b, value) for value in (mask, sink))
-        y = emit_attention(b, q, k, v, heads, scale=scale, softcap=softcap, visibility=visibility, mask=mask, sink=sink)
+        most = target.limits.counts[0] if target.is_gpu else None
+        y = emit_attention(
+            b, q, k, v, heads, scale=scale, softcap=softcap, visibility=visibility, mask=mask, sink=sink, most=most
+        )
         y = narrowed(b, y) if wide and shape.dtype == "bf16" else y
     return join_heads(b, y) if flat else y

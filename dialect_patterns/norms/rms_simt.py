@@ -1,13 +1,14 @@
 """Sum and RMS norm of rows as one GPU kernel, where IREE makes two of it: the norm, and the sum in its own type.
 
-    total = x + skip,  y = total / sqrt(mean(total^2) + epsilon) * gamma       total in f32, rounded where it is stored
+    total = x + skip (+ bias)                                       total in f32, rounded where it is stored
+    y = total / sqrt(mean(total^2) + epsilon) * gamma
 
-    %y, %total = flow.dispatch @rms_fused_simt_...[%rows](%x, %skip, %gamma)
+    %y, %total = flow.dispatch @rms_fused_simt_...[%rows](%x, %skip, %gamma, %bias?)
 
 A workgroup has a row; its threads keep their part of it in registers between the sum of squares and the scaling.
 
 Without it IREE 3.13 keeps all rows of a 16-bit prompt in each thread's own memory on Vulkan devices without subgroup
-operations, which NVIDIA's driver refuses to compile.
+operations, which NVIDIA's driver refuses to compile, and with a bias in a workgroup's memory on others.
 
 Legal: on GPUs, for static rows whose length 4 divides. Cost: inputs and outputs once.
 """
@@ -60,35 +61,49 @@ def _threads(size: int, target: Target) -> int:
 
 
 def emit_rms_fused_simt(
-    b: Builder, target: Target, x: ir.Value, skip: ir.Value, gamma: ir.Value, epsilon: float, *, with_sum: bool
+    b: Builder,
+    target: Target,
+    x: ir.Value,
+    skip: ir.Value,
+    gamma: ir.Value,
+    bias: ir.Value | None,
+    epsilon: float,
+    *,
+    with_sum: bool,
 ) -> list[ir.Value]:
-    """The norm of ``x + skip``, and that sum if it is wanted; both of the type of ``x``."""
+    """The norm of ``x + skip`` (and the bias), and that sum if it is wanted; both of the type of ``x``."""
     shape, dtype = [size or 0 for size in spec_of(x).shape], spec_of(x).dtype
     threads, rows = _threads(shape[-1], target), _rows(x)
 
     def body(k: Kernel) -> None:
-        _emit(k, rows, shape[-1], dtype, epsilon, with_sum)
+        _emit(k, rows, shape[-1], dtype, epsilon, with_bias=bias is not None, with_sum=with_sum)
 
     factor = epsilon.hex().replace(".", "p").replace("-", "m").replace("+", "")
-    name = f"rms_fused_simt_{dtype}_{rows}x{shape[-1]}_{factor}_g{target.subgroup_size}" + ("_sum" if with_sum else "")
+    name = f"rms_fused_simt_{dtype}_{rows}x{shape[-1]}_{factor}_g{target.subgroup_size}"
+    name += ("" if bias is None else "_bias") + ("_sum" if with_sum else "")
     outputs: list[tuple[ir.RankedTensorType, list[ir.Value]]] = [
         (tensor_type(shape, dtype), []) for _ in range(1 + with_sum)
     ]
-    return dispatch(name, Group(threads, target.subgroup_size), 1, b.index(rows), [], [x, skip, gamma], outputs, body)
+    inputs = [x, skip, gamma, *([bias] if bias is not None else [])]
+    return dispatch(name, Group(threads, target.subgroup_size), 1, b.index(rows), [], inputs, outputs, body)
 
 
-def _emit(k: Kernel, rows: int, size: int, dtype: str, epsilon: float, with_sum: bool) -> None:
+def _emit(k: Kernel, rows: int, size: int, dtype: str, epsilon: float, *, with_bias: bool, with_sum: bool) -> None:
     vectors, threads = size // _WIDTH, k.group.threads
     all_of_it, row_of_it = (Scalar.constant(n, "index") for n in (rows * vectors, vectors))
     x, skip = k.buffer(0, dtype, all_of_it, _WIDTH), k.buffer(1, dtype, all_of_it, _WIDTH)
-    gamma, y = k.buffer(2, dtype, row_of_it, _WIDTH), k.buffer(3, dtype, all_of_it, _WIDTH)
-    total = k.buffer(4, dtype, all_of_it, _WIDTH) if with_sum else None
+    gamma = k.buffer(2, dtype, row_of_it, _WIDTH)
+    bias = k.buffer(3, dtype, row_of_it, _WIDTH) if with_bias else None
+    y = k.buffer(3 + with_bias, dtype, all_of_it, _WIDTH)
+    total = k.buffer(4 + with_bias, dtype, all_of_it, _WIDTH) if with_sum else None
     start, thread = k.item() * vectors, k.thread()
     sums, places, squares = list[ir.Value](), list[tuple[Scalar, Scalar]](), k.constant(0.0, _WIDTH)
     for first in range(0, vectors, threads):
         place = thread + first
         inside, place = place < vectors, place.minimum(vectors - 1)
         value = k.add(k.widen(x, k.load(x, start + place)), k.widen(skip, k.load(skip, start + place)))
+        if bias is not None:
+            value = k.add(value, k.widen(bias, k.load(bias, place)))
         counted = value if first + threads <= vectors else k.select(inside, value, k.constant(0.0, _WIDTH))
         squares = k.fma(counted, counted, squares)
         sums.append(value)

@@ -98,9 +98,9 @@ def lower(
     assert skip is not None
     assert gamma is not None
     bias = operands[3] if len(operands) > 3 else None
-    if bias is None and isinstance(rms_simt.is_legal(x, skip, context.target), Yes):
+    if isinstance(rms_simt.is_legal(x, skip, context.target), Yes):
         found = rms_simt.emit_rms_fused_simt(
-            b, context.target, x, skip, gamma, contract.epsilon, with_sum=contract.with_sum
+            b, context.target, x, skip, gamma, bias, contract.epsilon, with_sum=contract.with_sum
         )
         return [found[0], None, None, found[1] if contract.with_sum else None][: contract.outputs]
     total = emit_skip_sum(b, x, skip, bias)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import ml_dtypes
@@ -10,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 from attention_runs import CapacityRun, capacity_module, error, run_open, stream_ir, to_device, to_host
-from harness import node_for, run_op, spec
+from harness import TARGETS, lowered, node_for, opened, run_op, spec
 from linattn.dialect_patterns.attention import op as attention
 from linattn.dialect_patterns.node import TensorSpec
 from linattn.runtime.errors import UnsupportedModelError
@@ -110,6 +111,21 @@ def test_open_dimensions(past_length, mask):
     attributes = {**COUNTS, "is_causal": 1}
     axes = {0: (0, 1), 1: (0, 1), 2: (0, 1), 3: range(mask.ndim), 4: (0, 2), 5: (0, 2)}
     got = run_open("Attention", inputs, attributes, axes)
+    for g, w in zip(got, reference(inputs, attributes), strict=True):
+        assert error(g, w) < TOLERANCE["float32"]
+
+
+@pytest.mark.vulkan
+def test_open_keys_where_workgroups_are_few(monkeypatch):
+    """IREE takes a workgroup for each result of a sum over open keys: some rows at a time then."""
+    known = TARGETS["vulkan"]
+    monkeypatch.setitem(TARGETS, "vulkan", replace(known, limits=replace(known.limits, counts=(100, 100, 100))))
+    inputs: Inputs = [*heads4(), None, *past()]
+    attributes = {"is_causal": 1}
+    text = str(lowered("", "Attention", 24, [opened(spec(a), (2,) if i > 3 else ()) for i, a in enumerate(inputs)],
+                       attributes, 3, "vulkan"))  # fmt: skip
+    assert text.count("linalg.batch_matmul") > 2
+    got = run_open("Attention", inputs, attributes, {4: (2,), 5: (2,)}, target="vulkan")
     for g, w in zip(got, reference(inputs, attributes), strict=True):
         assert error(g, w) < TOLERANCE["float32"]
 

@@ -58,18 +58,18 @@ def test_vulkan():
 
 @pytest.mark.vulkan
 @pytest.mark.parametrize(
-    ("size", "dtype", "machine"),
+    ("size", "dtype", "machine", "bias"),
     [
-        (64, np.float16, "lavapipe"),
-        (1100, np.float32, "lavapipe"),
-        (12, np.float32, "lavapipe"),
-        (1100, np.float32, "vulkan"),  # without subgroup operations, nor 16-bit storage
-        (12, np.float32, "vulkan"),
+        (64, np.float16, "lavapipe", True),
+        (1100, np.float32, "lavapipe", False),
+        (12, np.float32, "lavapipe", False),
+        (1100, np.float32, "vulkan", True),  # without subgroup operations, nor 16-bit storage
+        (12, np.float32, "vulkan", False),
     ],
 )
-def test_one_kernel(size: int, dtype: Any, machine: str):
+def test_one_kernel(size: int, dtype: Any, machine: str, bias: bool):
     inputs = [normal(2, 3, size, dtype=dtype), normal(2, 3, size + 1, dtype=dtype)[..., :size].copy(),
-              normal(size, dtype=dtype)]  # fmt: skip
+              normal(size, dtype=dtype), *([normal(size + 1, dtype=dtype)[:size].copy()] if bias else [])]  # fmt: skip
     specs = [spec(a) for a in inputs]
     assert "rms_fused_simt" in str(lowered(MICROSOFT, OP, 1, specs, {}, 4, machine, used=[True, False, False, True]))
     check(inputs, num_outputs=4, used=[True, False, False, True], target=machine)
