@@ -154,6 +154,8 @@ class Device(Owned):
         self.pid = os.getpid()
         self.has_workers = has_worker_threads(uri)
         """Whether it runs on CPU worker threads of the process."""
+        self.has_queue = uri.partition("://")[0] not in CPU_DRIVERS
+        """Whether it goes on by itself while the host does something else."""
         self._hal_device = hal_device
         self._hal_allocator: Any = hal_device.allocator
         self._staging: Any = None

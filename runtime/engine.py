@@ -17,6 +17,7 @@ from .device import Device, DeviceArray, HostArray, numpy_dtype
 from .dlpack import borrowed
 from .manifest import EntryPoint, Manifest
 from .module import Module
+from .result_specs import ResultSpec
 from .state import next_states, state_shape
 from .step import Step, step_shapes
 from .usage import MemoryUse
@@ -55,6 +56,7 @@ class Engine:
         self._inputs: dict[tuple[int, tuple[int, ...]], DeviceArray] = {}
         self._outputs: dict[str, list[DeviceArray]] = {}
         self._steps: dict[int, Step | None] = {}
+        self._choosers: dict[int, list[Step]] = {}  # those that nobody uses
         self._lock = threading.RLock()
         self._holders: weakref.WeakKeyDictionary[object, Holding] = weakref.WeakKeyDictionary()
         self._holders_lock = threading.Lock()
@@ -116,6 +118,7 @@ class Engine:
             self.module.close()
             self._inputs.clear()
             self._steps.clear()
+            self._choosers.clear()
             self._outputs.clear()
             with self._holders_lock:
                 for holder, holding in self._holders.items():
@@ -184,6 +187,24 @@ class Engine:
             return None
         return Step(self.module, m, entry.symbol, shapes, self._output_memory(entry.symbol))
 
+    def take_chooser(self, batch: int) -> Step | None:
+        """A step of the entry point that chooses tokens, for whoever takes it alone; None where there is none."""
+        if free := self._choosers.get(batch):
+            return free.pop()
+        m = self.manifest
+        symbol = next((entry.token for entry in m.entry_points if entry.token), None)
+        shapes = step_shapes(m, batch) if symbol is not None else None
+        specs = self.module.result_specs(symbol) if symbol is not None else None
+        if symbol is None or shapes is None or specs is None:
+            return None
+        return Step(self.module, m, symbol, shapes, self._new_outputs(specs))
+
+    def give_back(self, batch: int, step: Step) -> None:
+        """Lets others have a step that is done."""
+        free = self._choosers.setdefault(batch, [])
+        if len(free) < _KEPT_STEPS:
+            free.append(step)
+
     @property
     def takes_results(self) -> bool:
         """Whether calls write their results where they are told to."""
@@ -205,14 +226,18 @@ class Engine:
         """Memory for the outputs of an entry point, kept from call to call; None where the module brings it."""
         specs = self.module.result_specs(symbol)
         if specs is not None and symbol not in self._outputs:
-            self._outputs[symbol] = [
-                self.device.host_buffer(spec[1], spec[0])
-                if math.prod(spec[1]) <= _SMALL_OUTPUT
-                else self.device.empty(spec[1], spec[0])
-                for spec in specs[: len(self.manifest.outputs)]
-                if spec is not None
-            ]
+            self._outputs[symbol] = self._new_outputs(specs)
         return self._outputs.get(symbol)
+
+    def _new_outputs(self, specs: Sequence[ResultSpec | None]) -> list[DeviceArray]:
+        """Memory for outputs, small ones where the host reads them."""
+        return [
+            self.device.host_buffer(spec[1], spec[0])
+            if math.prod(spec[1]) <= _SMALL_OUTPUT
+            else self.device.empty(spec[1], spec[0])
+            for spec in specs[: len(self.manifest.outputs)]
+            if spec is not None
+        ]
 
     def _input(self, index: int, array: HostArray | DeviceArray) -> DeviceArray:
         """A graph input where the device can read it; for as long as the call takes."""

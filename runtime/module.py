@@ -16,9 +16,10 @@ import mmap
 import os
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import iree.runtime as _untyped_rt  # pyright: ignore[reportMissingTypeStubs]
 
@@ -33,9 +34,24 @@ from .result_specs import ResultSpec, read_result_specs
 _rt: Any = cast(Any, _untyped_rt)
 _log = logging.getLogger("linattn.runtime")
 
+_IREE_ERRORS = (RuntimeError, ValueError, LookupError, NotImplementedError)
 _WORKSPACE_BYTES = "iree.abi.transients.size.constant"
 _NO_PRIORITY: Any = os.sched_param(0) if hasattr(os, "SCHED_BATCH") else None
 """What Linux's ordinary scheduling policies want to be told; None on other systems."""
+
+
+class Submitted(NamedTuple):
+    """A call that a device has been given.
+
+    Attributes:
+        semaphore: It reaches the value when the call is done.
+        value: The value.
+        fence: Of the two.
+    """
+
+    semaphore: Any
+    value: int
+    fence: Any
 
 
 class Module(Owned):
@@ -67,6 +83,7 @@ class Module(Owned):
         self._workspace_bytes: dict[str, int | None] = {}
         self._semaphore: Any = None
         self._submitted = 0
+        self._flying: dict[object, object] = {}
         self._result_specs: dict[str, list[ResultSpec | None] | None] = {}
         self._instance: Any = _rt.VmInstance()
         self._context: Any = None
@@ -124,6 +141,9 @@ class Module(Owned):
             return
         with self._lock:
             self._closed = True
+            if self._semaphore is not None:
+                _rt.HalFence.create_at(self._semaphore, self._submitted).wait()
+            self._flying.clear()
             self._context = self._module = self._semaphore = None
             self._workspace = self._workspace_ref = None
             self.functions.clear()
@@ -228,15 +248,46 @@ class Module(Owned):
             packed.push_int(position)
         return len(self._run(function, packed, storage))
 
+    def submit_step(
+        self, function: str, arrays: Sequence[DeviceArray], position: int | None, storage: Sequence[DeviceArray]
+    ) -> Callable[[], None]:
+        """`call_step` on a device with a queue of its own (`Device.has_queue`): comes back at once.
+
+        Returns:
+            What waits until it is done, and raises what `call_step` raises. The arrays are not used before.
+        """
+        self.check_usable()
+        packed = _rt.VmVariantList(16)
+        for array in arrays:
+            packed.push_ref(array.ref)
+        if position is not None:
+            packed.push_int(position)
+        key = object()
+        try:
+            with self._lock:
+                self._push_memory(function, packed, storage)
+                self._flying[key] = arrays, storage  # freed by nobody before it is done
+                submitted = self._submit(function, packed, _rt.VmVariantList(8))
+        except _IREE_ERRORS as error:
+            raise self._failed(function, error) from error
+
+        def wait() -> None:
+            try:
+                self._wait(submitted)
+            except _IREE_ERRORS as error:
+                raise self._failed(function, error) from error
+            finally:
+                self._flying.pop(key, None)
+
+        return wait
+
     def _run(self, function: str, packed: Any, storage: Iterable[DeviceArray] | None) -> Any:
         """Calls with packed arguments and memory for the results, one thread at a time, and waits."""
         results = _rt.VmVariantList(8)
         try:
             with self._lock:
                 if storage is not None:
-                    for array in storage:
-                        packed.push_ref(array.ref)
-                    packed.push_ref(self._workspace_of(function))
+                    self._push_memory(function, packed, storage)
                 waits = self.device.has_workers and _is_ordinary_thread()
                 try:
                     if waits:
@@ -245,29 +296,56 @@ class Module(Owned):
                 finally:  # after a Ctrl-C anywhere in between, too
                     if waits:
                         _set_policy(os.SCHED_OTHER)
-        except (RuntimeError, ValueError, LookupError, NotImplementedError) as error:
-            hint = one_line(error)
-            if "empty buffer range" in hint:
-                hint = "IREE's driver takes no tensors of size zero; compile it again, or with a fixed --max-context"
-            raise TargetError(f"the call failed on {self.device.uri}", where=function, hint=hint) from error
+        except _IREE_ERRORS as error:
+            raise self._failed(function, error) from error
         return results
+
+    def _push_memory(self, function: str, packed: Any, storage: Iterable[DeviceArray]) -> None:
+        for array in storage:
+            packed.push_ref(array.ref)
+        packed.push_ref(self._workspace_of(function))
+
+    def _failed(self, function: str, error: BaseException) -> TargetError:
+        hint = one_line(error)
+        if "empty buffer range" in hint:
+            hint = "IREE's driver takes no tensors of size zero; compile it again, or with a fixed --max-context"
+        return TargetError(f"the call failed on {self.device.uri}", where=function, hint=hint)
 
     def _invoke(self, function: str, packed: Any, results: Any) -> None:
         """Calls and waits; on a GPU with a semaphore that is kept, which takes half the time of IREE's own waiting."""
-        queued = self.functions.get(f"{function}$async")
-        if queued is None or self.device.driver in CPU_DRIVERS:
+        if self.device.driver in CPU_DRIVERS or f"{function}$async" not in self.functions:
             self._context.invoke(self.functions[function], packed, results)
-            return
+        else:
+            self._wait(self._submit(function, packed, results))
+
+    def _submit(self, function: str, packed: Any, results: Any) -> Submitted:
+        """Calls without waiting; the device takes one call after the other, whoever submits them."""
         if self._semaphore is None:
             self._semaphore, self._submitted = self.device.hal_device.create_semaphore(0), 0
-        before = _rt.HalFence.create_at(self._semaphore, self._submitted)
-        after = _rt.HalFence.create_at(self._semaphore, self._submitted + 1)
+        semaphore, value = self._semaphore, self._submitted + 1
+        before = _rt.HalFence.create_at(semaphore, value - 1)
+        after = _rt.HalFence.create_at(semaphore, value)
         packed.push_ref(before.ref)
         packed.push_ref(after.ref)
-        semaphore, self._semaphore = self._semaphore, None  # one that has failed stays failed
-        self._context.invoke(queued, packed, results)
-        self.device.wait(semaphore, self._submitted + 1, after)
-        self._semaphore, self._submitted = semaphore, self._submitted + 1
+        self._semaphore = None  # one that has failed stays failed
+        try:
+            self._context.invoke(self.functions[f"{function}$async"], packed, results)
+        except BaseException:
+            with suppress(RuntimeError):  # the next call has a semaphore of its own, and does not wait for those before
+                before.wait()
+            raise
+        self._semaphore, self._submitted = semaphore, value
+        return Submitted(semaphore, value, after)
+
+    def _wait(self, call: Submitted) -> None:
+        try:
+            self.device.wait(*call)
+        except BaseException as error:
+            if isinstance(error, RuntimeError):
+                self._semaphore = None
+            with suppress(RuntimeError):  # nothing of it may go on behind a Ctrl-C
+                call.fence.wait()
+            raise
 
     @property
     def workspace_now(self) -> int:

@@ -6,18 +6,19 @@ import operator
 import os
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
 from . import binding, held
+from .ahead import Ahead
 from .arrays import as_array
 from .collect import Collector, Wanted, find_wanted
 from .device import DeviceArray, HostArray, numpy_dtype
 from .engine import Engine
-from .errors import InputError, StateError
+from .errors import InputError, StateError, TargetError
 from .feeds import Call, block_inputs, check_room, prepare
 from .finite import check_finite
 from .held import Held
@@ -79,6 +80,7 @@ class Session(Owned):
         self._busy = threading.Lock()
         # What is held now, last; before it what rollback goes back to.
         self._line = [self._empty() if snapshot is None else self._held_by(snapshot)]
+        self._ahead: Ahead | None = None
         self._spare: list[list[DeviceArray]] = []  # memory of moving states that nobody needs any more
         engine.adopt(self, Session._release, Session._all_arrays)
 
@@ -319,6 +321,7 @@ class Session(Owned):
         """Frees the states; the program calls it when it closes, after which a session has no use of them."""
         self._line = [held.nothing(self._engine.device, self.position)]
         self._spare = []
+        self._ahead = None
 
     def _all_arrays(self) -> list[DeviceArray]:
         return [array for one in (*(held.all_arrays for held in self._line), *list(self._spare)) for array in one]
@@ -362,6 +365,87 @@ class Session(Owned):
             step.check(ids)
             with self._engine.exclusive():  # until the logits' memory is the next call's
                 return choose(self._step(step, ids, now, step.logits))
+
+    def _follow(self, ids: HostArray, more: bool) -> HostArray | None:
+        """Appends a token to every row and returns the next ones, which the module chooses; see `follow`."""
+        with self._exclusive(keep_ahead=True):
+            now, ahead = self._line[-1], self._ahead
+            if ahead is not None and not ahead.is_next(now, ids):
+                self._settle()
+                ahead = None
+            step = ahead.step if ahead is not None else self._chooser(now)
+            if step is None:
+                return None
+            try:
+                if not step.has_room(now.position):
+                    return None
+                step.check(ids)
+                if not self._engine.device.has_queue:
+                    return self._step(step, ids, now, lambda _: step.tokens())
+            finally:
+                if ahead is None:
+                    self._engine.give_back(now.batch or 1, step)
+            self._ahead = None
+            first = ahead if ahead is not None else self._submit(now, ids)
+            following = None
+            try:
+                if more and step.has_room(first.held.position):
+                    following = self._submit(first.held, first.step)
+                first.wait()
+                tokens = first.step.tokens()
+            except BaseException:
+                self._abandon(*([first] if following is None else [first, following]))
+                raise
+            self._commit(first.held)
+            if following is None:
+                self._engine.give_back(now.batch or 1, first.step)
+            else:
+                following.ids = tokens
+            if first.source is not None:
+                self._engine.give_back(now.batch or 1, first.source)
+            self._ahead = following
+            return tokens
+
+    def _chooser(self, now: Held) -> Step | None:
+        return self._engine.take_chooser(now.batch) if now.batch is not None and now.mask is None else None
+
+    def _submit(self, base: Held, ids: HostArray | Step) -> Ahead:
+        """Puts a step that chooses tokens into the device's queue."""
+        step = self._chooser(base)
+        assert step is not None
+        lease = base.lease.caches.extend(base.lease, base.position + 1)
+        try:
+            now = Held(base.moving, lease, base.position, base.batch)
+            with self._engine.exclusive():
+                into = self._spare.pop() if self._spare else None
+                wait, moving = step.submit(ids, now, into)
+        except BaseException:
+            lease.release()
+            raise
+        after = Held(moving, lease, base.position + 1, base.batch)
+        source = ids if isinstance(ids, Step) else None
+        return Ahead(base, after, step, source, None if isinstance(ids, Step) else ids, wait)
+
+    def _settle(self) -> None:
+        """Waits for a step that was submitted ahead, and forgets it: only what is committed counts."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and not self._engine.module.is_foreign:
+            self._abandon(ahead)
+
+    def _abandon(self, *steps: Ahead) -> None:
+        """Waits for steps that nobody wants, and has their memory used again."""
+        try:
+            for one in steps:
+                with suppress(TargetError):
+                    one.wait()
+            for one in steps:
+                self._keep_memory(one.held.moving)
+            used = {id(step): step for one in steps for step in (one.step, one.source) if step is not None}
+            for step in used.values():
+                self._engine.give_back(steps[0].held.batch or 1, step)
+        finally:
+            for one in steps:
+                one.held.lease.release()
 
     def _step(self, step: Step, ids: HostArray, now: Held, read: Callable[[Sequence[DeviceArray]], _Chosen]) -> _Chosen:
         """What `_run` does, for one token of every row that all is prepared for."""
@@ -496,11 +580,13 @@ class Session(Owned):
         return self._line[-1]
 
     @contextmanager
-    def _exclusive(self) -> Generator[None]:
+    def _exclusive(self, keep_ahead: bool = False) -> Generator[None]:
         self._engine.check_usable()
         if not self._busy.acquire(blocking=False):
             raise StateError("the session is in use by another thread", hint="use one session per thread")
         try:
+            if not keep_ahead and self._ahead is not None:
+                self._settle()
             yield
         finally:
             self._busy.release()
@@ -525,3 +611,28 @@ def advance(session: Session, ids: HostArray, choose: Callable[[HostArray], _Cho
         TargetError: The call failed on the device.
     """
     return session._advance(ids, choose)  # pyright: ignore[reportPrivateUsage]
+
+
+def follow(session: Session, ids: HostArray, more: bool) -> HostArray | None:
+    """A step of a generation whose tokens the module chooses, each the one with the largest logit.
+
+    Args:
+        session: Of a model with one input of token ids and one output of logits.
+        ids: [B, 1], of the input's dtype: what is appended to each row.
+        more: Another such step is wanted: on a device with a queue it is submitted before this one is done, and
+            forgotten where something else comes (`settle`, or whatever the session is asked for).
+
+    Returns:
+        The next tokens, [B, 1], -1 where the logits are NaN. None where the module does not choose, or there is no
+        room: `advance` does it or says why not.
+
+    Raises:
+        InputError: An index outside the model's tables.
+        TargetError: The call failed on the device.
+    """
+    return session._follow(ids, more)  # pyright: ignore[reportPrivateUsage]
+
+
+def settle(session: Session) -> None:
+    """Waits for what `follow` has submitted ahead; the session holds what it has committed."""
+    session._settle()  # pyright: ignore[reportPrivateUsage]

@@ -6,7 +6,7 @@ column of the mask are new: they are written where the device reads them. The st
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import Any
 
@@ -49,6 +49,8 @@ class Step:
         views = [device.host_view(array) for array in self._inputs]
         pairs = [(spec, view) for spec, view in zip(m.inputs, views, strict=True) if view is not None]
         self._spec, self._ids = next(pair for pair in pairs if pair[0].role == "tokens")
+        self._ids_at = m.inputs.index(self._spec)
+        self._logits_at = next((i for i, spec in enumerate(m.outputs) if spec.role == "logits"), 0)
         self._positions = [view for spec, view in pairs if spec.role == "position_ids"]
         self._columns: HostArray | None = None
         self._filled = 0
@@ -125,6 +127,35 @@ class Step:
             raise TargetError("wrong number of results", where=self._symbol, got=tied, expected=self._tied)
         return self._outputs, moving
 
+    def submit(
+        self, ids: HostArray | Step, now: Held, into: list[DeviceArray] | None
+    ) -> tuple[Callable[[], None], list[DeviceArray]]:
+        """`call` on a device with a queue of its own: comes back at once.
+
+        Until it is done nothing of the step, of `now` and of the moving states is used otherwise.
+
+        Args:
+            ids: Token ids, or the step that was submitted before it and chooses them.
+            now: The states before.
+            into: Memory for the moving states; None: new memory.
+
+        Returns:
+            What waits until it is done, and the moving states.
+        """
+        assert self._outputs is not None, "only modules that take memory for their results have such steps"
+        inputs = list(self._inputs)
+        if isinstance(ids, Step):
+            assert ids._outputs is not None
+            inputs[self._ids_at] = ids._outputs[ids._logits_at]
+            self._write(None, now.position)
+        else:
+            self._write(ids, now.position)
+        states = self._in_order([*now.moving, *now.lease.caches.arrays])
+        position = now.position if self._takes_position else None
+        moving = self._new_moving() if into is None else into
+        storage = [*self._outputs, *moving]
+        return self._module.submit_step(self._symbol, [*inputs, *states], position, storage), moving
+
     def read(self, outputs: Sequence[DeviceArray]) -> dict[str, HostArray]:
         """Copies of the outputs of the last call, by name."""
         device, views = self._module.device, self._views or [None] * len(outputs)
@@ -135,12 +166,17 @@ class Step:
 
     def logits(self, outputs: Sequence[DeviceArray]) -> HostArray:
         """The logits of the last call, of a model that has them once, in their own memory where the host reads it."""
-        index = next(i for i, spec in enumerate(self._manifest.outputs) if spec.role == "logits")
-        view = self._views[index] if self._views else None
-        return view if view is not None else self._module.device.to_host(outputs[index])
+        view = self._views[self._logits_at] if self._views else None
+        return view if view is not None else self._module.device.to_host(outputs[self._logits_at])
 
-    def _write(self, ids: HostArray, position: int) -> None:
-        self._ids[...] = ids
+    def tokens(self) -> HostArray:
+        """A copy of what the last call chose, [B, 1], where the entry point is one that chooses; -1 for NaN."""
+        assert self._outputs is not None
+        return self.logits(self._outputs).copy()
+
+    def _write(self, ids: HostArray | None, position: int) -> None:
+        if ids is not None:
+            self._ids[...] = ids
         for view in self._positions:
             view.fill(position)
         filled, columns = self._filled, self._columns

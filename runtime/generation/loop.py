@@ -11,7 +11,7 @@ from ..arrays import token_ids
 from ..device import HostArray
 from ..errors import InputError
 from ..manifest import InputSpec
-from ..session import Session, advance
+from ..session import Session, advance, follow, settle
 from .sampling import Sampler, Sampling, index_of_largest, nan_logits
 
 
@@ -64,13 +64,16 @@ def greedy_rows(session: Session, ids: ArrayLike, count: int) -> Iterator[tuple[
     """
     spec, output = _ends(session)
     feed = _prompt(spec, ids)
-    for turn in range(count):
-        if turn:
-            best = advance(session, feed, _largest)
-        else:
-            best = _largest(session.run({spec.name: feed}, logits="last")[output])
-        feed = best.astype(feed.dtype)
-        yield tuple(int(token) for token in feed[:, 0])
+    try:
+        for turn in range(count):
+            if turn:
+                best = _greedy_step(session, feed, turn + 1 < count)
+            else:
+                best = _largest(session.run({spec.name: feed}, logits="last")[output])
+            feed = best.astype(feed.dtype)
+            yield tuple(int(token) for token in feed[:, 0])
+    finally:
+        settle(session)
 
 
 def generate(
@@ -107,17 +110,30 @@ def generate(
         hint = "greedy_rows generates for several"
         raise InputError("one row is generated", where=spec.name, got=list(feed.shape), expected="[T]", hint=hint)
     sampler = Sampler(sampling or Sampling(), [*seen, *(int(token) for token in feed[0])])
-    for turn in range(count):
-        if turn == 0:
-            token = sampler.choose(session.run({spec.name: feed}, logits="last")[output][0, -1])
-        elif sampler.is_quick:
-            token = advance(session, feed, lambda logits: sampler.choose(logits[0, -1]))
-        else:  # the program's other sessions go on meanwhile
-            token = sampler.choose(advance(session, feed, np.copy)[0, -1])
-        feed = np.full((1, 1), token, feed.dtype)
-        yield token
-        if token in stop:
-            return
+    try:
+        for turn in range(count):
+            if turn == 0:
+                token = sampler.choose(session.run({spec.name: feed}, logits="last")[output][0, -1])
+            elif sampler.is_quick:
+                token = int(_greedy_step(session, feed, turn + 1 < count)[0, 0])
+            else:  # the program's other sessions go on while it chooses
+                token = sampler.choose(advance(session, feed, np.copy)[0, -1])
+            feed = np.full((1, 1), token, feed.dtype)
+            yield token
+            if token in stop:
+                return
+    finally:
+        settle(session)
+
+
+def _greedy_step(session: Session, feed: HostArray, more: bool) -> HostArray:
+    """The next token of every row, [B, 1]: chosen by the module where it can, else here."""
+    tokens = follow(session, feed, more)
+    if tokens is None:
+        return advance(session, feed, _largest)
+    if tokens.min() < 0:
+        raise nan_logits()
+    return tokens
 
 
 def _ends(session: Session) -> tuple[InputSpec, str]:

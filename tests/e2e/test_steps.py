@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from functools import cache
 from typing import Any
 
@@ -34,7 +35,7 @@ TARGETS = pytest.mark.parametrize("target", ["cpu", pytest.param("vulkan", marks
 
 @cache
 def program(target: str) -> Program:
-    options = CompileOptions(target=target, max_context=CONTEXT, prefill_blocks=(8,))
+    options = CompileOptions(target=target, max_context=CONTEXT, prefill_blocks=(8,), sampler="greedy")
     return Program.load(compile_model(build(), options).module)
 
 
@@ -202,3 +203,174 @@ def test_a_chosen_token_without_a_row_in_the_table_is_refused(monkeypatch: pytes
     with pytest.raises(InputError, match=r"input_ids\[0, 0\]: index out of range, got 256, expected -256 to 255"):
         list(generate(session, [1, 2, 3], 4))
     assert session.position == 3
+
+
+@cache
+def plain(target: str) -> Program:
+    """The same model without an entry point that chooses tokens."""
+    options = CompileOptions(target=target, max_context=CONTEXT, prefill_blocks=(8,))
+    return Program.load(compile_model(build(), options).module)
+
+
+@cache
+def greedy_tokens(target: str) -> list[int]:
+    """What general calls and numpy choose, 60 tokens after a prompt of 9."""
+    session, feed, found = plain(target).session(), IDS[:, :9], list[int]()
+    for _ in range(60):
+        positions = session.position + np.arange(feed.shape[1])[None]
+        feed = session.run({"input_ids": feed, "position_ids": positions})["logits"][:, -1].argmax(-1)[:, None]
+        found.append(int(feed[0, 0]))
+    return found
+
+
+@TARGETS
+def test_tokens_that_the_module_chooses(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal to those of general calls; no logits of a step are read; on a device with a queue a step is ahead."""
+    session, want = program(target).session(), greedy_tokens(target)
+    submit, ahead = Session._submit, list[bool]()
+
+    def counted(self: Session, base: Any, ids: Any) -> Any:
+        ahead.append(isinstance(ids, Step))
+        return submit(self, base, ids)
+
+    monkeypatch.setattr(Session, "_submit", counted)
+    monkeypatch.setattr(session_module, "prepare", right := Counted(session_module.prepare))
+    assert list(greedy(session, IDS[:, :9], 60)) == want
+    assert right.calls == 1
+    assert ahead == ([False] + [True] * 58 if program(target).device.has_queue else [])
+    assert session.position == 9 + 59
+    np.testing.assert_allclose(
+        session.run({"input_ids": [[want[-1]]]})["logits"], logits_after(target, want), rtol=1e-6, atol=1e-6
+    )
+
+
+class Counted:
+    def __init__(self, function: Any) -> None:
+        self._function, self.calls = function, 0
+
+    def __call__(self, *args: Any) -> Any:
+        self.calls += 1
+        return self._function(*args)
+
+
+def logits_after(target: str, tokens: list[int]) -> np.ndarray:
+    session = plain(target).session()
+    session.run({"input_ids": IDS[:, :9]})
+    return np.concatenate([session.run({"input_ids": [[token]]})["logits"] for token in tokens], 1)[:, -1:]
+
+
+@TARGETS
+def test_a_stop_ends_the_queue_where_it_stands(target: str) -> None:
+    """The states are those at the stop, with a step submitted behind it; the next answer goes on from there."""
+    want = greedy_tokens(target)
+    stop = next(i for i in range(5, 60) if want[i] not in want[:i])
+    session = program(target).session(window=2)
+    assert list(generate(session, IDS[:, :9], 60, stop=[want[stop]])) == want[: stop + 1]
+    assert session.position == 9 + stop
+    assert session._ahead is None
+    assert list(greedy(session, [want[stop]], 60 - stop - 1)) == want[stop + 1 :]
+
+
+@TARGETS
+def test_whatever_comes_between_two_tokens(target: str) -> None:
+    """Each call of the session sees what was yielded and fed, and nothing of the step that is ahead."""
+    want, loaded = greedy_tokens(target), program(target)
+    session = loaded.session(window=4)
+    tokens = greedy(session, IDS[:, :9], 60)
+    found: list[int] = []
+    for at, token in enumerate(tokens):
+        found.append(token)
+        assert session.position == 9 + at
+        if at == 3:
+            fork = session.fork()
+            np.testing.assert_allclose(
+                run_tokens(fork, want[3:5]), logits_after(target, want[:5]), rtol=1e-6, atol=1e-6
+            )
+        if at == 6:
+            session.states.numpy()
+        if at == 8:  # two tokens back, and the same again by hand
+            session.rollback(2)
+            run_tokens(session, want[6:8])
+        if at == 12:
+            other = list(greedy(loaded.session(), IDS[:, :9], 20))
+            assert other == want[:20]
+    assert found == want
+    tokens = greedy(session, [want[-1]], 40)
+    next(tokens), next(tokens)
+    tokens.close()
+    assert session._ahead is None
+
+
+def run_tokens(session: Session, tokens: list[int]) -> np.ndarray:
+    return np.concatenate([session.run({"input_ids": [[token]]})["logits"] for token in tokens], 1)[:, -1:]
+
+
+@TARGETS
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_failure_at_every_boundary_of_the_queue(target: str, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Table 2 #37: what was yielded is committed, nothing else, whichever step it is that fails."""
+    error = TargetError("injected") if when == "before" else KeyboardInterrupt()
+    want, loaded = greedy_tokens(target), program(target)
+    module = engine_of(loaded).module
+    names: list[tuple[Any, str]] = [(module, "_invoke"), (Step, "_write"), (Step, "tokens")]
+    if loaded.device.has_queue:
+        names += [(module, "_submit"), (module, "_wait"), (Step, "submit")]
+    for owner, name in names:
+        for failing in (1, 2, 3, 4):
+            session, found, left = loaded.session(), list[int](), [0]
+            right = getattr(owner, name)
+
+            def broken(*args: Any, right: Any = right, left: list[int] = left) -> Any:
+                left[0] -= 1
+                result = right(*args) if left[0] or when == "after" else None
+                if left[0] == 0:
+                    raise error
+                return result
+
+            tokens = greedy(session, IDS[:, :9], 20)
+            found.append(next(tokens))
+            with monkeypatch.context() as patch:
+                patch.setattr(owner, name, broken)
+                left[0] = failing
+                try:
+                    found += tokens
+                except (TargetError, KeyboardInterrupt):
+                    assert len(found) < 20
+                else:
+                    assert name == "_invoke"  # the queue does not go there
+            assert session.position == 9 + len(found) - 1
+            assert found == want[: len(found)]
+            assert session._ahead is None
+            assert list(greedy(session, [found[-1]], 6)) == want[len(found) : len(found) + 6]
+
+
+@TARGETS
+def test_logits_that_are_nan(target: str) -> None:
+    session = program(target).session()
+    tokens = greedy(session, IDS[:, :9], 20)
+    next(tokens), next(tokens)
+    name = next(spec.name for spec in program(target).states if spec.kind == "recurrent")
+    session.set_state(name, np.full(session.states[name].shape, np.nan, np.float32))
+    with pytest.raises(StateError, match="the logits are NaN"):
+        next(tokens)
+    assert session._ahead is None
+
+
+@TARGETS
+def test_threads_with_queues(target: str) -> None:
+    """Table 2 #38: each has its own steps under way in one program."""
+    want, loaded, wrong = greedy_tokens(target), program(target), list[object]()
+
+    def work() -> None:
+        try:
+            for _ in range(2):
+                assert list(greedy(loaded.session(), IDS[:, :9], 40)) == want[:40]
+        except BaseException as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert not wrong
