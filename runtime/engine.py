@@ -92,6 +92,7 @@ class Engine:
         with self.exclusive(), self._holders_lock:
             held = {id(array): array for one, holding in self._holders.items() for array in holding.arrays(one)}
             steps = [step.nbytes for step in self._steps.values() if step is not None]
+            steps += [step.nbytes for free in self._choosers.values() for step in free]
             kept = [*self._inputs.values(), *(array for arrays in self._outputs.values() for array in arrays)]
         batch = m.batch or 1
         sizes = [

@@ -324,7 +324,9 @@ class Session(Owned):
         self._ahead = None
 
     def _all_arrays(self) -> list[DeviceArray]:
-        return [array for one in (*(held.all_arrays for held in self._line), *list(self._spare)) for array in one]
+        ahead = self._ahead
+        coming = [] if ahead is None else [ahead.held.moving]
+        return [a for one in (*(held.all_arrays for held in self._line), *list(self._spare), *coming) for a in one]
 
     def _run(self, inputs: Mapping[str, Any], wanted: Wanted) -> dict[str, Any]:
         m, now, device = self._manifest, self._line[-1], self._engine.device
