@@ -103,6 +103,7 @@ def find_states(
         pairs.setdefault(pair.past, pair)
     known = {pair.past: pair.present for pair in pairs.values()}
     for past, present, found_by in add_named_pairs(graph, known, pairing, types or {}):
+        _refuse_fixed_length(graph, flow, past, present)
         pairs[past] = StatePair(past, present, _kind_by_shape(graph, past, present), "", (), 0, found_by)
     return [pairs[v.name] for v in graph.input if v.name in pairs]
 
@@ -165,13 +166,7 @@ def _ported(graph: onnx.GraphProto, flow: _Flow, pairing: Pairing) -> list[State
             if past is None or pairing.is_set(past):
                 continue
             if kind == "kv_cache" and len(dims_of(graph, past)) == 4 and not _grows(graph, past):
-                raise UnsupportedModelError(
-                    f"the cache '{past}' has a fixed number of rows, but every call adds some",
-                    where=f"node '{node.name}' ({node.op_type})",
-                    got=dims_of(graph, past),
-                    expected="a symbol for its length",
-                    hint=f"export it with an open length, or take it as an ordinary input with --no-state {past}",
-                )
+                raise _fixed_length(graph, node, past)
             value = node.output[present_port] if present_port < len(node.output) else ""
             found = flow.forward(value, _wanted_dims(graph, past, kind))
             if found is None:
@@ -202,6 +197,31 @@ def _concatenated(graph: onnx.GraphProto, flow: _Flow, pairing: Pairing) -> list
         if found is not None and (kind == "kv_cache" or "Slice" in found[1]):
             pairs.append(StatePair(past, found[0], kind, node.name, before + found[1], 0, "graph"))
     return pairs
+
+
+def _refuse_fixed_length(graph: onnx.GraphProto, flow: _Flow, past: str, present: str) -> None:
+    """Refuse a pair by name whose present value is all rows of the past, of which there is a fixed number, and more.
+
+    Raises:
+        UnsupportedModelError: if it is one.
+    """
+    if len(dims_of(graph, past)) != 4 or _grows(graph, past):
+        return
+    for node in graph.node:
+        if node.op_type == "Concat" and domain_of(node) == "" and flow.back(node.input[0])[0] == past:
+            found = flow.forward(node.output[0], _wanted_dims(graph, past, "kv_cache"))
+            if found is not None and found[0] == present and "Slice" not in found[1]:
+                raise _fixed_length(graph, node, past)
+
+
+def _fixed_length(graph: onnx.GraphProto, node: onnx.NodeProto, past: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"the cache '{past}' has a fixed number of rows, but every call adds some",
+        where=f"node '{node.name}' ({node.op_type})",
+        got=dims_of(graph, past),
+        expected="a symbol for its length",
+        hint=f"export it with an open length, or take it as an ordinary input with --no-state {past}",
+    )
 
 
 def _scattered(graph: onnx.GraphProto, flow: _Flow, pairing: Pairing) -> list[StatePair]:

@@ -138,7 +138,7 @@ def plan_module(
                 got=", ".join(readers),
                 hint="compile with --max-context open",
             )
-    entries, blocks_note = _entry_points(options, max_context, roles, graph)
+    entries, blocks_note = _entry_points(options, _rows(graph, pairs, max_context), roles, graph)
     notes += blocks_note
     state_types, states = _states(graph, types, versions, pairs, max_context is not None)
     values = {v.name: v for v in (*graph.input, *graph.output)}
@@ -191,6 +191,19 @@ def _max_context(options: ModuleOptions, limit: int | None, kv: Sequence[StatePa
 def _static_batch(graph: onnx.GraphProto) -> int | None:
     first = dim_names(graph.input[0])[0] if graph.input and dim_names(graph.input[0]) else None
     return first if isinstance(first, int) and first > 0 else None
+
+
+def _rows(graph: onnx.GraphProto, pairs: Sequence[StatePair], max_context: int | None) -> int | None:
+    """How many tokens the smallest cache holds: that of all, or one of fixed size that TensorScatter writes into."""
+    rows = [max_context] if max_context is not None else []
+    values, pasts = {v.name: v for v in graph.input}, {p.node: p.past for p in pairs}
+    for node in graph.node:
+        if node.op_type == "TensorScatter" and node.name in pasts:
+            dims = dim_names(values[pasts[node.name]])
+            axis = next((a.i for a in node.attribute if a.name == "axis"), -2)
+            size = dims[axis] if -len(dims) <= axis < len(dims) else None
+            rows += [size] if isinstance(size, int) else []
+    return min(rows, default=None)
 
 
 def _entry_points(

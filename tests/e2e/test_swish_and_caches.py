@@ -41,15 +41,17 @@ def static_cache() -> onnx.ModelProto:
     """As mobius writes a static cache: [B, rows, width], scattered at write indices that the caller gives."""
     value = helper.make_tensor_value_info
     nodes = [
-        helper.make_node("TensorScatter", ["key_cache.0", "x", "at"], ["updated_key_cache.0"], "scatter", axis=1),
-        helper.make_node("MatMul", ["x", "w"], ["y"], "product"),
+        helper.make_node(
+            "TensorScatter", ["key_cache.0", "inputs_embeds", "at"], ["updated_key_cache.0"], "scatter", axis=1
+        ),
+        helper.make_node("MatMul", ["inputs_embeds", "w"], ["y"], "product"),
     ]
     cache, tokens = ["batch", 8, WIDTH], ["batch", "seq", WIDTH]
     graph = helper.make_graph(
         nodes,
         "g",
         [
-            value("x", TensorProto.FLOAT, tokens),
+            value("inputs_embeds", TensorProto.FLOAT, tokens),
             value("at", TensorProto.INT64, ["batch"]),
             value("key_cache.0", TensorProto.FLOAT, cache),
         ],
@@ -63,11 +65,13 @@ def static_cache() -> onnx.ModelProto:
 
 
 def test_a_cache_that_is_scattered_into_is_a_state() -> None:
-    program = Program.load(compile_model(static_cache(), CompileOptions(prefill_blocks=(4,))).module)
+    compiled = compile_model(static_cache(), CompileOptions(prefill_blocks=(64, 4)))
+    assert "prefill block 64 left out: longer than the context of 8" in compiled.report.notes
+    program = Program.load(compiled.module)
     assert [state.name for state in program.states] == ["key_cache.0"]
     session, x = program.session(), np.random.default_rng(0).standard_normal((1, 5, WIDTH)).astype(np.float32)
-    session.run({"x": x[:, :4], "at": np.array([0])})
-    session.run({"x": x[:, 4:], "at": np.array([4])})
+    session.run({"inputs_embeds": x[:, :4], "at": np.array([0])})
+    session.run({"inputs_embeds": x[:, 4:], "at": np.array([4])})
     cache = np.asarray(session.states["key_cache.0"])
     assert np.array_equal(cache[:, :5], x)
     assert not cache[:, 5:].any()

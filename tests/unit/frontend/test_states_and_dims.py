@@ -200,3 +200,16 @@ def test_roles_of_inputs_without_dimensions(name: str) -> None:
     value = next(v for v in model.graph.input if v.name == name)
     value.CopyFrom(onnx.helper.make_tensor_value_info(name, value.type.tensor_type.elem_type, []))
     assert "batch" in find_roles(model.graph, infer_types(model), find_states(model.graph)).roles.values()
+
+
+def test_a_cache_of_fixed_size_that_a_concat_makes_longer_is_refused() -> None:
+    value, past, present = onnx.helper.make_tensor_value_info, "past_key_values.0.key", "present.0.key"
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Concat", [past, "x"], [present], "join", axis=2)],
+        "g",
+        [value("x", 1, ["B", 2, "T", 16]), value(past, 1, ["B", 2, 64, 16])],
+        [value(present, 1, ["B", 2, "total", 16])],
+    )
+    with pytest.raises(UnsupportedModelError, match=rf"node 'join' .*{past}.*fixed number of rows.*--no-state {past}"):
+        find_states(graph)
+    assert find_states(graph, Pairing({}, frozenset({past}))) == []
