@@ -25,7 +25,7 @@ from ..emit.kernel_text import Index, KernelText
 from ..emit.workers import slowest_share
 from ..machines import for_machines
 from ..node import Dim, TensorSpec
-from ..op import LoweringContext
+from ..op import LoweringContext, weight_symbol
 from ..select import Legality, No, OtherMachine, Yes
 from ..target import Target
 from .contract import CausalConv
@@ -82,7 +82,7 @@ def _emit(context: LoweringContext, c: CausalConv, kernel: Kernel, x: Operands) 
     flat, flat_state = (spec.rank == 2 for spec in kernel.outputs)
     batch = b.dim(x.input, 0)
     value = b.collapse(x.input, 1, 2) if flat else x.input
-    operands = [value, b.collapse(x.weight, 0, 2), *([x.bias] if x.bias is not None else [])]
+    operands = [value, _taps(context, x.weight), *([x.bias] if x.bias is not None else [])]
     operands += [b.collapse(x.past, 1, 2) if flat_state else x.past] if c.has_past else []
     output, state = dispatch(b, kernel, operands, batch, x.tokens)
     if flat:
@@ -90,6 +90,14 @@ def _emit(context: LoweringContext, c: CausalConv, kernel: Kernel, x: Operands) 
     if flat_state:
         state = b.expand(state, 1, [c.channels, c.state_length])
     return [output, state]
+
+
+def _taps(context: LoweringContext, weight: ir.Value) -> ir.Value:
+    """The weight as [C * k], stored so where it can be: IREE compiles and runs what there is to do with weights."""
+    symbol = weight_symbol(weight)
+    if symbol is None or context.weights is None:
+        return context.builder.collapse(weight, 0, 2)
+    return context.weights.repacked(symbol, "flat", lambda array: array.reshape(-1))
 
 
 def causal_conv_kernel(contract: CausalConv, target: Target) -> Kernel:

@@ -86,6 +86,39 @@ def test_verified_between_phases_not_passes(tmp_path: Path, monkeypatch: pytest.
     assert asked == [False, True]
 
 
+def test_nothing_is_compiled_to_reshape_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What depends on weights alone IREE compiles as a module of its own and runs: a convolution's taps as a list."""
+    f32 = onnx.TensorProto.FLOAT
+    taps = numpy_helper.from_array(np.ones((64, 1, 4), np.float32), "taps")
+    shapes = {"x": [1, 64, 8], "past": [1, 64, 3], "y": [1, 64, 8], "present": [1, 64, 3]}
+    x, past, y, present = (helper.make_tensor_value_info(name, f32, shape) for name, shape in shapes.items())
+    node = helper.make_node("CausalConvWithState", ["x", "taps", "", "past"], ["y", "present"])
+    graph = helper.make_graph([node], "convolution", [x, past], [y, present], [taps])
+    modules: list[ir.Operation] = []
+    texts: list[str] = []
+    real_import, real_execute = Invocation.import_module, iree.execute
+
+    def take(self: Invocation, module: Any) -> bool:
+        modules.append(module)
+        return real_import(self, module)
+
+    def execute(invocation: Invocation, *phases: str) -> bool:
+        done = real_execute(invocation, *phases)
+        if phases[-1] != "global-optimization":
+            return done  # what the target's name means
+        texts.append(str(modules[-1]))
+        raise Lowered
+
+    monkeypatch.setattr(Invocation, "import_module", take)
+    monkeypatch.setattr(iree, "execute", execute)
+    with pytest.raises(Lowered):
+        compile_model(
+            helper.make_model(graph, opset_imports=[helper.make_opsetid("", 27)]), CompileOptions(cpu_features="znver4")
+        )
+    assert "causal_conv_fused_simd" in texts[0]
+    assert "hoisted" not in texts[0]
+
+
 def test_no_copy_of_a_graph_holds_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those inside the file too: shape inference wrote and read all of them some ten times."""
     written: list[int] = []
