@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 from . import choose, next_token
 from .attention import group_query as group_query_attention
 from .attention import op as attention
@@ -56,6 +58,7 @@ OPS: tuple[Op, ...] = (
 )
 
 
+@cache
 def find_op(domain: str, op_type: str, version: int) -> Op | None:
     """The module for an operator: the newest entry not newer than ``version``, or None."""
     entries = [op for op in OPS if op.domain == domain and op.op_type == op_type and op.since <= version]

@@ -41,8 +41,8 @@ def tensor_type(shape: Sequence[int | None], dtype: str) -> ir.RankedTensorType:
 
 def spec_of(value: ir.Value) -> TensorSpec:
     """Shape and dtype of a builtin tensor value."""
-    ty = ir.RankedTensorType(value.type)
-    shape = tuple(None if ty.is_dynamic_dim(i) else ty.get_dim_size(i) for i in range(ty.rank))
+    ty = cast(ir.RankedTensorType, value.type)
+    shape = tuple(None if size == _DYNAMIC else size for size in ty.shape)
     return TensorSpec(shape, str(ty.element_type))
 
 

@@ -136,9 +136,8 @@ def _ensure_executable(kernel: Kernel) -> None:
     while op.name != "builtin.module":
         op = op.parent
     block: Any = op.regions[0].blocks[0]
-    for other in block:
-        if "sym_name" in other.attributes and ir.StringAttr(other.attributes["sym_name"]).value == kernel.name:
-            return
+    if kernel.name in ir.SymbolTable(op):
+        return
     text = executable_text(kernel)
     try:
         parsed: Any = ir.Module.parse(text)

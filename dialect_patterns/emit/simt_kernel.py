@@ -68,8 +68,7 @@ def dispatch(
         assert module.parent is not None
         module = module.parent.operation
     block = module.regions[0].blocks[0]
-    symbols = [op.attributes["sym_name"] for op in block.operations if "sym_name" in op.operation.attributes]
-    if name not in [ir.StringAttr(symbol).value for symbol in symbols]:
+    if name not in ir.SymbolTable(module):
         source = _source(name, group, tiles, len(numbers), len(inputs), len(outputs))
         ir.InsertionPoint.at_block_begin(block).insert(source)
         functions = [op for op in _blocks(source)[0].operations if op.operation.name == "builtin.module"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 from ..emit.workers import slowest_share
 from ..target import Target
@@ -97,6 +98,7 @@ def _lanes(target: Target) -> int:
     return max(target.vector_bits // 32, 4)
 
 
+@cache
 def plan(rows: int | None, elements: int, columns: int, target: Target, packed: Layout, weight_bytes: int) -> Plan:
     """The sizes for a product.
 

@@ -143,8 +143,13 @@ class Compiler:
             LoweringError: if an operator cannot be converted.
         """
         with self.building():
+            bodies = KernelBodies(module.operation)
+            passes: Any = PassManager.parse(_TORCH_PIPELINE % str(takes_workspace).lower())
+            passes.enable_verifier(self._dump is not None)
             try:
-                PassManager.parse(_TORCH_PIPELINE % str(takes_workspace).lower()).run(module.operation)
+                passes.run(module.operation)
+                module.operation.verify()
+                bodies.put_back(module.operation)
             except ir.MLIRError as error:
                 text = str(error).splitlines()
                 first = next((line for line in text if "error:" in line), text[0])

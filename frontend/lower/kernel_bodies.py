@@ -1,4 +1,4 @@
-"""The bodies of hand-made kernels, out of the module while IREE schedules what calls them.
+"""The bodies of hand-made kernels, out of the module while IREE converts and schedules what calls them.
 
 To IREE's passes over the host code a kernel is an opaque object. They walk, fold, verify and number all that is inside
 all the same, again and again, and the kernels, written out as registers and their products, are most of the module.
@@ -20,8 +20,8 @@ class KernelBodies:
     """What was taken out of a module.
 
     Args:
-        module: The module, with kernels that have not been called while compiling (constants are computed in the phase
-            ``global-optimization``). They are empty afterwards.
+        module: The module; its kernels are empty afterwards. While they are, nothing may call them: in its phase
+            ``global-optimization`` IREE runs what depends on constants alone.
     """
 
     def __init__(self, module: ir.Operation) -> None:
@@ -41,10 +41,10 @@ class KernelBodies:
                 _append(inner, op.detach_from_parent())
 
     def put_back(self, module: ir.Operation) -> None:
-        """Put the bodies into the executables that IREE has made of the kernels.
+        """Put the bodies back.
 
         Args:
-            module: After the phase ``executable-sources``.
+            module: The module, up to the phase ``executable-sources``, which makes executables of the kernels.
         """
         for inner in _inner_modules(module):
             empty: list[Any] = [op for op in operations(inner) if _BODY in op.attributes]
