@@ -21,7 +21,8 @@ from .describe import describe, describe_text
 from .device import HostArray
 from .discover import FoundDevice, devices
 from .errors import InputError
-from .generation.loop import generate, greedy_rows, token_input
+from .generation.feeding import token_input
+from .generation.loop import generate, greedy_rows
 from .outputs import check_outputs, new_file
 from .program import Program
 from .text.command import add_arguments, run_text

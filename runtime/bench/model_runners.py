@@ -12,7 +12,7 @@ from linattn.runtime.binding import Sizes
 from linattn.runtime.device import HostArray, has_worker_threads, numpy_dtype
 from linattn.runtime.errors import InputError
 from linattn.runtime.feeds import block_inputs, complete_inputs
-from linattn.runtime.generation.loop import token_input
+from linattn.runtime.generation.feeding import token_input
 from linattn.runtime.generation.sampling import index_of_largest
 from linattn.runtime.loading import read_manifest
 from linattn.runtime.manifest import EntryPoint, Manifest, OutputSpec

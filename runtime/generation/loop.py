@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..arrays import token_ids
 from ..device import HostArray
 from ..errors import InputError
-from ..manifest import InputSpec
 from ..session import Session, advance, follow, settle
+from .feeding import Embed, Feeder, prompt_ids
 from .sampling import Sampler, Sampling, index_of_largest, nan_logits
 
 
-def token_input(session: Session) -> str:
-    """Name of the input that takes the token ids.
-
-    Raises:
-        InputError: The model has no such input, or several.
-    """
-    names = [spec.name for spec in session.program.inputs if spec.role == "tokens"]
-    if len(names) != 1:
-        raise InputError("no single input for token ids", got=", ".join(names) or "none")
-    return names[0]
-
-
-def greedy(session: Session, ids: ArrayLike, count: int) -> Iterator[int]:
+def greedy(session: Session, ids: ArrayLike, count: int, *, embed: Embed | None = None) -> Iterator[int]:
     """Generates tokens of one row, each the one with the largest logit (the first of equals).
 
     The session keeps what was generated, but for the last token, which has not been fed back.
@@ -36,6 +24,7 @@ def greedy(session: Session, ids: ArrayLike, count: int) -> Iterator[int]:
         session: Where to go on from; reset it for a fresh sequence.
         ids: Prompt, [T] or [1, T], at least one token.
         count: Number of tokens to generate.
+        embed: As of `generate`.
 
     Yields:
         The next token id.
@@ -44,7 +33,7 @@ def greedy(session: Session, ids: ArrayLike, count: int) -> Iterator[int]:
         InputError: An empty prompt, several rows, or a model without token ids and logits.
         StateError: The context is full, or the logits are NaN.
     """
-    return generate(session, ids, count)
+    return generate(session, ids, count, embed=embed)
 
 
 def greedy_rows(session: Session, ids: ArrayLike, count: int) -> Iterator[tuple[int, ...]]:
@@ -62,14 +51,14 @@ def greedy_rows(session: Session, ids: ArrayLike, count: int) -> Iterator[tuple[
         InputError: An empty prompt, or a model without token ids and logits.
         StateError: The context is full, or the logits are NaN.
     """
-    spec, output = _ends(session)
-    feed = _prompt(spec, ids)
+    feeder, output = Feeder(session), _logits(session)
+    feed = prompt_ids(feeder, ids)
     try:
         for turn in range(count):
             if turn:
                 best = _greedy_step(session, feed, turn + 1 < count)
             else:
-                best = _largest(session.run({spec.name: feed}, logits="last")[output])
+                best = _largest(session.run(feeder.first(feed), logits="last")[output])
             feed = best.astype(feed.dtype)
             yield tuple(int(token) for token in feed[:, 0])
     finally:
@@ -83,6 +72,9 @@ def generate(
     sampling: Sampling | None = None,
     stop: Collection[int] = (),
     seen: Collection[int] = (),
+    *,
+    embed: Embed | None = None,
+    prompt: Mapping[str, Any] | None = None,
 ) -> Iterator[int]:
     """Generates tokens of one row until one of them stops it.
 
@@ -96,6 +88,11 @@ def generate(
         stop: Tokens after which there is nothing more to say, such as the model's end of text; the one that is chosen
             is the last that is yielded.
         seen: Tokens that the session has had before this prompt, for the repetition penalty.
+        embed: For a model that takes embeddings (`inputs_embeds`): the table [V, D] in the input's dtype, or a function
+            from ids [B, T] to embeddings [B, T, D].
+        prompt: Further inputs of the prompt's call, such as embeddings with an image's among them, or `position_ids`
+            ([3, B, T] where an image's are not counted one by one): the tokens that follow count on from the largest.
+            Left out, positions count the tokens.
 
     Yields:
         The next token id.
@@ -104,16 +101,17 @@ def generate(
         InputError: An empty prompt, several rows, or a model without token ids and logits.
         StateError: The context is full, or the logits are NaN.
     """
-    spec, output = _ends(session)
-    feed = _prompt(spec, ids)
+    feeder, output = Feeder(session, embed, prompt), _logits(session)
+    feed = prompt_ids(feeder, ids)
     if feed.shape[0] != 1:
-        hint = "greedy_rows generates for several"
-        raise InputError("one row is generated", where=spec.name, got=list(feed.shape), expected="[T]", hint=hint)
+        hint, got = "greedy_rows generates for several", list(feed.shape)
+        raise InputError("one row is generated", where=feeder.ids.name, got=got, expected="[T]", hint=hint)
     sampler = Sampler(sampling or Sampling(), [*seen, *(int(token) for token in feed[0])])
     try:
         for turn in range(count):
-            if turn == 0:
-                token = sampler.choose(session.run({spec.name: feed}, logits="last")[output][0, -1])
+            if turn == 0 or not feeder.is_plain:
+                call = feeder.step(feed) if turn else feeder.first(feed)
+                token = sampler.choose(session.run(call, logits="last", outputs=[output])[output][0, -1])
             elif sampler.is_quick:
                 token = int(_greedy_step(session, feed, turn + 1 < count)[0, 0])
             else:  # the program's other sessions go on while it chooses
@@ -136,20 +134,12 @@ def _greedy_step(session: Session, feed: HostArray, more: bool) -> HostArray:
     return tokens
 
 
-def _ends(session: Session) -> tuple[InputSpec, str]:
-    """The input of the token ids and the name of the logits."""
-    name = token_input(session)
+def _logits(session: Session) -> str:
+    """The name of the logits."""
     outputs = [spec.name for spec in session.program.outputs if spec.role == "logits"]
     if len(outputs) != 1:
         raise InputError("no single output of logits", got=", ".join(outputs) or "none")
-    return next(spec for spec in session.program.inputs if spec.name == name), outputs[0]
-
-
-def _prompt(spec: InputSpec, ids: ArrayLike) -> HostArray:
-    feed = token_ids(spec, ids)
-    if feed.size == 0 or feed.ndim != 2:
-        raise InputError("the prompt must have tokens", where=spec.name, got=list(feed.shape), expected="[T] or [B, T]")
-    return feed
+    return outputs[0]
 
 
 def _largest(logits: HostArray) -> HostArray:

@@ -10,6 +10,7 @@ from os import PathLike
 from typing import Any
 
 from ..errors import InputError
+from ..generation.feeding import Embed
 from ..generation.loop import generate
 from ..generation.sampling import Sampling
 from ..program import Program
@@ -37,6 +38,7 @@ class TextGenerator:
             module, or beside it.
         keep: How many snapshots it and its forks keep, at the ends of prompts and answers; each keeps a session's
             states from being freed.
+        embed: For a model that takes embeddings: as of `linattn.generate`.
 
     Raises:
         LinattnError: The packages tokenizers or jinja2 are missing.
@@ -44,9 +46,15 @@ class TextGenerator:
     """
 
     def __init__(
-        self, program: Program, tokenizer: str | PathLike[str] | Tokenizer | None = None, *, keep: int = 8
+        self,
+        program: Program,
+        tokenizer: str | PathLike[str] | Tokenizer | None = None,
+        *,
+        keep: int = 8,
+        embed: Embed | None = None,
     ) -> None:
         self._template: ChatTemplate | None = None
+        self._embed = embed
         self._stop: frozenset[int] = frozenset()
         self.sampling = Sampling()
         """How tokens are drawn where a call does not say: what the model's files say, else the largest logit."""
@@ -63,7 +71,7 @@ class TextGenerator:
         else:
             self._tokenizer = tokenizer
         session = program.session(batch=1 if program.manifest.batch is None else None)
-        self._memory = Memory(session, Marks(keep))
+        self._memory = Memory(session, Marks(keep), embed)
 
     def fork(self) -> TextGenerator:
         """Another generator, for another conversation: what one has read the other need not read again.
@@ -149,7 +157,8 @@ class TextGenerator:
         if count < 1:
             raise InputError("nothing to generate", where="max_tokens", got=count, expected="at least 1")
         own = StopTexts((stop,) if isinstance(stop, str) else tuple(stop))
-        return TextStream(self._memory, self._tokenizer, ids, count, sampling or self.sampling, self._stop, own)
+        how = sampling or self.sampling
+        return TextStream(self._memory, self._tokenizer, ids, count, how, self._stop, own, self._embed)
 
 
 class TextStream(Iterator[str]):
@@ -167,8 +176,9 @@ class TextStream(Iterator[str]):
         sampling: Sampling,
         stop: frozenset[int],
         texts: StopTexts,
+        embed: Embed | None = None,
     ) -> None:
-        self._memory, self._tokenizer, self._texts = memory, tokenizer, texts
+        self._memory, self._tokenizer, self._texts, self._embed = memory, tokenizer, texts, embed
         self._prompt, self._count, self._sampling, self._stop = ids, count, sampling, stop
         self.reused_tokens = 0
         """Tokens of the prompt that the states held already."""
@@ -203,7 +213,8 @@ class TextStream(Iterator[str]):
         push, decoded = self._tokenizer.stream(), ""
         new, held = self._prompt[turn.start :], self._prompt[: turn.start]
         count = min(self._count, self._memory.room(self.prompt_tokens))
-        for token in turn.follow(generate(turn.session, new, count, self._sampling, self._stop, held)):
+        tokens = generate(turn.session, new, count, self._sampling, self._stop, held, embed=self._embed)
+        for token in turn.follow(tokens):
             now = time.perf_counter()
             if not self.ids:
                 self.prompt_seconds, start = now - start, now

@@ -7,8 +7,10 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+import numpy as np
+
 from ..errors import StateError
-from ..generation.loop import token_input
+from ..generation.feeding import Embed, Feeder
 from ..session import Session
 from ..snapshot import Snapshot
 
@@ -105,20 +107,22 @@ class Memory:
     Args:
         session: An empty session of one row.
         marks: Where prompts may go on, its own or shared.
+        embed: For a model that takes embeddings.
     """
 
-    def __init__(self, session: Session, marks: Marks) -> None:
+    def __init__(self, session: Session, marks: Marks, embed: Embed | None = None) -> None:
         self._session = session
         self.tokens: list[int] = []
         """What the states stand for."""
         self.turn: Turn | None = None
         """The turn under way."""
         self._marks = marks
+        self._embed = embed
 
     def fork(self) -> Memory:
         """Another one of the same marks, which holds nothing yet."""
         session = self._session
-        return Memory(session.program.session(batch=session.batch), self._marks)
+        return Memory(session.program.session(batch=session.batch), self._marks, self._embed)
 
     def reset(self) -> None:
         """Forgets everything, the marks too."""
@@ -157,7 +161,8 @@ class Memory:
         reused = self._session.position
         shared = min(self._marks.common(ids), len(ids) - 1)
         if shared >= reused + _WORTH:
-            self._session.run({token_input(self._session): ids[reused:shared]}, outputs=[])
+            feeder = Feeder(self._session, self._embed)
+            self._session.run(feeder.first(np.array([ids[reused:shared]])), outputs=[])
             self.tokens = ids[:shared]
             self.mark()
         self.turn = Turn(self._session, self._session.position, reused, self, ids)
