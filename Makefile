@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test test-quick test-sweep fuzz aarch64 dist docs from-nothing lint format type clean
+.PHONY: help demo test test-quick test-sweep fuzz aarch64 bench-readme dist docs from-nothing lint format type clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -35,6 +35,9 @@ fuzz: $(STAMP)  ## ten minutes of each fuzzer (damaged models, manifests, files;
 
 aarch64: $(STAMP)  ## an AArch64 Python in build/ for the test that emulates one (needs Debian and its package qemu-user)
 	PYTHON=$(BIN)/python tests/aarch64_root.sh build/aarch64
+
+bench-readme: $(STAMP)  ## the benchmark models on this machine's CPU and GPUs, and the tables of README and docs: half an hour, idle
+	$(BIN)/python docs/speeds.py --measure build/bench
 
 dist: $(STAMP)  ## wheel and sdist in dist/, the wheel tried in a new environment of each Python there is (PYTHONS="python3")
 	rm -rf dist
