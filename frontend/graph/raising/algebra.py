@@ -98,6 +98,8 @@ class Algebra:
         """Axes of size 1, at these places of the result."""
         rank = len(tensor.axes) + len(axes)
         places = {axis % rank for axis in axes}
+        if len(places) < len(axes):
+            raise NotProvenError("inserts an axis twice")
         old = iter(tensor.axes)
         return replace(tensor, axes=tuple(() if i in places else next(old) for i in range(rank)))
 

@@ -45,6 +45,8 @@ def raise_scan(node: onnx.NodeProto, values: Values, readers: Readers) -> tuple[
 
 def _raise_selective_scan(name: str, loop: Loop, values: Values) -> tuple[Raised, Outcome]:
     """SelectiveScan in the place of a loop."""
+    if not loop.inputs:
+        raise NotProvenError("reads nothing at each token")
     first, value = next(iter(loop.inputs.items()))
     algebra = ProductAlgebra((values.shape(value) or ())[loop.axes[first]])
     found = match_selective(algebra, *_run_selective(loop, values, algebra))

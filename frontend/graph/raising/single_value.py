@@ -41,12 +41,16 @@ def raise_single_value(node: onnx.NodeProto, values: Values) -> Raised:
     heads = int(str(attributes["kv_num_heads"]))
     if attributes.get("update_rule") != "gated" or attributes.get("q_num_heads") != heads:
         raise NotProvenError("has another rule than 'gated', or queries that share a state")
-    scale = float(str(attributes.get("scale", 0.0)))
+    scale = attributes.get("scale", 0.0)
+    if not isinstance(scale, float):
+        raise NotProvenError("has a scale that is no number")
     algebra = ProductAlgebra(Size.of(1))
     products = Products(algebra, values)
 
     def by_head(name: str) -> Tensor:
         tensor = products.of(name)
+        if len(tensor.axes) != 3:
+            raise NotProvenError(f"reads '{name}', which is not [B, T, heads * size]")
         batch, tokens, _ = algebra.shape(tensor)
         return algebra.reshape(tensor, [batch, tokens, Size.of(heads), None])
 

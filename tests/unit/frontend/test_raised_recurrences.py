@@ -22,6 +22,7 @@ from linattn.frontend.graph.validate import check_graph
 from linattn.runtime.errors import LinattnError, UnsupportedModelError
 from onnx import helper
 
+from tests.selective_models import scan_model, step_model, value_model
 from tests.spelled_out import (
     RULES,
     Graph,
@@ -520,7 +521,7 @@ def test_what_is_raised_computes_the_same_whatever_the_body() -> None:
         scan = next(n for n in model.graph.node if n.op_type == "Scan")
         body = next(a for a in scan.attribute if a.name == "body").g
         before = body.SerializeToString()
-        _mutate(body, rng)
+        mutate(body, rng)
         feeds = feeds_of(model, {"B": 4, "T": 4})
         try:
             want = run(model, feeds)
@@ -534,7 +535,10 @@ def test_what_is_raised_computes_the_same_whatever_the_body() -> None:
     assert count >= 3  # changes that mean the same, such as operands of a sum in the other order
 
 
-@pytest.mark.parametrize("build", [lambda: recurrence_model("gated_delta"), lambda: convolution_model(Form())])
+@pytest.mark.parametrize(
+    "build",
+    [lambda: recurrence_model("gated_delta"), lambda: convolution_model(Form()), step_model, value_model, scan_model],
+)
 def test_damaged_loops_end_in_one_line(build: Callable[[], onnx.ModelProto], monkeypatch: pytest.MonkeyPatch) -> None:
     """The pass sees graphs that nobody has specialised yet, and bodies that nothing else looks into."""
     monkeypatch.setattr(compiler, "Compiler", stop)
@@ -555,7 +559,7 @@ def test_damaged_loops_end_in_one_line(build: Callable[[], onnx.ModelProto], mon
     assert not [text for text in refused if "\n" in text or "bug in linattn" in text]
 
 
-def _mutate(body: onnx.GraphProto, rng: np.random.Generator) -> None:
+def mutate(body: onnx.GraphProto, rng: np.random.Generator) -> None:
     nodes = [n for n in body.node if n.op_type not in ("Constant", "Identity")]
     node = nodes[rng.integers(len(nodes))]
     place = list(body.node).index(node)

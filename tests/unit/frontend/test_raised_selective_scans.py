@@ -12,9 +12,11 @@ from linattn.frontend.graph.raising.raise_operators import Raising, raise_operat
 from linattn.frontend.graph.raising.tokens import mixes_tokens
 from linattn.frontend.graph.states import find_states
 
+from tests import selective_models
 from tests.selective_models import CHANNELS, by_scan, scan_model, step_model, value_model
 from tests.spelled_out import Graph, feeds_of, run
 from tests.tolerances import BENIGN, error
+from tests.unit.frontend.test_raised_recurrences import mutate
 
 TOKENS = 5
 
@@ -39,15 +41,20 @@ def compare(got: dict[str, np.ndarray], want: dict[str, np.ndarray]) -> None:
         assert error(got[name], value) <= BENIGN[value.dtype.name], name
 
 
+def stepped(model: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A model for one token a call, token after token."""
+    outputs, state = list[np.ndarray](), feeds["past"]
+    for t in range(feeds["x"].shape[1]):
+        one = run(model, {"x": feeds["x"][:, t : t + 1], "past": state})
+        outputs, state = [*outputs, one["y"]], one["present"]
+    return {"y": np.concatenate(outputs, axis=1), "present": state}
+
+
 @pytest.mark.parametrize("form", [{}, {"norms": True}, {"matmul": True}, {"half": True, "norms": True}])
 def test_a_step_takes_a_prompt_as_its_tokens_one_after_the_other(form: dict[str, Any]) -> None:
     model = step_model(**form)
     feeds = feeds_of(model, {"B": 2, "T": TOKENS})
-    want: dict[str, Any] = {"y": [], "present": feeds["past"]}
-    for t in range(TOKENS):
-        one = run(model, {"x": feeds["x"][:, t : t + 1], "past": want["present"]})
-        want = {"y": [*want["y"], one["y"]], "present": one["present"]}
-    want["y"] = np.concatenate(want["y"], axis=1)
+    want = stepped(model, feeds)
     done = raised(model)
     assert done.notes == [f"raised: step '{next(n for n in done.notes[0].split(chr(39))[1:])}' -> SelectiveScan"]
     compare(run(by_scan(model), feeds), want)
@@ -133,6 +140,42 @@ def test_causal_attention_over_a_cache_is_token_after_token(causal: int, mixes: 
     model = step_model(after=lambda g, y: grown(g, y, causal=causal))
     done = raise_operators(model)
     assert ("Attention" in str(mixes_tokens(model, str(done.tokens)))) is mixes
+
+
+def test_what_is_raised_computes_the_same_whatever_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs with an operator, an operand or an axis changed, of sizes that coincide: left alone, or equal."""
+    for name, size in (("CHANNELS", 4), ("STATES", 4), ("RANK", 2)):
+        monkeypatch.setattr(selective_models, name, size)
+    builders = (step_model, value_model, scan_model, lambda: scan_model(before=True), lambda: step_model(matmul=True))
+    counts = {"changed": 0, "prompts": 0}
+    for seed in range(100):
+        rng = np.random.default_rng(seed)
+        model = builders[seed % 5]()
+        bodies = [a.g for n in model.graph.node for a in n.attribute if a.name == "body"]
+        original = mutated(model, rng.choice([model.graph, *bodies]), rng)
+        if original is None:
+            continue
+        changed, done = original != builders[seed % 5](), raise_operators(model)
+        if not any("-> SelectiveScan" in note for note in done.notes):
+            continue
+        feeds = feeds_of(model, {"B": 4, "T": 1 if done.tokens else 4})
+        compare(run(by_scan(model), feeds), run(original, feeds))
+        counts["changed"] += changed
+        if done.tokens and mixes_tokens(model, done.tokens) is None:
+            feeds = feeds_of(model, {"B": 4, "T": 4})
+            compare(run(by_scan(model), feeds), stepped(original, feeds))
+            counts["prompts"] += 1
+    assert min(counts.values()) >= 5, counts
+
+
+def mutated(model: onnx.ModelProto, graph: onnx.GraphProto, rng: np.random.Generator) -> onnx.ModelProto | None:
+    """A copy of a model after a change to one of its graphs; None where ONNX Runtime has no numbers of it."""
+    try:
+        mutate(graph, rng)
+        results = run(model, feeds_of(model, {"B": 4, "T": 1}))
+    except Exception:  # what ONNX Runtime refuses says nothing
+        return None
+    return copy.deepcopy(model) if all(np.isfinite(value).all() for value in results.values()) else None
 
 
 def test_keys_for_each_channel_stay() -> None:
