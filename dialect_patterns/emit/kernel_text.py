@@ -167,10 +167,10 @@ class KernelText:
         else:
             self.do(f"memref.store {value}, {place}")
 
-    def prefetch(self, memref: str, indices: Sequence[Index]) -> None:
-        """Ask for the cache line of an element."""
+    def prefetch(self, memref: str, indices: Sequence[Index], *, level: int = 1, write: bool = False) -> None:
+        """Ask for the cache line of an element: into the first or second cache, to read or to write it."""
         place, _, dtype = self._place(memref, indices).partition(" : ")
-        self.do(f"memref.prefetch {place}, read, locality<3>, data : {dtype}")
+        self.do(f"memref.prefetch {place}, {'write' if write else 'read'}, locality<{4 - level}>, data : {dtype}")
 
     # ---- arithmetic ------------------------------------------------------------------------------------------------
     def widen(self, value: str) -> str:

@@ -29,6 +29,8 @@ from .simd_rows import Rows
 from .simd_tiling import PAIR_TOKENS, Blocks
 
 _MAX_GROWTH = 80.0
+_UNROLL = 2
+_FEW = 4
 
 
 class BlocksBody:
@@ -87,14 +89,14 @@ class BlocksBody:
         """Row d of a panel of the state."""
         return [self.k.load(self.scratch, self._place(panel, d, n), self.x.lanes) for n in range(self.x.vectors)]
 
-    def _update_places(self, panel: Index, tokens: int, j: int) -> list[list[Index]]:
+    def _update_places(self, panel: Index, tokens: int, j: Index) -> list[list[Index]]:
         """Where the vectors of the update of token j lie."""
         k, x = self.k, self.x
         first = k.mul(panel, tokens) if x.update_panels(self.c) > 1 else 0
         row = k.add(self.updates_row, k.add(first, j))
         return [[*self.base, row, n * x.lanes] for n in range(x.vectors)]
 
-    def _updates(self, panel: Index, tokens: int, j: int) -> Row:
+    def _updates(self, panel: Index, tokens: int, j: Index) -> Row:
         """The update of token j."""
         return [self.k.load(self.scratch, place, self.x.lanes) for place in self._update_places(panel, tokens, j)]
 
@@ -178,11 +180,13 @@ class BlocksBody:
 
     def _chunk(self, t: Index, tokens: int) -> None:
         """Tokens t to t + tokens: outputs and the next state."""
+        k = self.k
         chunk = self.factors.keys(t, tokens)
         if self.c.rows == 1:
             self.factors.queries(chunk, 0)
 
             def all_of(panel: Index) -> None:
+                self._fetch(panel, k.add(t, tokens), tokens)
                 self._solve(panel, t, tokens)
                 self._emit_output(panel, t, tokens, 0)
                 self._advance(panel, t, tokens)
@@ -190,20 +194,32 @@ class BlocksBody:
             self._each_panel(all_of)
             return
 
-        self._each_panel(lambda panel: self._solve(panel, t, tokens))
+        def solve(panel: Index) -> None:
+            self._fetch(panel, k.add(t, tokens), tokens)
+            self._solve(panel, t, tokens)
+
+        self._each_panel(solve)
 
         def query_head(head: str, _: list[str]) -> list[str]:
             self.factors.queries(chunk, head)
             self._each_panel(lambda panel: self._emit_output(panel, t, tokens, head))
             return []
 
-        self.k.loop(self.c.rows, [], query_head)
+        k.loop(self.c.rows, [], query_head)
         self._each_panel(lambda panel: self._advance(panel, t, tokens))
 
     def _reads(self, rows: Sequence[Callable[[Index], str]], panel: Index) -> list[Row]:
         """Rows times a panel of the state."""
         x = self.x
         return product(self.k, rows, lambda d: self._row(panel, d), self.c.dk, x.lanes, x.vectors)
+
+    def _fetch(self, panel: Index, t: Index, tokens: int) -> None:
+        """Ask for a panel's share of what the next chunk reads and writes: tokens lie far apart, and each waits."""
+        k, c, x = self.k, self.c, self.x
+        keys = c.dk // x.panels
+        for i in range(tokens):
+            self.o.fetch(k.add(t, i), self._at(panel, 0), x.width)
+            self.rows.fetch(k.add(t, i), k.mul(panel, keys), keys)
 
     def _solve(self, panel: Index, t: Index, tokens: int) -> None:
         """The updates u."""
@@ -218,16 +234,45 @@ class BlocksBody:
                 read = self._reads([self.rows.key(t, i) for i in block], panel)
                 for i, held in zip(block, read, strict=True):
                     rows[i] = [k.fma(f.known(i), r, k.mulf(f.rate(i), v)) for r, v in zip(held, rows[i], strict=True)]
-                for j in range(first):
-                    update = self._updates(panel, tokens, j)
-                    for i in block:
-                        rows[i] = self._add(f.solve(i, j), update, rows[i])
-                for i in block:
-                    for j in range(first, i):
-                        rows[i] = self._add(f.solve(i, j), rows[j], rows[i])
-            for i in block:
-                for vector, place in zip(rows[i], self._update_places(panel, tokens, i), strict=True):
-                    k.store(vector, self.scratch, place)
+                self._add_updates(f.solve, rows, panel, tokens, 0, first)
+            for few in _few(block):
+                if self.c.has_delta:
+                    mine = {i: rows[i] for i in few}
+                    self._add_updates(f.solve, mine, panel, tokens, first, few[0])
+                    for j in few:
+                        for i in few[few.index(j) + 1 :]:
+                            mine[i] = self._add(f.solve(i, j), mine[j], mine[i])
+                    rows |= mine
+                for i in few:
+                    for vector, place in zip(rows[i], self._update_places(panel, tokens, i), strict=True):
+                        k.store(vector, self.scratch, place)
+
+    def _add_updates(
+        self,
+        factor: Callable[[int, Index], str],
+        rows: dict[int, Row],
+        panel: Index,
+        tokens: int,
+        start: int,
+        stop: int,
+    ) -> None:
+        """Adds to each row its factors times the updates of tokens ``start`` to ``stop``, which are stored.
+
+        In a loop: written out, LLVM takes a number at a time out of the row of sums, and the others' loads wait on the
+        stack.
+        """
+
+        def add(j: str, carried: list[str]) -> list[str]:
+            update = self._updates(panel, tokens, j)
+            sums: list[str] = []
+            for n, i in enumerate(rows):
+                sums += self._add(factor(i, j), update, carried[n * x.vectors : (n + 1) * x.vectors])
+            return sums
+
+        x = self.x
+        if stop > start:
+            sums = self.k.loop(stop, [vector for row in rows.values() for vector in row], add, start=start)
+            rows.update({i: sums[n * x.vectors : (n + 1) * x.vectors] for n, i in enumerate(rows)})
 
     def _emit_output(self, panel: Index, t: Index, tokens: int, head: Index) -> None:
         """The outputs o for one query head."""
@@ -236,10 +281,15 @@ class BlocksBody:
             block = range(first, first + count)
             read = self._reads([self.rows.query(t, i, head) for i in block], panel)
             rows = {i: [k.mulf(f.scaled(i), r) for r in row] for i, row in zip(block, read, strict=True)}
-            for j in range(first + count):
-                update = self._updates(panel, tokens, j)
-                for i in block[max(j - first, 0) :]:
-                    rows[i] = self._add(f.mix(i, j), update, rows[i])
+            self._add_updates(f.mix, rows, panel, tokens, 0, first)
+            for few in _few(block):
+                mine = {i: rows[i] for i in few}
+                self._add_updates(f.mix, mine, panel, tokens, first, few[0])
+                for j in few:
+                    update = self._updates(panel, tokens, j)
+                    for i in few[few.index(j) :]:
+                        mine[i] = self._add(f.mix(i, j), update, mine[i])
+                rows |= mine
             for i in block:
                 for n, vector in enumerate(rows[i]):
                     self.o.store_output(vector, k.add(t, i), head, self._at(panel, n))
@@ -256,9 +306,20 @@ class BlocksBody:
         def rows(start: Index, count: int) -> None:
             at = [k.add(start, r) for r in range(count)]
             held = [[k.mulf(f.total(d), vector) for vector in self._row(panel, d)] for d in at]
-            for j in range(tokens):
-                update = self._updates(panel, tokens, j)
-                held = [self._add(self.rows.last_key(t, j, d), update, row) for d, row in zip(at, held, strict=True)]
+
+            def add(j: Index, carried: list[str]) -> list[str]:
+                found = [carried[i : i + x.vectors] for i in range(0, len(carried), x.vectors)]
+                for token in range(step):
+                    update = self._updates(panel, tokens, k.add(j, token))
+                    keys = [self.rows.last_key(t, k.add(j, token), d) for d in at]
+                    found = [self._add(key, update, row) for key, row in zip(keys, found, strict=True)]
+                return [vector for row in found for vector in row]
+
+            # A loop: of all tokens in a row LLVM hoists the loads, and every other sum waits on the stack.
+            step = math.gcd(tokens, _UNROLL)
+            sums = [vector for row in held for vector in row]
+            sums = k.loop(tokens, sums, add, step=step) if tokens > step else add(0, sums)
+            held = [sums[i : i + x.vectors] for i in range(0, len(sums), x.vectors)]
             for d, row in zip(at, held, strict=True):
                 for n, vector in enumerate(row):
                     k.store(vector, self.scratch, self._place(panel, d, n))
@@ -275,3 +336,8 @@ class BlocksBody:
 
     def _add(self, factor: str, row: Row, to: Row) -> Row:
         return [self.k.fma(factor, a, b) for a, b in zip(row, to, strict=True)]
+
+
+def _few(block: range) -> list[range]:
+    """Rows of a block that add to each other, a few at a time."""
+    return [block[first : first + _FEW] for first in range(0, len(block), _FEW)]

@@ -59,7 +59,7 @@ class Factors:
         self._total = k.constant(1.0, "f32")
 
     # ---- what the rest reads ---------------------------------------------------------------------------------------
-    def solve(self, i: int, j: int) -> str:
+    def solve(self, i: int, j: Index) -> str:
         """Factor of the update of token j in that of token i."""
         return self._k.load(self._solve, [i, j])
 
@@ -71,7 +71,7 @@ class Factors:
         """Factor of the value of token i in its update."""
         return self._k.load(self._rates, [i])
 
-    def mix(self, i: int, j: int) -> str:
+    def mix(self, i: int, j: Index) -> str:
         """Factor of the update of token j in the output of token i."""
         return self._k.load(self._mix, [i, j])
 

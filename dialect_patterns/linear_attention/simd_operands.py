@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from ..emit.kernel_text import Index, KernelText
 from .contract import LinearAttention
 
+_LINE = 64
+
 
 class Gates:
     """The scalar gates of a chunk: decays per head and update rates.
@@ -87,6 +89,16 @@ class Operands:
         """A vector of the value of token ``t``."""
         k = self._k
         return k.load(self._value, [self.batch, t, k.add(k.mul(self.head, self._c.dv), column)], lanes)
+
+    def fetch(self, t: Index, first: Index, columns: int) -> None:
+        """Ask for some columns of the value and the outputs of a token, for the second cache; beyond T for nothing."""
+        k, c = self._k, self._c
+        for memref, heads in ((self._value, 1), (self._output, c.rows)):
+            for head in range(heads):
+                row = k.add(k.mul(self.head, heads), head)
+                for column in range(0, columns, _LINE // k.element_bytes(memref)):
+                    at = k.add(k.mul(row, c.dv), k.add(first, column))
+                    k.prefetch(memref, [self.batch, t, at], level=2, write=memref == self._output)
 
     def load_past(self, d: Index, column: Index, lanes: int) -> str | None:
         """A vector of the past state, None if there is none."""

@@ -16,6 +16,8 @@ from ..emit.kernel_text import Index, KernelText
 from .contract import LinearAttention
 from .simd_operands import Operands
 
+_LINE = 64
+
 
 class Rows:
     """Writes what concerns keys and queries; ``keys`` comes first in a chunk.
@@ -53,7 +55,7 @@ class Rows:
         """Elements of the key that reads the state for token i."""
         return lambda d: self._element(self._key, self._keys if self._copied else "", t, i, self._key_base, d)
 
-    def last_key(self, t: Index, j: int, d: Index) -> str:
+    def last_key(self, t: Index, j: Index, d: Index) -> str:
         """An element of the key that updates the state for token j."""
         return self._element(self._key, self._last if self._copied else "", t, j, self._key_base, d)
 
@@ -62,11 +64,19 @@ class Rows:
         base = self._query_base(head)
         return lambda d: self._element(self._query, self._queries if self._copied else "", t, i, base, d)
 
+    def fetch(self, t: Index, first: Index, columns: int) -> None:
+        """Ask for some elements of the key and the queries of a token, for the second cache; beyond T for nothing."""
+        k = self._k
+        heads = [(self._key, self._key_base), *((self._query, self._query_base(head)) for head in range(self._c.rows))]
+        for memref, base in heads:
+            for column in range(0, columns, _LINE // k.element_bytes(memref)):
+                k.prefetch(memref, [self._batch, t, k.add(k.add(base, first), column)], level=2)
+
     def total(self, d: Index) -> str:
         """The decay of row d over the chunk, where decays are per key dimension."""
         return self._k.load(self._total, [d])
 
-    def _element(self, operand: str, copy: str, t: Index, i: int, base: Index, d: Index) -> str:
+    def _element(self, operand: str, copy: str, t: Index, i: Index, base: Index, d: Index) -> str:
         k = self._k
         if copy:
             return k.load(copy, [i, d])
