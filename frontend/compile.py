@@ -132,7 +132,10 @@ def compile_model(
     manifest = describe_module(model, plan, report, target, options)
     compiler = Compiler(target, options.dump_ir)
     # IREE 3.13 cannot tell the memory of functions that loop over tokens, and fails.
-    can_take = options.strategy != "recurrent" and all(_is_static(graph) for graph in functions.values())
+    loops = options.strategy == "recurrent" or any(
+        row.op.endswith("SelectiveScan") and "recurrent" in row.strategy for row in report.nodes
+    )
+    can_take = not loops and all(_is_static(graph) for graph in functions.values())
     signature = dataclasses.replace(plan.signature(), takes_results=can_take and not options.plain_abi)
     report.abi = describe_abi(plan, signature, functions)
     with progress.stage(f"import {len(functions)} entry points"), compiler.building():

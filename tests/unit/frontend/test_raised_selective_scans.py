@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from linattn.frontend.compile import CompileOptions, compile_model
 from linattn.frontend.graph.raising.raise_operators import Raising, raise_operators
 from linattn.frontend.graph.raising.tokens import mixes_tokens
 from linattn.frontend.graph.states import find_states
+from linattn.runtime import Program
 
 from tests import selective_models
 from tests.selective_models import CHANNELS, by_scan, scan_model, step_model, value_model
@@ -176,6 +178,16 @@ def mutated(model: onnx.ModelProto, graph: onnx.GraphProto, rng: np.random.Gener
     except Exception:  # what ONNX Runtime refuses says nothing
         return None
     return copy.deepcopy(model) if all(np.isfinite(value).all() for value in results.values()) else None
+
+
+def test_states_that_no_kernel_takes_run_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The portable form loops over tokens, and IREE cannot tell the memory of such a function."""
+    monkeypatch.setattr(selective_models, "STATES", 6)
+    model = step_model()
+    compiled = compile_model(model, CompileOptions(prefill_blocks=(TOKENS,)))
+    assert [row.strategy for row in compiled.report.nodes] == ["recurrent"]
+    feeds = feeds_of(model, {"B": 1, "T": TOKENS})
+    compare(Program.load(compiled.module).run(feeds), stepped(model, feeds))
 
 
 def test_keys_for_each_channel_stay() -> None:
