@@ -409,7 +409,8 @@ class Session(Owned):
             return tokens
 
     def _chooser(self, now: Held) -> Step | None:
-        return self._engine.take_chooser(now.batch) if now.batch is not None and now.mask is None else None
+        can = now.batch is not None and now.mask is None and self._guard is None  # who looks before it goes on
+        return self._engine.take_chooser(now.batch or 1) if can else None
 
     def _submit(self, base: Held, ids: HostArray | Step) -> Ahead:
         """Puts a step that chooses tokens into the device's queue."""
