@@ -22,6 +22,7 @@ from .op_bench import FORMAT, run_op
 from .op_models import DOMAINS, MICROSOFT, strategy_names
 from .options import DEFAULT, OP_PEERS, ModelOptions, OpOptions
 from .report import write_page
+from .state_bench import measure_states, states_text
 from .subjects import Note, files_of, parse_targets, split
 from .table import to_text
 
@@ -31,6 +32,7 @@ _EPILOG = """Examples:
   linattn-bench op --op causal_conv --channels 6144 --taps 4 --tokens 1,512 --json out.json
   linattn-bench model model.onnx --prefill 512 --decode 128 --targets cpu --peers onnxruntime
   linattn-bench model model.onnx --prefill 512 --profile --json profile.json
+  linattn-bench states model.vmfb --prompt 200 --forks 50
   linattn-bench plot laptop.json server.json -o tokens.png
   linattn-bench report laptop.json server.json -o report.html"""
 
@@ -56,6 +58,11 @@ def _run(arguments: argparse.Namespace) -> int:
         check_outputs({"-o": arguments.output}, arguments.results)
         write_page(_read(arguments.results), arguments.results, Path(arguments.output))
         return 0
+    if arguments.command == "states":
+        a = arguments
+        rows = measure_states(Path(a.module), a.device, a.prompt, a.forks, a.steps)
+        print(json.dumps(rows, indent=1) if a.json else states_text(rows))
+        return 0
     _check_files(arguments)
     result = _run_op(arguments) if arguments.command == "op" else _run_model(arguments)
     _write(arguments, result)
@@ -72,9 +79,18 @@ def _parser() -> argparse.ArgumentParser:
     packages = "iree-base-compiler", "iree-base-runtime", "onnxruntime"
     parser.add_argument("--version", action="version", version=version_line(*packages))
     add_completion(parser)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="op|model|plot|report")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="op|model|states|plot|report")
     _op_options(commands.add_parser("op", help="one operator over token counts"))
     _model_options(commands.add_parser("model", help="prefill and decode of whole models"))
+    states = commands.add_parser("states", help="snapshots, forks, files and guards of a module, and many sessions")
+    add = states.add_argument
+    add("module", metavar="MODEL.vmfb", help="a module or a bundle of a model of token ids, of one row")
+    add("--device", metavar="URI", help="where to run (default: where it was compiled for)")
+    add("--prompt", type=int, default=200, metavar="N", help="tokens that are read first (default: 200)")
+    add("--forks", type=int, default=50, metavar="N", help="sessions that go on from there (default: 50)")
+    add("--steps", type=int, default=16, metavar="N", help="tokens that each appends (default: 16)")
+    add("--json", action="store_true", help="print the rows for machines")
+    add("--debug", action="store_true", help="show a traceback with an error")
     plot = commands.add_parser(
         "plot", help="a picture of results written with --json, models of several machines in one"
     )
