@@ -639,3 +639,14 @@ def follow(session: Session, ids: HostArray, more: bool) -> HostArray | None:
 def settle(session: Session) -> None:
     """Waits for what `follow` has submitted ahead; the session holds what it has committed."""
     session._settle()  # pyright: ignore[reportPrivateUsage]
+
+
+@contextmanager
+def keep_one_call(session: Session) -> Generator[None]:
+    """Within it the session's last call can be taken back, whatever its window."""
+    window = session._window  # pyright: ignore[reportPrivateUsage]
+    session._window = max(window, 1)  # pyright: ignore[reportPrivateUsage]
+    try:
+        yield
+    finally:
+        session._window = window  # pyright: ignore[reportPrivateUsage]

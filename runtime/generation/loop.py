@@ -10,9 +10,11 @@ from numpy.typing import ArrayLike
 
 from ..device import HostArray
 from ..errors import InputError
+from ..program import Program
 from ..session import Session, advance, follow, settle
 from .feeding import Embed, Feeder, prompt_ids
 from .sampling import Sampler, Sampling, index_of_largest, nan_logits
+from .speculative import Draft, Speculation, block_of, drafted_by
 
 
 def greedy(session: Session, ids: ArrayLike, count: int, *, embed: Embed | None = None) -> Iterator[int]:
@@ -75,10 +77,12 @@ def generate(
     *,
     embed: Embed | None = None,
     prompt: Mapping[str, Any] | None = None,
+    draft: Draft | Program | None = None,
 ) -> Iterator[int]:
     """Generates tokens of one row until one of them stops it.
 
-    The session keeps what was generated, but for the last token, which has not been fed back.
+    The session keeps what was generated, but for the last token, which has not been fed back. With a `draft` it does so
+    when the generation has ended, and is not to be used before.
 
     Args:
         session: Where to go on from; reset it for a fresh sequence.
@@ -93,12 +97,17 @@ def generate(
         prompt: Further inputs of the prompt's call, such as embeddings with an image's among them, or `position_ids`
             ([3, B, T] where an image's are not counted one by one): the tokens that follow count on from the largest.
             Left out, positions count the tokens.
+        draft: Guesses tokens, of which one call of the model verifies as many as its smallest prefill block takes: a
+            function that is given all tokens from the prompt on and how many are wanted, or a smaller model of the same
+            vocabulary. What comes out is what would have come out without it, as far as a block's logits and those of
+            single steps, which are rounded differently, have the same order.
 
     Yields:
         The next token id.
 
     Raises:
-        InputError: An empty prompt, several rows, or a model without token ids and logits.
+        InputError: An empty prompt, several rows, a model without token ids and logits, or a draft for one that takes
+            one token a call.
         StateError: The context is full, or the logits are NaN.
     """
     feeder, output = Feeder(session, embed, prompt), _logits(session)
@@ -106,7 +115,20 @@ def generate(
     if feed.shape[0] != 1:
         hint, got = "greedy_rows generates for several", list(feed.shape)
         raise InputError("one row is generated", where=feeder.ids.name, got=got, expected="[T]", hint=hint)
-    sampler = Sampler(sampling or Sampling(), [*seen, *(int(token) for token in feed[0])])
+    known = [int(token) for token in feed[0]]
+    sampler = Sampler(sampling or Sampling(), [*seen, *known])
+    if draft is not None and count > 0:
+        block_of(session.program.manifest)
+        if not feeder.is_plain:
+            raise InputError(
+                "guesses are verified as token ids alone", where="draft", expected="neither embed nor positions"
+            )
+        token = sampler.choose(session.run(feeder.first(feed), logits="last", outputs=[output])[output][0, -1])
+        yield token
+        if token not in stop:
+            guess = drafted_by(draft, greedy) if isinstance(draft, Program) else draft
+            yield from Speculation(session, [*known, token], sampler, guess).run(count - 1, stop)
+        return
     try:
         for turn in range(count):
             if turn == 0 or not feeder.is_plain:
