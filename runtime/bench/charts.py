@@ -81,13 +81,13 @@ def line_chart(lines: Sequence[Line], x_text: str, y_text: Callable[[float], str
     """Lines on two log axes, and their names below."""
     xs = sorted({x for line in lines for x, _ in line.points})
     ys = [y for line in lines for _, y in line.points]
-    left, right, height = 70, _WIDTH - 10, 300
+    left, right, top, height = 70, _WIDTH - 10, 16, 300
     low, high = 10 ** math.floor(math.log10(min(ys))), 10 ** math.ceil(math.log10(max(ys) * 1.01))
     wide = math.log(xs[-1] / xs[0]) or 1.0
 
     def at(x: float, y: float) -> tuple[float, float]:
         across = left + 20 + (right - left - 40) * math.log(x / xs[0]) / wide
-        return across, _TOP + (height - _TOP) * (1 - math.log(y / low) / math.log(high / low))
+        return across, top + (height - top) * (1 - math.log(y / low) / math.log(high / low))
 
     parts: list[str] = []
     for mark in _decades(low, high):

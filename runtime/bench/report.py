@@ -156,7 +156,10 @@ def _machines(results: Sequence[Result], files: Sequence[str]) -> list[str]:
             *((target, _device(device)) for target, device in result["devices"].items()),
             ("versions", ", ".join(f"{name} {version}" for name, version in result["versions"].items())),
             ("commit", str(result.get("commit") or "not told")),
-            ("method", ", ".join(f"{key} {value}" for key, value in result["method"].items())),
+            (
+                "method",
+                ", ".join(f"{key} {'default' if value is None else value}" for key, value in result["method"].items()),
+            ),
             *((f"absent: {row['name']}", row["reason"]) for row in result["absent"]),
         ]
         cells = "\n".join(f"<tr><td>{escape(key)}</td><td>{escape(value)}</td></tr>" for key, value in rows)

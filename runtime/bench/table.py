@@ -85,8 +85,8 @@ def _device_lines(devices: Mapping[str, Mapping[str, Any]]) -> list[str]:
 def op_table(result: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Header and rows of an operator's result."""
     header = (
-        "subject", "strategy", "T", "dtype", "n", "min", "median", "p95", "p99", "+-", "overhead", "kernel", "bytes/s",
-        "FLOP/s", "error", "state err", "others", "speed",
+        "subject", "strategy", "T", "dtype", "n", "min", "median", "p95", "p99", "+-", "speed", "error", "state err",
+        "others", "kernel", "overhead", "bytes/s", "FLOP/s",
     )  # fmt: skip
     rows: list[tuple[str, ...]] = []
     peers = _peers(result)
@@ -103,14 +103,14 @@ def op_table(result: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str
                 _SHORT[row["dtype"]],
                 str(call["n"]),
                 *(time_text(call[key]) for key in ("min", "median", "p95", "p99", "deviation")),
-                time_text(row["overhead"]["median"] if row["overhead"] else None),
-                time_text(row["kernel"]["seconds"]),
-                _share(row, "bytes_per_s", "B/s"),
-                _share(row, "flop_per_s", "FLOP/s"),
+                speed,
                 f"{error['output']:.1e}",
                 f"{error['state']:.1e}",
                 _others(row),
-                speed,
+                time_text(row["kernel"]["seconds"]),
+                time_text(row["overhead"]["median"] if row["overhead"] else None),
+                _share(row, "bytes_per_s", "B/s"),
+                _share(row, "flop_per_s", "FLOP/s"),
             )
         )
     return header, rows
@@ -169,8 +169,8 @@ def _share(row: Mapping[str, Any], key: str, unit: str) -> str:
 def model_table(result: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Header and rows of the result of whole models."""
     header = (
-        "subject", "weights", "strategy", "prompt", "load", "first token", "prefill", "decode", "median", "p95", "p99",
-        "+-", "overhead", "memory", "threads", "others", "logits err", "tokens",
+        "subject", "weights", "prompt", "first token", "prefill", "decode", "median", "p95", "p99", "+-", "logits err",
+        "tokens", "threads", "others", "memory", "load", "overhead", "strategy",
     )  # fmt: skip
     rows: list[tuple[str, ...]] = []
     for row in result["rows"]:
@@ -179,26 +179,26 @@ def model_table(result: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[
             (
                 label_of(row, result["devices"]),
                 row["weights"] or "-",
-                row["strategy"] or "-",
                 str(row["prompt"]),
-                time_text(row["load_s"]),
                 time_text(row["first_token_s"]["median"]),
                 f"{_digits(row['prefill']['tokens_per_s'])} tok/s",
                 f"{_digits(row['decode']['tokens_per_s'])} tok/s",
                 *(time_text(steps[key]) for key in ("median", "p95", "p99", "deviation")),
-                time_text(row["overhead"]["median"] if row["overhead"] else None),
-                size_text(row["memory_bytes"]["peak"]) if row["memory_bytes"]["peak"] else "-",
-                str(row["load"]["threads"] or "-"),
-                _others(row),
                 ("WRONG " if row["status"] != "ok" else "") + f"{error['logits']:.1e}" if error else "-",
                 f"{greedy['equal']}/{greedy['of']}" if greedy else "-",
+                str(row["load"]["threads"] or "-"),
+                _others(row),
+                size_text(row["memory_bytes"]["peak"]) if row["memory_bytes"]["peak"] else "-",
+                time_text(row["load_s"]),
+                time_text(row["overhead"]["median"] if row["overhead"] else None),
+                row["strategy"] or "-",
             )
         )
     return header, rows
 
 
 def _model_lines(result: Mapping[str, Any]) -> list[str]:
-    lines = grid(*model_table(result), left=3)
+    lines = grid(*model_table(result))
     if any(row["reference"] for row in result["rows"]):
         lines.append("logits err and equal greedy tokens: against onnxruntime on the same ONNX model")
     lines += [
