@@ -16,6 +16,8 @@ from linattn.dialect_patterns.selective_scan.op import SELECTIVE_SCAN
 
 from ..schema import attributes_of, domain_of, infer_types
 from ..states import STATE_PORTS
+from .causal_mask import causal_mask_nodes
+from .readers import Readers
 from .sizes import Size, product
 from .values import Values
 
@@ -40,6 +42,10 @@ _SEQUENTIAL: dict[tuple[str, str], tuple[int, tuple[int, ...]]] = {
 }
 """Operators for which a prompt is its tokens one after the other: the axis of the tokens, from the last one, and the
 inputs that have it. Each is one if it reads a state and gives it back, Attention if it is causal."""
+
+
+_ROTATIONS: dict[str, dict[int, int]] = {"": {0: -2, 1: -2, 2: -2, 3: -1}, MICROSOFT: {0: -2, 1: -1}}
+"""Domain of RotaryEmbedding -> the axis of the tokens in each input that may have one."""
 
 
 def dropped_tokens(model: onnx.ModelProto) -> str | None:
@@ -83,8 +89,11 @@ def mixes_tokens(model: onnx.ModelProto, tokens: str) -> str | None:
         if len(found) > 1 or any(shape[i] != Size.of(tokens) for i in found):
             return f"the input '{value.name}' has tokens in other axes than one"
         places.known |= dict.fromkeys([value.name], *found) if found else {}
+    masks = _causal_masks(model.graph, values, places.tokens)
+    places.masks = {name for name, _ in masks}
+    passed = {node.name for _, nodes in masks for node in nodes}
     for node in model.graph.node:
-        if any(name in places.known for name in node.input):
+        if node.name not in passed and any(name in places.known for name in node.input):
             place = places.of(node)
             if place is None:
                 return f"node '{node.name}' ({node.op_type}) may mix tokens"
@@ -97,6 +106,28 @@ def _has(ports: Sequence[str], port: int) -> bool:
     return port < len(ports) and bool(ports[port])
 
 
+def _causal_masks(graph: onnx.GraphProto, values: Values, tokens: Size) -> list[tuple[str, list[onnx.NodeProto]]]:
+    """The causal masks of attention, each with the nodes that compute it, which nothing else reads."""
+    readers = Readers(graph)
+    found: list[tuple[str, list[onnx.NodeProto]]] = []
+    for node in graph.node:
+        name = node.input[3] if node.op_type == "Attention" and len(node.input) > 3 else ""
+        nodes = causal_mask_nodes(values, name, tokens) if name and name not in dict(found) else None
+        if nodes is not None:
+            found.append((name, nodes))
+    inner = {node.name for _, nodes in found for node in nodes}
+    masks = {name for name, _ in found}
+    outputs = {v.name for v in graph.output}
+
+    def is_inner(value: str) -> bool:
+        return value not in outputs and all(
+            reader.name in inner or (value in masks and reader.op_type == "Attention" and reader.input[3] == value)
+            for reader in readers.of(value)
+        )
+
+    return found if all(is_inner(value) for _, nodes in found for node in nodes for value in node.output) else []
+
+
 class _Places:
     """Which axis of a value is the tokens', counted from the last one: -1 and so on.
 
@@ -106,11 +137,14 @@ class _Places:
 
     Attributes:
         known: Value -> its axis, for all that have one.
+        masks: Causal masks, which attention may read.
+        tokens: Their number.
     """
 
     def __init__(self, values: Values, tokens: Size) -> None:
         self.known: dict[str, int] = {}
-        self._values, self._tokens = values, tokens
+        self.masks: set[str] = set()
+        self._values, self.tokens = values, tokens
 
     def of(self, node: onnx.NodeProto) -> int | None:
         """That of a node's outputs, of which some input has one; None if the node may mix tokens."""
@@ -118,11 +152,14 @@ class _Places:
         sequential = _SEQUENTIAL.get((domain_of(node), node.op_type))
         if sequential is not None:
             place, ports = sequential
-            causal = node.op_type != "Attention" or attributes_of(node).get("is_causal") == 1
+            masked = len(node.input) > 3 and node.input[3] in self.masks
+            causal = node.op_type != "Attention" or masked or attributes_of(node).get("is_causal") == 1
             states = STATE_PORTS[domain_of(node), node.op_type]
             carries = all(_has(node.input, past) and _has(node.output, present) for _, past, present in states)
             fits = set(found) <= {*ports} and set(found.values()) == {place}
             return place if causal and carries and fits else None
+        if node.op_type == "RotaryEmbedding" and len(found) > 1:
+            return -2 if found.items() <= _ROTATIONS[domain_of(node)].items() else None
         place = found[min(found)]
         if any(other != place for other in found.values()):
             return None
@@ -199,7 +236,7 @@ class _Places:
         if before is None or after is None:
             return None
         lead = product(before[: place + len(before)])
-        same = [i for i, size in enumerate(after) if size == self._tokens and product(after[:i]) == lead]
+        same = [i for i, size in enumerate(after) if size == self.tokens and product(after[:i]) == lead]
         return same[0] - len(after) if len(same) == 1 else None
 
 

@@ -13,6 +13,7 @@ from linattn.frontend.graph.raising.raise_operators import Raising, raise_operat
 from linattn.frontend.graph.raising.tokens import mixes_tokens
 from linattn.frontend.graph.states import find_states
 from linattn.runtime import Program
+from onnx import TensorProto, helper
 
 from tests import selective_models
 from tests.selective_models import CHANNELS, by_scan, scan_model, step_model, value_model
@@ -142,6 +143,37 @@ def test_causal_attention_over_a_cache_is_token_after_token(causal: int, mixes: 
     model = step_model(after=lambda g, y: grown(g, y, causal=causal))
     done = raise_operators(model)
     assert ("Attention" in str(mixes_tokens(model, str(done.tokens)))) is mixes
+
+
+def masked(g: Graph, y: str, *, compare: str = "GreaterOrEqual", seen: float = 0.0, first: int = 0) -> str:
+    """Attention over a cache with a mask as mobius computes it."""
+    counts = g.op("CumSum", "attention_mask", g.op("Constant", value_int=1))
+    total = g.op("Shape", "attention_mask", start=1, end=2)
+    start = g.op("Sub", total, g.op("Shape", "x", start=1, end=2))
+    start = g.op("Add", start, g.ints(first)) if first else start
+    own = g.op("Unsqueeze", g.op("Slice", counts, start, total, g.ints(1)), g.ints(2))
+    visible = g.op(compare, own, g.op("Unsqueeze", counts, g.ints(1)))
+    given = g.op("Cast", g.op("Unsqueeze", "attention_mask", g.ints(1)), to=TensorProto.BOOL)
+    mask = g.op("Where", g.op("And", given, visible), g.number(seen), g.number(-3e38))
+    cache = g.op("Unsqueeze", "past", g.ints(1))
+    caches = [g.op("Transpose", value, perm=[0, 1, 3, 2]) for value in (cache, cache)]
+    more: Any = {"q_num_heads": 1, "kv_num_heads": 1, "outputs": ["read", "keys", "values"]}
+    return g.op("Attention", y, y, y, g.op("Unsqueeze", mask, g.ints(1)), *caches, **more)
+
+
+@pytest.mark.parametrize(
+    ("change", "mixes"),
+    [({}, False), ({"compare": "LessOrEqual"}, True), ({"seen": 1.0}, True), ({"first": -1}, True)],
+)
+def test_attention_with_a_causal_mask_is_token_after_token(change: dict[str, Any], mixes: bool) -> None:
+    model = step_model(after=lambda g, y: masked(g, y, **change))
+    mask = helper.make_tensor_value_info("attention_mask", TensorProto.INT64, ["B", "total"])
+    model.graph.input.append(mask)
+    done = raise_operators(model)
+    assert (mixes_tokens(model, str(done.tokens)) is not None) is mixes
+    reads = next(n for n in model.graph.node if n.op_type == "Shape" and n.input[0] == "x")
+    model.graph.output.append(helper.make_tensor_value_info(reads.output[0], TensorProto.INT64, [1]))
+    assert mixes_tokens(model, str(done.tokens)) is not None  # the number of tokens is read elsewhere too
 
 
 def test_what_is_raised_computes_the_same_whatever_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
