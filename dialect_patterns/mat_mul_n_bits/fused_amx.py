@@ -25,7 +25,7 @@ from ..emit.dispatch import Kernel, dispatch
 from ..emit.kernel_text import Index, KernelText
 from ..node import Dim
 from ..op import LoweringContext
-from ..select import Legality, No, OtherMachine, Yes
+from ..select import Legality, No, OtherMachine, Yes, rows_text
 from ..target import Target
 from . import fused_simd
 from .contract import MatMulNBits
@@ -46,7 +46,7 @@ def is_legal(contract: MatMulNBits, target: Target) -> Legality:
     if not c.rounds_a:
         return No("A is not rounded to int8 (accuracy_level 4)")
     if c.rows is not None and c.rows < ROWS:
-        return No(f"{c.rows} rows, from {ROWS} on the matrix unit is worth its start")
+        return No(f"{rows_text(c.rows)}, from {ROWS} on the matrix unit is worth its start")
     if c.block_size < _LEAST_BLOCK:
         return No(f"blocks of {c.block_size}, from {_LEAST_BLOCK} on they fill the matrix unit")
     found = amx_plan(c, target)
