@@ -11,11 +11,13 @@ import pytest
 from iree.compiler import ir
 from iree.compiler.api import Invocation, Output, Session
 from linattn.dialect_patterns.emit.builder import Builder
+from linattn.dialect_patterns.emit.dialect_modules import load_dialects
 from linattn.dialect_patterns.node import Node, TensorSpec
 from linattn.dialect_patterns.op import LoweringContext, LoweringOptions
 from linattn.dialect_patterns.registry import find_op
 from linattn.dialect_patterns.rewrite import lower_operators
 from linattn.dialect_patterns.target import Target
+from linattn.frontend.lower.iree import verify_between_passes
 from linattn.frontend.targets import TargetOptions, resolve_target, vulkan
 from linattn.frontend.targets.vulkan_device import Device
 from linattn.runtime.device import open_device
@@ -179,7 +181,7 @@ def lowered_all(
         what = (node.domain, node.op_type, node.version, node.inputs, outputs, node.attributes)
         texts.append(module_text(*what, name=f"main{i or ''}"))
     context = context or ir.Context()
-    context.load_all_available_dialects()  # a compiler session loads none by itself; building ops then corrupts memory
+    load_dialects(context)
     with context, ir.Location.unknown():
         module = ir.Module.parse("\n".join(texts))
         assert lower_operators(module, LoweringContext(Builder(), TARGETS[target], options)) == len(nodes)
@@ -227,7 +229,9 @@ def compile_module(module: ir.Module, session: Session, target: str) -> bytes:
     invocation = Invocation(session)
     invocation.enable_console_diagnostics()
     invocation.import_module(module.operation)
+    verify_between_passes(invocation, False)  # as the compiler does
     assert invocation.execute(), "IREE failed"
+    module.operation.verify()
     output = Output.open_membuffer()
     invocation.output_vm_bytecode(output)
     return bytes(output.map_memory())

@@ -1,10 +1,19 @@
-"""Python modules for the dialects that have none: MLIR looks for one at every value of theirs that it hands out."""
+"""The dialects that we build operations of, and Python modules for those that have none."""
 
 from __future__ import annotations
 
 import importlib
 import sys
 import types
+from typing import Any
+
+from iree.compiler import ir
+
+DIALECTS = (
+    "arith", "builtin", "flow", "func", "gpu", "hal", "iree_linalg_ext", "linalg", "llvm", "math", "memref", "scf",
+    "spirv", "tensor", "torch", "torch_c", "util", "vector",
+)  # fmt: skip
+"""Those whose operations are built one by one; text brings its own."""
 
 _FOLDER = "iree.compiler.dialects"
 _WITHOUT_MODULE = ("iree_linalg_ext", "ml_program", "torch", "torch_c")
@@ -23,3 +32,15 @@ def know_dialects() -> None:
             importlib.import_module(name)
         except ModuleNotFoundError:
             sys.modules[name] = types.ModuleType(name)
+
+
+def load_dialects(context: ir.Context) -> None:
+    """Load the dialects into the context of a compiler session, which loads none by itself.
+
+    Building operations of a dialect that is not loaded corrupts memory. Each one that is loaded takes its time: IREE
+    collects the patterns of all operations that there are for most of its passes.
+    """
+    know_dialects()
+    untyped: Any = context
+    for dialect in DIALECTS:
+        untyped.get_dialect_descriptor(dialect)

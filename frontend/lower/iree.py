@@ -14,7 +14,7 @@ from typing import Any
 from iree.compiler import ir
 from iree.compiler.api import Invocation, Output, Session, ctypes_dl
 from iree.compiler.passmanager import PassManager
-from linattn.dialect_patterns.emit.dialect_modules import know_dialects
+from linattn.dialect_patterns.emit.dialect_modules import load_dialects
 from linattn.runtime.errors import LoweringError
 from linattn.runtime.manifest import REFLECTION_KEY, Manifest
 from linattn.runtime.owned import never_free
@@ -98,13 +98,11 @@ class Compiler:
     """
 
     def __init__(self, target: CompileTarget, dump: Path | None = None) -> None:
-        know_dialects()
         self._target = target
         self._session = Session()
         self._session.set_flags("--iree-input-type=none", *target.flags)
         self.context: ir.Context = self._session.context
-        # A session loads no dialects by itself, and building ops of a dialect that is not loaded corrupts memory.
-        self.context.load_all_available_dialects()
+        load_dialects(self.context)
         self._dump = dump
         self._dumped = 0
         self._errors: list[tuple[str, str]] = []

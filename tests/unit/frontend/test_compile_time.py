@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 import sys
@@ -11,11 +12,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import linattn.dialect_patterns
+import linattn.frontend
 import numpy as np
 import onnx
 import pytest
 from iree.compiler import ir
-from iree.compiler.api import Invocation
+from iree.compiler.api import Invocation, Session
+from linattn.dialect_patterns.emit.dialect_modules import DIALECTS
 from linattn.frontend.compile import CompileOptions, compile_model
 from linattn.frontend.lower import iree
 from linattn.frontend.lower.iree import Compiler
@@ -60,6 +64,24 @@ def test_dialects_are_not_looked_for_again(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(Lowered):
         compile_model(build(), CompileOptions(cpu_features="generic"))
     assert len(searches) == len(set(searches))
+
+
+def test_all_dialects_are_loaded_that_operations_are_built_of() -> None:
+    """And no others: most of IREE's passes collect the patterns of every operation of those that are loaded."""
+    folder = Path(linattn.dialect_patterns.__path__[0])
+    files = [*folder.rglob("*.py"), *(Path(linattn.frontend.__path__[0]) / "lower").glob("*.py")]
+    text = "\n".join(file.read_text() for file in files)
+    built = set(re.findall(r'[("]([a-z_]+)\.[a-z_]+(?:\.[a-z_]+)*"', text))
+    for names in re.findall(r"from iree\.compiler\.dialects import (.*)", text):
+        built |= set(names.split(", "))
+    session = Session()
+    dialects: set[str] = set()
+    for name in built:
+        with contextlib.suppress(ValueError):
+            session.context.get_dialect_descriptor(name)
+            dialects.add(name)
+    assert {"arith", "flow", "hal", "llvm", "torch", "vector"} < dialects
+    assert dialects == set(DIALECTS)
 
 
 def test_verified_between_phases_not_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
