@@ -115,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--prefill-blocks", metavar="N,N,...|open", help="sizes of the prefill entry points (default: by target)")
     add("--state", action="append", default=[], metavar="PAST=PRESENT", help="pair a state's input and output by hand")
     add("--no-state", action="append", default=[], metavar="NAME", help="an input that is no state; repeatable")
+    add("--extra-output", action="append", default=[], metavar="NAME", help="a value inside the graph to hand back too")
     add("--chunk-size", metavar="N", help="tokens a chunk in strategies that go by chunks, a power of two")
     add("--strategy", metavar="NAME", help="force one strategy for the two operators; fails where it is not legal")
     add(
@@ -162,6 +163,7 @@ def _run(arguments: argparse.Namespace) -> int:
         chunk_size=_positive(chunk, "--chunk-size") if chunk else None,
         states=_states(arguments.state),
         no_states=frozenset(arguments.no_state),
+        extra_outputs=tuple(arguments.extra_output),
         strategy=arguments.strategy,
         math=arguments.math,
         params=Path(arguments.params) if arguments.params else None,

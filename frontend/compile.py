@@ -27,6 +27,7 @@ from .graph.bind_dims import bind_dims
 from .graph.branches import flatten_branches
 from .graph.check_operands import check_operands
 from .graph.expand_swish import expand_swish
+from .graph.extra_outputs import add_outputs
 from .graph.index_bounds import index_bounds
 from .graph.inline_functions import inline_functions
 from .graph.join_products import join_products
@@ -111,6 +112,7 @@ def compile_model(
         written = [node for node in model.proto.graph.node if node.name not in choices]
         check_supported(written, opset_versions(model.proto), passed=(*RAISED_OPS, "Swish"))
         check_graph(model.proto)
+        add_outputs(model.proto, options.extra_outputs)
         expand_swish(model.proto.graph)
         raising = raise_operators(model.proto)
         versions = opset_versions(model.proto)

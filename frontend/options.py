@@ -40,6 +40,7 @@ class CompileOptions:
         chunk_size: Tokens a chunk of the chunk-parallel forms; None for the default.
         states: Past input -> present output, for states that neither the graph nor their names show.
         no_states: Inputs that are no states, whatever they look like.
+        extra_outputs: Values inside the graph that are to be outputs too, such as hidden states.
         strategy: Forces one strategy on the two state operators.
         math: ``strict``: sums and products of f32 are in f32; ``fast``: products with weights may be of terms of 16
             bits, where the machine multiplies those faster.
@@ -66,6 +67,7 @@ class CompileOptions:
     chunk_size: int | None = None
     states: Mapping[str, str] = field(default_factory=dict[str, str])
     no_states: frozenset[str] = frozenset()
+    extra_outputs: tuple[str, ...] = ()
     strategy: str | None = None
     math: str = "strict"
     params: Path | None = None
