@@ -224,3 +224,28 @@ def test_tensors_of_other_devices() -> None:
         on_device(cpu, tensor)
     np.testing.assert_array_equal(from_outside(tensor), 1)
     assert on_device(vulkan, Foreign(np.ones(3), (2, 0))) is None  # CUDA's memory is not Vulkan's
+
+
+MASKS = [
+    [0, 1, 1],
+    [1, 0, 1],
+    [1, 1, 0],
+    [0, 0, 0],
+    [1, 1],
+    [1, 1, 1, 1],
+    [[1, 1, 1]],
+    [1.0, 1.0, 1.0],
+    ["a", "b", "c"],
+]
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+def test_masks_are_refused_by_both(cpu: Program, mask: Any) -> None:
+    """What a session refuses, the stateless call refuses in the same words."""
+    found: list[str] = []
+    for run in (cpu.session().run, cpu.run):
+        with pytest.raises(InputError) as caught:
+            run({"input_ids": [[1, 2, 3]], "attention_mask": [mask]})
+        found.append(str(caught.value))
+    assert found[0] == found[1]
+    assert found[0].startswith("attention_mask: ")
