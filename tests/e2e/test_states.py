@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from linattn.frontend import CompileOptions
 from linattn.frontend.compile import compile_model
-from linattn.runtime import Program, Session, StateError
+from linattn.runtime import Program, Session, StateError, greedy_rows
 from linattn.runtime.device import Device, DeviceArray, Move, row_regions
 
 from samples.tiny_hybrid import build
@@ -157,7 +157,7 @@ def test_fifty_forks_of_a_prompt(target: str, monkeypatch: pytest.MonkeyPatch) -
 NEXT = """
 import sys
 import numpy as np
-from linattn.runtime import Program, Session, StateError
+from linattn.runtime import Program, Session, StateError, greedy_rows
 module, state, target, tokens = sys.argv[1:]
 session = Session.load(Program.load(module, target), state)
 feed, found = np.array(eval(tokens)), []
@@ -219,6 +219,12 @@ def test_states_that_are_not_finite_are_not_committed(target: str, tokens: int) 
     np.testing.assert_array_equal(run(session, 21, 22), expected(target)[:, 1:2])
     session.rollback(2)
     np.testing.assert_array_equal(steps(session, 20, 5), expected(target)[:, :5])
+
+
+@TARGETS
+def test_a_guard_changes_no_token(target: str) -> None:
+    tokens = [list(greedy_rows(program(target).session(guard=guard), IDS[:, :9], 8)) for guard in (None, "nan")]
+    assert tokens[0] == tokens[1]
 
 
 @TARGETS

@@ -187,6 +187,7 @@ def test_rollback_of_the_whole_last_call(load: Load) -> None:
 
 
 def test_rollback_within_the_window(load: Load) -> None:
+    """Table 2 #21: of a prompt in blocks its start is kept, and what is asked for inside of it is an error."""
     session, ids = load().session(window=3), some_ids(12)
     for part in np.split(ids, [4, 6, 7, 11], 1):
         run(session, part)

@@ -131,6 +131,17 @@ def test_forks_share_what_was_read() -> None:
     assert stream.reused_tokens == 0
 
 
+def test_the_same_prompt_again() -> None:
+    """Table 2 #20: what is kept may end exactly where the prompt does, and is of use all the same."""
+    program = Program.load(Hybrid(max_context=128).compile(), "local-sync")
+    generator, prompt, reused = TextGenerator(program, FourTokens()), "abcd" * 10, list[int]()
+    for _ in range(4):
+        stream = generator.generate(prompt, max_tokens=3)
+        assert "".join(stream) == greedy_reference(prompt, 3)
+        reused.append(stream.reused_tokens)
+    assert reused == [0, 0, 39, 39]  # the second one marks what it has in common with the first
+
+
 def test_goes_back_to_the_prompt_where_an_answer_comes_back_otherwise(cpu: Program) -> None:
     generator = TextGenerator(cpu, FourTokens())
     first = "".join(generator.generate("abca", max_tokens=5))
