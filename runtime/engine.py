@@ -10,6 +10,7 @@ import math
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -20,11 +21,13 @@ from .module import Module
 from .result_specs import ResultSpec
 from .state import next_states, state_shape
 from .step import Step, step_shapes
+from .turns import Turns
 from .usage import MemoryUse
 
 _LARGE_INPUT = 1 << 18  # bytes; above it a copy to the device pays off
 _KEPT_INPUTS = 64
 _KEPT_STEPS = 8
+_MOST_WORKERS = 64
 _SMALL_OUTPUT = 1 << 19  # elements; below it the device writes to the host's memory sooner than a copy is submitted
 
 _Holder = TypeVar("_Holder")
@@ -58,6 +61,8 @@ class Engine:
         self._steps: dict[int, Step | None] = {}
         self._choosers: dict[int, list[Step]] = {}  # those that nobody uses
         self._lock = threading.RLock()
+        self.turns = Turns()
+        self._workers: ThreadPoolExecutor | None = None
         self._holders: weakref.WeakKeyDictionary[object, Holding] = weakref.WeakKeyDictionary()
         self._holders_lock = threading.Lock()
         self._result_dtypes = [spec.dtype for spec in (*manifest.outputs, *manifest.states)]
@@ -120,6 +125,8 @@ class Engine:
             self._inputs.clear()
             self._steps.clear()
             self._choosers.clear()
+            if self._workers is not None:
+                self._workers.shutdown(wait=False, cancel_futures=True)
             self._outputs.clear()
             with self._holders_lock:
                 for holder, holding in self._holders.items():
@@ -205,6 +212,14 @@ class Engine:
         free = self._choosers.setdefault(batch, [])
         if len(free) < _KEPT_STEPS:
             free.append(step)
+
+    @property
+    def workers(self) -> ThreadPoolExecutor:
+        """The threads that submitted calls run in, started with the first of them."""
+        with self._holders_lock:  # not that of calls, which may be held for as long as a block takes
+            if self._workers is None:
+                self._workers = ThreadPoolExecutor(_MOST_WORKERS, thread_name_prefix="linattn")
+            return self._workers
 
     @property
     def takes_results(self) -> bool:

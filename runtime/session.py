@@ -6,6 +6,7 @@ import operator
 import os
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -81,6 +82,8 @@ class Session(Owned):
         # What is held now, last; before it what rollback goes back to.
         self._line = [self._empty() if snapshot is None else self._held_by(snapshot)]
         self._ahead: Ahead | None = None
+        self._cancelled = False
+        self._submitted: Future[dict[str, Any]] | None = None
         self._spare: list[list[DeviceArray]] = []  # memory of moving states that nobody needs any more
         engine.adopt(self, Session._release, Session._all_arrays)
 
@@ -239,6 +242,46 @@ class Session(Owned):
         with self._exclusive():
             return self._run(inputs, wanted)
 
+    def submit(
+        self, inputs: Mapping[str, Any], logits: Literal["all", "last"] = "all", *, outputs: Sequence[str] | None = None
+    ) -> Future[dict[str, Any]]:
+        """`run` in a thread of the program's: comes back at once (`await asyncio.wrap_future(...)` waits for it).
+
+        What is submitted for one session runs in that order; sessions take turns, a block each. The inputs must stay
+        as they are until it is done. `Future.cancel` takes back what has not begun, `cancel` what has.
+
+        Args:
+            inputs: As of `run`.
+            logits: Likewise.
+            outputs: Likewise.
+
+        Returns:
+            The outputs; or what `run` raises, a StateError too where a call failed that it was waiting for.
+        """
+        names = [spec.name for spec in self._manifest.outputs]
+        wanted = find_wanted(names, outputs, logits, False, None)
+        before, turns = self._submitted, self._engine.turns
+        before = None if before is None or before.done() else before
+
+        def call() -> dict[str, Any]:
+            if before is not None:
+                wait([before])
+                if before.cancelled() or before.exception() is not None:
+                    raise StateError("a call that was submitted before it has failed", hint="see that one's error")
+            with turns, self._exclusive():
+                return self._run(inputs, wanted, turns.pause)
+
+        self._engine.check_usable()
+        self._submitted = self._engine.workers.submit(call)
+        return self._submitted
+
+    def cancel(self) -> None:
+        """Ends the call that another thread has under way, before its next block; the session is as before that call.
+
+        That call raises a StateError. Where nothing is under way, nothing happens.
+        """
+        self._cancelled = self._busy.locked()
+
     def rows(self, indices: Sequence[int]) -> None:
         """Makes these rows the batch: some dropped, some several times, in any order, copied on the device.
 
@@ -328,7 +371,9 @@ class Session(Owned):
         coming = [] if ahead is None else [ahead.held.moving]
         return [a for one in (*(held.all_arrays for held in self._line), *list(self._spare), *coming) for a in one]
 
-    def _run(self, inputs: Mapping[str, Any], wanted: Wanted) -> dict[str, Any]:
+    def _run(
+        self, inputs: Mapping[str, Any], wanted: Wanted, pause: Callable[[], None] | None = None
+    ) -> dict[str, Any]:
         m, now, device = self._manifest, self._line[-1], self._engine.device
         plain = wanted.is_plain and now.batch is not None and now.mask is None
         if plain and (step := self._engine.step(now.batch or 1)) is not None:
@@ -347,7 +392,7 @@ class Session(Owned):
         lease = now.lease.caches.extend(now.lease, now.position + call.tokens)
         try:
             start = Held(now.moving, lease, now.position, call.batch)
-            moving = self._run_blocks(plan, call, start, collector)
+            moving = self._run_blocks(plan, call, start, collector, pause)
             results = collector.results()
         except BaseException:
             lease.release()
@@ -465,11 +510,20 @@ class Session(Owned):
         return found
 
     def _run_blocks(
-        self, plan: list[tuple[EntryPoint, int]], call: Call, now: Held, collector: Collector
+        self,
+        plan: list[tuple[EntryPoint, int]],
+        call: Call,
+        now: Held,
+        collector: Collector,
+        pause: Callable[[], None] | None,
     ) -> list[DeviceArray]:
         """The new moving states; the collector has the outputs."""
         start, outputs, states = 0, list[DeviceArray](), now.arrays(self._manifest)
         for entry, size in plan:
+            if start and pause is not None:
+                pause()
+            if self._cancelled:
+                raise StateError("cancelled", hint="the session is as before the call")
             outputs = []  # lets go of the block before, which may be large
             block = block_inputs(self._manifest, call.feeds, now.position, start, size)
             placed = call.placed_block(self._manifest, self._engine.device, block, start, size)
@@ -588,6 +642,7 @@ class Session(Owned):
         if not self._busy.acquire(blocking=False):
             raise StateError("the session is in use by another thread", hint="use one session per thread")
         try:
+            self._cancelled = False
             if not keep_ahead and self._ahead is not None:
                 self._settle()
             yield
