@@ -329,7 +329,9 @@ import sys
 class Refuse:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in ("onnx", "onnxruntime", "onnx_ir", "torch", "hypothesis") or (
-            name.startswith(("iree.compiler", "linattn.")) and not name.startswith("linattn.runtime")):
+            name.startswith(("iree.compiler", "linattn."))
+            and not name.startswith(("linattn.runtime", "linattn.install"))
+        ):
             raise ImportError("refused: " + name)
 sys.meta_path.insert(0, Refuse())
 import linattn.runtime, linattn.runtime.cli
