@@ -192,3 +192,11 @@ def races(module: ir.Module, numbers: Mapping[int, int] | None = None) -> list[s
     module.operation.walk(visit)
     assert kernels, "no kernel to look at"
     return found
+
+
+def races_in(text: str) -> list[str]:
+    """The same for the text of a module; the dispatch gives 40 for every size."""
+    context = ir.Context()
+    context.load_all_available_dialects()
+    with context:
+        return races(ir.Module.parse(text), defaultdict(lambda: 40))

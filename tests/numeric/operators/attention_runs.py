@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,7 +18,6 @@ from linattn.dialect_patterns.emit.builder import Builder
 from linattn.dialect_patterns.node import TensorSpec
 from linattn.dialect_patterns.op import LoweringContext
 from linattn.dialect_patterns.rewrite import lower_operators
-from races import races
 
 
 def error(got: np.ndarray, want: np.ndarray) -> float:
@@ -139,7 +137,6 @@ class CapacityRun:
         session.set_flags(*harness.FLAGS[target], "--iree-input-type=none")
         module = capacity_lowered(self.text, session, target)
         self.lowered = str(module)
-        self.races = races(module, defaultdict(lambda: 40)) if harness.TARGETS[target].is_gpu else []
         self.function = load(harness.compile_module(module, session, target), target)
         self.dtype = inputs[0].dtype
 

@@ -9,6 +9,7 @@ import pytest
 from attention_runs import CapacityRun, error, to_device, to_host
 from harness import DTYPES
 from linattn.dialect_patterns.node import TensorSpec
+from races import races_in
 
 from tests.tolerances import BENIGN as TOLERANCE
 
@@ -60,7 +61,7 @@ def test_positions(
     given = {"num_heads": count, "kv_num_heads": kv, **attributes}
     run = CapacityRun("GroupQueryAttention", "com.microsoft", 1, inputs, outputs, given, (3, 4), TARGET)
     assert f"attention_fused_simt_{kernel}" in run.lowered
-    assert run.races == []
+    assert races_in(run.lowered) == []
     for first in positions:
         caches = [to_device(cache, TARGET) for cache in past]
         inputs[5], inputs[6] = np.full(batch, first + tokens - 1, np.int32), np.array(first + tokens, np.int32)
