@@ -4,8 +4,10 @@
 
 The frontend puts it behind the logits of one more entry point (``frontend.graph.next_token``).
 
-Logits are compared as integers of the same order; a NaN is the largest of all. A vocabulary is reduced in blocks first,
-each by a workgroup of its own, then the blocks; then the least token is looked for that is equal to the largest.
+Logits are compared as unsigned integers of the same order; a NaN is the largest of all. A vocabulary is reduced in
+blocks first, each by a workgroup of its own, then the blocks; then the least token is looked for that is equal to the
+largest. Unsigned: on CUDA, IREE 3.13 begins the sums of a warp with 0 for the largest signed integer, and -1 for the
+smallest.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from .op import INTERNAL, LoweringContext, Op
 
 NEXT_TOKEN = "NextToken"
 
-_LEAST, _MOST = -(1 << 31), (1 << 31) - 1
+_MAGNITUDE, _SIGN, _ALL = (1 << 31) - 1, -(1 << 31), -1
 _INFINITY = 0x7F800000
 """The bits of an infinity; a NaN has larger ones."""
 
@@ -68,17 +70,17 @@ def lower(context: LoweringContext, contract: NextToken, operands: Sequence[ir.V
     rows = b.collapse(logits, 0, len(lead) - 1) if len(lead) > 1 else logits
     size = next((size for size in _BLOCKS if contract.vocabulary % size == 0 and size < contract.vocabulary), 1)
     blocks = b.expand(rows, 1, [contract.vocabulary // size, size])
-    highest = b.reduce("rnc->rn", lambda acc, x: acc.maximum(_key(x)), blocks, initial=_LEAST, dtype="i32")
-    best = b.reduce("rn->r", lambda acc, x: acc.maximum(x), highest, initial=_LEAST, dtype="i32")
+    highest = b.reduce("rnc->rn", lambda acc, x: acc.maximum_unsigned(_key(x)), blocks, initial=0, dtype="i32")
+    best = b.reduce("rn->r", lambda acc, x: acc.maximum_unsigned(x), highest, initial=0, dtype="i32")
     first = b.reduce(
-        "rnc,r,c->rn", lambda acc, x, m, c: acc.minimum(_key(x).equals(m).select(c, _number(_MOST))),
-        blocks, best, _numbers(size, 1), initial=_MOST, dtype="i32",
+        "rnc,r,c->rn", lambda acc, x, m, c: acc.minimum_unsigned(_key(x).equals(m).select(c, _number(_ALL))),
+        blocks, best, _numbers(size, 1), initial=_ALL, dtype="i32",
     )  # fmt: skip
     place = b.reduce(
-        "rn,n->r", lambda acc, c, start: acc.minimum((c < _MOST).select(start + c, c)),
-        first, _numbers(contract.vocabulary // size, size), initial=_MOST, dtype="i32",
+        "rn,n->r", lambda acc, c, start: acc.minimum_unsigned(c.equals(_ALL).select(c, start + c)),
+        first, _numbers(contract.vocabulary // size, size), initial=_ALL, dtype="i32",
     )  # fmt: skip
-    chosen = b.map("r,r->r", lambda p, m: m.equals(_MOST).select(_number(-1), p), place, best)
+    chosen = b.map("r,r->r", lambda p, m: m.equals(_ALL).select(_number(-1), p), place, best)
     token = b.cast(chosen, "i64")
     return [b.expand(token, 0, lead) if len(lead) > 1 else token]
 
@@ -96,11 +98,11 @@ def _numbers(count: int, step: int) -> ir.Value:
 
 
 def _key(logit: Scalar) -> Scalar:
-    """An integer for a logit: of the same order, zeros alike, a NaN above all."""
+    """An unsigned integer for a logit: of the same order, zeros alike, a NaN above all."""
     bits = logit.to("f32").bits()
-    magnitude = bits & _MOST
-    key = (bits < 0).select(bits ^ _MOST, bits)
-    return (magnitude > _INFINITY).select(_number(_MOST), magnitude.equals(0).select(_number(0), key))
+    magnitude = bits & _MAGNITUDE
+    key = (bits < 0).select(bits ^ _ALL, bits ^ _SIGN)
+    return (magnitude > _INFINITY).select(_number(_ALL), magnitude.equals(0).select(_number(_SIGN), key))
 
 
 OPS = (Op(INTERNAL, NEXT_TOKEN, 1, parse, output_types, lower),)

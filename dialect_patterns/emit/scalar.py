@@ -138,6 +138,14 @@ class Scalar:
         """``true`` where this i1 is set, else ``false``."""
         return Scalar(arith.SelectOp(self.value, true.value, false.value).result)
 
+    def maximum_unsigned(self, other: Scalar | Number) -> Scalar:
+        """The larger of two unsigned integers."""
+        return Scalar(arith.MaxUIOp(self.value, self._other(other)).result)
+
+    def minimum_unsigned(self, other: Scalar | Number) -> Scalar:
+        """The smaller of two unsigned integers."""
+        return Scalar(arith.MinUIOp(self.value, self._other(other)).result)
+
     def maximum(self, other: Scalar | Number) -> Scalar:
         """The larger one; NaN wins."""
         return self._binary(other, arith.MaximumFOp, arith.MaxSIOp)

@@ -7,8 +7,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from harness import node_for, run_op, spec
+from harness import compile_module, lowered, node_for, run_op, spec
+from iree.compiler.api import Session
 from linattn.dialect_patterns import next_token
+from linattn.dialect_patterns.node import TensorSpec
 from linattn.dialect_patterns.op import INTERNAL
 from linattn.runtime.errors import UnsupportedModelError
 
@@ -58,6 +60,20 @@ def test_as_argmax(vocabulary: int, dtype: Any, target: str) -> None:
     wide = logits.astype(np.float32)
     want = np.where(np.isnan(wide).any(-1), -1, wide.argmax(-1))
     np.testing.assert_array_equal(got, want)
+
+
+def test_reductions_are_unsigned_on_cuda() -> None:
+    """IREE's warps begin with 0 for the largest integer and with -1 for the smallest, whatever their sign: with signed
+    ones an H100 chose -1 always."""
+    session = Session()
+    session.set_flags("--iree-hal-target-device=cuda", "--iree-cuda-target=sm_80", "--iree-input-type=none")
+    specs = [TensorSpec((1, 1, 32_000), "f32")]
+    module = lowered(INTERNAL, next_token.NEXT_TOKEN, 1, specs, {}, 1, "cpu", context=session.context)
+    code = compile_module(module, session, "cuda")
+    assert code.count(b"shfl.sync") > 0
+    assert b"max.u32" in code
+    assert b"max.s32" not in code
+    assert b"min.s32" not in code
 
 
 def test_what_cannot_be_chosen_from() -> None:
