@@ -16,6 +16,7 @@ from linattn.dialect_patterns.guarded_divisions import guard_divisions
 from linattn.dialect_patterns.guarded_reads import guard_reads
 from linattn.dialect_patterns.op import INTERNAL, LoweringContext, LoweringOptions
 from linattn.dialect_patterns.rewrite import lower_operators
+from linattn.dialect_patterns.unsigned_reductions import make_reductions_unsigned
 from linattn.dialect_patterns.wide_conversions import widen_conversions
 from linattn.runtime.errors import InputError, LoweringError
 from linattn.runtime.integrity import seal_file, sealed
@@ -164,6 +165,8 @@ def compile_model(
             guard_divisions(module)
             if target.capabilities.is_gpu and not target.capabilities.matrix_units:
                 widen_conversions(module)
+            if target.capabilities.matrix_units:  # CUDA's code generation
+                make_reductions_unsigned(module)
         compiler.dump(module, "linalg")
     if options.dry_run:
         report.output = "none, since this was a dry run"
