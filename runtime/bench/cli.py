@@ -47,10 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit status: 0; 1 if a subject of linattn gave a wrong result; 2 after an error (one line on stderr);
         130 after Ctrl-C; 141 where nobody reads on.
     """
-    return run_command("linattn-bench", lambda: _run(_parser().parse_args(argv)), argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    return run_command("linattn-bench", lambda: _run(_parser().parse_args(argv), given), argv)
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def _run(arguments: argparse.Namespace, given: Sequence[str]) -> int:
     if arguments.command == "plot":
         _plot(arguments)
         return 0
@@ -65,6 +66,7 @@ def _run(arguments: argparse.Namespace) -> int:
         return 0
     _check_files(arguments)
     result = _run_op(arguments) if arguments.command == "op" else _run_model(arguments)
+    result["command"] = ["linattn-bench", *given]
     _write(arguments, result)
     return int(any(row["status"] != "ok" and row["kind"] == "linattn" for row in result["rows"]))
 
@@ -256,7 +258,6 @@ def _run_model(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _write(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
-    result["command"] = ["linattn-bench", *sys.argv[1:]]
     written: dict[str, Callable[[dict[str, Any]], str]] = {
         "json": lambda found: json.dumps(_finite(found), indent=2, allow_nan=False) + "\n",
         "markdown": to_markdown,

@@ -86,6 +86,8 @@ def emulated(cpu: str, folder: Path, prompts: list[list[int]], modules: list[Pat
     (folder / "linattn").mkdir(exist_ok=True)
     if not (folder / "linattn" / "runtime").exists():
         (folder / "linattn" / "runtime").symlink_to(ROOT / "runtime")
+        for file in (ROOT / "runtime" / "package").glob("*.py"):
+            (folder / "linattn" / file.name).symlink_to(file)
     path = os.pathsep.join([str(folder), str(AARCH64 / "site")])
     python = ["qemu-aarch64", "-cpu", cpu, "-L", str(AARCH64 / "root"), str(AARCH64 / "root/usr/bin/python3"), "-B"]
     environment = {"PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1", "PATH": os.environ["PATH"]}

@@ -65,8 +65,8 @@ def test_what_is_public(cpu: Program) -> None:
         *("run", "session", "states"),
     }
     assert public[1] == {
-        *("batch", "fork", "load", "position", "program", "reset", "reset_rows", "reset_state", "restore", "rollback"),
-        *("rows", "run", "save", "set_state", "snapshot", "states"),
+        *("batch", "cancel", "fork", "load", "position", "program", "reset", "reset_rows", "reset_state", "restore"),
+        *("rollback", "rows", "run", "save", "set_state", "snapshot", "states", "submit"),
     }
     assert public[2] == {"batch", "nbytes", "position"}
 
