@@ -18,7 +18,7 @@ panels, b once for each chunk of rows; with two terms three products for one. Su
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from iree.compiler import ir
@@ -35,7 +35,7 @@ from ..target import Target
 from . import fused_simd
 from .bf16_terms import PRODUCTS, write_split_rows, write_split_weights
 from .contract import MatMul
-from .simd_edges import store_rows
+from .simd_edges import each, store_rows, workgroup_range
 from .simd_plan import Plan, weight_layout
 
 FEATURES = frozenset({"amx-tile", "amx-bf16"})
@@ -191,36 +191,18 @@ class AmxBody:
     def write(self) -> None:
         """The whole body."""
         k, t = self.k, self.t
-        panel, panels = self._range("0", t.group, self.p.panels)
-        step, steps = self._range("1", t.chunk, t.steps)
+        panel, panels = workgroup_range(self.k, "0", t.group, self.p.panels)
+        step, steps = workgroup_range(self.k, "1", t.chunk, t.steps)
         whole = t.words // t.block * t.block
 
         def one(index: Index) -> None:
             at = k.add(panel, index)
-            self._loop(whole, t.block, lambda start: self._block(at, step, steps, start, t.block))
+            each(self.k, whole, t.block, lambda start: self._block(at, step, steps, start, t.block))
             if t.words > whole:
                 self._block(at, step, steps, whole, t.words - whole)
 
-        self._loop(panels, 1, one)
+        each(self.k, panels, 1, one)
         self.tiles.release()
-
-    def _range(self, axis: str, size: int, total: int) -> tuple[Index, Index]:
-        """First and number of what a workgroup does of ``total`` things along one axis of the grid."""
-        k = self.k
-        if size == total:
-            return 0, size
-        first = k.mul(k.op(f"hal.interface.workgroup.id[{axis}] : index", "index"), size)
-        return first, size if total % size == 0 else k.minimum(k.sub(total, first), size)
-
-    def _loop(self, stop: Index, step: int, body: Callable[[Index], None]) -> None:
-        def once(index: Index, _: list[str]) -> list[str]:
-            body(index)
-            return []
-
-        if stop == step:
-            body(0)
-        else:
-            self.k.loop(stop, [], once, step=step)
 
     def _block(self, panel: Index, first: Index, steps: Index, start: Index, size: int) -> None:
         """All rows by one block of one panel."""
@@ -236,7 +218,7 @@ class AmxBody:
             self._products(panel, places, start, size)
             self._end(panel, places, k.add(start, size), waiting)
 
-        self._loop(steps, 1, rows)
+        each(self.k, steps, 1, rows)
 
     def _begin(self, start: Index, waiting: Index) -> None:
         k = self.k
@@ -299,7 +281,7 @@ class AmxBody:
                     sums = [k.load(self.sums, [at, v * p.lanes], p.lanes) for v in range(p.vectors)]
                     store_rows(k, p, self.y, t.rows, k.add(place, i), panel, sums)
 
-                self._loop(ROWS, 1, row)
+                each(self.k, ROWS, 1, row)
             return []
 
         if isinstance(stop, int):

@@ -1,11 +1,33 @@
-"""Writing the sums of strategy ``fused_simd`` where the rows or the columns end."""
+"""What the kernels of products on CPUs share: their part of the grid, and writing sums where rows or columns end."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ..emit.kernel_text import Index, KernelText
 from .simd_plan import Plan
+
+
+def workgroup_range(k: KernelText, axis: str, size: int, total: Index) -> tuple[Index, Index]:
+    """First and number of what a workgroup does of ``total`` things, ``size`` each, along one axis of the grid."""
+    if size == total:
+        return 0, size
+    first = k.mul(k.op(f"hal.interface.workgroup.id[{axis}] : index", "index"), size)
+    whole = isinstance(total, int) and total % size == 0
+    return first, size if whole else k.minimum(k.sub(total, first), size)
+
+
+def each(k: KernelText, stop: Index, step: int, body: Callable[[Index], None]) -> None:
+    """``body(index)`` from 0 up to ``stop``; no loop where that is one step."""
+
+    def once(index: Index, _: list[str]) -> list[str]:
+        body(index)
+        return []
+
+    if stop == step:
+        body(0)
+    else:
+        k.loop(stop, [], once, step=step)
 
 
 def store_rows(k: KernelText, p: Plan, y: str, rows: Index, row: Index, panel: Index, sums: Sequence[str]) -> None:

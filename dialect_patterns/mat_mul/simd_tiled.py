@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from ..emit.kernel_text import Index, KernelText, vector_type
-from .simd_edges import store_rows
+from .simd_edges import each, store_rows, workgroup_range
 from .simd_pairs import multiply_add
 from .simd_plan import LINE, Plan
 
@@ -36,22 +36,13 @@ class TiledBody:
         self.wide = k.alloca([p.block, p.width]) if k.element_bytes(self.b) < 4 else ""
         self.vector = vector_type(p.lanes)
         self.first, self.count = self._tiles()
-        self.panel, self.panels = self._range("0", p.group, p.panels)
+        self.panel, self.panels = workgroup_range(self.k, "0", p.group, p.panels)
 
     def _tiles(self) -> tuple[Index, Index]:
         """First and number of this workgroup's tiles."""
         k, p = self.k, self.p
         tiles = p.tiles if p.tiles is not None else k.div(k.add(self.rows, p.tile - 1), p.tile)
-        return self._range("1", p.chunk, tiles)
-
-    def _range(self, axis: str, size: int, total: Index) -> tuple[Index, Index]:
-        """First and number of what a workgroup does of ``total`` things along one axis of the grid."""
-        k = self.k
-        if size == total:
-            return 0, size
-        first = k.mul(k.op(f"hal.interface.workgroup.id[{axis}] : index", "index"), size)
-        whole = isinstance(total, int) and total % size == 0
-        return first, size if whole else k.minimum(k.sub(total, first), size)
+        return workgroup_range(self.k, "1", p.chunk, tiles)
 
     def write(self) -> None:
         """The whole body."""
@@ -60,21 +51,11 @@ class TiledBody:
 
         def panel(index: Index) -> None:
             at = k.add(self.panel, index)
-            self._loop(whole, p.block, lambda start: self._block(at, start, p.block))
+            each(self.k, whole, p.block, lambda start: self._block(at, start, p.block))
             if p.depth > whole:
                 self._block(at, whole, p.depth - whole)
 
-        self._loop(self.panels, 1, panel)
-
-    def _loop(self, stop: Index, step: int, body: Callable[[Index], None]) -> None:
-        def once(index: Index, _: list[str]) -> list[str]:
-            body(index)
-            return []
-
-        if stop == step:
-            body(0)
-        else:
-            self.k.loop(stop, [], once, step=step)
+        each(self.k, self.panels, 1, panel)
 
     def _block(self, panel: Index, start: Index, size: int) -> None:
         """All tiles by one block of one panel."""
@@ -87,8 +68,8 @@ class TiledBody:
                     vector = k.load(self.b, [stored, k.add(start, row), column], self.p.lanes)
                     k.store(vector, self.wide, [row, v * self.p.lanes])
 
-            self._loop(size, 1, widen)
-        self._loop(self.count, 1, lambda tile: self._tile(panel, start, size, tile))
+            each(self.k, size, 1, widen)
+        each(self.k, self.count, 1, lambda tile: self._tile(panel, start, size, tile))
 
     def _tile(self, panel: Index, start: Index, size: int, tile: Index) -> None:
         k, p = self.k, self.p
