@@ -11,23 +11,19 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-import numpy as np
-
 from . import binding, held
 from .ahead import Ahead
 from .arrays import as_array
 from .collect import Collector, Wanted, find_wanted
-from .device import DeviceArray, HostArray, numpy_dtype
+from .device import DeviceArray, HostArray
 from .engine import Engine
 from .errors import InputError, StateError, TargetError
 from .feeds import Call, block_inputs, check_room, prepare
-from .finite import check_finite
 from .held import Held
-from .manifest import EntryPoint, OutputSpec, StateSpec
-from .owned import Owned
-from .rows import Row, gather
+from .holding import Holding
+from .manifest import EntryPoint, StateSpec
 from .saved import load_states, save_states
-from .snapshot import Snapshot, parts_of
+from .snapshot import Snapshot
 from .state import read_state, state_shape, upload_state
 from .step import Step
 from .views import StateViews, find_state
@@ -36,11 +32,9 @@ if TYPE_CHECKING:
     from .program import Program
 
 _Chosen = TypeVar("_Chosen")
-_COMPACT_BYTES = 16 << 20
-_SPARE_STATES = 2
 
 
-class Session(Owned):
+class Session(Holding):
     """The states of one sequence, or of B rows of equal length.
 
     A call commits every state or none: when `run` raises, position and states are as they were. A session is for one
@@ -99,16 +93,6 @@ class Session(Owned):
     def program(self) -> Program:
         """The program it runs."""
         return self._program
-
-    @property
-    def position(self) -> int:
-        """Number of tokens committed."""
-        return self._line[-1].position
-
-    @property
-    def batch(self) -> int | None:
-        """Number of rows; None where the first call decides."""
-        return self._line[-1].batch
 
     def reset(self) -> None:
         """Forgets everything: zero states (KV caches too, since 0 * NaN is NaN), position 0, nothing to roll back to.
@@ -366,17 +350,6 @@ class Session(Owned):
             shape = state_shape(m, spec, now.batch or 1, m.max_context or now.position)
             self._put(now, spec, self._engine.device.zeros(shape, spec.dtype))
 
-    def _release(self) -> None:
-        """Frees the states; the program calls it when it closes, after which a session has no use of them."""
-        self._line = [held.nothing(self._engine.device, self.position)]
-        self._spare = []
-        self._ahead = None
-
-    def _all_arrays(self) -> list[DeviceArray]:
-        ahead = self._ahead
-        coming = [] if ahead is None else [ahead.held.moving]
-        return [a for one in (*(held.all_arrays for held in self._line), *list(self._spare), *coming) for a in one]
-
     def _run(
         self, inputs: Mapping[str, Any], wanted: Wanted, pause: Callable[[], None] | None = None
     ) -> dict[str, Any]:
@@ -544,103 +517,12 @@ class Session(Owned):
             states = following
         return self._compact(self._moving(states), outputs)
 
-    def _commit(self, new: Held) -> None:
-        """Holds something more; what was there is kept for `rollback` as far as the window goes.
-
-        Raises:
-            StateError: The guard found a state that is not finite: nothing has changed.
-        """
-        if self._guard is not None:
-            try:
-                check_finite(self._manifest, self._engine.device, new, self.position)
-            except BaseException:
-                new.lease.release()
-                raise
-        self._replace([*self._line, new][-1 - self._window :])
-
     def _check_rows(self, indices: Sequence[int]) -> list[int]:
         rows, batch = [operator.index(row) for row in indices], self.batch or 0
         wrong = [row for row in rows if not 0 <= row < batch]
         if wrong:
             raise InputError("no such row", where="indices", got=wrong[0], expected=f"0 to {batch - 1}")
         return rows
-
-    def _gather(self, rows: Sequence[Row]) -> None:
-        self._replace([gather(self._manifest, self._engine.device, rows, self.position)])
-
-    def _put(self, now: Held, spec: StateSpec, array: DeviceArray) -> None:
-        self._replace([*self._line[:-1], now.with_array(self._manifest, spec, array)])
-
-    def _replace(self, line: list[Held]) -> None:
-        """What is held from now on, in one assignment; the memory of what is not is there to be used again."""
-        old, self._line = self._line, line
-        for one in old:
-            if not any(one is other for other in line) and not one.shared:
-                self._keep_memory(one.moving)
-
-    def _held_by(self, snapshot: Snapshot) -> Held:
-        engine, now = parts_of(snapshot)
-        if engine is not self._engine:
-            hint = "session.save() and Session.load() take states from one to the other"
-            got = f"{engine.manifest.model_name} on {engine.device.uri}"
-            raise StateError("a snapshot of another program", got=got, hint=hint)
-        if now.batch is None:
-            return self._empty()
-        if self._fixed_batch not in (None, now.batch):
-            hint = "use program.session(snapshot)"
-            raise StateError("a snapshot of another batch", got=now.batch, expected=self._fixed_batch, hint=hint)
-        return now.again()
-
-    def _is_own(self, now: Held) -> bool:
-        """Whether nobody else reads these arrays and they are as large as those of no tokens.
-
-        Modules that allocate their results may return an array that they were given, if a state stays as it is.
-        """
-        m, batch = self._manifest, now.batch
-        if not self._takes_results or now.shared or batch is None:
-            return False
-        shapes = [state_shape(m, spec, batch, m.max_context or 0) for spec in m.states]
-        is_alone = now.lease.caches.is_of_one(now.lease)
-        return is_alone and [array.shape for array in now.arrays(m)] == shapes
-
-    def _moving(self, states: list[DeviceArray]) -> list[DeviceArray]:
-        return [state for spec, state in zip(self._manifest.states, states, strict=True) if not spec.in_place]
-
-    def _take_spare(self) -> list[DeviceArray | None] | None:
-        """Memory for the next states, None where there is none yet or the module brings it."""
-        if not self._spare:
-            return None
-        memory = iter(self._spare.pop())
-        return [None if spec.in_place else next(memory) for spec in self._manifest.states]
-
-    def _keep_memory(self, moving: list[DeviceArray]) -> None:
-        """Keeps the memory of states for later ones; two sets are enough, whatever the number of blocks."""
-        if moving and self._takes_results and len(self._spare) < _SPARE_STATES:
-            self._spare.append(moving)
-
-    def _compact(self, moving: list[DeviceArray], outputs: list[DeviceArray]) -> list[DeviceArray]:
-        """Copies states out of an allocation that they share with large outputs, which they would keep alive."""
-        if self._takes_results or sum(output.nbytes for output in outputs) < _COMPACT_BYTES:
-            return moving
-        return self._engine.device.copy(moving)
-
-    def _no_tokens(self, spec: OutputSpec, batch: int) -> HostArray:
-        sizes = {"batch": batch}
-        shape = [dim if isinstance(dim, int) else sizes.get(self._manifest.dims[dim], 0) for dim in spec.shape]
-        if spec.token_axis is not None:
-            shape[spec.token_axis] = 0
-        return np.zeros(shape, numpy_dtype(spec.dtype))
-
-    def _empty(self) -> Held:
-        """The states of no tokens."""
-        if self._fixed_batch is None:
-            return held.nothing(self._engine.device)
-        return held.zeros(self._manifest, self._engine.device, self._fixed_batch)
-
-    def _started(self) -> Held:
-        if self.batch is None:
-            raise StateError("the batch is open until the first call", hint="use program.session(batch=B)")
-        return self._line[-1]
 
     @contextmanager
     def _exclusive(self, keep_ahead: bool = False) -> Generator[None]:

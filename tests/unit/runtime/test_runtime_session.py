@@ -405,7 +405,7 @@ def test_greedy_refuses_nan(cpu: Program) -> None:
 def test_large_outputs_do_not_stay_alive(cpu: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     """States share one allocation with the outputs of their call; they move out when those are large."""
     session, ids = cpu.session(), some_ids(1, 16)
-    monkeypatch.setattr("linattn.runtime.session._COMPACT_BYTES", 1)
+    monkeypatch.setattr("linattn.runtime.holding._COMPACT_BYTES", 1)
     np.testing.assert_allclose(feed(session, ids, (9, 7)), reference(ids)[0], rtol=1e-6)
     assert_states(session, reference(ids)[1])
 
