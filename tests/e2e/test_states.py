@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -246,16 +245,33 @@ def test_prompts_of_different_lengths(target: str) -> None:
     assert error(together[:, -1:], last) < BENIGN["float32"]
 
 
+def calls_in(function: Callable[[], object]) -> int:
+    """How many functions of Python, numpy and IREE it calls: what grows with the steps behind it would be a loop."""
+    count = 0
+
+    def profile(frame: object, event: str, argument: object) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(profile)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
 @pytest.mark.parametrize(("target", "count"), [("cpu", 10_000), pytest.param("vulkan", 200, marks=pytest.mark.vulkan)])
 def test_many_steps_are_flat(target: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Table 2 #30: with snapshots, forks, rollback and resets on the way, neither time nor memory grow."""
+    """Table 2 #30: with snapshots, forks, rollback and resets on the way, neither work nor memory grow."""
     session, feed = program(target).session(window=2), {"input_ids": IDS[:, :1]}
     run(session, 0, 8)
-    snapshot, live, times = session.snapshot(), list[int](), list[float]()
+    snapshot, live, work = session.snapshot(), list[int](), list[int]()
     for at in range(count):
-        start = time.perf_counter()
-        session.run(feed)
-        times.append(time.perf_counter() - start)
+        if at % 100 == 50:  # far from what is done every hundred steps
+            work.append(calls_in(lambda: session.run(feed)))
+        else:
+            session.run(feed)
         if at % 100 == 99:
             session.rollback(1)
             other = session.fork()
@@ -264,8 +280,8 @@ def test_many_steps_are_flat(target: str, count: int, monkeypatch: pytest.Monkey
             session.restore(snapshot)
         if at in (count // 4, count - 1):
             live.append(resident_bytes())
-    early, late = (np.quantile(some, 0.1) for some in (times[count // 4 : count // 2], times[-count // 4 :]))
-    assert late < 2 * early or target != "cpu"  # other processes take turns with lavapipe's threads
+    half = len(work) // 2
+    assert min(work[half:]) == min(work[:half]), work  # some have the garbage collector's calls as well
     assert live[1] - live[0] < 4 << 20
     with allocations(monkeypatch) as sizes:  # a step takes no new memory, whatever was kept on the way
         for _ in range(5):
