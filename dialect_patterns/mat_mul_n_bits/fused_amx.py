@@ -1,16 +1,20 @@
 """Strategy ``fused_amx``: many rows by packed weights as products of bytes on the CPU's matrix unit.
 
-    %q:3 = flow.dispatch @mat_mul_n_bits_rows_...(%a)          as ``fused_simd``'s, for whole blocks of 32 rows
+    %q:3 = flow.dispatch @mat_mul_n_bits_rows_...(%a)          as ``fused_simd``'s, for whole tiles of 16 rows
     %y   = flow.dispatch @mat_mul_n_bits_fused_amx_...(%q#0, %q#1, %q#2, %words, %scales)
 
     for each panel of 32 columns:  for each slab of blocks along K:      unpacked to the stack, as for ``fused_simd``
-      for each 32 rows, for each block:  i32 sums [2 x 2 registers of 16 x 16] of its products
-                                         y (on the stack) += what they count
+      for each 16 rows, for each few blocks:
+        i32 sums of each [2 registers of 16 x 16] of its products        to the stack
+        y (on the stack) += what they all count                          read and written once
 
-Sums of a block are exact, as everywhere; what they count takes as long as the products of a block of 64.
+Sums of a block are exact, as everywhere. What they count is what takes the time where blocks are small. For a block of
+32 and 16 x 16 sums the unit needs 16 cycles, as for one of 64. Counting takes 24 of the two units for vectors (from
+integers, times A's step, times the weights' scale) and a store of 64 bytes each cycle: 16 for the integers, and 16 for
+y, but 4 where 4 blocks are counted at once. (On paper, for a Golden Cove.)
 
 Legal: on CPUs with AMX where A is rounded to int8, from 16 rows on, blocks of 32 or more. Cost: a fifth of a cycle for
-each 64 multiply-adds, and two instructions for each 16 sums of a block.
+each 64 multiply-adds, and five instructions for each 16 sums of a block.
 """
 
 from __future__ import annotations
@@ -104,7 +108,7 @@ def product_kernel(contract: MatMulNBits, p: Plan) -> Kernel:
 
 
 class AmxBody(TiledBody):
-    """The body of ``simd_tiled`` with the products of 32 rows on the matrix unit; see there for the arguments."""
+    """The body of ``simd_tiled`` with the products of 16 rows on the matrix unit; see there for the arguments."""
 
     def __init__(
         self, k: KernelText, c: MatMulNBits, p: Plan, rows: Index, memrefs: Sequence[str], before: Index = 0
@@ -112,7 +116,7 @@ class AmxBody(TiledBody):
         super().__init__(k, c, p, rows, memrefs, before)
         self.words = min(c.block_size // 4, ROWS)
         self.unit = AmxTiles(k, self.words)
-        self.ints = k.alloca([p.rows, p.tile], "i32")
+        self.ints = k.alloca([p.counted * p.rows, p.tile], "i32")
 
     def write(self) -> None:
         """The whole body."""
@@ -120,58 +124,68 @@ class AmxBody(TiledBody):
         self.unit.release()
 
     def _rows(self, row: Index, block: Index, blocks: Index) -> list[str]:
-        """32 rows times the unpacked weights."""
+        """16 rows times the unpacked weights."""
 
-        def one(index: str, _: list[str]) -> list[str]:
-            self._multiply(k.add(self.first, row), index, k.add(block, index))
-            self._count(row, index, k.add(block, index))
-            return []
+        def some(index: Index, count: int) -> None:
+            self._multiply(self.k.add(self.first, row), index, self.k.add(block, index), count)
+            self._count(row, index, self.k.add(block, index), count)
 
-        k = self.k
-        k.loop(blocks, [], one)
+        self._in_chunks(self.p.counted, blocks, self.c.blocks, some)
         return []
 
-    def _multiply(self, row: Index, index: Index, block: Index) -> None:
-        """The sums of one block to the stack.
+    def _multiply(self, row: Index, index: Index, block: Index, count: int) -> None:
+        """The sums of some blocks to the stack; each while the next one's are under way.
 
         Args:
             row: The first row of the arranged A.
-            index: The block, counted from the start of the slab.
+            index: The first block, counted from the start of the slab.
             block: The same, counted from the start of the row.
+            count: Blocks.
         """
         k, unit, words = self.k, self.unit, self.c.block_size // 4
         assert self.bytes is not None
-        for register in SUMS:
-            unit.zero(register)
-        for word in range(0, words, self.words):
-            for half, register in enumerate(A):
-                unit.load(register, self.bytes.bytes, [k.add(row, half * ROWS), k.add(k.mul(block, words), word)])
-            for half, register in enumerate(B):
-                unit.load(register, self.unpacked, [k.add(k.mul(index, words), word), half * ROWS])
-            for register in SUMS:
-                unit.multiply_bytes(register, A[register // 2], B[register % 2])
-        for register in SUMS:
-            unit.store(register, self.ints, [register // 2 * ROWS, register % 2 * ROWS])
+        for i in range(count):
+            sums, a = self._registers(i), A[i % 2]
+            for register in sums:
+                unit.zero(register)
+            for word in range(0, words, self.words):
+                unit.load(a, self.bytes.bytes, [row, k.add(k.mul(k.add(block, i), words), word)])
+                for half, register in enumerate(B):
+                    unit.load(register, self.unpacked, [k.add(k.mul(k.add(index, i), words), word), half * ROWS])
+                for register, b in zip(sums, B, strict=True):
+                    unit.multiply_bytes(register, a, b)
+            if i:
+                self._keep(i - 1)
+        self._keep(count - 1)
 
-    def _count(self, row: Index, index: Index, block: Index) -> None:
-        """Adds what the sums of a block count to the rows' sums."""
+    def _registers(self, i: int) -> tuple[int, int]:
+        """Those of a block's sums; the next block has the other two."""
+        return SUMS[i % 2 * 2], SUMS[i % 2 * 2 + 1]
+
+    def _keep(self, i: int) -> None:
+        """A block's sums to the stack."""
+        for half, register in enumerate(self._registers(i)):
+            self.unit.store(register, self.ints, [i * ROWS, half * ROWS])
+
+    def _count(self, row: Index, index: Index, block: Index, count: int) -> None:
+        """Adds what the sums of some blocks count to the rows' sums, which are read and written once."""
         k, p, products = self.k, self.p, self.bytes
         assert products is not None
         starts = [v * p.lanes for v in range(p.vectors)]
-        factors = [
-            (
-                k.load(self.scales, [index, start], p.lanes),
-                k.load(self.zeros, [index, start], p.lanes) if self.zeros else None,
-            )
-            for start in starts
-        ]
 
-        def one(i: str, _: list[str]) -> list[str]:
-            place = k.add(row, i)
-            sums = [k.load(self.sums, [place, start], p.lanes) for start in starts]
-            ints = [k.load(self.ints, [i, start], p.lanes) for start in starts]
-            at = k.add(self.first, place)
-            for start, value in zip(starts, products.add_blocks([sums], [ints], [at], block, factors)[0], strict=True):
+        def factor(i: int, start: int) -> tuple[str, str | None]:
+            place = [k.add(index, i), start]
+            return k.load(self.scales, place, p.lanes), k.load(self.zeros, place, p.lanes) if self.zeros else None
+
+        factors = [[factor(i, start) for start in starts] for i in range(count)]
+
+        def one(r: str, _: list[str]) -> list[str]:
+            place = k.add(row, r)
+            sums, at = [k.load(self.sums, [place, start], p.lanes) for start in starts], k.add(self.first, place)
+            for i in range(count):
+                ints = [k.load(self.ints, [k.add(r, i * ROWS), start], p.lanes) for start in starts]
+                (sums,) = products.add_blocks([sums], [ints], [at], k.add(block, i), factors[i])
+            for start, value in zip(starts, sums, strict=True):
                 k.store(value, self.sums, [place, start])
             return []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 
 from ..emit.workers import slowest_share
 from ..target import Target
@@ -17,6 +18,8 @@ CHUNK = 4
 _STACK_BYTES = 28 * 1024  # IREE refuses kernels with more than 32 KiB
 _DIRECT_ROWS = 4
 _ROW_BLOCK = 64  # about
+_AMX_STACK_BYTES = 30 * 1024
+_AMX_ROW_BLOCKS = (128, 64, 32, 16)
 _SLAB_BYTES = 19 * 1024
 _MAX_COLUMNS = 512  # of a workgroup
 _START = 12  # columns that would take as long as the start of a workgroup
@@ -52,6 +55,7 @@ class Plan:
             while unpacking.
         slab: Blocks along K that are unpacked at once.
         workgroup_columns: Columns of a workgroup, a multiple of the tile.
+        counted: Blocks whose sums in integers wait on the stack and are counted at once, on the matrix unit.
     """
 
     instruction: DotInstruction | None
@@ -61,6 +65,7 @@ class Plan:
     row_block: int
     slab: int
     workgroup_columns: int
+    counted: int = 1
 
     @property
     def tile(self) -> int:
@@ -115,18 +120,19 @@ def plan(contract: MatMulNBits, target: Target) -> Plan | str:
 
 
 def amx_plan(contract: MatMulNBits, target: Target) -> Plan | str:
-    """The sizes for the matrix unit, which multiplies 32 rows by 32 columns; or why there are none."""
-    c, lanes, vectors, rows = contract, AMX_LANES, 2, 2 * AMX_LANES
+    """The sizes for the matrix unit, which multiplies 16 rows by 32 columns; or why there are none."""
+    c, lanes, vectors, rows = contract, AMX_LANES, 2, AMX_LANES
     instruction = dot_instruction(target)
     if instruction is None or instruction.vector_bits != 32 * lanes or c.columns < lanes * vectors:
         return f"N={c.columns} is less than the {lanes * vectors} columns of the matrix unit"
     block_bytes = _unpacked_bytes(c, instruction) * lanes * vectors
-    for row_block in (_ROW_BLOCK, rows):
-        fixed = 4 * lanes * vectors * (row_block + rows)
-        slab = _slab(c.blocks, max(1, (_STACK_BYTES - fixed) // block_bytes))
-        if slab * block_bytes + fixed <= _STACK_BYTES:
+    for row_block, counted in product(_AMX_ROW_BLOCKS, (CHUNK, CHUNK // 2, 1)):
+        fixed = 4 * lanes * vectors * (row_block + rows * counted)
+        most = (_AMX_STACK_BYTES - fixed) // block_bytes
+        slab = _slab(c.blocks, max(1, most - most % CHUNK))
+        if slab * block_bytes + fixed <= _AMX_STACK_BYTES and row_block < 2 * (c.rows or row_block):
             columns = _workgroup_columns(c, lanes * vectors, -(-(c.rows or 1) // row_block))
-            return Plan(instruction, lanes, vectors, rows, row_block, slab, columns)
+            return Plan(instruction, lanes, vectors, rows, row_block, slab, columns, counted)
     return f"a block of {c.block_size} weights of {lanes * vectors} columns does not fit on the stack"
 
 

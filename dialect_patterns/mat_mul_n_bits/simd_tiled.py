@@ -92,25 +92,25 @@ class TiledBody:
     def _unpack(self, column: Index, block: Index, blocks: Index) -> None:
         """The weights and their factors of some blocks to the stack."""
         k, c = self.k, self.c
-        self._in_fours(block, blocks, c.blocks, lambda at, count: self._unpack_factors(column, block, at, count))
+        self._in_chunks(CHUNK, blocks, c.blocks, lambda at, count: self._unpack_factors(column, block, at, count))
         first = k.mul(block, c.block_words)
         words = k.mul(blocks, c.block_words)
-        self._in_fours(first, words, c.row_words, lambda at, count: self._unpack_words(column, first, at, count))
+        self._in_chunks(CHUNK, words, c.row_words, lambda at, count: self._unpack_words(column, first, at, count))
 
-    def _in_fours(self, first: Index, size: Index, total: int, body: Callable[[Index, int], None]) -> None:
-        """``body(offset, count)`` for ``size`` things from ``first`` on, the last of all having less than four."""
+    def _in_chunks(self, chunk: int, size: Index, total: int, body: Callable[[Index, int], None]) -> None:
+        """``body(offset, count)`` for ``size`` of ``total`` things, the last of all in what is left of a chunk."""
         k = self.k
-        whole = k.mul(k.div(size, CHUNK), CHUNK)
+        whole = k.mul(k.div(size, chunk), chunk)
 
         def full(at: str, _: list[str]) -> list[str]:
-            body(at, CHUNK)
+            body(at, chunk)
             return []
 
-        k.loop(whole, [], full, step=CHUNK)
-        if total % CHUNK:
+        k.loop(whole, [], full, step=chunk)
+        if total % chunk:
 
             def rest() -> list[str]:
-                body(whole, total % CHUNK)
+                body(whole, total % chunk)
                 return []
 
             if isinstance(size, int):

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 from comparing import DTYPES
-from harness import DRIVERS, FLAGS, HOST, TARGETS
+from harness import DRIVERS, FLAGS, HOST, TARGETS, run_op
 from linattn.dialect_patterns.mat_mul_n_bits import fused_amx, simd_plan
 from linattn.dialect_patterns.mat_mul_n_bits.contract import MatMulNBits
 from linattn.dialect_patterns.mat_mul_n_bits.op import choose
 from linattn.dialect_patterns.node import TensorSpec
 from linattn.dialect_patterns.op import LoweringOptions
+from linattn.dialect_patterns.target import Target
 from test_mat_mul_n_bits import check, operands, shape_attributes
 
 from tests.emulated_cpu import AMX, Tiles
@@ -28,18 +29,20 @@ def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
             pytest.skip(f"emulated only: this CPU lacks {', '.join(sorted(AMX - HOST.features))}")
         return "cpu"
     monkeypatch.setattr(fused_amx, "AmxTiles", Tiles)
-    monkeypatch.setattr(simd_plan, "_STACK_BYTES", simd_plan._STACK_BYTES - (8 << 10))  # where the registers are
-    for table, value in ((TARGETS, UNIT), (FLAGS, FLAGS["cpu"]), (DRIVERS, "cpu")):
+    flags = [*FLAGS["cpu"], "--iree-llvmcpu-stack-allocation-limit=65536"]  # the registers are there too
+    for table, value in ((TARGETS, UNIT), (FLAGS, flags), (DRIVERS, "cpu")):
         monkeypatch.setitem(table, "emulated", value)
     return "emulated"
 
 
-# Rows around registers of 16, tiles of 32 and blocks of 64; 37 blocks are three slabs; 300 columns several workgroups.
+# Rows around registers of 16 and workgroups of 64 and 128; 37 blocks are nine of four and one; 300 columns several
+# workgroups.
 @pytest.mark.parametrize(
     ("bits", "block", "zeros", "depth", "columns", "tokens"),
     [
         (4, 32, "", 1184, 300, 70),
         (4, 32, "packed", 1184, 33, 33),
+        (4, 32, "", 192, 32, 150),
         (4, 128, "packed", 900, 40, 16),
         (4, 64, "", 64, 32, 64),
         (8, 64, "packed", 328, 41, 40),
@@ -54,6 +57,37 @@ def test_edges(bits: int, block: int, zeros: str, depth: int, columns: int, toke
     check(attributes, inputs, target=target)
 
 
+def test_blocks_are_counted_in_their_order(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several at once give the same bits as one after the other."""
+    attributes = shape_attributes(224, 32, accuracy=4, columns=40)
+    run = {"domain": "com.microsoft", "version": 1, "target": target}
+    inputs = operands(attributes, (1, 20), zeros="packed")
+    (found,) = run_op("MatMulNBits", inputs, attributes, **run)
+
+    def one_by_one(contract: MatMulNBits, machine: Target) -> Any:
+        p = simd_plan.amx_plan(contract, machine)
+        assert isinstance(p, simd_plan.Plan)
+        assert p.counted == 4
+        return replace(p, counted=1)
+
+    monkeypatch.setattr(fused_amx, "amx_plan", one_by_one)
+    (wanted,) = run_op("MatMulNBits", inputs, attributes, **run)
+    np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize(
+    ("rows", "block", "row_block", "counted"),
+    [(16, 32, 16, 4), (33, 32, 64, 4), (512, 32, 128, 4), (None, 32, 128, 4), (512, 64, 128, 2), (512, 128, 64, 2)],
+)
+def test_plan(rows: int | None, block: int, row_block: int, counted: int) -> None:
+    """A workgroup has as many rows as there are, to unpack weights for, and many blocks where they are small."""
+    contract = MatMulNBits("m", TensorSpec((rows, 2048), "f32"), 64, 2048, 4, block, "default", False, True)
+    p = simd_plan.amx_plan(contract, UNIT)
+    assert isinstance(p, simd_plan.Plan)
+    assert (p.row_block, p.counted) == (row_block, counted)
+    assert p.slab % p.counted == 0
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_open_tokens(dtype: Any, target: str) -> None:
     attributes = shape_attributes(64, 32, accuracy=4)
@@ -63,8 +97,6 @@ def test_open_tokens(dtype: Any, target: str) -> None:
 
 def test_a_row_that_is_not_a_number(target: str) -> None:
     """Neither NaN in a row nor what memory beyond the last one holds reaches another row."""
-    from harness import run_op
-
     attributes = shape_attributes(64, 32, accuracy=4)
     inputs = operands(attributes, (1, 20))
     run = {"domain": "com.microsoft", "version": 1, "target": target}
