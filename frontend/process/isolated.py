@@ -45,13 +45,18 @@ class _Worker:
 
     def __init__(self) -> None:
         path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", f"{__package__}.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=os.environ | {"PYTHONPATH": path},
-        )
+        theirs, ours = os.pipe()
+        given = [theirs] if sys.platform == "linux" else []
+        with os.fdopen(theirs, "rb"):
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-m", f"{__package__}.worker", *map(str, given)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env=os.environ | {"PYTHONPATH": path},
+                pass_fds=given,
+            )
+        self._lifeline = os.fdopen(ours, "wb")  # closed by the system at the latest, when this process ends
         self._requests = cast(BinaryIO, self.process.stdin)
         self._replies = cast(BinaryIO, self.process.stdout)
         self._lines: list[bytes] = []
@@ -96,6 +101,7 @@ class _Worker:
         """End the process, whatever it does."""
         self.process.kill()
         self.process.wait()
+        self._lifeline.close()
 
     def said(self) -> str:
         """What the compiler's libraries have printed since this was asked last."""

@@ -6,6 +6,7 @@ with the process that started it.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import importlib
 import io
@@ -23,6 +24,9 @@ from linattn.runtime.outputs import remove_all_partial
 
 from ..plan.report import Progress
 from .messages import ProgressSpec, Reply, Request, Text, receive, send
+
+if sys.platform == "linux":
+    import fcntl
 
 _KEPT_BYTES = 1 << 30
 """Memory with which it waits for more work; a large model's is given back by ending."""
@@ -62,8 +66,24 @@ def serve(request: Request, replies: BinaryIO) -> Reply:
         return Reply(error=error, trace=trace)
 
 
-def main() -> None:
+def _end_with_caller(lifeline: int) -> None:
+    """End when the caller does, even where native code keeps the interpreter's lock and `_listen` is never heard.
+
+    Nothing is written to the lifeline, a pipe: the system signals only that its other end has closed. The handler is
+    C's own `alarm`, which takes the signal's number for seconds: ten in which `_listen` may tidy up, then SIGALRM.
+    """
+    libc = ctypes.CDLL(None)
+    libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
+    libc.signal(signal.SIGUSR1, ctypes.cast(libc.alarm, ctypes.c_void_p))
+    fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGUSR1)
+    fcntl.fcntl(lifeline, fcntl.F_SETFL, os.O_ASYNC)
+
+
+def main(lifeline: int | None = None) -> None:
     """Serve requests until there are no more."""
+    if lifeline is not None:
+        _end_with_caller(lifeline)
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
@@ -104,4 +124,4 @@ def _resident_bytes() -> int:
 
 
 if __name__ == "__main__":
-    main()
+    main(*map(int, sys.argv[1:]))

@@ -219,6 +219,14 @@ compile_model(sys.argv[1], output=sys.argv[2], progress=Progress(6, Stream()))
 """
 
 
+def assert_gone(pid: int) -> None:
+    for _ in range(300):
+        if not Path(f"/proc/{pid}").exists():
+            return
+        time.sleep(0.1)
+    pytest.fail("the compiler's process is still there")
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_the_caller_is_killed(tmp_path: Path) -> None:
     """Nothing goes on for nobody, and nothing half done is left."""
@@ -231,13 +239,38 @@ def test_the_caller_is_killed(tmp_path: Path) -> None:
         caller.kill()
         caller.wait()
         os.kill(pid, signal.SIGCONT)
-    for _ in range(100):
-        if not Path(f"/proc/{pid}").exists():
-            break
-        time.sleep(0.1)
-    else:
-        pytest.fail("the compiler's process is still there")
+    assert_gone(pid)
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+
+
+DEAF = """
+import sys, threading
+from linattn.frontend.plan.report import Progress
+from linattn.frontend.process.isolated import run_isolated
+sys.path.insert(0, sys.argv[1])
+print(run_isolated("os:getpid", {}, (), Progress(1)), flush=True)
+run_isolated("deaf:wait", {}, (), Progress(1))
+"""
+
+
+DEADLOCK = """
+import ctypes
+def wait():
+    mutex, lock = ctypes.create_string_buffer(64), ctypes.PyDLL(None).pthread_mutex_lock
+    lock(mutex), lock(mutex)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="signals of a pipe's end")
+def test_the_caller_is_killed_while_native_code_keeps_the_lock(tmp_path: Path) -> None:
+    """As IREE does for minutes, or for ever: no thread of Python's hears then that the caller has gone."""
+    (tmp_path / "deaf.py").write_text(DEADLOCK)
+    with subprocess.Popen([sys.executable, "-c", DEAF, tmp_path], stdout=subprocess.PIPE, text=True) as caller:
+        assert caller.stdout is not None
+        pid = int(caller.stdout.readline())
+        time.sleep(1)  # until it is deaf; a worker that hears would end as well
+        caller.kill()
+    assert_gone(pid)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="fork")
