@@ -107,8 +107,8 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--gpu-target",
         metavar="NAME",
-        help="a GPU architecture, such as sm_89 or ada; Vulkan: host, or a file of vulkaninfo --json; for two targets "
-        "cuda:sm_89,vulkan:ada",
+        help="a GPU architecture, such as sm_89 or ada; CUDA: or several, sm_80,sm_90, with native code for each where "
+        "ptxas is there; Vulkan: host, or a file of vulkaninfo --json; for two targets cuda:sm_89,vulkan:ada",
     )
     add("--batch", default="1", metavar="N|open", help="rows of a call (default: 1)")
     add("--max-context", metavar="N|open", help="tokens that the KV caches hold (default: the model's, at most 4096)")

@@ -72,6 +72,7 @@ def describe_text(described: Described) -> str:
         f"file      {described['file']}  ({size_text(described['file_bytes'])}, {inside})",
         f"target    {target['name']}, {target['description']}; runs on {target['device']}",
         f"needs     {_needs(target)}",
+        *([f"native    {', '.join(target['native'])}; other GPUs compile its PTX"] if target["native"] else []),
         f"batch     {described['batch'] or 'open'}; context of {_context(described)}",
     ]
     lines += _column("entries", [_entry_text(entry) for entry in described["entry_points"]])

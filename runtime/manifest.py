@@ -157,6 +157,8 @@ class Target:
         instruction_sets: What the code needs beyond what every CPU of the architecture has, in LLVM's names.
         levels: Best first, where the module has code for several CPUs and takes the first level that a machine has; the
             last one needs `instruction_sets`.
+        native: NVIDIA GPUs that there is native code for, such as `sm_90`; any other compiles the PTX that it has too.
+            Optional in the JSON. Nothing is checked by it.
         needs: What the kernels need of a GPU; None: not a GPU. Checked at load, on Vulkan, which takes kernels that
             need more without a word.
     """
@@ -168,6 +170,7 @@ class Target:
     architecture: str | None = None
     instruction_sets: tuple[str, ...] = ()
     levels: tuple[CpuLevel, ...] = ()
+    native: tuple[str, ...] = ()
     needs: DeviceNeeds | None = None
 
 
@@ -310,6 +313,7 @@ def read_target(target: Reader, where: str) -> Target:
         None if target.get("architecture") is None else target.text("architecture"),
         target.texts("instruction_sets"),
         tuple(CpuLevel(row.text("name"), row.texts("instruction_sets")) for row in target.rows("levels")),
+        target.texts("native", missing_ok=True),
         None if target.get("needs") is None else _needs(target.child("needs")),
     )
     if (found.name == "cpu") != (found.architecture is not None):

@@ -55,9 +55,9 @@ class Reader:
         """A text, None where the field is missing or null."""
         return None if self._fields.get(key) is None else self.text(key)
 
-    def texts(self, key: str) -> tuple[str, ...]:
+    def texts(self, key: str, *, missing_ok: bool = False) -> tuple[str, ...]:
         """A list of strings."""
-        values = self.array(key)
+        values = [] if missing_ok and key not in self._fields else self.array(key)
         if not all(isinstance(value, str) for value in values):
             raise self._wrong(key, values, "a list of strings")
         return tuple(str(value) for value in values)

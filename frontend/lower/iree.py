@@ -27,6 +27,7 @@ from .dispatches import attach_dispatches
 from .empty_ranges import fill_empty_ranges
 from .executables import state_spirv_versions
 from .kernel_bodies import KernelBodies
+from .native_cuda import add_native_code
 from .reflection import set_reflection
 
 _TORCH_PIPELINE = "builtin.module(func.func(convert-torch-onnx-to-torch),torch-to-iree{externalize-transients=%s})"
@@ -201,6 +202,10 @@ class Compiler:
         if levels:
             with self.building():
                 load_before_asking(module.operation)
+        if self._target.native is not None:
+            show(f"native code for {', '.join(self._target.native.names)} ... ")
+            with self.building():
+                add_native_code(module.operation, self._target.native)
         show("assembled ... ")
         self._run(invocation, module, "FromPhase", "hal", "ToPhase", "end")
         return CompiledCode(invocation, manifest)

@@ -44,6 +44,7 @@ def describe_module(
             target.architecture,
             target.instruction_sets,
             target.levels,
+            target.native.names if target.native is not None else (),
         ),
         batch=plan.batch,
         max_context=plan.max_context,

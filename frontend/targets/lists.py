@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 from linattn.runtime.errors import InputError, TargetError
 
@@ -18,7 +19,7 @@ def read_machines(targets: str, options: TargetOptions) -> list[tuple[str, Targe
     Args:
         targets: ``cpu`` or a list such as ``cpu,vulkan,cuda``.
         options: As given: ``gpu_target`` may name the target that it is for, ``cuda:sm_90,vulkan:ada``, and one target
-            more than once: that makes several modules, the better one first.
+            more than once: that makes several modules, the better one first. ``cuda:sm_80,sm_90`` makes one for both.
 
     Raises:
         TargetError: if a target is not known.
@@ -46,7 +47,7 @@ def _gpu_targets(text: str | None, gpus: list[str]) -> dict[str, list[str]]:
     """Target -> the GPUs to compile for."""
     if text is None:
         return {}
-    parts = [part.partition(":") for part in text.split(",")]
+    parts = [part.partition(":") for part in re.split(r",(?!sm_)", text)]
     if not all(colon and name in _GPUS for name, colon, _ in parts):
         if len(gpus) > 1:
             expected = ",".join(f"{name}:NAME" for name in gpus)

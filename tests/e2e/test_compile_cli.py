@@ -235,13 +235,6 @@ def test_parameters_beside_the_module(compiled: Path) -> None:
     assert logits.std() > 0.1
 
 
-def test_newer_gpu_is_mapped_down_with_a_note(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = save(build(), tmp_path)
-    options = ["--target", "cuda", "--gpu-target", "sm_90", "--prefill-blocks", "8", "--max-context", "64"]
-    assert main([str(path), *options, "-o", str(tmp_path / "out.vmfb")]) == 0
-    assert "IREE 3.13 has no target sm_90: compiled for sm_89" in capsys.readouterr().out
-
-
 def test_a_model_without_the_operators_is_compiled_with_a_note(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

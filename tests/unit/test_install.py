@@ -56,7 +56,7 @@ def test_every_hint_names_an_extra() -> None:
                 continue
             arguments = {"install_hint": call.args[:1], "need": call.args[1:2]}.get(call.func.id, [])
             named += [argument.value for argument in arguments if isinstance(argument, ast.Constant)]
-    assert set(named) == {"compile", "bench", "text", "state", "completion"}
+    assert set(named) == {"compile", "cuda", "bench", "text", "state", "completion"}
     assert set(named) <= set(EXTRAS)
 
 

@@ -29,6 +29,13 @@ RIGHT = [
     ),
     ("cuda,vulkan", gpu("vulkan:ada"), [("cuda", NONE), ("vulkan", gpu("ada"))]),
     ("vulkan,cuda", gpu("cuda:sm_90,vulkan:ada"), [("vulkan", gpu("ada")), ("cuda", gpu("sm_90"))]),
+    ("cuda", gpu("sm_80,sm_90"), [("cuda", gpu("sm_80,sm_90"))]),
+    ("cuda,vulkan", gpu("cuda:sm_80,sm_90,vulkan:ada"), [("cuda", gpu("sm_80,sm_90")), ("vulkan", gpu("ada"))]),
+    (
+        "cuda,cpu",
+        gpu("cuda:sm_80,sm_89,cuda:sm_90"),
+        [("cuda", gpu("sm_80,sm_89")), ("cuda", gpu("sm_90")), ("cpu", NONE)],
+    ),
     # What belongs to no target is left to the target, which says so.
     ("cpu", gpu("ada"), [("cpu", gpu("ada"))]),
     ("cuda,vulkan", V3, [("cuda", V3), ("vulkan", V3)]),
