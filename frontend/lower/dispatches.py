@@ -18,8 +18,10 @@ from linattn.runtime.manifest import DISPATCHES_KEY
 from .reflection import set_reflection
 
 _NODE = re.compile(r'loc\("([^"]*)"')
-_PRODUCT = re.compile(r"(?:mat_?mul|mmt4d|matvec)\w*?_(\d+(?:x\d+)+)(?:_|$)")
-"""Sizes in the name of a product's dispatch: rows, columns, depth (and a batch)."""
+_PRODUCT = re.compile(
+    r"(?:mat_?mul|mmt4d|matvec)(?!_rows_|_amx_rows_|_n_bits_ro)\w*?_(?:(\d+(?:x\d+)+)|m(\d+)k(\d+)b\d+n(\d+))(?:_|$)"
+)
+"""Sizes in the name of a product's dispatch: rows, columns, depth (and a batch). Not of those that arrange its rows."""
 
 
 def describe_dispatches(module: ir.Operation) -> dict[str, list[dict[str, Any]]]:
@@ -72,7 +74,6 @@ def _collect(operation: ir.Operation, rows: list[dict[str, Any]]) -> None:
 def _row(op: ir.Operation) -> dict[str, Any]:
     key = str(ir.ArrayAttr(op.attributes["entry_points"])[0]).rpartition("::@")[2].strip('"')
     node = _NODE.search(str(op.location))
-    product = _PRODUCT.search(key)
     sizes = [_bytes(value.type) for value in (*op.operands, *op.results)]
     tensors = [t for value in op.operands if isinstance(t := value.type, ir.RankedTensorType)]
     largest = max(tensors, key=lambda t: _bytes(t) or 0, default=None)
@@ -80,9 +81,18 @@ def _row(op: ir.Operation) -> dict[str, Any]:
         "key": key,
         "node": node[1] if node else "",
         "bytes": None if None in sizes else sum(size for size in sizes if size is not None),
-        "flop": 2 * math.prod(int(size) for size in product[1].split("x")) if product else None,
+        "flop": operations(key),
         "dtype": str(largest.element_type) if largest is not None else None,
     }
+
+
+def operations(key: str) -> int | None:
+    """The operations of a product, by its dispatch's name; None where that does not tell, and of what is none."""
+    found = _PRODUCT.search(key)
+    if found is None:
+        return None
+    sizes = found[1].split("x") if found[1] else found.group(2, 3, 4)
+    return 2 * math.prod(int(size) for size in sizes)
 
 
 def _bytes(value_type: ir.Type) -> int | None:

@@ -20,14 +20,25 @@ from linattn.runtime.manifest import Manifest
 from linattn.runtime.module import Module
 
 from .lazy import compiler_side, need
-from .machine import commit, describe_machine, versions
+from .machine import commit, core_count, describe_machine, versions
 from .model_rows import Entrant, row_of
 from .model_runners import vocabulary_of
 from .op_bench import FORMAT
 from .options import DEFAULT, MODEL_PEERS, ModelOptions
 from .process import Subject
 from .profile import profile_entry
-from .subjects import Absences, Note, TargetChoice, close_all, compile_file, file_name, open_targets, start
+from .subjects import (
+    Absences,
+    Note,
+    TargetChoice,
+    close_all,
+    compile_file,
+    file_name,
+    open_targets,
+    raise_ceilings,
+    start,
+)
+from .units import HOW, add_units
 
 CHECKED_STEPS = 8
 _METHOD = ("prefill", "decode", "repeats", "warmup", "threads", "seed", "all_logits")
@@ -70,7 +81,11 @@ def run_model(options: ModelOptions, note: Note) -> dict[str, Any]:
         entrants = _compile_all(options, modules, devices, folder, absent, note)
         if options.profile:
             rows = _profile(entrants, options, folder, absent, note)
-            return result | {"kind": "profile", "devices": devices, "rows": rows, "absent": absent.rows}
+            if options.ceilings:
+                raise_ceilings(needed, devices, folder, note)
+            _add_units(rows, entrants, devices, options.threads)
+            result |= {"kind": "profile", "method": result["method"] | {"unit_rates": HOW}}
+            return result | {"devices": devices, "rows": rows, "absent": absent.rows}
         try:
             entrants = _start_all(entrants, options, absent, note)
             prompts, forced = _prompts(entrants, options)
@@ -245,6 +260,28 @@ def _profile(
     if not rows:
         raise TargetError("nothing could be profiled", hint="; ".join(row["reason"] for row in absent.rows))
     return rows
+
+
+def _add_units(
+    profiles: Sequence[Mapping[str, Any]],
+    entrants: Sequence[Entrant],
+    devices: Mapping[str, Mapping[str, Any]],
+    threads: int | None,
+) -> None:
+    """Names what each product of the profiles ran on, and its part of that unit's rate."""
+    named = {entrant.name: entrant for entrant in entrants}
+    for profile in profiles:
+        entrant = named[profile["subject"]]
+        target = entrant.manifest.target
+        ceilings = devices.get(entrant.target, {}).get("ceilings")
+        add_units(profile["rows"], target, ceilings, _part_of_cores(entrant.device or target.device, threads))
+
+
+def _part_of_cores(device: str, threads: int | None) -> float:
+    """How many of the machine's cores a device computes on, of those whose rate was measured."""
+    cores = core_count()
+    working = {"local-sync": 1, "local-task": min(threads or cores, cores)}.get(device.partition("://")[0], cores)
+    return working / cores
 
 
 def _prompts(entrants: Sequence[Entrant], options: ModelOptions) -> tuple[list[list[int]], list[int]]:

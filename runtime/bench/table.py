@@ -216,7 +216,7 @@ def _model_lines(result: Mapping[str, Any]) -> list[str]:
 
 def _profile_lines(result: Mapping[str, Any]) -> list[str]:
     lines: list[str] = []
-    header = ("dispatch", "node", "count", "time", "share", "bytes", "bytes/s", "FLOP/s")
+    header = ("dispatch", "node", "count", "time", "share", "bytes", "bytes/s", "FLOP/s", "unit", "of it")
     for profile in result["rows"]:
         ceilings: Mapping[str, float] = result["devices"].get(profile["target"], {}).get("ceilings") or {}
         rows: list[tuple[str, ...]] = []
@@ -232,7 +232,9 @@ def _profile_lines(result: Mapping[str, Any]) -> list[str]:
                     f"{row['share']:.1%}",
                     rate_text(row["bytes"], "B"),
                     _rate(row, "bytes", "B/s", ceilings.get("copy_bytes_per_s")),
-                    _rate(row, "flop", "FLOP/s", _compute_ceiling(row, ceilings)),
+                    _rate(row, "flop", "FLOP/s", None),
+                    row["unit"] or "-",
+                    "-" if row["unit_share"] is None else f"{row['unit_share']:.0%}",
                 )
             )
         where = f" at position {profile['position']}" if profile["position"] else ""
@@ -242,6 +244,8 @@ def _profile_lines(result: Mapping[str, Any]) -> list[str]:
         )
         lines += [*grid(header, rows), ""]
     lines.append("all of one call; bytes: of all operands and results, an upper bound where only a part is read")
+    if any(row["unit_share"] is not None for profile in result["rows"] for row in profile["rows"]):
+        lines.append(f"unit: what a product ran on; of it: the part of its rate, {result['method']['unit_rates']}")
     return lines
 
 
@@ -250,12 +254,6 @@ def _rate(row: Mapping[str, Any], amount: str, unit: str, ceiling: float | None)
         return "-"
     value = row[amount] / row["seconds"]
     return rate_text(value, unit) + (f" {value / ceiling:.0%}" if ceiling else "")
-
-
-def _compute_ceiling(row: Mapping[str, Any], ceilings: Mapping[str, float]) -> float | None:
-    """The rate that a dispatch is held against: that of matrix products in 16 bits where it computes such."""
-    matrix = ceilings.get("matrix_flop_per_s") if row["dtype"] in ("f16", "bf16") else None
-    return matrix or ceilings.get("fma_flop_per_s")
 
 
 def _cut(text: str, width: int) -> str:

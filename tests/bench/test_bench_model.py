@@ -275,7 +275,10 @@ def test_profile(bench: Bench, compiled: Path, tmp_path: Path) -> None:
     assert fused["bytes"] == 2 * one_call
     (logits,) = (row for row in profile["rows"] if "node.logits" in row["nodes"])
     assert logits["flop"] == 2 * 256 * 64
+    assert re.fullmatch(r"f32, \d+ bits", logits["unit"])
+    assert (fused["unit"], fused["unit_share"], logits["unit_share"]) == (None, None, None)  # --no-ceilings
     assert "node.logits" in out
+    assert logits["unit"] in out
 
 
 def test_profile_of_a_device_that_does_not_run(bench: Bench, tiny_model: Path) -> None:
