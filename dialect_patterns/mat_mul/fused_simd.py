@@ -132,11 +132,11 @@ def product_kernel(contract: MatMul, p: Plan, *, both: bool = False) -> Kernel:
 
 def _arranged(p: Plan) -> TensorSpec:
     """What ``simd_rows`` makes of the rows."""
-    return TensorSpec((p.tiles, p.tile * p.depth), "i32" if p.pairs else "f32")
+    return TensorSpec((p.tiles, p.tile * p.depth * p.parts), "i32" if p.pairs and not p.widened else "f32")
 
 
 def _suffix(p: Plan) -> str:
-    return "_pairs" if p.pairs else ""
+    return "_widened" if p.widened else "_pairs" if p.pairs else ""
 
 
 def _dim(size: Dim) -> str:

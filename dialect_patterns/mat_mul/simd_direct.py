@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from ..emit.kernel_text import Index, KernelText, vector_type
 from .simd_edges import store_rows
-from .simd_pairs import load_half, load_pairs, multiply_add
+from .simd_pairs import load_half, load_pairs, multiply_add, widened
 from .simd_plan import LINE, Plan
 
 _AHEAD = 1024
@@ -57,16 +57,21 @@ def direct_products(k: KernelText, p: Plan, a: str, b: str, panel: Index, row: I
         for line in range(0, p.unroll * row_bytes, LINE) if k.element_bytes(b) < 4 else ():
             for stream in streams:
                 k.prefetch(b, [stream, k.add(at, (_AHEAD + line) // row_bytes), 0])
-        load = load_pairs if p.pairs else _load_elements
-        rows = [load(k, a, k.add(row, i), at, p.unroll) for i in range(p.tile)]
+        load = load_pairs if p.pairs and not p.widened else _load_elements
+        rows = [load(k, a, k.add(row, i), k.mul(at, p.parts), p.unroll * p.parts) for i in range(p.tile)]
         for u in range(p.unroll):
             first = (u % sets) * size
-            elements = [k.extract(values, u) for values in rows]
-            sums[first : first + size] = multiply(k.add(at, u), elements, sums[first : first + size])
+            for part, weights in enumerate(loaded(k.add(at, u))):
+                elements = [k.extract(values, u * p.parts + part) for values in rows]
+                sums[first : first + size] = multiply(weights, elements, sums[first : first + size])
         return sums
 
-    def multiply(depth: Index, elements: list[str], sums: list[str]) -> list[str]:
+    def loaded(depth: Index) -> list[list[str]]:
+        """The weights' vectors in a row, or in both elements of its pairs."""
         weights = [k.load(b, [stored, depth, column], p.lanes) for stored, column in vectors]
+        return [list(part) for part in zip(*(widened(k, w) for w in weights), strict=True)] if p.widened else [weights]
+
+    def multiply(weights: list[str], elements: list[str], sums: list[str]) -> list[str]:
         values = [k.splat(element, p.lanes) for element in elements for _ in weights]
         return [
             multiply_add(k, value, weight, total)
@@ -77,7 +82,8 @@ def direct_products(k: KernelText, p: Plan, a: str, b: str, panel: Index, row: I
     sums = k.loop(whole, [k.constant(0.0, vector_type(p.lanes))] * (sets * size), step, step=p.unroll)
     totals = sums[:size]
     if p.half:
-        totals = multiply(whole, [load_half(k, a, k.add(row, i), whole) for i in range(p.tile)], totals)
+        (last,) = loaded(whole)
+        totals = multiply(last, [load_half(k, a, k.add(row, i), whole) for i in range(p.tile)], totals)
     for other in range(size, len(sums), size):
         totals = [k.addf(x, y) for x, y in zip(totals, sums[other : other + size], strict=True)]
     return totals

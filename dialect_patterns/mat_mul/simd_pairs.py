@@ -2,7 +2,8 @@
 
     sums[c] += a[2j] * b[2j, c] + a[2j + 1] * b[2j + 1, c]        in f32, 16 columns and two rows of b at once
 
-Twice the multiply-adds of f32 in an instruction, and nothing to widen. Subnormal numbers count as zero.
+Twice the multiply-adds of f32 in an instruction, and nothing to widen. Subnormal numbers count as zero. Some machines
+take longer for it than for what it stands for; they take the pairs apart.
 Source: Intel's Software Developer's Manual, VDPBF16PS.
 """
 
@@ -14,6 +15,11 @@ from ..target import Target
 _DOT = "llvm.x86.avx512bf16.dpbf16ps.512"
 _LANES = 16
 
+SLOW = (frozenset({"amx-tile"}),)
+"""Features of machines on which f32 of widened pairs is faster. A prompt of 512 of ``samples/benchmark_model.py`` in
+bf16 without the matrix unit: a Sapphire Rapids 910 tokens/s with it; fp32, in f32, 1,380. A Zen 4
+takes 31.9 ms with it for a product that takes 72.0 in f32 (docs/benchmarks.md)."""
+
 
 def multiplies_pairs(dtype: str, target: Target) -> bool:
     """Whether products of a type are those of pairs on a machine.
@@ -22,6 +28,11 @@ def multiplies_pairs(dtype: str, target: Target) -> bool:
     """
     has = "avx512bf16" in target.features and target.vector_bits == 32 * _LANES
     return dtype == "bf16" and has and not target.shares_weights
+
+
+def has_fast_dot(target: Target) -> bool:
+    """Whether a machine that multiplies pairs is faster with the instruction than with f32."""
+    return not any(features <= target.features for features in SLOW)
 
 
 def multiply_add(k: KernelText, a: str, b: str, total: str) -> str:
@@ -34,6 +45,14 @@ def dot(k: KernelText, a: str, b: str, total: str) -> str:
     halves = vector_type(2 * _LANES, "bf16")
     operands = [total, *(k.as_type(value, halves, "vector.bitcast") for value in (a, b))]
     return k.intrinsic(_DOT, operands, k.types[total])
+
+
+def widened(k: KernelText, pairs: str) -> list[str]:
+    """The lower and the upper halves of vector<Nxi32> as f32."""
+    kind = k.types[pairs]
+    lower = k.op(f"arith.shli {pairs}, {k.constant(16, kind)} : {kind}", kind)
+    upper = k.andi(pairs, k.constant(-65536, kind))
+    return [k.as_type(half, kind.replace("i32", "f32"), "vector.bitcast") for half in (lower, upper)]
 
 
 def load_pairs(k: KernelText, memref: str, row: Index, pair: Index, count: int) -> str:

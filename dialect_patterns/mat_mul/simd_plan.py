@@ -8,7 +8,7 @@ from functools import cache
 from ..emit.workers import slowest_share
 from ..target import Target
 from .simd_layout import Layout, PairLayout, layout
-from .simd_pairs import multiplies_pairs
+from .simd_pairs import has_fast_dot, multiplies_pairs
 
 VECTORS = 2
 """Vectors side by side in a panel of columns, where a row does not have all registers for itself."""
@@ -46,6 +46,7 @@ class Plan:
         vectors: Vectors side by side in a panel of columns.
         pairs: Whether pairs of bf16 are multiplied.
         half: Whether the last of these is an element alone.
+        widened: Whether they are taken apart, and multiplied in f32.
     """
 
     rows: int | None
@@ -61,6 +62,12 @@ class Plan:
     vectors: int = VECTORS
     pairs: bool = False
     half: bool = False
+    widened: bool = False
+
+    @property
+    def parts(self) -> int:
+        """Elements that are multiplied one by one, of each row of the weights."""
+        return 2 if self.widened else 1
 
     @property
     def width(self) -> int:
@@ -113,6 +120,7 @@ def plan(rows: int | None, elements: int, columns: int, target: Target, packed: 
     lanes = _lanes(target)
     pairs = isinstance(packed, PairLayout)
     depth, half = (-(-elements // 2), elements % 2 == 1) if pairs else (elements, False)
+    widened = pairs and not half and not has_fast_dot(target)
     width = lanes * VECTORS
     panels = -(-columns // width)
     most = 12 if target.vector_bits >= 512 else _ROWS  # with two vectors each, most of 32 or 16 registers
@@ -121,15 +129,15 @@ def plan(rows: int | None, elements: int, columns: int, target: Target, packed: 
         panels = -(-columns // (lanes * vectors))
         group = _group(panels, depth * lanes * vectors * (2 * weight_bytes if pairs else weight_bytes))
         unroll = _unroll(depth - half, depth - half)
-        return Plan(rows, depth, columns, lanes, rows, depth, group, unroll, 0, packed, vectors, pairs, half)
+        return Plan(rows, depth, columns, lanes, rows, depth, group, unroll, 0, packed, vectors, pairs, half, widened)
     tile = (_ROWS if target.shares_weights else most) if rows is None else best_tile(rows, most)
-    blocks = -(-depth * width * 4 // _BLOCK_BYTES)
+    blocks = -(-depth * width * (8 if widened else 4) // _BLOCK_BYTES)
     block = -(-depth // blocks)
     block += -block % lanes if blocks > 1 else 0
     longest = longest_chunk(tile, width)
     group, chunk = _share(panels, -(-rows // tile) if rows else longest, longest)
     unroll = _unroll(depth, block)
-    return Plan(rows, depth, columns, lanes, tile, block, group, unroll, chunk, packed, VECTORS, pairs, half)
+    return Plan(rows, depth, columns, lanes, tile, block, group, unroll, chunk, packed, VECTORS, pairs, half, widened)
 
 
 def _unroll(depth: int, block: int) -> int:

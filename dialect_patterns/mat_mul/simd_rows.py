@@ -30,7 +30,7 @@ def write_rows(k: KernelText, p: Plan, rows: Index, source: str, target: str) ->
 
     def move(at: Index, lanes: int) -> list[str]:
         """Elements of K, or pairs of them, from ``at`` on."""
-        if p.pairs:
+        if p.pairs and not p.widened:
             half = p.half and at == p.depth - 1
             loaded = [
                 load_half(k, source, row, at) if half else load_pairs(k, source, row, at, lanes or 1) for row in places
@@ -44,8 +44,9 @@ def write_rows(k: KernelText, p: Plan, rows: Index, source: str, target: str) ->
                 k.store(k.extract(values, lane) if lanes else values, target, [tile, k.add(start, i)])
         return []
 
-    whole = (p.depth - p.half) // p.lanes * p.lanes
+    depth = p.depth * p.parts
+    whole = (depth - p.half) // p.lanes * p.lanes
     if whole:
         k.loop(whole, [], lambda at, _: move(at, p.lanes), step=p.lanes)
-    for at in range(whole, p.depth):
+    for at in range(whole, depth):
         move(at, 0)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 from ..emit.kernel_text import Index, KernelText, vector_type
 from .simd_edges import each, store_rows, workgroup_range
-from .simd_pairs import multiply_add
+from .simd_pairs import multiply_add, widened
 from .simd_plan import LINE, Plan
 
 
@@ -33,7 +33,8 @@ class TiledBody:
         self.k, self.p, self.rows, self.before = k, p, rows, before
         self.a, self.b, self.y = memrefs
         self.sums = k.alloca([p.chunk * p.tile, p.width]) if p.block < p.depth else ""
-        self.wide = k.alloca([p.block, p.width]) if k.element_bytes(self.b) < 4 else ""
+        narrow = p.widened or k.element_bytes(self.b) < 4
+        self.wide = k.alloca([p.block * p.parts, p.width]) if narrow else ""
         self.vector = vector_type(p.lanes)
         self.first, self.count = self._tiles()
         self.panel, self.panels = workgroup_range(self.k, "0", p.group, p.panels)
@@ -66,7 +67,8 @@ class TiledBody:
             def widen(row: Index) -> None:
                 for v, (stored, column) in enumerate(places):
                     vector = k.load(self.b, [stored, k.add(start, row), column], self.p.lanes)
-                    k.store(vector, self.wide, [row, v * self.p.lanes])
+                    for part, value in enumerate(widened(k, vector) if self.p.widened else [vector]):
+                        k.store(value, self.wide, [k.add(k.mul(row, self.p.parts), part), v * self.p.lanes])
 
             each(self.k, size, 1, widen)
         each(self.k, self.count, 1, lambda tile: self._tile(panel, start, size, tile))
@@ -121,10 +123,10 @@ class TiledBody:
             for offset in line(at):
                 for stream, column in ((stream, column) for stream in streams for column in lines):
                     k.prefetch(self.b, [stream, k.add(start, k.add(size, offset)), column])
-            for u in range(p.unroll):
-                depth = k.add(at, u)
+            for u in range(p.unroll * p.parts):
+                depth = k.add(k.mul(at, p.parts), u)
                 weights = [self._weight(places[v], start, depth, v) for v in range(p.vectors)]
-                elements = k.mul(k.add(start, depth), p.tile)
+                elements = k.mul(k.add(k.mul(start, p.parts), depth), p.tile)
                 for i in range(p.tile):
                     value = k.splat(k.load(self.a, [place, k.add(elements, i)]), p.lanes)
                     for v, weight in enumerate(weights):

@@ -59,6 +59,7 @@ def bits(features: str, rounds: bool = True) -> list[str]:
         (product, ("sapphirerapids", "f16"), "amx-bf16, 3 products for one"),
         (product, ("sapphirerapids", "f32"), "amx-bf16, 3 products for one"),
         (product, ("znver4", "bf16"), "avx512_bf16"),
+        (product, ("sapphirerapids", "bf16", 8), "f32, 512 bits"),
         (product, ("znver4", "f16"), "f32, 512 bits"),
         (product, ("znver4", "f32", 1), "f32, 512 bits"),
         (product, ("x86-64-v3", "bf16"), "f32, 256 bits"),
@@ -80,7 +81,8 @@ def test_unit(make: Callable[..., list[str]], arguments: tuple[Any, ...], unit: 
     assert found is not None
     assert found.name == unit
     assert [operations(name) for name in before] == [None] * len(before)
-    assert operations(last) == 2 * (1 if "_1x" in last else ROWS) * DEPTH * COLUMNS
+    rows = arguments[2] if make is product and len(arguments) > 2 else ROWS
+    assert operations(last) == 2 * rows * DEPTH * COLUMNS
 
 
 @pytest.mark.parametrize(

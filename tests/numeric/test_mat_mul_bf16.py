@@ -32,6 +32,9 @@ UNIT = [
     (400, 704, 72),
 ]
 PAIRED = [*SHAPES, (9, 65, 20), (1, 77, 40), (2, 31, 9), (1, 1, 3), (13, 1, 5)]
+# Those of pairs that are not for the matrix unit.
+EVEN = [s for s in PAIRED if s[1] % 2 == 0 and (s[0] < 16 or s[1] % 32)] + [(5, 34, 70), (40, 130, 33), (26, 1058, 40)]
+SLOW_PAIRS = PAIRS | {"amx-tile"}
 AMX_CPU = Target("cpu", vector_bits=512, features=AMX)
 
 
@@ -40,11 +43,12 @@ AMX_CPU = Target("cpu", vector_bits=512, features=AMX)
     ("features", "shapes", "kernel", "dtype"),
     [
         (PAIRS, PAIRED, b"mat_mul_fused_simd", BF16),
+        (SLOW_PAIRS, EVEN, b"mat_mul_fused_simd", BF16),
         (AMX, UNIT, b"mat_mul_fused_amx", BF16),
         (AMX, UNIT, b"mat_mul_fused_amx", np.float16),
         (AMX, UNIT, b"mat_mul_fused_amx", np.float32),
     ],
-    ids=["avx512_bf16", "amx", "amx-f16", "amx-f32"],
+    ids=["avx512_bf16", "widened", "amx", "amx-f16", "amx-f32"],
 )
 def test_products(
     how: str,
@@ -62,6 +66,7 @@ def test_products(
     compiled = compile_model(model, CompileOptions(math="fast"))
     assert compiled.module.count(kernel) >= len(shapes)
     assert (b"_pairs" in compiled.module) == (features == PAIRS)
+    assert (b"_widened" in compiled.module) == (features == SLOW_PAIRS)
     check(Program.load(compiled.module), model, shapes, dtype)
 
 
