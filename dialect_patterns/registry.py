@@ -8,6 +8,7 @@ from . import choose, next_token
 from .attention import group_query as group_query_attention
 from .attention import op as attention
 from .causal_conv import op as causal_conv
+from .draw_token import op as draw_token
 from .experts import gated_add
 from .experts import op as experts
 from .gather_block_quantized import op as gather_block_quantized
@@ -55,6 +56,7 @@ OPS: tuple[Op, ...] = (
     *joined.OPS,
     *choose.OPS,
     *next_token.OPS,
+    *draw_token.OPS,
 )
 
 

@@ -6,6 +6,7 @@ Order and meaning of the settings are those of transformers: repetition penalty,
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -19,6 +20,17 @@ _INFINITY = 0x7C00
 
 _SEEDS = 1 << 64
 _SORTED = 1024
+
+_REACH = 87.0
+"""How far below the largest logit, by the temperature, f32 still has probabilities."""
+
+_REACH_OF_TOP_K = 12.0
+"""Where the module looks first; k are nearer than this as a rule, and where they are not it looks at all."""
+
+_SLACK = 0.01
+_LEAST_TEMPERATURE = 1e-30
+_MOST_TOP_K = 1 << 24
+_BELOW_ONE = 1 - 2**-24
 
 
 @dataclass(frozen=True)
@@ -70,11 +82,33 @@ class Sampler:
         self._sampling = sampling
         self._seen = set(seen)
         self._random = np.random.Generator(np.random.Philox(sampling.seed))
+        self._numbers: deque[float] = deque()  # that were looked at before their turn
 
     @property
-    def is_quick(self) -> bool:
-        """Whether it only looks for the largest logit."""
-        return not self._sampling.temperature and self._sampling.repeat_penalty == 1.0
+    def is_plain(self) -> bool:
+        """Whether it depends on the logits alone, so that a module can choose."""
+        return self._sampling.repeat_penalty == 1.0
+
+    def settings(self, vocabulary: int, later: int) -> HostArray | None:
+        """What a module draws a token by (`draw_settings`), of the next one or one so many later; None: the largest."""
+        if not self._sampling.temperature:
+            return None
+        while len(self._numbers) <= later:
+            self._numbers.append(self._random.random())
+        return draw_settings(self._sampling, self._numbers[later], vocabulary)
+
+    def take(self, token: int) -> int:
+        """Goes on behind a token that a module has chosen.
+
+        Raises:
+            StateError: The module says that there was none to choose.
+        """
+        if token < 0:
+            raise nan_logits() if token == -1 else no_finite_logit()
+        if self._sampling.temperature:
+            self._next_number()
+        self._seen.add(token)
+        return token
 
     def choose(self, logits: HostArray) -> int:
         """The next token; it counts as seen from here on.
@@ -102,8 +136,11 @@ class Sampler:
             raise nan_logits()
         kept, weights = likely(row, self._sampling)
         sums = np.cumsum(weights)
-        place = int(np.count_nonzero(sums <= self._random.random() * sums[-1]))
+        place = int(np.count_nonzero(sums <= self._next_number() * sums[-1]))
         return int(kept[min(place, kept.size - 1)])
+
+    def _next_number(self) -> float:
+        return self._numbers.popleft() if self._numbers else self._random.random()
 
     def _penalized(self, logits: HostArray) -> HostArray:
         row = logits.astype(np.float32)
@@ -131,7 +168,7 @@ def likely(logits: HostArray, sampling: Sampling) -> tuple[HostArray, HostArray]
     values = logits[kept].astype(np.float64)
     largest = float(values.max(initial=-math.inf))
     if not math.isfinite(largest):
-        raise StateError("no logit is finite", hint="reset the session and check the inputs")
+        raise no_finite_logit()
     weights: HostArray = np.exp((values - largest) / sampling.temperature)
     if sampling.top_p < 1.0:
         chosen = _likeliest(weights, sampling.top_p)
@@ -155,6 +192,28 @@ def _likeliest(weights: HostArray, share: float) -> HostArray:
     return np.sort(order[: max(int(np.count_nonzero(before < wanted)), 1)])
 
 
+def draw_settings(sampling: Sampling, number: float, vocabulary: int) -> HostArray:
+    """What a module that draws tokens takes for one row, [8] f32: see `draw` in the manifest's format.
+
+    Args:
+        sampling: How; the repetition penalty is not a module's.
+        number: The random number, 0 to 1.
+        vocabulary: How many logits there are.
+    """
+    top_k, temperature = min(sampling.top_k, _MOST_TOP_K), sampling.temperature
+    reach = _REACH
+    if 0 < top_k < vocabulary:
+        reach = _REACH_OF_TOP_K
+    elif sampling.top_p < 1.0:  # all that is further makes up less than top-p leaves out
+        reach = min(_REACH, math.log(vocabulary / (1.0 - sampling.top_p)) + _SLACK)
+    elif sampling.min_p > 0.0:
+        reach = min(_REACH, _SLACK - math.log(sampling.min_p))
+    temperature = max(temperature, _LEAST_TEMPERATURE) if temperature else 0.0
+    kept = top_k if top_k < vocabulary else 0
+    values = [temperature, kept, sampling.top_p, sampling.min_p, reach, min(number, _BELOW_ONE), 0, 0]
+    return np.array(values, np.float32)
+
+
 def index_of_largest(logits: HostArray) -> int:
     """Index of the largest element of a vector, as numpy's `argmax` finds it: the first of equals, or the first NaN.
 
@@ -174,3 +233,8 @@ def index_of_largest(logits: HostArray) -> int:
 def nan_logits() -> StateError:
     """The error for a model that has lost its numbers."""
     return StateError("the logits are NaN", hint="reset the session and check the inputs")
+
+
+def no_finite_logit() -> StateError:
+    """The error for logits that are all infinite, or of which one is infinitely likely."""
+    return StateError("no logit is finite", hint="reset the session and check the inputs")

@@ -11,17 +11,14 @@ from hypothesis import strategies as st
 from linattn.runtime import InputError, Sampling, StateError
 from linattn.runtime.generation.sampling import Sampler, likely
 
+from tests.chi_square import chi_square_bound
+
 DRAWS = 20_000
 
 
 def softmax(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
     weights = np.exp((logits - logits.max()) / temperature)
     return weights / weights.sum()
-
-
-def chi_square_bound(degrees: int) -> float:
-    """What a chi-square variable exceeds once in 10,000 times (Wilson and Hilferty 1931)."""
-    return degrees * (1 - 2 / (9 * degrees) + 3.719 * np.sqrt(2 / (9 * degrees))) ** 3
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])

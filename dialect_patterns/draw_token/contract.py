@@ -1,0 +1,71 @@
+"""What DrawToken takes and gives.
+
+    linattn.DrawToken(logits [..., V], settings [B, 8] f32) -> [...] i64        B rows of logits
+
+The settings of a row, in this order: temperature (0: the first of the largest logits), top_k (0: all), top_p, min_p
+(as ``linattn.runtime.Sampling`` has them), reach, a random number in [0, 1), and two that mean nothing. Logits that are
+more than ``reach`` times the temperature below the largest one are not drawn, but where fewer than top_k are nearer.
+Whoever calls knows how far top-p and min-p can go; else it is 87, where f32 has no probabilities any more.
+
+Tokens that remain stand in the order of their ids, each as long as it is likely; the one that the random number points
+at is the answer: the same that ``linattn.runtime`` finds on the host with f64. -1 where there is a NaN, -2 where no
+logit is finite.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..node import FLOATS, Node, TensorSpec
+
+DRAW_TOKEN = "DrawToken"
+SETTINGS = 8
+"""Numbers a row."""
+
+FURTHEST = 87.0
+"""The reach of f32."""
+
+MOST_IDS = 1 << 24
+"""Ids are counted in f32."""
+
+
+@dataclass(frozen=True)
+class DrawToken:
+    """Contract.
+
+    Attributes:
+        logits: [..., V], floats, static.
+    """
+
+    logits: TensorSpec
+
+    @property
+    def vocabulary(self) -> int:
+        """V."""
+        return self.logits.shape[-1] or 0
+
+    @property
+    def rows(self) -> int:
+        """B."""
+        return math.prod(size or 0 for size in self.logits.shape[:-1])
+
+
+def parse(node: Node) -> DrawToken:
+    """Check the node; see the contract."""
+    logits, settings = node.required(0, "logits"), node.required(1, "settings")
+    if logits.dtype not in FLOATS or logits.rank < 2 or None in logits.shape or 0 in logits.shape:
+        raise node.error("input 'logits' cannot be drawn from", got=str(logits), expected="[..., V] of floats, static")
+    contract = DrawToken(logits)
+    if contract.vocabulary > MOST_IDS:
+        raise node.error("too many logits", got=contract.vocabulary, expected=f"at most {MOST_IDS}")
+    wanted = TensorSpec((contract.rows, SETTINGS), "f32")
+    if settings != wanted:
+        raise node.error("input 'settings' is another one", got=str(settings), expected=str(wanted))
+    return contract
+
+
+def output_types(contract: DrawToken) -> Sequence[TensorSpec]:
+    """A token for each row."""
+    return [TensorSpec(contract.logits.shape[:-1], "i64")]

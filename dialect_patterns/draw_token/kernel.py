@@ -1,0 +1,355 @@
+"""DrawToken as one kernel: a workgroup a row, which looks through the row as often as the settings ask for.
+
+    %token, %scratch = flow.dispatch @draw_token_...[%rows](%logits, %settings)
+
+Top-k and top-p are a least logit each: the largest one such that at least k logits, or as much of the probability as is
+wanted, are not below it. It is found by bisection; each round ends at a logit that is there, so that a few rounds are
+enough, and drops what is below the bound that it has. What is looked through again is therefore soon a small part of
+the row. Of the logits that equal the bound of top-p those with the smallest ids are kept, as many as are needed.
+
+The token is found by bisection over the ids. Nothing is sorted, and no memory is shared but for sums.
+
+Cost: greedy two passes over the row; temperature alone four; top-k and top-p about one more each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from iree.compiler import ir
+
+from ..emit.builder import Builder, tensor_type
+from ..emit.scalar import Scalar
+from ..emit.simt_kernel import Group, Kernel, dispatch
+from ..target import Target
+from .contract import FURTHEST, SETTINGS, DrawToken
+from .workgroup import Workgroup
+
+_WIDTH = 4
+_MOST_WIDTH = 16
+_MAX_THREADS = 1024
+_MAX_THREADS_BY_MEMORY = 256
+_LEAST_THREADS = 16
+_NAN, _NONE = -1, -2
+_BEYOND = 3e38
+"""More than any id."""
+
+_LEAST_MASS = 1e-30
+"""top_p 0 keeps one token."""
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """How a row is looked through.
+
+    Attributes:
+        width: Logits of a strip.
+        strips: Strips of a row.
+        threads: Threads of the workgroup.
+    """
+
+    width: int
+    strips: int
+    threads: int
+
+    @property
+    def slots(self) -> int:
+        """Strips that a thread may keep."""
+        return -(-self.strips // self.threads)
+
+
+def _shape(c: DrawToken, target: Target) -> _Shape:
+    width = _WIDTH if target.is_gpu else min(max(target.vector_bits // 32, _WIDTH), _MOST_WIDTH)
+    strips, threads = -(-c.vocabulary // width), 1
+    if target.is_gpu:
+        threads = target.subgroup_size or _LEAST_THREADS
+        limit = min(_MAX_THREADS if target.subgroup_size else _MAX_THREADS_BY_MEMORY, target.max_threads)
+        while 2 * threads <= limit and threads < strips:
+            threads *= 2
+    return _Shape(width, strips, threads)
+
+
+def emit_draw(b: Builder, target: Target, c: DrawToken, logits: ir.Value, settings: ir.Value) -> ir.Value:
+    """The tokens as pairs of i32, [B, 2], the low half first."""
+    shape, rows = _shape(c, target), c.rows
+    if shape.strips * shape.width != c.vocabulary:  # what is not there is never chosen
+        logits = b.pad_end(logits, 1, shape.strips * shape.width, float("-inf"))
+    subgroup = target.subgroup_size if target.is_gpu else 0
+
+    def body(k: Kernel) -> None:
+        _Draw(k, c, shape).emit()
+
+    name = f"draw_token_{c.logits.dtype}_{rows}x{c.vocabulary}_w{shape.width}_t{shape.threads}_g{subgroup}"
+    outputs: list[tuple[ir.RankedTensorType, list[ir.Value]]] = [
+        (tensor_type((rows, 2), "i32"), []),
+        (tensor_type((rows, shape.slots * shape.threads * shape.width), "f32"), []),
+    ]
+    group = Group(shape.threads, subgroup)
+    return dispatch(name, group, 1, b.index(rows), [], [logits, settings], outputs, body)[0]
+
+
+class _Draw:
+    """Emits the kernel."""
+
+    def __init__(self, k: Kernel, c: DrawToken, shape: _Shape) -> None:
+        self.k, self.c, self.shape = k, c, shape
+        self.w = w = Workgroup(k, shape.width)
+        index = Scalar.constant
+        self.row = k.item().minimum(c.rows - 1)
+        self.logits = k.buffer(0, c.logits.dtype, index(c.rows * shape.strips, "index"), shape.width)
+        settings = k.buffer(1, "f32", index(c.rows * SETTINGS, "index"))
+        self.token = k.buffer(2, "i32", index(2 * c.rows, "index"))
+        kept = shape.slots * shape.threads
+        self.kept = k.buffer(3, "f32", index(c.rows * kept, "index"), shape.width)
+        self.kept_start = self.row * kept + w.thread
+        self.first, self.stop = index(0, "index"), index(shape.strips, "index")
+        values = [k.load(settings, self.row * SETTINGS + i) for i in range(6)]
+        self.temperature, self.top_k, self.top_p, self.min_p, self.reach, self.random = values
+        self.most = k.constant(0.0)
+
+    def emit(self) -> None:
+        """Emit everything."""
+        k, w, i32 = self.k, self.w, [ir.IntegerType.get_signless(32)]
+
+        def look(strip: Scalar) -> list[ir.Value]:
+            x = self.load(strip)
+            return [x, w.where(w.compare(x, "UNO", x), 1.0, 0.0)]
+
+        self.most, nan = w.over(["max", "max"], self.first, self.stop, look)
+        finite = w.both(w.compare(self.most, "OLT", k.constant(float("inf"))),
+                        w.compare(self.most, "OGT", k.constant(float("-inf"))))  # fmt: skip
+
+        def number(value: int) -> list[ir.Value]:
+            return [Scalar.constant(value, "i32").value]
+
+        def drawn() -> list[ir.Value]:
+            return k.choose(Scalar(finite), lambda: [self.drawn()], lambda: number(_NONE), i32)
+
+        def chosen() -> list[ir.Value]:
+            greedy = Scalar(w.compare(self.temperature, "OEQ", k.constant(0.0)))
+            return k.choose(greedy, lambda: [self.greedy()], drawn, i32)
+
+        is_nan = Scalar(w.compare(nan, "OGT", k.constant(0.0)))
+        token = Scalar(k.choose(is_nan, lambda: number(_NAN), chosen, i32)[0])
+
+        def write() -> None:
+            high = (token < 0).select(Scalar.constant(-1, "i32"), Scalar.constant(0, "i32"))
+            k.store_as_is(token.value, self.token, self.row * 2)
+            k.store_as_is(high.value, self.token, self.row * 2 + 1)
+
+        k.when(w.thread.equals(0), write)
+
+    def load(self, strip: Scalar) -> ir.Value:
+        """Logits of the row."""
+        return self.k.widen(self.logits, self.k.load(self.logits, self.row * self.shape.strips + strip))
+
+    def weight(self, x: ir.Value) -> ir.Value:
+        """How likely a logit is, the largest one 1."""
+        k, w = self.k, self.w
+        most, temperature = self.most, self.temperature
+        if str(x.type).startswith("vector"):
+            most, temperature = w.all(most), w.all(temperature)
+        return w.exp(k.div(k.sub(x, most), temperature))
+
+    def greedy(self) -> ir.Value:
+        """The first place of the largest logit."""
+        w = self.w
+
+        def look(strip: Scalar) -> list[ir.Value]:
+            return [w.where(w.compare(self.load(strip), "OEQ", self.most), w.ids(strip), _BEYOND)]
+
+        (place,) = w.over(["min"], self.first, self.stop, look)
+        return Scalar(place).to("i32").value
+
+    def drawn(self) -> ir.Value:
+        """The token that the random number points at."""
+        k, w = self.k, self.w
+        zero, one = k.constant(0.0), k.constant(1.0)
+        f32, index = zero.type, ir.IndexType.get()
+        total, least, count = self.gather()
+        has_k, has_p = w.compare(self.top_k, "OGT", zero), w.compare(self.top_p, "OLT", one)
+
+        def by_count() -> list[ir.Value]:
+            bound, left = self.search(least, count, self.top_k, lambda _: w.all(1.0))
+            mass, _, _, left = self.scan(left, bound, bound, self.weight)
+            return [bound, mass, left]
+
+        types = [f32, f32, index]
+        bound, mass, count = k.choose(Scalar(has_k), by_count, lambda: [least, total, count], types)
+        wanted = w.join("max", k.mul(mass, self.top_p), k.constant(_LEAST_MASS))
+
+        def by_mass() -> list[ir.Value]:
+            return self.search(bound, count, wanted, self.weight)
+
+        bound, count = k.choose(Scalar(has_p), by_mass, lambda: [bound, count], [f32, index])
+        above, likely, equal = self.weigh(count, bound)
+        own = self.weight(bound)
+        needed = k.div(k.sub(wanted, above), own)
+        needed = w.where(has_p, w.join("min", w.join("max", self.rounded_up(needed), one), equal), equal)
+        likely = k.add(likely, w.where(w.compare(own, "OGE", self.min_p), k.mul(needed, own), 0.0))
+
+        def equals(_: Scalar, x: ir.Value) -> ir.Value:
+            return w.where(w.compare(x, "OEQ", bound), 1.0, 0.0)
+
+        def cut() -> list[ir.Value]:
+            return [self.locate(equals, k.sub(needed, k.constant(0.5)))]
+
+        some = Scalar(w.compare(needed, "OLT", equal))
+        (last,) = k.choose(some, cut, lambda: [k.constant(_BEYOND)], [f32])
+
+        def kept(strip: Scalar, x: ir.Value) -> ir.Value:
+            value = self.weight(x)
+            first = w.both(w.compare(x, "OEQ", bound), w.compare(last, "OGE", w.ids(strip)))
+            inside = w.both(w.either(w.compare(x, "OGT", bound), first), w.compare(value, "OGE", self.min_p))
+            return w.where(inside, value, 0.0)
+
+        return Scalar(self.locate(kept, k.mul(likely, self.random))).to("i32").value
+
+    def rounded_up(self, value: ir.Value) -> ir.Value:
+        """The next whole number; numbers are positive and not large, or beyond what matters."""
+        return ir.Operation.create("math.ceil", results=[value.type], operands=[value]).result
+
+    # ---- what may be drawn -----------------------------------------------------------------------------------------
+    def gather(self) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """What all logits weigh, the least one within reach, and how many strips this thread keeps for having some.
+
+        Where fewer than the wanted k are within reach, it is all of them.
+        """
+        k, w = self.k, self.w
+        total, least, near, count = self.within(k.mul(self.reach, self.temperature))
+
+        def further() -> list[ir.Value]:
+            _, least, _, count = self.within(k.mul(k.constant(FURTHEST), self.temperature))
+            return [least, count]
+
+        few = Scalar(w.compare(self.top_k, "OGT", near))
+        least, count = k.choose(few, further, lambda: [least, count], [least.type, count.type])
+        return total, least, count
+
+    def within(self, reach: ir.Value) -> list[ir.Value]:
+        """Of what is not further than this below the largest logit: what all weigh, the least, how many, strips."""
+        k, w = self.k, self.w
+        bound = k.sub(self.most, reach)
+
+        def look(strip: Scalar, count: ir.Value) -> tuple[list[ir.Value], ir.Value]:
+            x = self.load(strip)
+            near = w.compare(x, "OGE", bound)
+            found = [self.weight(x), w.where(near, x, float("inf")), w.where(near, 1.0, 0.0)]
+            return found, self.keep(x, bound, count)
+
+        sums, count = w.over_own(["add", "min", "add"], w.thread, self.stop, w.threads, look)
+        return [*sums, count]
+
+    def keep(self, x: ir.Value, bound: ir.Value, count: ir.Value) -> ir.Value:
+        """Keeps a strip if it has a logit that is not below a bound; how many there are then."""
+        k, w = self.k, self.w
+        wanted = Scalar(w.compare(w.across("max", x), "OGE", bound))
+        place = Scalar(count) * w.threads + self.kept_start
+        k.when(wanted, lambda: k.store(x, self.kept, place))
+        return wanted.select(Scalar(count) + 1, Scalar(count)).value
+
+    def scan(
+        self, count: ir.Value, bound: ir.Value, middle: ir.Value, measure: Callable[[ir.Value], ir.Value]
+    ) -> list[ir.Value]:
+        """What is not below a middle, the least of it, the most of the rest; and how many strips reach the bound.
+
+        Args:
+            count: Strips that this thread keeps; it goes on with those that reach the bound.
+            bound: What nobody will ask for is below it.
+            middle: Where to cut.
+            measure: What logits count.
+        """
+        k, w = self.k, self.w
+
+        def look(at: Scalar, left: ir.Value) -> tuple[list[ir.Value], ir.Value]:
+            x = k.load(self.kept, at * w.threads + self.kept_start)
+            high = w.compare(x, "OGE", middle)
+            found = [w.where(high, measure(x), 0.0), w.where(high, x, float("inf")), w.where(high, float("-inf"), x)]
+            return found, self.keep(x, bound, left)
+
+        sums, left = w.over_own(["add", "min", "max"], self.first, Scalar(count), 1, look)
+        return [*sums, left]
+
+    def search(
+        self, least: ir.Value, count: ir.Value, wanted: ir.Value, measure: Callable[[ir.Value], ir.Value]
+    ) -> list[ir.Value]:
+        """The largest logit such that what is not below it is as much as is wanted; the least one if none is.
+
+        Args:
+            least: The least logit that is asked about.
+            count: Strips that this thread keeps.
+            wanted: How much.
+            measure: What logits count.
+
+        Returns:
+            The logit, and the strips that are left.
+        """
+        k, w = self.k, self.w
+        all_of_it, _, _, count = self.scan(count, least, least, measure)
+        most = w.where(w.compare(all_of_it, "OGE", wanted), self.most, least)
+
+        def is_open(carried: list[ir.Value]) -> ir.Value:
+            return w.compare(carried[0], "OLT", carried[1])
+
+        def halve(carried: list[ir.Value]) -> list[ir.Value]:
+            low, high, strips = carried
+            middle = k.add(low, k.mul(k.sub(high, low), k.constant(0.5)))
+            middle = w.where(w.both(w.compare(middle, "OGT", low), w.compare(middle, "OLT", high)), middle, high)
+            found, after, before, left = self.scan(strips, low, middle, measure)
+            enough = w.compare(found, "OGE", wanted)
+            return [w.where(enough, after, low), w.where(enough, high, before), left]
+
+        bound, _, count = w.repeat([least, most, count], is_open, halve)
+        return [bound, count]
+
+    def weigh(self, count: ir.Value, bound: ir.Value) -> list[ir.Value]:
+        """What is above a bound weighs, what of it min-p leaves, and how many logits equal the bound."""
+        k, w = self.k, self.w
+
+        def look(at: Scalar, left: ir.Value) -> tuple[list[ir.Value], ir.Value]:
+            x = k.load(self.kept, at * w.threads + self.kept_start)
+            above = w.where(w.compare(x, "OGT", bound), self.weight(x), 0.0)
+            likely = w.where(w.compare(above, "OGE", self.min_p), above, 0.0)
+            return [above, likely, w.where(w.compare(x, "OEQ", bound), 1.0, 0.0)], left
+
+        return w.over_own(["add"] * 3, self.first, Scalar(count), 1, look)[0]
+
+    def locate(self, measure: Callable[[Scalar, ir.Value], ir.Value], wanted: ir.Value) -> ir.Value:
+        """The first id up to which there is more than is wanted; the last that counts where sums fall short of it.
+
+        Args:
+            measure: What the logits of a strip count.
+            wanted: How much.
+        """
+        k, w = self.k, self.w
+
+        def is_open(carried: list[ir.Value]) -> ir.Value:
+            return (Scalar(carried[0]) + 1 < Scalar(carried[1])).value
+
+        def halve(carried: list[ir.Value]) -> list[ir.Value]:
+            low, high = Scalar(carried[0]), Scalar(carried[1])
+            middle = (low + high).divide_unsigned(2)[0]
+            (part,) = w.over(["add"], low, middle, lambda strip: [measure(strip, self.load(strip))])
+            until = k.add(carried[2], part)
+            left = Scalar(w.compare(until, "OGT", wanted))
+            ends = [left.select(low, middle).value, left.select(middle, high).value]
+            return [*ends, w.where(left.value, carried[2], until)]
+
+        strip, _, until = w.repeat([self.first.value, self.stop.value, k.constant(0.0)], is_open, halve)
+        x = self.load(Scalar(strip))
+        found = none = k.constant(-1.0)
+        for value, place in zip(k.elements(measure(Scalar(strip), x)), k.elements(w.ids(Scalar(strip))), strict=True):
+            until = k.add(until, value)
+            here = w.both(w.compare(until, "OGT", wanted), w.compare(value, "OGT", k.constant(0.0)))
+            found = w.where(w.both(here, w.compare(found, "OEQ", none)), place, found)
+
+        def last() -> list[ir.Value]:
+            def look(strip: Scalar) -> list[ir.Value]:
+                counts = w.compare(measure(strip, self.load(strip)), "OGT", k.constant(0.0))
+                return [w.where(counts, w.ids(strip), 0.0)]
+
+            return w.over(["max"], self.first, self.stop, look)
+
+        is_none = Scalar(w.compare(found, "OEQ", none))
+        return k.choose(is_none, last, lambda: [found], [found.type])[0]
