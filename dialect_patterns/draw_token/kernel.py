@@ -164,47 +164,35 @@ class _Draw:
 
     def drawn(self) -> ir.Value:
         """The token that the random number points at."""
-        k, w = self.k, self.w
-        zero, one = k.constant(0.0), k.constant(1.0)
-        f32, index = zero.type, ir.IndexType.get()
+        k, w, one = self.k, self.w, self.k.constant(1.0)
         total, least, count = self.gather()
-        has_k, has_p = w.compare(self.top_k, "OGT", zero), w.compare(self.top_p, "OLT", one)
-
-        def by_count() -> list[ir.Value]:
-            bound, left = self.search(least, count, self.top_k, lambda _: w.all(1.0))
-            mass, _, _, left = self.scan(left, bound, bound, self.weight)
-            return [bound, mass, left]
-
-        types = [f32, f32, index]
-        bound, mass, count = k.choose(Scalar(has_k), by_count, lambda: [least, total, count], types)
-        wanted = w.join("max", k.mul(mass, self.top_p), k.constant(_LEAST_MASS))
-
-        def by_mass() -> list[ir.Value]:
-            return self.search(bound, count, wanted, self.weight)
-
-        bound, count = k.choose(Scalar(has_p), by_mass, lambda: [bound, count], [f32, index])
+        bound, wanted, count = self.bound(total, least, count)
         above, likely, equal = self.weigh(count, bound)
         own = self.weight(bound)
         needed = k.div(k.sub(wanted, above), own)
+        has_p = w.compare(self.top_p, "OLT", one)
         needed = w.where(has_p, w.join("min", w.join("max", self.rounded_up(needed), one), equal), equal)
         likely = k.add(likely, w.where(w.compare(own, "OGE", self.min_p), k.mul(needed, own), 0.0))
 
-        def equals(_: Scalar, x: ir.Value) -> ir.Value:
-            return w.where(w.compare(x, "OEQ", bound), 1.0, 0.0)
+        def find(turn: Scalar, carried: list[ir.Value]) -> list[ir.Value]:
+            """The id of the last that equals the bound and is kept; then the token."""
+            second, last = turn.to("i32").to("f32").value, carried[0]
+            first = k.sub(one, second)
 
-        def cut() -> list[ir.Value]:
-            return [self.locate(equals, k.sub(needed, k.constant(0.5)))]
+            def measure(strip: Scalar, x: ir.Value) -> ir.Value:
+                value, equals = self.weight(x), w.compare(x, "OEQ", bound)
+                inside = w.either(w.compare(x, "OGT", bound), w.both(equals, w.compare(last, "OGE", w.ids(strip))))
+                kept = w.where(w.both(inside, w.compare(value, "OGE", self.min_p)), value, 0.0)
+                return k.add(k.mul(kept, w.all(second)), w.where(equals, first, 0.0))
 
-        some = Scalar(w.compare(needed, "OLT", equal))
-        (last,) = k.choose(some, cut, lambda: [k.constant(_BEYOND)], [f32])
+            is_second = w.compare(second, "OEQ", one)
+            wanted = w.where(is_second, k.mul(likely, self.random), k.sub(needed, k.constant(0.5)))
+            return [self.locate(measure, wanted)]
 
-        def kept(strip: Scalar, x: ir.Value) -> ir.Value:
-            value = self.weight(x)
-            first = w.both(w.compare(x, "OEQ", bound), w.compare(last, "OGE", w.ids(strip)))
-            inside = w.both(w.either(w.compare(x, "OGT", bound), first), w.compare(value, "OGE", self.min_p))
-            return w.where(inside, value, 0.0)
-
-        return Scalar(self.locate(kept, k.mul(likely, self.random))).to("i32").value
+        is_cut = Scalar(w.compare(needed, "OLT", equal))
+        turns = [Scalar.constant(turn, "index") for turn in range(3)]
+        (token,) = k.loop(is_cut.select(turns[0], turns[1]), turns[2], 1, [k.constant(_BEYOND)], find)
+        return Scalar(token).to("i32").value
 
     def rounded_up(self, value: ir.Value) -> ir.Value:
         """The next whole number; numbers are positive and not large, or beyond what matters."""
@@ -217,14 +205,19 @@ class _Draw:
         Where fewer than the wanted k are within reach, it is all of them.
         """
         k, w = self.k, self.w
-        total, least, near, count = self.within(k.mul(self.reach, self.temperature))
+        zero, furthest = k.constant(0.0), k.constant(FURTHEST)
+        enough = w.join("max", self.top_k, k.constant(1.0))
 
-        def further() -> list[ir.Value]:
-            _, least, _, count = self.within(k.mul(k.constant(FURTHEST), self.temperature))
-            return [least, count]
+        def is_short(carried: list[ir.Value]) -> ir.Value:
+            return w.both(w.compare(carried[3], "OLT", enough), w.compare(carried[0], "OGE", zero))
 
-        few = Scalar(w.compare(self.top_k, "OGT", near))
-        least, count = k.choose(few, further, lambda: [least, count], [least.type, count.type])
+        def look(carried: list[ir.Value]) -> list[ir.Value]:
+            reach = carried[0]
+            further = w.where(w.compare(reach, "OLT", furthest), furthest, -1.0)
+            return [further, *self.within(k.mul(reach, self.temperature))]
+
+        initial = [self.reach, zero, zero, zero, self.first.value]
+        _, total, least, _, count = w.repeat(initial, is_short, look)
         return total, least, count
 
     def within(self, reach: ir.Value) -> list[ir.Value]:
@@ -271,23 +264,56 @@ class _Draw:
         sums, left = w.over_own(["add", "min", "max"], self.first, Scalar(count), 1, look)
         return [*sums, left]
 
-    def search(
-        self, least: ir.Value, count: ir.Value, wanted: ir.Value, measure: Callable[[ir.Value], ir.Value]
-    ) -> list[ir.Value]:
-        """The largest logit such that what is not below it is as much as is wanted; the least one if none is.
+    def bound(self, total: ir.Value, least: ir.Value, count: ir.Value) -> list[ir.Value]:
+        """The least logit that is drawn, how much top-p wants, and the strips that are left: by top-k, then by top-p.
 
         Args:
-            least: The least logit that is asked about.
+            total: What all logits weigh.
+            least: The least logit within reach.
+            count: Strips that this thread keeps.
+        """
+        k, w, zero, one = self.k, self.w, self.k.constant(0.0), self.k.constant(1.0)
+        has_k, has_p = w.compare(self.top_k, "OGT", zero), w.compare(self.top_p, "OLT", one)
+
+        def turn(at: Scalar, carried: list[ir.Value]) -> list[ir.Value]:
+            bound, _, left = carried
+            second = at.to("i32").to("f32").value
+            is_second = w.compare(second, "OEQ", one)
+
+            def measure(x: ir.Value) -> ir.Value:  # 1, or the weight; nothing that is far away is asked for
+                power = k.div(k.sub(x, w.all(self.most)), w.all(self.temperature))
+                return w.exp(k.mul(w.join("max", power, w.all(-FURTHEST)), w.all(second)))
+
+            found, _, _, left = self.scan(left, bound, bound, measure)
+            share = k.mul(w.where(has_k, found, total), self.top_p)
+            wanted = w.where(is_second, w.join("max", share, k.constant(_LEAST_MASS)), self.top_k)
+            high = w.where(w.compare(found, "OGE", wanted), self.most, bound)
+            bound, left = self.search(bound, high, left, wanted, measure)
+            return [bound, wanted, left]
+
+        turns = [Scalar.constant(turn, "index") for turn in range(3)]
+        start = Scalar(has_k).select(turns[0], turns[1])
+        stop = Scalar(has_p).select(turns[2], turns[1])
+        return k.loop(start, stop, 1, [least, zero, count], turn)
+
+    def search(
+        self,
+        low: ir.Value,
+        high: ir.Value,
+        count: ir.Value,
+        wanted: ir.Value,
+        measure: Callable[[ir.Value], ir.Value],
+    ) -> list[ir.Value]:
+        """The largest logit such that what is not below it is as much as is wanted, and the strips that are left.
+
+        Args:
+            low: A logit that is low enough.
+            high: The largest that may be the answer.
             count: Strips that this thread keeps.
             wanted: How much.
             measure: What logits count.
-
-        Returns:
-            The logit, and the strips that are left.
         """
         k, w = self.k, self.w
-        all_of_it, _, _, count = self.scan(count, least, least, measure)
-        most = w.where(w.compare(all_of_it, "OGE", wanted), self.most, least)
 
         def is_open(carried: list[ir.Value]) -> ir.Value:
             return w.compare(carried[0], "OLT", carried[1])
@@ -300,7 +326,7 @@ class _Draw:
             enough = w.compare(found, "OGE", wanted)
             return [w.where(enough, after, low), w.where(enough, high, before), left]
 
-        bound, _, count = w.repeat([least, most, count], is_open, halve)
+        bound, _, count = w.repeat([low, high, count], is_open, halve)
         return [bound, count]
 
     def weigh(self, count: ir.Value, bound: ir.Value) -> list[ir.Value]:
