@@ -137,7 +137,8 @@ def _parser() -> argparse.ArgumentParser:
         "--sampler",
         default="none",
         metavar="|".join(SAMPLERS),
-        help="greedy: a step that returns the likeliest token instead of all logits, so that greedy generation on a "
+        help="a step that returns the next token instead of all logits; greedy: the likeliest; draw: by temperature, "
+        "top-k, top-p and min-p too; so that generation on a "
         "GPU submits the next step before the last is done (default: none)",
     )
     add("--plain-abi", action="store_true", help="functions that iree-run-module and C programs can call as they are")

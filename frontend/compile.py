@@ -35,7 +35,7 @@ from .graph.join_products import join_products
 from .graph.last_position import LEAST_TOKENS, keep_last
 from .graph.masked_experts import raise_masked_experts
 from .graph.name_nodes import name_nodes
-from .graph.next_token import choose_next
+from .graph.next_token import DRAW_INPUT, choose_next
 from .graph.quantised_weights import pack_quantised_weights
 from .graph.raising.raise_operators import RAISED_OPS, raise_operators
 from .graph.raising.tokens import mixes_tokens
@@ -140,7 +140,8 @@ def compile_model(
     )
     can_take = not loops and all(_is_static(graph) for graph in functions.values())
     signature = dataclasses.replace(plan.signature(), takes_results=can_take and not options.plain_abi)
-    report.abi = describe_abi(plan, signature, functions)
+    signatures = {symbol: _signature(signature, graph) for symbol, graph in functions.items()}
+    report.abi = describe_abi(plan, signatures, functions)
     with progress.stage(f"import {len(functions)} entry points"), compiler.building():
         module = ir.Module.create()
         module.operation.attributes["sym_name"] = ir.StringAttr.get("linattn")
@@ -151,7 +152,7 @@ def compile_model(
             reflection = {REFLECTION_KEY: manifest.to_json()} if symbol == plan.entry_points[0].symbol else {}
             if signature.takes_results:
                 reflection[RESULTS_KEY] = json.dumps([_result(name, signature, graph) for name in signature.results])
-            import_entry_point(symbol, graph, signature, weights, reflection)
+            import_entry_point(symbol, graph, signatures[symbol], weights, reflection)
         compiler.dump(module, "import")
     with progress.stage("lower operators"):
         with compiler.building():
@@ -228,6 +229,12 @@ def _is_static(graph: SpecializedGraph) -> bool:
     return all(d.HasField("dim_value") for v in values for d in graph.types[v.name].tensor_type.shape.dim)
 
 
+def _signature(common: Signature, graph: SpecializedGraph) -> Signature:
+    """What one function takes and gives."""
+    draws = DRAW_INPUT in graph.types
+    return dataclasses.replace(common, arguments=[*common.arguments, DRAW_INPUT]) if draws else common
+
+
 def _result(name: str, signature: Signature, graph: SpecializedGraph) -> list[Any] | None:
     """Element type and shape of a result, None if it is written into an argument."""
     if name in signature.tied:
@@ -296,14 +303,20 @@ def _functions(
         if short is not None:
             functions[symbol] = short
         entries.append(dataclasses.replace(entry, last=symbol) if short is not None else entry)
-        if options.sampler == "greedy" and entry.tokens == 1 and len(logits) == len(ids) == 1:
-            next_token = choose_next(graph, logits[0], ids[0])
+        if options.sampler != "none" and entry.tokens == 1 and len(logits) == len(ids) == 1:
+            draws = options.sampler == "draw"
+            next_token = choose_next(graph, logits[0], ids[0], draws=draws)
+            symbol = f"{entry.symbol}_{'draw' if draws else 'token'}"
             if next_token is not None:
-                functions[f"{entry.symbol}_token"] = next_token
-                entries[-1] = dataclasses.replace(entries[-1], token=f"{entry.symbol}_token")
+                functions[symbol] = next_token
+                chosen = {"draw" if draws else "token": symbol}
+                entries[-1] = dataclasses.replace(entries[-1], **chosen)
     notes = list(plan.notes)
-    if options.sampler == "greedy" and not any(entry.token for entry in entries):
-        notes.append("--sampler greedy: no token can be chosen, for no step of one token has one row of logits an id")
+    if options.sampler != "none" and not any(entry.token or entry.draw for entry in entries):
+        why = "no step of one token has one row of logits an id"
+        if options.sampler == "draw" and plan.batch is None:
+            why += " (the batch is open)"
+        notes.append(f"--sampler {options.sampler}: no token can be chosen, for {why}")
     return dataclasses.replace(plan, entry_points=tuple(entries), notes=tuple(notes)), functions
 
 

@@ -19,7 +19,7 @@ BUNDLE_SUFFIX = ".linattn"
 DEFAULT_MAX_MEMORY = 64 << 30
 """Bytes that one call may need for its inputs, states, outputs and what it computes between."""
 
-SAMPLERS = ("none", "greedy")
+SAMPLERS = ("none", "greedy", "draw")
 
 _UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 
@@ -48,7 +48,8 @@ class CompileOptions:
         plain_abi: Functions return every output and state as ordinary results, as any caller of IREE expects; without
             it those of fixed sizes take memory for them, which saves our runtime an allocation a call.
         max_memory: Bytes that a call may need, weights not counted; see :mod:`linattn.frontend.limits`.
-        sampler: ``greedy``: a further entry point whose result is the token with the largest logit; ``none``.
+        sampler: ``greedy``: a further entry point whose result is the token with the largest logit; ``draw``: one that
+            is drawn by temperature, top-k, top-p and min-p, which are given with every call; ``none``.
         tokenizer: A folder or a tokenizer.json that the module will carry, with what lies beside it; ``beside`` for the
             one beside the model, if there is one; None for none.
         dump_ir: Folder for the IR after each stage.

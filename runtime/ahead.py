@@ -26,6 +26,7 @@ class Ahead:
         step: Its memory; nobody else's until it is done.
         source: The step that chooses its tokens, which must be kept as long; None: the host gave them.
         ids: Its tokens, once the host knows them.
+        draw: How its token is drawn; None: the largest logits.
         wait: Waits until it is done.
     """
 
@@ -34,8 +35,10 @@ class Ahead:
     step: Step
     source: Step | None
     ids: HostArray | None
+    draw: HostArray | None
     wait: Callable[[], None]
 
-    def is_next(self, now: Held, ids: HostArray) -> bool:
-        """Whether it is what appending these tokens would be."""
-        return self.base is now and self.ids is not None and np.array_equal(self.ids, ids)
+    def is_next(self, now: Held, ids: HostArray, draw: HostArray | None) -> bool:
+        """Whether it is what appending these tokens, and choosing so, would be."""
+        is_same = self.draw is draw or (self.draw is not None and draw is not None and np.array_equal(self.draw, draw))
+        return is_same and self.base is now and self.ids is not None and np.array_equal(self.ids, ids)

@@ -22,7 +22,8 @@ from .device import HostArray
 from .discover import FoundDevice, devices
 from .errors import InputError
 from .generation.feeding import token_input
-from .generation.loop import generate, greedy_rows
+from .generation.loop import chosen_where, generate, greedy_rows
+from .generation.sampling import Sampling
 from .outputs import check_outputs, new_file
 from .program import Program
 from .text.command import add_arguments, run_text
@@ -209,7 +210,8 @@ def _generate(program: Program, inputs: Mapping[str, HostArray], count: int) -> 
     print("\n".join(",".join(map(str, row)) for row in zip(*rows, strict=True)))
     batch, prompt = inputs[name].shape
     rate = f", then {(count - 1) * batch / (last - start - first):.1f} tokens/s" if count > 1 else ""
-    _note(f"prompt of {prompt} tokens in {first * 1e3:.1f} ms ({prompt * batch / first:.1f} tokens/s){rate}")
+    where = f"; chosen {chosen_where(program, Sampling())}"
+    _note(f"prompt of {prompt} tokens in {first * 1e3:.1f} ms ({prompt * batch / first:.1f} tokens/s){rate}{where}")
 
 
 def _files(names: Sequence[str], options: argparse.Namespace) -> dict[str, Path]:

@@ -105,7 +105,7 @@ def _strategies(nodes: Sequence[Any]) -> list[dict[str, Any]]:
 
 def _memory(module: Module, m: Manifest, path: Path, beside: Path | None) -> dict[str, Any]:
     """Bytes on the device: of the program, and of each sequence."""
-    symbols = [name for entry in m.entry_points for name in (entry.symbol, entry.last) if name]
+    symbols = [name for entry in m.entry_points for name in (entry.symbol, entry.last, entry.token, entry.draw) if name]
     working = [module.workspace_bytes(symbol) for symbol in symbols]
     results = [
         sum(math.prod(spec[1]) * numpy_dtype(spec[0]).itemsize for spec in specs[: len(m.outputs)] if spec is not None)
@@ -162,7 +162,9 @@ def _entry_text(entry: Mapping[str, Any]) -> str:
     count = "any number of tokens" if entry["tokens"] is None else f"{entry['tokens']} tokens"
     count = "1 token" if entry["tokens"] == 1 else count
     last = f"; {entry['last']}: the last position's logits only" if entry["last"] else ""
-    return f"{entry['symbol']}  {count}{last}"
+    token = f"; {entry['token']}: the likeliest next token" if entry["token"] else ""
+    draw = f"; {entry['draw']}: the next token, drawn" if entry["draw"] else ""
+    return f"{entry['symbol']}  {count}{last}{token}{draw}"
 
 
 def _spec_text(spec: Mapping[str, Any]) -> str:

@@ -195,17 +195,25 @@ class Engine:
             return None
         return Step(self.module, m, entry.symbol, shapes, self._output_memory(entry.symbol))
 
-    def take_chooser(self, batch: int) -> Step | None:
-        """A step of the entry point that chooses tokens, for whoever takes it alone; None where there is none."""
+    def take_chooser(self, batch: int, *, draws: bool = False) -> Step | None:
+        """A step of the entry point that chooses tokens, for whoever takes it alone; None where there is none.
+
+        Args:
+            batch: Rows.
+            draws: Whether the largest logits are not enough.
+        """
+        m = self.manifest
+        draw = next((entry.draw for entry in m.entry_points if entry.draw), None)
+        if draws and draw is None:
+            return None
         if free := self._choosers.get(batch):
             return free.pop()
-        m = self.manifest
-        symbol = next((entry.token for entry in m.entry_points if entry.token), None)
+        symbol = draw or next((entry.token for entry in m.entry_points if entry.token), None)
         shapes = step_shapes(m, batch) if symbol is not None else None
         specs = self.module.result_specs(symbol) if symbol is not None else None
         if symbol is None or shapes is None or specs is None:
             return None
-        return Step(self.module, m, symbol, shapes, self._new_outputs(specs))
+        return Step(self.module, m, symbol, shapes, self._new_outputs(specs), batch if draw else 0)
 
     def give_back(self, batch: int, step: Step) -> None:
         """Lets others have a step that is done."""

@@ -102,6 +102,8 @@ class EntryPoint:
         last: A function that does the same but returns the logits of the last position only; None: there is none.
         token: A function that does the same but returns in place of the logits the index of the largest one of each
             row, [B, 1], of the dtype of the token ids, -1 where there is a NaN; None: there is none.
+        draw: A function that returns a token of each row likewise, and takes one argument more behind the states: how
+            it is drawn, [B, 8] f32 (README.md has the order); None: there is none.
     """
 
     symbol: str
@@ -109,6 +111,7 @@ class EntryPoint:
     tokens: int | None
     last: str | None = None
     token: str | None = None
+    draw: str | None = None
 
 
 @dataclass(frozen=True)
@@ -387,6 +390,7 @@ def _build(top: Reader, where: str) -> Manifest:
                 row.optional_whole("tokens", 0),
                 row.optional_text("last"),
                 row.optional_text("token"),
+                row.optional_text("draw"),
             )
             for row in top.rows("entry_points")
         ),
@@ -406,7 +410,7 @@ def _check(manifest: Manifest, where: str) -> None:
     for group, names in (
         ("input and state", [spec.name for spec in (*m.inputs, *m.states)]),
         ("output", [*(spec.name for spec in m.outputs), *(state.output for state in m.states)]),
-        ("entry point", [name for e in m.entry_points for name in (e.symbol, e.last, e.token) if name]),
+        ("entry point", [name for e in m.entry_points for name in (e.symbol, e.last, e.token, e.draw) if name]),
     ):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
@@ -414,7 +418,7 @@ def _check(manifest: Manifest, where: str) -> None:
     if not m.entry_points:
         raise bad(where, "entry_points", "empty")
     for entry in m.entry_points:
-        for symbol in (entry.symbol, entry.last or "", entry.token or ""):
+        for symbol in (entry.symbol, entry.last or "", entry.token or "", entry.draw or ""):
             if symbol == "__init" or "$" in symbol:
                 raise bad(where, "entry_points", "not a function to call", symbol)
         if entry.kind == "decode" and entry.tokens != 1:

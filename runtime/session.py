@@ -392,14 +392,14 @@ class Session(Holding):
             with self._engine.exclusive():  # until the logits' memory is the next call's
                 return choose(self._step(step, ids, now, step.logits))
 
-    def _follow(self, ids: HostArray, more: bool) -> HostArray | None:
+    def _follow(self, ids: HostArray, more: bool, draw: HostArray | None, later: HostArray | None) -> HostArray | None:
         """Appends a token to every row and returns the next ones, which the module chooses; see `follow`."""
         with self._exclusive(keep_ahead=True):
             now, ahead = self._line[-1], self._ahead
-            if ahead is not None and not ahead.is_next(now, ids):
+            if ahead is not None and not ahead.is_next(now, ids, draw):
                 self._settle()
                 ahead = None
-            step = ahead.step if ahead is not None else self._chooser(now)
+            step = ahead.step if ahead is not None else self._chooser(now, draw)
             if step is None:
                 return None
             try:
@@ -407,16 +407,17 @@ class Session(Holding):
                     return None
                 step.check(ids)
                 if not self._engine.device.has_queue:
+                    step.draw_by(draw)
                     return self._step(step, ids, now, lambda _: step.tokens())
             finally:
                 if ahead is None:
                     self._engine.give_back(now.batch or 1, step)
             self._ahead = None
-            first = ahead if ahead is not None else self._submit(now, ids)
+            first = ahead if ahead is not None else self._submit(now, ids, draw)
             following = None
             try:
                 if more and step.has_room(first.held.position):
-                    following = self._submit(first.held, first.step)
+                    following = self._submit(first.held, first.step, later)
                 first.wait()
                 tokens = first.step.tokens()
             except BaseException:
@@ -432,14 +433,15 @@ class Session(Holding):
             self._ahead = following
             return tokens
 
-    def _chooser(self, now: Held) -> Step | None:
+    def _chooser(self, now: Held, draw: HostArray | None) -> Step | None:
         can = now.batch is not None and now.mask is None and self._guard is None  # who looks before it goes on
-        return self._engine.take_chooser(now.batch or 1) if can else None
+        return self._engine.take_chooser(now.batch or 1, draws=draw is not None) if can else None
 
-    def _submit(self, base: Held, ids: HostArray | Step) -> Ahead:
+    def _submit(self, base: Held, ids: HostArray | Step, draw: HostArray | None) -> Ahead:
         """Puts a step that chooses tokens into the device's queue."""
-        step = self._chooser(base)
+        step = self._chooser(base, draw)
         assert step is not None
+        step.draw_by(draw)
         lease = base.lease.caches.extend(base.lease, base.position + 1)
         try:
             now = Held(base.moving, lease, base.position, base.batch)
@@ -451,7 +453,7 @@ class Session(Holding):
             raise
         after = Held(moving, lease, base.position + 1, base.batch)
         source = ids if isinstance(ids, Step) else None
-        return Ahead(base, after, step, source, None if isinstance(ids, Step) else ids, wait)
+        return Ahead(base, after, step, source, None if isinstance(ids, Step) else ids, draw, wait)
 
     def _settle(self) -> None:
         """Waits for a step that was submitted ahead, and forgets it: only what is committed counts."""
@@ -559,24 +561,28 @@ def advance(session: Session, ids: HostArray, choose: Callable[[HostArray], _Cho
     return session._advance(ids, choose)  # pyright: ignore[reportPrivateUsage]
 
 
-def follow(session: Session, ids: HostArray, more: bool) -> HostArray | None:
-    """A step of a generation whose tokens the module chooses, each the one with the largest logit.
+def follow(
+    session: Session, ids: HostArray, more: bool, draw: HostArray | None = None, later: HostArray | None = None
+) -> HostArray | None:
+    """A step of a generation whose tokens the module chooses.
 
     Args:
         session: Of a model with one input of token ids and one output of logits.
         ids: [B, 1], of the input's dtype: what is appended to each row.
         more: Another such step is wanted: on a device with a queue it is submitted before this one is done, and
             forgotten where something else comes (`settle`, or whatever the session is asked for).
+        draw: How tokens are drawn, [B, 8] or [8] for all rows; None: each is the one with the largest logit.
+        later: How those of the step behind it will be.
 
     Returns:
-        The next tokens, [B, 1], -1 where the logits are NaN. None where the module does not choose, or there is no
-        room: `advance` does it or says why not.
+        The next tokens, [B, 1], -1 where the logits are NaN, -2 where none is finite. None where the module does not
+        choose so, or there is no room: `advance` does it or says why not.
 
     Raises:
         InputError: An index outside the model's tables.
         TargetError: The call failed on the device.
     """
-    return session._follow(ids, more)  # pyright: ignore[reportPrivateUsage]
+    return session._follow(ids, more, draw, later)  # pyright: ignore[reportPrivateUsage]
 
 
 def settle(session: Session) -> None:

@@ -20,6 +20,9 @@ from .held import Held
 from .manifest import InputSpec, Manifest
 from .module import Module
 
+DRAW_SETTINGS = 8
+"""Numbers that say how a token is drawn, see `draw` in README.md."""
+
 _PREPARED_ROLES = ("tokens", "attention_mask", "position_ids")
 
 
@@ -32,6 +35,7 @@ class Step:
         symbol: The entry point of one token.
         shapes: Of the graph's inputs.
         outputs: Memory of the graph's outputs; None: the module brings it.
+        draws: Of how many rows the entry point draws tokens; 0: of none.
     """
 
     def __init__(
@@ -41,6 +45,7 @@ class Step:
         symbol: str,
         shapes: Sequence[tuple[int, ...]],
         outputs: Sequence[DeviceArray] | None,
+        draws: int = 0,
     ) -> None:
         m, device = manifest, module.device
         self._module, self._manifest, self._symbol = module, m, symbol
@@ -67,12 +72,14 @@ class Step:
         self._in_order: Any = itemgetter(*order) if len(order) > 1 else tuple
         self._tied = len(m.states) - moving
         self._takes_position = m.takes_position
-        self._memory = [*self._inputs, *(outputs or ())]  # goes last: the views above are of it
+        self._draw: list[DeviceArray] = [device.host_buffer((draws, DRAW_SETTINGS), "float32")] if draws else []
+        self._settings = [device.host_view(array) for array in self._draw]
+        self._memory = [*self._inputs, *self._draw, *(outputs or ())]  # goes last: the views above are of it
 
     @property
     def nbytes(self) -> int:
         """Of its inputs; the outputs' memory is the engine's."""
-        return sum(array.nbytes for array in self._inputs)
+        return sum(array.nbytes for array in (*self._inputs, *self._draw))
 
     def accepts(self, inputs: object, position: int) -> HostArray | None:
         """The token ids of a session's call that is no more than a step, checked; None for any other call.
@@ -95,6 +102,12 @@ class Step:
             InputError: Names the first.
         """
         check_bounds(self._spec, ids)
+
+    def draw_by(self, settings: HostArray | None) -> None:
+        """Says how the next call chooses tokens: [8] or [B, 8] of `draw` in README.md; None: the largest logits."""
+        for view in self._settings:
+            assert view is not None
+            view[...] = 0.0 if settings is None else settings
 
     def has_room(self, position: int) -> bool:
         """Whether the context has room for a token at a position; the general call says why not."""
@@ -122,7 +135,8 @@ class Step:
         if self._outputs is None:
             return self._call_for_memory(states, position)
         moving = self._new_moving() if into is None else into
-        tied = self._module.call_step(self._symbol, [*self._inputs, *states], position, [*self._outputs, *moving])
+        arguments = [*self._inputs, *states, *self._draw]
+        tied = self._module.call_step(self._symbol, arguments, position, [*self._outputs, *moving])
         if tied != self._tied:
             raise TargetError("wrong number of results", where=self._symbol, got=tied, expected=self._tied)
         return self._outputs, moving
@@ -154,7 +168,7 @@ class Step:
         position = now.position if self._takes_position else None
         moving = self._new_moving() if into is None else into
         storage = [*self._outputs, *moving]
-        return self._module.submit_step(self._symbol, [*inputs, *states], position, storage), moving
+        return self._module.submit_step(self._symbol, [*inputs, *states, *self._draw], position, storage), moving
 
     def read(self, outputs: Sequence[DeviceArray]) -> dict[str, HostArray]:
         """Copies of the outputs of the last call, by name."""

@@ -339,7 +339,7 @@ class _Draw:
             likely = w.where(w.compare(above, "OGE", self.min_p), above, 0.0)
             return [above, likely, w.where(w.compare(x, "OEQ", bound), 1.0, 0.0)], left
 
-        return w.over_own(["add"] * 3, self.first, Scalar(count), 1, look)[0]
+        return w.over_own(["add", "add", "add"], self.first, Scalar(count), 1, look)[0]
 
     def locate(self, measure: Callable[[Scalar, ir.Value], ir.Value], wanted: ir.Value) -> ir.Value:
         """The first id up to which there is more than is wanted; the last that counts where sums fall short of it.

@@ -47,7 +47,7 @@ class Workgroup:
     # ---- vectors ---------------------------------------------------------------------------------------------------
     def all(self, value: ir.Value | float) -> ir.Value:
         """A number in all elements of a vector."""
-        value = self.k.constant(value) if isinstance(value, float) else value
+        value = self.k.constant(value) if isinstance(value, float | int) else value
         return value if str(value.type).startswith("vector") else self.k.splat(value, self.width)
 
     def compare(self, a: ir.Value, predicate: str, b: ir.Value) -> ir.Value:
@@ -59,7 +59,7 @@ class Workgroup:
     def where(self, mask: ir.Value, a: ir.Value | float, b: ir.Value | float) -> ir.Value:
         """``a`` where the mask is set, else ``b``."""
         is_vector = str(mask.type).startswith("vector")
-        values = [self.k.constant(v) if isinstance(v, float) else v for v in (a, b)]
+        values = [self.k.constant(v) if isinstance(v, float | int) else v for v in (a, b)]
         return arith.SelectOp(mask, *(self.all(v) if is_vector else v for v in values)).result
 
     def both(self, a: ir.Value, b: ir.Value) -> ir.Value:
@@ -232,13 +232,12 @@ class Workgroup:
     ) -> list[ir.Value]:
         """``scf.while``: the values at which the condition does not hold any more."""
         types = [value.type for value in initial]
-        op = scf.WhileOp(types, list(initial))
-        location = ir.Location.current
-        before = op.before.blocks.append(*types, arg_locs=[location] * len(types))
-        after = op.after.blocks.append(*types, arg_locs=[location] * len(types))
+        op = ir.Operation.create("scf.while", results=types, operands=list(initial), regions=2)
+        places = [ir.Location.current] * len(types)
+        before, after = (ir.Block.create_at_start(region, types, places) for region in op.regions)
         with ir.InsertionPoint(before):
             arguments = list(before.arguments)
-            scf.ConditionOp(condition(arguments), arguments)
+            ir.Operation.create("scf.condition", operands=[condition(arguments), *arguments])
         with ir.InsertionPoint(after):
             scf.YieldOp(list(body(list(after.arguments))))
         return list(op.results)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 from linattn.runtime.manifest import InputSpec, StateSpec
 
+from ..graph.next_token import DRAW_INPUT
 from ..graph.schema import spec_of_type
 from ..graph.specialize import SpecializedGraph
 from ..lower.importer import Signature
@@ -18,19 +19,20 @@ Value = dict[str, str]
 
 
 def describe_abi(
-    plan: ModulePlan, signature: Signature, functions: Mapping[str, SpecializedGraph]
+    plan: ModulePlan, signatures: Mapping[str, Signature], functions: Mapping[str, SpecializedGraph]
 ) -> dict[str, dict[str, list[Value]]]:
     """Function -> its ``arguments`` and ``results``, each value with its ``name``, ``type`` and ``role``.
 
     Roles of arguments are those of the manifest's inputs, ``state`` (empty: zeros), ``position`` (tokens committed),
-    ``memory`` of a result and ``workspace``; of results ``output`` and ``state``, in the order of the states.
+    ``draw`` (how tokens are drawn), ``memory`` of a result and ``workspace``; of results ``output`` and ``state``, in
+    the order of the states.
 
     Args:
         plan: Inputs, outputs and states.
-        signature: What the functions take and give.
+        signatures: Function -> what it takes and gives.
         functions: Function -> its graph.
     """
-    return {symbol: _describe(plan, signature, graph) for symbol, graph in functions.items()}
+    return {symbol: _describe(plan, signatures[symbol], graph) for symbol, graph in functions.items()}
 
 
 def _describe(plan: ModulePlan, signature: Signature, graph: SpecializedGraph) -> dict[str, list[Value]]:
@@ -39,6 +41,7 @@ def _describe(plan: ModulePlan, signature: Signature, graph: SpecializedGraph) -
 
     specs: list[InputSpec | StateSpec] = [*plan.inputs, *plan.states]
     arguments = [value(spec.name, spec.role if isinstance(spec, InputSpec) else "state") for spec in specs]
+    arguments += [value(name, "draw") for name in signature.arguments if name == DRAW_INPUT]
     if signature.takes_position:
         arguments.append({"name": "position", "type": "i64", "role": "position"})
     given = [name for name in signature.results if signature.takes_results and name not in signature.tied]

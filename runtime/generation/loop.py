@@ -117,6 +117,7 @@ def generate(
         raise InputError("one row is generated", where=feeder.ids.name, got=got, expected="[T]", hint=hint)
     known = [int(token) for token in feed[0]]
     sampler = Sampler(sampling or Sampling(), [*seen, *known])
+    drawn_from = _drawn_from(session)
     if draft is not None and count > 0:
         block_of(session.program.manifest)
         if not feeder.is_plain:
@@ -134,16 +135,46 @@ def generate(
             if turn == 0 or not feeder.is_plain:
                 call = feeder.step(feed) if turn else feeder.first(feed)
                 token = sampler.choose(session.run(call, logits="last", outputs=[output])[output][0, -1])
-            elif sampler.is_quick:
-                token = int(_greedy_step(session, feed, turn + 1 < count)[0, 0])
-            else:  # the program's other sessions go on while it chooses
-                token = sampler.choose(advance(session, feed, np.copy)[0, -1])
+            else:
+                token = _step(session, feed, sampler, drawn_from, turn + 1 < count)
             feed = np.full((1, 1), token, feed.dtype)
             yield token
             if token in stop:
                 return
     finally:
         settle(session)
+
+
+def _step(session: Session, feed: HostArray, sampler: Sampler, drawn_from: int | None, more: bool) -> int:
+    """The next token: chosen by the module where it can, else here."""
+    if sampler.is_plain and sampler.is_greedy:
+        tokens = follow(session, feed, more)
+        if tokens is None:
+            return advance(session, feed, lambda logits: sampler.choose(logits[0, -1]))
+        return sampler.take(int(tokens[0, 0]))
+    if sampler.is_plain and drawn_from is not None:
+        tokens = follow(session, feed, more, sampler.settings(drawn_from, 0), sampler.settings(drawn_from, 1))
+        if tokens is not None:
+            return sampler.take(int(tokens[0, 0]))
+    return sampler.choose(advance(session, feed, np.copy)[0, -1])  # the program's other sessions go on while it chooses
+
+
+def chosen_where(program: Program, sampling: Sampling) -> str:
+    """Whether `generate` has the module choose tokens, for people; where not, why."""
+    m = program.manifest
+    if not any(entry.draw or (entry.token and not sampling.temperature) for entry in m.entry_points):
+        return "on the host"
+    if sampling.repeat_penalty != 1.0:
+        return "on the host, which knows what a repeat penalty asks for"
+    return "in the module"
+
+
+def _drawn_from(session: Session) -> int | None:
+    """How many logits the module draws a token from; None where it does not draw."""
+    manifest = session.program.manifest
+    size = next(spec.shape[-1] for spec in manifest.outputs if spec.role == "logits")
+    draws = any(entry.draw for entry in manifest.entry_points)
+    return size if draws and isinstance(size, int) else None
 
 
 def _greedy_step(session: Session, feed: HostArray, more: bool) -> HostArray:

@@ -82,20 +82,24 @@ class Sampler:
         self._sampling = sampling
         self._seen = set(seen)
         self._random = np.random.Generator(np.random.Philox(sampling.seed))
-        self._numbers: deque[float] = deque()  # that were looked at before their turn
+        self._upcoming: deque[tuple[float, HostArray]] = deque()  # random numbers before their turn
 
     @property
     def is_plain(self) -> bool:
         """Whether it depends on the logits alone, so that a module can choose."""
         return self._sampling.repeat_penalty == 1.0
 
-    def settings(self, vocabulary: int, later: int) -> HostArray | None:
-        """What a module draws a token by (`draw_settings`), of the next one or one so many later; None: the largest."""
-        if not self._sampling.temperature:
-            return None
-        while len(self._numbers) <= later:
-            self._numbers.append(self._random.random())
-        return draw_settings(self._sampling, self._numbers[later], vocabulary)
+    @property
+    def is_greedy(self) -> bool:
+        """Whether it takes the largest logit."""
+        return not self._sampling.temperature
+
+    def settings(self, vocabulary: int, later: int) -> HostArray:
+        """What a module draws the next token by, or one so many later: see `draw_settings`."""
+        while len(self._upcoming) <= later:
+            number = self._random.random()
+            self._upcoming.append((number, draw_settings(self._sampling, number, vocabulary)))
+        return self._upcoming[later][1]
 
     def take(self, token: int) -> int:
         """Goes on behind a token that a module has chosen.
@@ -140,7 +144,7 @@ class Sampler:
         return int(kept[min(place, kept.size - 1)])
 
     def _next_number(self) -> float:
-        return self._numbers.popleft() if self._numbers else self._random.random()
+        return self._upcoming.popleft()[0] if self._upcoming else self._random.random()
 
     def _penalized(self, logits: HostArray) -> HostArray:
         row = logits.astype(np.float32)

@@ -11,6 +11,7 @@ from typing import Any
 from linattn.install import install_hint
 
 from ..errors import InputError
+from ..generation.loop import chosen_where
 from ..generation.sampling import Sampling
 from ..program import Program
 from .generator import DEFAULT_MAX_TOKENS, TextGenerator, TextStream
@@ -48,6 +49,7 @@ def run_text(program: Program, options: argparse.Namespace, note: Note) -> None:
     """
     generator = TextGenerator(program, options.tokenizer)
     settings = _settings(options, generator.sampling)
+    note(f"tokens are chosen {chosen_where(program, settings['sampling'])}")
     if options.chat:
         _chat(generator, settings, note)
     else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import threading
 from collections.abc import Sequence
 from functools import cache
@@ -23,6 +25,7 @@ from linattn.runtime import (
     greedy_rows,
 )
 from linattn.runtime import session as session_module
+from linattn.runtime.generation.loop import chosen_where
 from linattn.runtime.generation.sampling import Sampler
 from linattn.runtime.session import engine_of
 from linattn.runtime.step import Step
@@ -37,7 +40,7 @@ TARGETS = pytest.mark.parametrize("target", ["cpu", pytest.param("vulkan", marks
 
 @cache
 def program(target: str) -> Program:
-    options = CompileOptions(target=target, max_context=CONTEXT, prefill_blocks=(8,), sampler="greedy")
+    options = CompileOptions(target=target, max_context=CONTEXT, prefill_blocks=(8,), sampler="draw")
     return Program.load(compile_model(build(), options).module)
 
 
@@ -224,9 +227,9 @@ def test_tokens_that_the_module_chooses(target: str, monkeypatch: pytest.MonkeyP
     session, want = program(target).session(), greedy_tokens(target)
     submit, ahead = Session._submit, list[bool]()
 
-    def counted(self: Session, base: Any, ids: Any) -> Any:
+    def counted(self: Session, base: Any, ids: Any, draw: Any) -> Any:
         ahead.append(isinstance(ids, Step))
-        return submit(self, base, ids)
+        return submit(self, base, ids, draw)
 
     monkeypatch.setattr(Session, "_submit", counted)
     monkeypatch.setattr(session_module, "prepare", right := Counted(session_module.prepare))
@@ -240,6 +243,9 @@ def test_tokens_that_the_module_chooses(target: str, monkeypatch: pytest.MonkeyP
 class Counted:
     def __init__(self, function: Any) -> None:
         self._function, self.calls = function, 0
+
+    def __get__(self, instance: Any, owner: Any) -> Any:
+        return self if instance is None else functools.partial(self, instance)
 
     def __call__(self, *args: Any) -> Any:
         self.calls += 1
@@ -262,6 +268,120 @@ def test_a_stop_ends_the_queue_where_it_stands(target: str) -> None:
     assert session.position == 9 + stop
     assert session._ahead is None
     assert list(greedy(session, [want[stop]], 60 - stop - 1)) == want[stop + 1 :]
+
+
+HOW = Sampling(0.9, top_k=40, top_p=0.95, min_p=0.02, seed=11)
+
+
+@cache
+def drawn(target: str, how: Sampling) -> list[int]:
+    """What general calls and the host's sampler draw."""
+    session, feed, found = program(target).session(), IDS[:, :9], list[int]()
+    sampler = Sampler(how)
+    for _ in range(60):
+        positions = session.position + np.arange(feed.shape[1])[None]
+        logits = session.run({"input_ids": feed, "position_ids": positions})["logits"]
+        found.append(sampler.choose(logits[0, -1]))
+        feed = np.array([[found[-1]]])
+    return found
+
+
+@TARGETS
+@pytest.mark.parametrize(
+    "how", [HOW, Sampling(1.0, seed=5), Sampling(1.5, top_p=0.7, seed=2**64 - 1)], ids=["all", "temperature", "top_p"]
+)
+def test_tokens_that_the_module_draws(target: str, how: Sampling, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host's for the same seed, on each target, every time; nothing of the logits is read."""
+    assert chosen_where(program(target), how) == "in the module"
+    want = drawn(target, how)
+    assert want == drawn("cpu", how)
+    assert len(set(want)) > 20
+    monkeypatch.setattr(Sampler, "choose", right := Counted(Sampler.choose))
+    session = program(target).session()
+    assert list(generate(session, IDS[:, :9], 60, how)) == want
+    assert right.calls == 1  # the prompt's
+    assert session.position == 9 + 59
+    session.reset()
+    snapshot = session.snapshot()
+    assert list(generate(session, IDS[:, :9], 20, how)) == want[:20]
+    session.restore(snapshot)
+    assert list(generate(session, IDS[:, :9], 20, how)) == want[:20]
+    session.reset()
+    assert list(generate(session, IDS[:, :9], 20, dataclasses.replace(how, seed=12))) != want[:20]
+
+
+@TARGETS
+def test_one_of_one_is_greedy(target: str) -> None:
+    for how in (Sampling(1.0, top_k=1), Sampling(2.0, top_p=0.0), Sampling(1.0, min_p=1.0), Sampling(1e-9)):
+        assert list(generate(program(target).session(), IDS[:, :9], 20, how)) == greedy_tokens(target)[:20]
+
+
+@TARGETS
+def test_a_penalty_is_the_hosts(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It depends on the tokens before: the module is not asked, and the host's tokens come out."""
+    how = dataclasses.replace(HOW, repeat_penalty=1.3)
+    sampler, session, feed, want = Sampler(how, IDS[0, :9].tolist()), program(target).session(), IDS[:, :9], []
+    for _ in range(12):
+        want.append(sampler.choose(session.run({"input_ids": feed})["logits"][0, -1]))
+        feed = np.array([[want[-1]]])
+    assert chosen_where(program(target), how) == "on the host, which knows what a repeat penalty asks for"
+    monkeypatch.setattr(Session, "_follow", None)
+    assert list(generate(program(target).session(), IDS[:, :9], 12, how)) == want
+
+
+@TARGETS
+def test_a_stop_ends_a_draw_where_it_stands(target: str) -> None:
+    """The states are those at the stop, with a step submitted behind it."""
+    want = drawn(target, HOW)
+    stop = next(i for i in range(5, 60) if want[i] not in want[:i])
+    session = program(target).session()
+    assert list(generate(session, IDS[:, :9], 60, HOW, stop=[want[stop]])) == want[: stop + 1]
+    assert session.position == 9 + stop
+    assert session._ahead is None
+    logits = session.run({"input_ids": [[want[stop]]]})["logits"]
+    assert error(logits, logits_after(target, want[: stop + 1])) < BENIGN["float32"]
+
+
+@TARGETS
+def test_whatever_comes_between_two_draws(target: str) -> None:
+    """A rollback and the same tokens by hand: the random numbers go on where they were."""
+    want, session, found = drawn(target, HOW), program(target).session(window=4), list[int]()
+    for at, token in enumerate(generate(session, IDS[:, :9], 60, HOW)):
+        found.append(token)
+        if at == 8:
+            session.rollback(2)
+            run_tokens(session, want[6:8])
+        if at == 12:
+            assert list(generate(program(target).session(), IDS[:, :9], 9, Sampling(1.0, seed=5))) != want[:9]
+            assert list(greedy(program(target).session(), IDS[:, :9], 9)) == greedy_tokens(target)[:9]
+    assert found == want
+
+
+@TARGETS
+def test_draws_of_nan(target: str) -> None:
+    session = program(target).session()
+    tokens = generate(session, IDS[:, :9], 20, HOW)
+    next(tokens), next(tokens)
+    name = next(spec.name for spec in program(target).states if spec.kind == "recurrent")
+    session.set_state(name, np.full(session.states[name].shape, np.nan, np.float32))
+    with pytest.raises(StateError, match="the logits are NaN"):
+        next(tokens)
+    assert session._ahead is None
+
+
+def test_a_module_that_chooses_but_does_not_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    """--sampler greedy: the likeliest comes from the module, a draw from the host."""
+    options = CompileOptions(max_context=CONTEXT, prefill_blocks=(), sampler="greedy")
+    loaded = Program.load(compile_model(build(), options).module)
+    entry = loaded.manifest.entry_points[0]
+    assert (entry.token, entry.draw) == ("decode_token", None)
+    assert [chosen_where(loaded, how) for how in (Sampling(), HOW)] == ["in the module", "on the host"]
+    want = drawn("cpu", HOW)
+    monkeypatch.setattr(Sampler, "choose", right := Counted(Sampler.choose))
+    assert list(greedy(loaded.session(), IDS[:, :9], 60)) == greedy_tokens("cpu")
+    assert right.calls == 1
+    assert list(generate(loaded.session(), IDS[:, :9], 20, HOW)) == want[:20]
+    assert right.calls == 1 + 20
 
 
 @TARGETS

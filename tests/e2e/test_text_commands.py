@@ -53,6 +53,7 @@ def test_module_carries_its_tokenizer(folder: Path, tmp_path: Path, say: Callabl
     code, out, err = say(module, "--prompt", "Hällo", "--max-tokens", 12, "--verify")
     assert code == 0
     assert out == answer(module, "Hällo".encode(), 12) + "\n"
+    assert "linattn-run: tokens are chosen on the host\n" in err
     assert "prompt of 6 tokens in " in err
     assert err.rstrip().endswith("; length")
 

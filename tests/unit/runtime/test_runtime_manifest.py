@@ -109,6 +109,8 @@ HOSTILE: list[tuple[str, Any, str]] = [
     ("entry_points.1.last", "decode", "not unique"),
     ("entry_points.1.last", "decode$async", "not a function"),
     ("entry_points.1.last", 3, "a string"),
+    ("entry_points.1.draw", "decode", "not unique"),
+    ("entry_points.1.draw", "decode$async", "not a function"),
     ("dims.batch_size", "token", "unknown role"),
     ("dims", [], "an object"),
     ("target.name", "tpu", "cpu | cuda | vulkan"),
