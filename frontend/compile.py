@@ -53,6 +53,7 @@ from .graph.validate import check_graph
 from .graph.weights_outside import move_weights_outside
 from .graph.wide_reductions import widen_reductions
 from .limits import check_memory
+from .lower.alone import describe_alone
 from .lower.importer import Signature, import_entry_point
 from .lower.iree import CompiledCode, Compiler
 from .lower.parameters import PARAMETER_SCOPE, write_parameters
@@ -173,8 +174,9 @@ def compile_model(
         report.output = "none, since this was a dry run"
         return _finish(CompiledModel(b"", manifest, report), text, options, progress)
     with progress.stage(f"generate code for {target.name} ({target.description})"):
-        code = compiler.compile(module, manifest, progress.write)
+        code = compiler.compile(module, manifest, progress.write, takes_results=signature.takes_results)
         manifest = code.manifest
+        report.alone = describe_alone(manifest)
     with progress.stage("write"):
         if take_weights is not None:
             take_weights(weights.archive())

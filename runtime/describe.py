@@ -164,7 +164,8 @@ def _entry_text(entry: Mapping[str, Any]) -> str:
     last = f"; {entry['last']}: the last position's logits only" if entry["last"] else ""
     token = f"; {entry['token']}: the likeliest next token" if entry["token"] else ""
     draw = f"; {entry['draw']}: the next token, drawn" if entry["draw"] else ""
-    return f"{entry['symbol']}  {count}{last}{token}{draw}"
+    alone = "; small: by the calling thread" if entry["alone"] else ""
+    return f"{entry['symbol']}  {count}{last}{token}{draw}{alone}"
 
 
 def _spec_text(spec: Mapping[str, Any]) -> str:

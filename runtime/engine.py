@@ -174,7 +174,8 @@ class Engine:
             if m.takes_position:
                 arguments.append(position)
             storage = self._storage(symbol, into)
-            results = self.module.call(symbol, arguments, self._result_dtypes, storage)
+            alone = position < entry.alone
+            results = self.module.call(symbol, arguments, self._result_dtypes, storage, alone=alone)
         count = len(m.outputs)
         return results[:count], next_states(m, states, results[count:])
 
@@ -193,7 +194,7 @@ class Engine:
         entry = next((entry for tokens in (1, None) for entry in m.entry_points if entry.tokens == tokens), None)
         if shapes is None or entry is None:
             return None
-        return Step(self.module, m, entry.symbol, shapes, self._output_memory(entry.symbol))
+        return Step(self.module, m, entry.symbol, shapes, self._output_memory(entry.symbol), entry.alone)
 
     def take_chooser(self, batch: int, *, draws: bool = False) -> Step | None:
         """A step of the entry point that chooses tokens, for whoever takes it alone; None where there is none.
@@ -208,12 +209,13 @@ class Engine:
             return None
         if free := self._choosers.get(batch):
             return free.pop()
-        symbol = draw or next((entry.token for entry in m.entry_points if entry.token), None)
+        entry = next((entry for entry in m.entry_points if entry.draw or entry.token), None)
+        symbol = draw or (entry.token if entry is not None else None)
         shapes = step_shapes(m, batch) if symbol is not None else None
         specs = self.module.result_specs(symbol) if symbol is not None else None
-        if symbol is None or shapes is None or specs is None:
+        if entry is None or symbol is None or shapes is None or specs is None:
             return None
-        return Step(self.module, m, symbol, shapes, self._new_outputs(specs), batch if draw else 0)
+        return Step(self.module, m, symbol, shapes, self._new_outputs(specs), entry.alone, batch if draw else 0)
 
     def give_back(self, batch: int, step: Step) -> None:
         """Lets others have a step that is done."""

@@ -11,8 +11,8 @@ from pathlib import Path
 from .bundle import INDEX, BundledModule, read_bundle
 from .choice import Choice, choose
 from .cpu import check_cpu
-from .device import has_worker_threads, open_device
-from .drivers import CPU_DRIVERS
+from .device import Device, has_worker_threads, open_device
+from .drivers import CPU_DRIVERS, DEVICE_URIS
 from .errors import TargetError
 from .gpu import check_gpu
 from .manifest import REFLECTION_KEY, Manifest, Target
@@ -57,8 +57,21 @@ def load(
     manifest = read_manifest(module)
     opened = open_device(device or manifest.target.device, threads)
     check_target(module.where, manifest.target, opened.uri)
-    module.link(opened, _find_parameters(module.where, manifest, path, parameters))
+    found = _find_parameters(module.where, manifest, path, parameters)
+    module.link(opened, found, device_alone(manifest, device))
     return Loaded(module, manifest)
+
+
+def device_alone(manifest: Manifest, device: str | None) -> Device | None:
+    """The device of those calls that the calling thread runs by itself (`EntryPoint.alone`); None: there are none.
+
+    Args:
+        manifest: Of the module.
+        device: What the user has named: `local-task` is workers for every call, `local-sync` none.
+    """
+    is_open = device is None or device in DEVICE_URIS
+    small = manifest.target.name == "cpu" and any(entry.alone for entry in manifest.entry_points)
+    return open_device("local-sync") if is_open and small else None
 
 
 def _load_bundle(folder: Path, device: str | None, threads: int | None, verify: bool) -> Loaded:
@@ -69,7 +82,8 @@ def _load_bundle(folder: Path, device: str | None, threads: int | None, verify: 
 
     def attempt(entry: BundledModule, uri: str) -> Loaded:
         takes_threads = device is not None or has_worker_threads(uri)
-        return load(folder / entry.file, uri, None, threads if takes_threads else None, verify)
+        name = "cpu" if uri == DEVICE_URIS["cpu"] and device != uri else uri
+        return load(folder / entry.file, name, None, threads if takes_threads else None, verify)
 
     loaded, choice = choose(bundle, str(folder), device, fits, attempt)
     entry = next(entry for entry in bundle.modules if entry.file == choice.module)

@@ -104,6 +104,8 @@ class EntryPoint:
             row, [B, 1], of the dtype of the token ids, -1 where there is a NaN; None: there is none.
         draw: A function that returns a token of each row likewise, and takes one argument more behind the states: how
             it is drawn, [B, 8] f32 (README.md has the order); None: there is none.
+        alone: Committed tokens below which the calling thread is done sooner by itself than CPU workers, who have to be
+            woken for each kernel; 0: never. Optional in the JSON.
     """
 
     symbol: str
@@ -112,6 +114,7 @@ class EntryPoint:
     last: str | None = None
     token: str | None = None
     draw: str | None = None
+    alone: int = 0
 
 
 @dataclass(frozen=True)
@@ -391,6 +394,7 @@ def _build(top: Reader, where: str) -> Manifest:
                 row.optional_text("last"),
                 row.optional_text("token"),
                 row.optional_text("draw"),
+                row.optional_whole("alone", 0, missing_ok=True) or 0,
             )
             for row in top.rows("entry_points")
         ),

@@ -7,6 +7,8 @@ Facts about IREE 3.13.0 that shape this file (each has a test):
 * `VmModule.mmap` wants to write to the file, and closes the map by a call of Python: where an exception travels at that
   time, it is replaced by a SystemError. So the map is made here, and goes with the last reference to it.
 * A CPU worker wakes the caller before it is done; see `_let_workers_finish`.
+* The memory of one CPU device is any other's: a module that is linked to two has one set of weights, and calls on both
+  take the same arrays.
 """
 
 from __future__ import annotations
@@ -87,6 +89,7 @@ class Module(Owned):
         self._result_specs: dict[str, list[ResultSpec | None] | None] = {}
         self._instance: Any = _rt.VmInstance()
         self._context: Any = None
+        self._alone: Any = None
         check_seal(source, self.where, whole=verify)
         self.file_bytes = source.stat().st_size if isinstance(source, Path) else len(source)
         try:
@@ -144,16 +147,18 @@ class Module(Owned):
             if self._semaphore is not None:
                 _rt.HalFence.create_at(self._semaphore, self._submitted).wait()
             self._flying.clear()
-            self._context = self._module = self._semaphore = None
+            self._context = self._alone = self._module = self._semaphore = None
             self._workspace = self._workspace_ref = None
             self.functions.clear()
 
-    def link(self, device: Device, parameters: tuple[str, Path] | None) -> None:
+    def link(self, device: Device, parameters: tuple[str, Path] | None, alone: Device | None = None) -> None:
         """Loads the code (and the weights) onto a device; called once, before the first call.
 
         Args:
             device: Where it shall run.
             parameters: `(scope, path)` of the parameter file, if the module keeps its weights in one.
+            alone: A CPU device without workers, for those calls that the calling thread shall run by itself where
+                `device` is one with workers.
 
         Raises:
             TargetError: The module was compiled for another device, or the parameter file does not fit or is damaged.
@@ -164,14 +169,12 @@ class Module(Owned):
             self.file_bytes += parameters[1].stat().st_size
             check_seal(parameters[1], str(parameters[1]), whole=self._verify)
         try:
-            modules: list[Any] = [_rt.create_hal_module(self._instance, self.device.hal_device)]
-            if parameters is not None:
-                index = _rt.ParameterIndex()
-                index.load(str(parameters[1]))
-                provider = index.create_provider(scope=parameters[0])
-                modules.append(_rt.create_io_parameters_module(self._instance, provider))
-            self._context = _rt.VmContext(self._instance, [*modules, self._module])
+            self._context = self._context_on(device, parameters)
             self.loaded_bytes = max(device.allocated_bytes() - before, 0)
+            if alone is not None:
+                before = alone.allocated_bytes()
+                self._alone = self._context_on(alone, parameters)
+                self.loaded_bytes += max(alone.allocated_bytes() - before, 0)
             compiled = "" if device.driver in CPU_DRIVERS else ", its driver's compilation of the kernels included"
             message = "%s: loaded on %s in %.2f s%s; %d bytes of files, %d on the device"
             seconds = time.perf_counter() - start
@@ -184,12 +187,23 @@ class Module(Owned):
             message = f"does not load on {self.device.uri} ({self.device.description})"
             raise TargetError(message, where=self.where, hint=hint) from error
 
+    def _context_on(self, device: Device, parameters: tuple[str, Path] | None) -> Any:
+        modules: list[Any] = [_rt.create_hal_module(self._instance, device.hal_device)]
+        if parameters is not None:
+            index = _rt.ParameterIndex()
+            index.load(str(parameters[1]))
+            provider = index.create_provider(scope=parameters[0])
+            modules.append(_rt.create_io_parameters_module(self._instance, provider))
+        return _rt.VmContext(self._instance, [*modules, self._module])
+
     def call(
         self,
         function: str,
         arguments: Sequence[DeviceArray | int],
         dtypes: Sequence[str],
         into: Sequence[DeviceArray | None] | None = None,
+        *,
+        alone: bool = False,
     ) -> list[DeviceArray]:
         """Calls a function and waits until it is done.
 
@@ -199,6 +213,7 @@ class Module(Owned):
             dtypes: Element type of each result.
             into: For a function that takes the memory of its results (`result_specs`): an array of exactly its shape
                 for each, None for a result in an input. Left out: new arrays.
+            alone: By the calling thread, where the module was linked for that and takes the memory of its results.
 
         Raises:
             TargetError: The call failed on the device, or the number of results is another one.
@@ -211,7 +226,8 @@ class Module(Owned):
             else:
                 packed.push_ref(argument.ref)
         storage = into if into is not None else self.new_results(function)
-        results = self._run(function, packed, None if storage is None else [a for a in storage if a is not None])
+        memory = None if storage is None else [a for a in storage if a is not None]
+        results = self._run(function, packed, memory, alone)
         given = list(storage) if storage is not None else [None] * len(dtypes)
         returned = iter(range(len(results)))
         if len(given) != len(dtypes) or given.count(None) != len(results):
@@ -223,7 +239,12 @@ class Module(Owned):
         return [wrapped(dtype) if array is None else array for array, dtype in zip(given, dtypes, strict=True)]
 
     def call_step(
-        self, function: str, arrays: Iterable[DeviceArray], position: int | None, storage: Iterable[DeviceArray]
+        self,
+        function: str,
+        arrays: Iterable[DeviceArray],
+        position: int | None,
+        storage: Iterable[DeviceArray],
+        alone: bool,
     ) -> int:
         """`call` of a function that takes the memory of its results, with as little as possible besides.
 
@@ -232,6 +253,7 @@ class Module(Owned):
             arrays: Its arguments that are arrays.
             position: The one that is a number, after them; None: there is none.
             storage: Memory of its results, without those in inputs.
+            alone: As of `call`.
 
         Returns:
             The number of results in inputs.
@@ -246,7 +268,7 @@ class Module(Owned):
             push(array.ref)
         if position is not None:
             packed.push_int(position)
-        return len(self._run(function, packed, storage))
+        return len(self._run(function, packed, storage, alone))
 
     def submit_step(
         self, function: str, arrays: Sequence[DeviceArray], position: int | None, storage: Sequence[DeviceArray]
@@ -281,18 +303,19 @@ class Module(Owned):
 
         return wait
 
-    def _run(self, function: str, packed: Any, storage: Iterable[DeviceArray] | None) -> Any:
+    def _run(self, function: str, packed: Any, storage: Iterable[DeviceArray] | None, alone: bool) -> Any:
         """Calls with packed arguments and memory for the results, one thread at a time, and waits."""
         results = _rt.VmVariantList(8)
         try:
             with self._lock:
                 if storage is not None:
                     self._push_memory(function, packed, storage)
-                waits = self.device.has_workers and _is_ordinary_thread()
+                alone = alone and self._alone is not None and storage is not None
+                waits = not alone and self.device.has_workers and _is_ordinary_thread()
                 try:
                     if waits:
                         _let_workers_finish()
-                    self._invoke(function, packed, results)
+                    self._invoke(function, packed, results, alone)
                 finally:  # after a Ctrl-C anywhere in between, too
                     if waits:
                         _set_policy(os.SCHED_OTHER)
@@ -311,9 +334,11 @@ class Module(Owned):
             hint = "IREE's driver takes no tensors of size zero; compile it again, or with a fixed --max-context"
         return TargetError(f"the call failed on {self.device.uri}", where=function, hint=hint)
 
-    def _invoke(self, function: str, packed: Any, results: Any) -> None:
+    def _invoke(self, function: str, packed: Any, results: Any, alone: bool) -> None:
         """Calls and waits; on a GPU with a semaphore that is kept, which takes half the time of IREE's own waiting."""
-        if self.device.driver in CPU_DRIVERS or f"{function}$async" not in self.functions:
+        if alone:
+            self._alone.invoke(self.functions[function], packed, results)
+        elif self.device.driver in CPU_DRIVERS or f"{function}$async" not in self.functions:
             self._context.invoke(self.functions[function], packed, results)
         else:
             self._wait(self._submit(function, packed, results))

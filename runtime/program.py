@@ -58,7 +58,9 @@ class Program(Owned):
             source: Path of the `.vmfb` (memory-mapped: leave the file alone while it is loaded), its bytes, or the
                 folder of a bundle, of which the module for the best device is taken: CUDA, then Vulkan on hardware,
                 then the CPU; `choice` says which and why, and a warning tells of a better one that failed to load.
-            device: `cpu`, `cuda`, `vulkan` or an IREE device URI; None: what the model was compiled for.
+            device: `cpu`, `cuda`, `vulkan` or an IREE device URI; None: what the model was compiled for. On `cpu` the
+                calling thread runs by itself what is too small for workers; `local-task` has them do all, `local-sync`
+                nothing.
             parameters: The `.irpa` file with the weights; None: the file that the manifest names, beside the `.vmfb`.
             threads: CPU worker threads, shared by all programs of the process: the first to be loaded on the CPU
                 decides. None: one for each physical core. A bundle that runs on a GPU does not need them.

@@ -35,6 +35,7 @@ class Step:
         symbol: The entry point of one token.
         shapes: Of the graph's inputs.
         outputs: Memory of the graph's outputs; None: the module brings it.
+        alone: Of the entry point, see `EntryPoint`.
         draws: Of how many rows the entry point draws tokens; 0: of none.
     """
 
@@ -45,11 +46,12 @@ class Step:
         symbol: str,
         shapes: Sequence[tuple[int, ...]],
         outputs: Sequence[DeviceArray] | None,
+        alone: int,
         draws: int = 0,
     ) -> None:
         m, device = manifest, module.device
         self._module, self._manifest, self._symbol = module, m, symbol
-        self._outputs = outputs
+        self._outputs, self._alone = outputs, alone
         self._inputs = [device.host_buffer(shape, spec.dtype) for shape, spec in zip(shapes, m.inputs, strict=True)]
         views = [device.host_view(array) for array in self._inputs]
         pairs = [(spec, view) for spec, view in zip(m.inputs, views, strict=True) if view is not None]
@@ -135,8 +137,9 @@ class Step:
         if self._outputs is None:
             return self._call_for_memory(states, position)
         moving = self._new_moving() if into is None else into
-        arguments = [*self._inputs, *states, *self._draw]
-        tied = self._module.call_step(self._symbol, arguments, position, [*self._outputs, *moving])
+        arguments, memory = [*self._inputs, *states, *self._draw], [*self._outputs, *moving]
+        alone = now.position < self._alone
+        tied = self._module.call_step(self._symbol, arguments, position, memory, alone)
         if tied != self._tied:
             raise TargetError("wrong number of results", where=self._symbol, got=tied, expected=self._tied)
         return self._outputs, moving

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from iree.compiler import ir
@@ -22,6 +23,8 @@ _PRODUCT = re.compile(
     r"(?:mat_?mul|mmt4d|matvec)(?!_rows_|_amx_rows_|_n_bits_ro)\w*?_(?:(\d+(?:x\d+)+)|m(\d+)k(\d+)b\d+n(\d+))(?:_|$)"
 )
 """Sizes in the name of a product's dispatch: rows, columns, depth (and a batch). Not of those that arrange its rows."""
+_BY_ELEMENT = re.compile(r"_dispatch_\d+_(?:elementwise|transpose|slow_memcpy)(?:_|$)")
+"""IREE's kernels that read of each operand no more elements than they write: of a table the rows that are looked up."""
 
 
 def describe_dispatches(module: ir.Operation) -> dict[str, list[dict[str, Any]]]:
@@ -32,8 +35,8 @@ def describe_dispatches(module: ir.Operation) -> dict[str, list[dict[str, Any]]]
 
     Returns:
         Function -> rows of ``key`` (the name at run time), ``node`` (of the ONNX graph; of a fused group the one that
-        gave it its form), ``bytes`` (of all operands and results; None where a size is open), ``flop`` (None where
-        the name does not tell) and ``dtype`` (of the largest operand).
+        gave it its form), ``bytes`` (of all operands and results, as far as they can be read or written; None where
+        a size is open), ``flop`` (None where the name does not tell) and ``dtype`` (of the largest operand).
     """
     found: dict[str, list[dict[str, Any]]] = {}
     for operation in module.regions[0].blocks[0].operations:
@@ -46,19 +49,18 @@ def describe_dispatches(module: ir.Operation) -> dict[str, list[dict[str, Any]]]
     return found
 
 
-def attach_dispatches(module: ir.Operation) -> dict[str, list[str]]:
-    """Write the table into the reflection attributes of the function that carries the manifest.
+def attach_dispatches(module: ir.Operation, table: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """Write the table into the reflection attributes of the function that carries the manifest."""
+    set_reflection(module, DISPATCHES_KEY, json.dumps(table, separators=(",", ":")))
 
-    Returns:
-        Name of a dispatch -> the nodes that it came from.
-    """
-    table = describe_dispatches(module)
+
+def dispatch_nodes(table: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, list[str]]:
+    """Name of a dispatch -> the nodes that it came from."""
     nodes: dict[str, list[str]] = {}
     for row in (row for rows in table.values() for row in rows):
         known = nodes.setdefault(row["key"], [])
         if row["node"] and row["node"] not in known:
             known.append(row["node"])
-    set_reflection(module, DISPATCHES_KEY, json.dumps(table, separators=(",", ":")))
     return nodes
 
 
@@ -74,13 +76,12 @@ def _collect(operation: ir.Operation, rows: list[dict[str, Any]]) -> None:
 def _row(op: ir.Operation) -> dict[str, Any]:
     key = str(ir.ArrayAttr(op.attributes["entry_points"])[0]).rpartition("::@")[2].strip('"')
     node = _NODE.search(str(op.location))
-    sizes = [_bytes(value.type) for value in (*op.operands, *op.results)]
     tensors = [t for value in op.operands if isinstance(t := value.type, ir.RankedTensorType)]
     largest = max(tensors, key=lambda t: _bytes(t) or 0, default=None)
     return {
         "key": key,
         "node": node[1] if node else "",
-        "bytes": None if None in sizes else sum(size for size in sizes if size is not None),
+        "bytes": _moved(op, key),
         "flop": operations(key),
         "dtype": str(largest.element_type) if largest is not None else None,
     }
@@ -93,6 +94,26 @@ def operations(key: str) -> int | None:
         return None
     sizes = found[1].split("x") if found[1] else found.group(2, 3, 4)
     return 2 * math.prod(int(size) for size in sizes)
+
+
+def _moved(op: ir.Operation, key: str) -> int | None:
+    """Bytes that a dispatch reads and writes, at most; None where a size is open."""
+    read = [_bytes(value.type) for value in op.operands]
+    written = [_bytes(value.type) for value in op.results]
+    known = [size for size in (*read, *written) if size is not None]
+    if len(known) < len(read) + len(written):
+        return None
+    if not _BY_ELEMENT.search(key):
+        return sum(known)
+    if any(value.type == result.type for value in op.operands for result in op.results) and "memcpy" in key:
+        return 2 * min(size for size in known if size)  # into a part of an operand, which is the result
+    most = max((_elements(value.type) for value in op.results), default=0)
+    elements = [_elements(value.type) for value in (*op.operands, *op.results)]
+    return sum(size if count <= most else size * most // count for size, count in zip(known, elements, strict=True))
+
+
+def _elements(value_type: ir.Type) -> int:
+    return math.prod(value_type.shape) if isinstance(value_type, ir.RankedTensorType) else 0
 
 
 def _bytes(value_type: ir.Type) -> int | None:

@@ -20,10 +20,11 @@ from linattn.runtime.manifest import REFLECTION_KEY, Manifest
 from linattn.runtime.owned import never_free
 
 from ..targets import CompileTarget
+from .alone import with_alone
 from .cpu_variants import add_conditions, load_before_asking
 from .device_needs import device_needs
 from .dispatch_limits import DispatchLimits
-from .dispatches import attach_dispatches
+from .dispatches import attach_dispatches, describe_dispatches, dispatch_nodes
 from .empty_ranges import fill_empty_ranges
 from .executables import state_spirv_versions
 from .kernel_bodies import KernelBodies
@@ -153,7 +154,9 @@ class Compiler:
                 self._errors.append((first.partition("error:")[2] or first, str(error)))
                 raise self._failure("the importer could not convert the model") from error
 
-    def compile(self, module: ir.Module, manifest: Manifest, show: Callable[[str], None]) -> CompiledCode:
+    def compile(
+        self, module: ir.Module, manifest: Manifest, show: Callable[[str], None], *, takes_results: bool
+    ) -> CompiledCode:
         """Generate code, and complete the module's manifest with what that code needs of a device.
 
         The module is verified between IREE's phases: after each pass, as IREE would, takes a third of the time of
@@ -163,6 +166,7 @@ class Compiler:
             module: The module, with its manifest in a reflection attribute.
             manifest: That manifest.
             show: Told what is done.
+            takes_results: Whether its functions take the memory of their results.
 
         Raises:
             LoweringError: if IREE fails, or a dispatch breaks a limit of the target's driver.
@@ -176,7 +180,12 @@ class Compiler:
             bodies = KernelBodies(module.operation)
         self._run(invocation, module, "FromPhase", "global-optimization", "ToPhase", "flow")
         with self.building():
-            nodes = attach_dispatches(module.operation)
+            table = describe_dispatches(module.operation)
+            attach_dispatches(module.operation, table)
+            if not self._target.capabilities.is_gpu and takes_results:
+                manifest = with_alone(manifest, table)
+                set_reflection(module.operation, REFLECTION_KEY, manifest.to_json())
+        nodes = dispatch_nodes(table)
         limits = DispatchLimits(self._target.capabilities, self._target.description, nodes)
         show(f"{len(nodes)} kernels ... ")
         self._run(invocation, module, "FromPhase", "flow", "ToPhase", "executable-sources")

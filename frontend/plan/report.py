@@ -51,6 +51,7 @@ class CompileReport:
         nodes: The two operators' nodes.
         states: Kind -> number of states and bytes in all; ``token_bytes`` for each token where the context is open.
         entry_points: Names of the compiled functions.
+        alone: Those that are too small for CPU workers: the thread that calls runs them.
         output: File written.
         output_bytes: Its size.
         weight_bytes: Size of the weights.
@@ -67,6 +68,7 @@ class CompileReport:
     nodes: list[NodeRow] = field(default_factory=list[NodeRow])
     states: dict[str, dict[str, int]] = field(default_factory=dict[str, dict[str, int]])
     entry_points: list[str] = field(default_factory=list[str])
+    alone: list[str] = field(default_factory=list[str])
     output: str = ""
     output_bytes: int = 0
     weight_bytes: int = 0
@@ -95,6 +97,8 @@ class CompileReport:
             size = f"{size_text(total['token_bytes'])} a token" if total["token_bytes"] else size_text(total["bytes"])
             lines.append(f"states    {total['count']} x {kind}, {size}")
         lines.append(f"entries   {', '.join(self.entry_points)}")
+        if self.alone:
+            lines.append(f"alone     {', '.join(self.alone)}: done sooner by the thread that calls than by workers")
         if self.call_bytes:
             symbol, most = max(self.call_bytes.items(), key=lambda item: item[1])
             lines.append(f"memory    up to {size_text(most)} in a call of {symbol}, beside the weights")

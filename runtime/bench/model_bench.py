@@ -248,8 +248,9 @@ def _profile(
             continue
         for entry in entrant.manifest.entry_points:
             note(f"profile {entry.symbol} of {entrant.name}")
-            device = entrant.device or entrant.manifest.target.device
             start = options.longest if entry.kind == "decode" else 0
+            alone = "local-sync" if start < entry.alone else None
+            device = entrant.device or alone or entrant.manifest.target.device
             try:
                 profile = profile_entry(entrant.path, entrant.manifest, entry, start, device, options.threads, folder)
             except LinattnError as error:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from linattn.runtime.device import DeviceArray, HostArray, has_worker_threads, numpy_dtype, open_device
-from linattn.runtime.loading import read_manifest
+from linattn.runtime.loading import device_alone, read_manifest
 from linattn.runtime.module import Module
 
 from .device_times import call_seconds, cuda_call_seconds, memory_arguments
@@ -82,32 +82,35 @@ class IreeRunner(Runner):
     def __init__(self, device: str, threads: int | None = None) -> None:
         super().__init__()
         self._device = open_device(device, threads if has_worker_threads(device) else None)
-        self._threads = threads
+        self._name, self._threads = device, threads
         self._names: dict[str, list[str]] = {}
-        self._timed: dict[str, tuple[Path, str, list[tuple[HostArray, str]], list[str]]] = {}
+        self._timed: dict[str, tuple[Path, str, str, list[tuple[HostArray, str]], list[str]]] = {}
 
     def prepare(self, key: str, model: str, feeds: Feeds, attributes: Mapping[str, Any] | None = None) -> None:
         """See `Runner.prepare`; the inputs are uploaded here, the calls take them from the device."""
         module = Module(Path(model))
         manifest = read_manifest(module)
-        module.link(self._device, None)
+        small = device_alone(manifest, self._name)
+        module.link(self._device, None, small)
         specs = (*manifest.inputs, *manifest.states)
         arrays: list[DeviceArray | int] = [self._device.upload(feeds[spec.name], spec.dtype) for spec in specs]
         results = [(out.name, out.dtype) for out in manifest.outputs]
         results += [(state.output, state.dtype) for state in manifest.states]
-        symbol, dtypes = manifest.entry_points[0].symbol, [dtype for _, dtype in results]
+        entry, dtypes = manifest.entry_points[0], [dtype for _, dtype in results]
+        symbol, alone = entry.symbol, small is not None and entry.alone > 0
         self._names[key] = [name for name, _ in results]
         inputs = [(feeds[spec.name], spec.dtype) for spec in specs]
-        self._timed[key] = (Path(model), symbol, inputs, memory_arguments(module, symbol))
+        uri = small.uri if small is not None and alone else self._device.uri
+        self._timed[key] = (Path(model), uri, symbol, inputs, memory_arguments(module, symbol))
         into = module.new_results(symbol)
-        self._calls[key] = lambda: module.call(symbol, arrays, dtypes, into)
+        self._calls[key] = lambda: module.call(symbol, arrays, dtypes, into, alone=alone)
 
     def kernel(self, key: str, calls: int, warmup: int) -> list[float]:
         """Seconds of the dispatches alone by the device's clock, for each of so many calls after others."""
         if self._device.driver == "cuda":
             return cuda_call_seconds(self._calls[key], calls)
-        module, symbol, inputs, memory = self._timed[key]
-        return call_seconds(module, self._device.uri, symbol, inputs, memory, calls, warmup, self._threads)
+        module, uri, symbol, inputs, memory = self._timed[key]
+        return call_seconds(module, uri, symbol, inputs, memory, calls, warmup, self._threads)
 
     def results(self, key: str) -> dict[str, HostArray]:
         """See `Runner.results`."""

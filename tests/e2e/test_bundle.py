@@ -126,6 +126,7 @@ def test_with_software_vulkan(folder: Path, plain: list[int]) -> None:
     program = Program.load(folder)
     assert program.choice is not None
     assert program.choice.module == "cpu.vmfb"
+    assert program._engine.module._alone is not None  # the calling thread runs its small steps, as of a single module
     asked = Program.load(folder, device="vulkan")
     assert asked.choice is not None
     assert asked.choice.module == "vulkan-baseline.vmfb"

@@ -111,7 +111,7 @@ def test_a_caller_waits_without_taking_the_cpu_of_a_worker(device: Device, monke
     module, seen = Module.__new__(Module), list[int]()
     module._device, module._lock, module._closed, module._result_specs = device, threading.Lock(), False, {"f": None}
 
-    def invoke(function: str, packed: object, results: object) -> None:
+    def invoke(function: str, packed: object, results: object, alone: bool) -> None:
         seen.append(os.sched_getscheduler(0))
         if len(seen) == 2:
             raise RuntimeError("a call that fails")

@@ -1,0 +1,95 @@
+"""Which calls are so small that the thread that calls is done with them sooner than CPU workers.
+
+Workers share a kernel's work, but they are woken for each one, and the caller when they are done. What that takes
+against what it saves was measured on 2 cores of an AMD EPYC (Zen 4, 32 MiB of third-level cache), 26 November 2026:
+models of 3 to 24 layers, hidden sizes of 64 to 768, in f32, f16, bf16 and int4, `Session.run` of 1 to 64 tokens on
+`local-task` and on `local-sync`. Where the rule below is wrong, the two differ by less than a tenth there. More cores
+save more, up to twice as much, and more of them are woken.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from linattn.runtime.device import numpy_dtype
+from linattn.runtime.manifest import EntryPoint, Manifest
+from linattn.runtime.state import state_shape
+
+CALL_US, KERNEL_US = 50.0, 1.5
+"""What workers take longer: for a call, and for each of its kernels."""
+SAVED = 0.5
+"""What they save of the kernels' time."""
+CACHE_BYTES = 24 << 20
+CACHED, UNCACHED = 50e3, 25e3
+"""Bytes that one core reads in a microsecond: of so many as fit into the caches, and of more."""
+FLOP = 100e3
+"""Operations of one core in a microsecond."""
+CHUNK = 8
+"""Tokens of which more make a kernel slower by as much, where its operations are not known."""
+ANY_POSITION = 1 << 40
+"""`EntryPoint.alone` where no number of committed tokens makes a call slower."""
+
+Rows = Sequence[Mapping[str, Any]]
+"""The dispatches of a function, as `describe_dispatches` tells them."""
+
+
+def with_alone(manifest: Manifest, table: Mapping[str, Rows]) -> Manifest:
+    """The manifest with `EntryPoint.alone` of each entry point.
+
+    Args:
+        manifest: Of a CPU's module whose functions take the memory of their results.
+        table: Function -> its dispatches.
+    """
+    caches = [
+        math.prod(state_shape(manifest, spec, manifest.batch or 1, manifest.max_context or 0))
+        * numpy_dtype(spec.dtype).itemsize
+        for spec in manifest.states
+        if spec.in_place
+    ]
+    token_bytes = sum(caches) / (manifest.max_context or 1)
+
+    def alone(entry: EntryPoint) -> int:
+        symbols = [name for name in (entry.symbol, entry.last, entry.token, entry.draw) if name]
+        return min(positions_alone(table.get(name, ()), entry.tokens, sum(caches), token_bytes) for name in symbols)
+
+    entries = tuple(dataclasses.replace(entry, alone=alone(entry)) for entry in manifest.entry_points)
+    return dataclasses.replace(manifest, entry_points=entries)
+
+
+def positions_alone(rows: Rows, tokens: int | None, cache_bytes: float, token_bytes: float) -> int:
+    """Committed tokens below which a function is done sooner by the thread that calls.
+
+    Args:
+        rows: Its dispatches, of which those that attend read whole caches.
+        tokens: Of a call.
+        cache_bytes: Of the caches.
+        token_bytes: Of one committed token in them.
+    """
+    if not rows or tokens is None or any(row["bytes"] is None for row in rows):
+        return 0
+    rate = CACHED if sum(row["bytes"] for row in rows) <= CACHE_BYTES else UNCACHED
+    longer = max(1.0, tokens / CHUNK)
+    fixed = sum(
+        max(row["bytes"] / rate, row["flop"] / FLOP) if row["flop"] is not None else row["bytes"] / rate * longer
+        for row in rows
+    )
+    fixed = max(fixed - cache_bytes / rate * longer, 0.0)
+    room = (CALL_US + KERNEL_US * len(rows)) / SAVED - fixed
+    if room <= 0 or not token_bytes:
+        return ANY_POSITION if room > 0 else 0
+    return int(room / (token_bytes / rate * longer))
+
+
+def describe_alone(manifest: Manifest) -> list[str]:
+    """A line for people about each entry point that the calling thread runs."""
+    lines: list[str] = []
+    for entry in manifest.entry_points:
+        limit = manifest.max_context
+        if entry.alone:
+            some = limit is not None and entry.alone < limit
+            until = f" up to position {entry.alone}" if some else ""
+            lines.append(f"{entry.symbol}{until}")
+    return lines
