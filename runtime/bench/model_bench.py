@@ -257,7 +257,7 @@ def _profile(
                 absent.add(entrant.name, error)
                 continue
             facts = {"subject": entrant.name, "kind": "linattn", "target": entrant.target, "status": "ok"}
-            rows.append(facts | profile)
+            rows.append(facts | {"device": device} | profile)
     if not rows:
         raise TargetError("nothing could be profiled", hint="; ".join(row["reason"] for row in absent.rows))
     return rows
@@ -275,7 +275,7 @@ def _add_units(
         entrant = named[profile["subject"]]
         target = entrant.manifest.target
         ceilings = devices.get(entrant.target, {}).get("ceilings")
-        add_units(profile["rows"], target, ceilings, _part_of_cores(entrant.device or target.device, threads))
+        add_units(profile["rows"], target, ceilings, _part_of_cores(profile["device"], threads))
 
 
 def _part_of_cores(device: str, threads: int | None) -> float:
