@@ -29,7 +29,7 @@ from ..emit.kernel_text import Index, KernelText
 from ..machines import for_machines
 from ..node import Dim, TensorSpec
 from ..op import LoweringContext, weight_symbol
-from ..select import Legality, No, OtherMachine, Yes
+from ..select import Legality, No, OtherMachine, Yes, rows_text
 from ..target import Target
 from .contract import MatMul
 from .simd_direct import write_direct
@@ -51,6 +51,13 @@ def is_legal(contract: MatMul, target: Target) -> Legality:
     if not contract.depth or not contract.columns or contract.rows == 0:
         return No("a size is zero")
     return Yes()
+
+
+def describe(contract: MatMul, target: Target) -> str:
+    """What the report says about it."""
+    p = plan_for(contract, target.machines[0])
+    kind = ", pairs of bf16 in f32" if p.widened else ", bf16 in pairs" if p.pairs else ""
+    return f"{rows_text(contract.rows)} by packed weights in one kernel{kind}"
 
 
 def plan_for(contract: MatMul, target: Target) -> Plan:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from iree.compiler import ir
 
 from ..op import IMPORTED, Choice, LoweringContext, LoweringOptions, Op
-from ..select import Legality, Strategy, always, rows_text, select, wherever_legal
+from ..select import Legality, Strategy, Yes, always, rows_text, select, wherever_legal
 from ..target import Target
 from . import fused_amx, fused_mma, fused_simd, fused_simt, fused_tiled, widened
 from .contract import MatMul, output_types, parse
@@ -18,13 +18,14 @@ def _taken(how: str) -> Callable[[MatMul, Target, LoweringOptions], Legality]:
     return wherever_legal(lambda contract: f"{rows_text(contract.rows)} {how}")
 
 
+def _simd(contract: MatMul, target: Target, options: LoweringOptions) -> Legality:
+    del options
+    return Yes(fused_simd.describe(contract, target))
+
+
 STRATEGIES = (
     Strategy("fused_amx", fused_amx.is_legal, _taken("on the CPU's matrix unit")),
-    Strategy(
-        "fused_simd",
-        fused_simd.is_legal,
-        _taken("by packed weights in one kernel"),
-    ),
+    Strategy("fused_simd", fused_simd.is_legal, _simd),
     # 1.2 to 2 times as fast as IREE's kernels on CUDA, whose own do not load on Vulkan.
     Strategy("fused_mma", fused_mma.is_legal, _taken("on the matrix units")),
     Strategy(

@@ -1,10 +1,11 @@
-"""Pairs of bf16 in words of 32 bits, and the instruction that multiplies them (AVX512_BF16: Zen 4, Cooper Lake and on).
+"""Pairs of bf16 in words of 32 bits, and the instructions that multiply them.
 
-    sums[c] += a[2j] * b[2j, c] + a[2j + 1] * b[2j + 1, c]        in f32, 16 columns and two rows of b at once
+    sums[c] += a[2j] * b[2j, c] + a[2j + 1] * b[2j + 1, c]        in f32, 16 or 4 columns and two rows of b at once
 
+AVX512_BF16 (Zen 4, Cooper Lake and on) and Arm's BF16 (Neoverse V1, Apple M2 and on), so far run in an emulator only.
 Twice the multiply-adds of f32 in an instruction, and nothing to widen. Subnormal numbers count as zero. Some machines
 take longer for it than for what it stands for; they take the pairs apart.
-Source: Intel's Software Developer's Manual, VDPBF16PS.
+Source: Intel's Software Developer's Manual, VDPBF16PS; Arm's Architecture Reference Manual, BFDOT (vector).
 """
 
 from __future__ import annotations
@@ -12,8 +13,11 @@ from __future__ import annotations
 from ..emit.kernel_text import Index, KernelText, vector_type
 from ..target import Target
 
-_DOT = "llvm.x86.avx512bf16.dpbf16ps.512"
-_LANES = 16
+_DOTS = {
+    16: ("avx512bf16", "llvm.x86.avx512bf16.dpbf16ps.512"),
+    4: ("bf16", "llvm.aarch64.neon.bfdot.v4f32.v8bf16"),
+}
+"""Lanes of the vectors -> feature of the machine, LLVM intrinsic (sums, a, b) -> sums."""
 
 SLOW = (frozenset({"amx-tile"}),)
 """Features of machines on which f32 of widened pairs is faster. A prompt of 512 of ``samples/benchmark_model.py`` in
@@ -26,8 +30,8 @@ def multiplies_pairs(dtype: str, target: Target) -> bool:
 
     Not where the weights are for machines of other vectors too, which read them one by one.
     """
-    has = "avx512bf16" in target.features and target.vector_bits == 32 * _LANES
-    return dtype == "bf16" and has and not target.shares_weights
+    feature, _ = _DOTS.get(target.vector_bits // 32, ("", ""))
+    return dtype == "bf16" and feature in target.features and not target.shares_weights
 
 
 def has_fast_dot(target: Target) -> bool:
@@ -41,10 +45,11 @@ def multiply_add(k: KernelText, a: str, b: str, total: str) -> str:
 
 
 def dot(k: KernelText, a: str, b: str, total: str) -> str:
-    """The sum of the products of pairs, vector<16xi32> each, and of vector<16xf32>."""
-    halves = vector_type(2 * _LANES, "bf16")
+    """The sum of the products of pairs, vector<Nxi32> each, and of vector<Nxf32>."""
+    lanes = k.lanes(a)
+    halves, (_, name) = vector_type(2 * lanes, "bf16"), _DOTS[lanes]
     operands = [total, *(k.as_type(value, halves, "vector.bitcast") for value in (a, b))]
-    return k.intrinsic(_DOT, operands, k.types[total])
+    return k.intrinsic(name, operands, k.types[total])
 
 
 def widened(k: KernelText, pairs: str) -> list[str]:

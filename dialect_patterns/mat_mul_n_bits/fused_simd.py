@@ -52,7 +52,7 @@ def is_legal(contract: MatMulNBits, target: Target) -> Legality:
 def describe(contract: MatMulNBits, target: Target) -> str:
     """What the report says about it."""
     p = _plan(contract, target.machines[0])
-    kind = "bytes" if p.instruction else "f32"
+    kind = f"bytes by {', '.join(sorted(p.instruction.features))}" if p.instruction else "f32"
     form = "as weights are unpacked" if p.direct else f"of {p.row_block} rows with unpacked tiles"
     return f"products of {kind} {form}, {p.tile} columns a tile"
 

@@ -3,6 +3,9 @@
 A dot instruction takes vectors of bytes, small unsigned weights times signed elements of A, and leaves in each lane of
 32 bits the sum of its four products. Where two instructions make one (x86 without VNNI), the first leaves sums of two
 products in 16 bits; several of those are added before the second widens them.
+
+A matrix instruction (Arm's I8MM) takes eight bytes of two rows and of two columns, and leaves the four sums; see
+``simd_squares``. Where there is none it is "".
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ class DotInstruction:
         pairs: LLVM intrinsic (weights, A) -> i16 sums of two products, where there is no ``dot``.
         widen: LLVM intrinsic (i16, i16) -> i32 sums of two products.
         weight_bits: Most bits of a weight; wider ones are taken in two halves.
+        matrix: LLVM intrinsic (i32 sums, A, weights) -> i32 sums of two rows of eight bytes by two columns.
     """
 
     features: frozenset[str]
@@ -31,6 +35,7 @@ class DotInstruction:
     pairs: str = ""
     widen: str = ""
     weight_bits: int = 4
+    matrix: str = ""
 
 
 INSTRUCTIONS = (
@@ -41,6 +46,13 @@ INSTRUCTIONS = (
     DotInstruction(frozenset({"avxvnni"}), 256, dot="llvm.x86.avx512.vpdpbusd.256", weight_bits=8),
     DotInstruction(frozenset({"avx2"}), 256, pairs="llvm.x86.avx2.pmadd.ub.sw", widen="llvm.x86.avx2.pmadd.wd"),
     DotInstruction(frozenset({"ssse3"}), 128, pairs="llvm.x86.ssse3.pmadd.ub.sw.128", widen="llvm.x86.sse2.pmadd.wd"),
+    DotInstruction(
+        frozenset({"i8mm"}),
+        128,
+        dot="llvm.aarch64.neon.usdot.v4i32.v16i8",
+        weight_bits=8,
+        matrix="llvm.aarch64.neon.smmla.v4i32.v16i8",
+    ),
     DotInstruction(frozenset({"dotprod"}), 128, dot="llvm.aarch64.neon.sdot.v4i32.v16i8"),
 )
 """Best first."""

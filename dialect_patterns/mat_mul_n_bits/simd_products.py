@@ -45,7 +45,7 @@ class ByteProducts:
         self.bytes, self.steps, self.offsets = arranged
         self.fields: list[Field] = fields(c, p.instruction)
         self.ints = vector_type(p.lanes, "i32")
-        self._byte_vector = vector_type(4 * p.lanes, "i8")
+        self.byte_vector = vector_type(4 * p.lanes, "i8")
 
     def unpack(self, word: str) -> list[str]:
         """The fields of a vector of words, as vectors of words with a weight a byte."""
@@ -73,11 +73,11 @@ class ByteProducts:
         for w in range(count):
             a: dict[tuple[int, int], str] = {}
             for index, field in enumerate(self.fields):
-                columns = [k.as_type(weight(w, index, v), self._byte_vector, "vector.bitcast") for v in range(vectors)]
+                columns = [k.as_type(weight(w, index, v), self.byte_vector, "vector.bitcast") for v in range(vectors)]
                 for r, row in enumerate(rows):
                     if (r, field.group) not in a:
                         group = k.load(self.bytes, [row, k.add(start, w * per_word + field.group)])
-                        a[r, field.group] = k.as_type(k.splat(group, self.p.lanes), self._byte_vector, "vector.bitcast")
+                        a[r, field.group] = k.as_type(k.splat(group, self.p.lanes), self.byte_vector, "vector.bitcast")
                     for v, column in enumerate(columns):
                         key = (r, v, field.factor)
                         partial[key] = self._multiply(partial.get(key), column, a[r, field.group])

@@ -16,6 +16,7 @@ from .simd_edges import Edges
 from .simd_plan import CHUNK, Plan
 from .simd_products import ByteProducts, FloatProducts, Tile, as_tile, flat
 from .simd_rows import arranged_specs
+from .simd_squares import SquareProducts, has_squares
 
 
 class TiledBody:
@@ -41,7 +42,9 @@ class TiledBody:
         bias = next(given) if c.with_bias else None
         self.columns = Columns(k, c, p, words, scales, zeros)
         self.edges = Edges(k, c, p, bias, next(given))
-        self.bytes = ByteProducts(k, c, p, arranged) if p.instruction else None
+        self.bytes = (
+            (SquareProducts if has_squares(c, p) else ByteProducts)(k, c, p, arranged) if p.instruction else None
+        )
         self.floats = None if p.instruction else FloatProducts(k, c, p, arranged[0])
         self.parts = len(self.bytes.fields) if self.bytes else c.per_word
         unpacked = "i32" if self.bytes else "f32"

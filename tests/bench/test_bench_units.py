@@ -21,13 +21,18 @@ from linattn.runtime import cpu
 from linattn.runtime.bench.units import add_units, unit_of
 from linattn.runtime.manifest import Target
 
-X86, ARM, GPU = (Target("t", "d", architecture=name) for name in ("x86_64", "aarch64", None))
+X86, GPU = (Target("t", "d", architecture=name) for name in ("x86_64", None))
 ROWS, DEPTH, COLUMNS = 64, 128, 96
+
+
+def machine(features: str) -> Any:
+    arm = features in ("cortex-a76", "apple-m2")
+    return resolve_target("cpu", TargetOptions(cpu_features=features, target_triple="aarch64" if arm else None))
 
 
 def product(features: str, dtype: str, rows: int = ROWS) -> list[str]:
     """The names of the kernels of a MatMul."""
-    target = resolve_target("cpu", TargetOptions(cpu_features=features)).capabilities
+    target = machine(features).capabilities
     c = MatMul("m", TensorSpec((rows, DEPTH), dtype), TensorSpec((DEPTH, COLUMNS), dtype), True)
     if not isinstance(fused_amx.is_legal(c, replace(target, fast_math=True)), fused_simd.Yes):
         p = fused_simd.plan_for(c, target)
@@ -39,7 +44,7 @@ def product(features: str, dtype: str, rows: int = ROWS) -> list[str]:
 
 def bits(features: str, rounds: bool = True) -> list[str]:
     """The names of the kernels of a MatMulNBits."""
-    target = resolve_target("cpu", TargetOptions(cpu_features=features)).capabilities
+    target = machine(features).capabilities
     c = MatMulNBits("m", TensorSpec((ROWS, DEPTH), "f32"), COLUMNS, DEPTH, 4, 32, "default", False, rounds)
     if bits_amx.is_legal(c, target) == bits_simd.Yes():
         p: Any = amx_plan(c, target)
@@ -71,6 +76,9 @@ def bits(features: str, rounds: bool = True) -> list[str]:
         (bits, ("x86-64-v3",), "avx2, bytes"),
         (bits, ("x86-64-v2",), "ssse3, bytes"),
         (bits, ("znver4", False), "f32, 512 bits"),
+        (bits, ("cortex-a76",), "dotprod"),
+        (bits, ("apple-m2",), "i8mm"),
+        (product, ("apple-m2", "bf16"), "bfdot"),
     ],
 )
 def test_unit(make: Callable[..., list[str]], arguments: tuple[Any, ...], unit: str) -> None:
@@ -96,7 +104,7 @@ def test_unit(make: Callable[..., list[str]], arguments: tuple[Any, ...], unit: 
 def test_portable_modules_name_what_this_machine_took(
     level: str, unit: str, f32: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    levels = resolve_target("cpu", TargetOptions(cpu_features="portable")).levels
+    levels = machine("portable").levels
     needed = next(row for row in levels if row.name == level).instruction_sets
     monkeypatch.setattr(cpu, "machine_features", lambda: frozenset(needed))
     portable = replace(X86, levels=levels)

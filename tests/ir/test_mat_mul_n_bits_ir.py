@@ -61,7 +61,7 @@ def test_dispatches(rows: int | None, accuracy: int, dispatches: int, monkeypatc
 def test_choice() -> None:
     chosen = choose(contract(1), AVX2, LoweringOptions())
     assert (chosen.strategy, chosen.rejected) == ("fused_simd", {})
-    assert chosen.reason == "products of bytes as weights are unpacked, 8 columns a tile"
+    assert chosen.reason == "products of bytes by avx2 as weights are unpacked, 8 columns a tile"
     many = choose(contract(None, accuracy=0), AVX2, LoweringOptions("fused_simd"))
     assert many.reason == "products of f32 of 66 rows with unpacked tiles, 16 columns a tile"
     few = choose(contract(1, columns=3), AVX2, LoweringOptions())
@@ -89,7 +89,7 @@ def test_two_workers_end_together(columns: int) -> None:
         ("alderlake", X86, "avxvnni"),
         ("generic", X86, ""),
         ("+dotprod", ARM, "dotprod"),
-        ("apple-m4", ARM, "dotprod"),
+        ("apple-m4", ARM, "i8mm"),
         ("generic", ARM, ""),
     ],
 )

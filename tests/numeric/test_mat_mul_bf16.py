@@ -134,3 +134,18 @@ def test_choice(rows: int | None, depth: int, dtype: str, target: Target, strate
     choice = choose(contract, target, LoweringOptions())
     assert choice.strategy == strategy
     assert reason in choice.rejected.get("fused_amx", "")
+
+
+@pytest.mark.parametrize(
+    ("bits", "features", "reason"),
+    [
+        (512, PAIRS, ", bf16 in pairs"),
+        (512, SLOW_PAIRS, ", pairs of bf16 in f32"),
+        (128, frozenset({"bf16"}), ", bf16 in pairs"),
+        (256, PAIRS, ""),
+    ],
+)
+def test_the_reason_names_how(bits: int, features: frozenset[str], reason: str) -> None:
+    contract = MatMul("m", TensorSpec((2, 64), "bf16"), TensorSpec((64, 64), "bf16"), True)
+    choice = choose(contract, Target("cpu", vector_bits=bits, features=features), LoweringOptions())
+    assert choice.reason == f"2 rows by packed weights in one kernel{reason}"
