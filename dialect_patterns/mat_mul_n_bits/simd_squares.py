@@ -46,8 +46,8 @@ class SquareProducts(ByteProducts):
                 at = k.add(start, w * per_word + i)
                 columns = {(v, half): self._bytes(weight(w, i + half, v)) for v in range(vectors) for half in range(2)}
                 for r in range(0, len(rows), 2):
-                    two = [k.load(self.bytes, [row, at], 2) for row in rows[r : r + 2]]
-                    a = self._bytes(k.shuffle(*two, range(_LANES)))
+                    upper, lower = (k.load(self.bytes, [row, at], 2) for row in rows[r : r + 2])
+                    a = self._bytes(k.shuffle(upper, lower, range(_LANES)))
                     for (v, half), column in columns.items():
                         total = sums[r, v, half]
                         sums[r, v, half] = k.intrinsic(self.instruction.matrix, [total, a, column], self.ints)
