@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Files share what they compile, so that each is one worker's. In their own order: by number of tests the longest few
+# would come last, and one worker would wait for the other.
+BY_FILE := --dist loadfile --no-loadscope-reorder
 
 .PHONY: help demo test test-quick test-sweep fuzz aarch64 bench-readme dist docs from-nothing lint format type clean
 
@@ -22,10 +25,10 @@ demo: $(STAMP)  ## build the sample model, compile it for the CPU and generate w
 	$(BIN)/linattn-run build/tiny/model.vmfb --prompt Hello --max-tokens 24
 
 test: $(STAMP)  ## every test; the Vulkan ones need a driver (Debian: apt-get install mesa-vulkan-drivers libvulkan1)
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 $(BY_FILE)
 
-test-quick: $(STAMP)  ## the tests that need neither a GPU driver nor much time
-	$(BIN)/python -m pytest -q -n 2 -m 'not vulkan and not slow'
+test-quick: $(STAMP)  ## two minutes: the parts, the code they emit, the pages, one whole model on the CPU
+	$(BIN)/python -m pytest -q -n 2 $(BY_FILE) -m 'not vulkan and not slow' tests/unit tests/ir tests/docs tests/e2e/test_tiny_hybrid.py
 
 test-sweep: $(STAMP)  ## LinearAttention at every head size on every width of vectors: half an hour
 	LINATTN_SWEEP=1 $(BIN)/python -m pytest -q -n 2 tests/numeric/test_every_head_size.py

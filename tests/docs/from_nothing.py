@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pages import ROOT, blocks
@@ -85,25 +86,31 @@ def run(pages: tuple[str, ...], folder: Path) -> str:
     ) as process:
         assert process.stdout is not None
         for line in process.stdout:
-            print(line, end="", flush=True)
+            print(f"{pages[-1]}: {line}", end="", flush=True)
             output.append(line)
     if process.returncode:
         sys.exit(f"from nothing: {', '.join(pages)}: a command failed ({process.returncode})")
     return "".join(output)
 
 
+def check(pages: tuple[str, ...]) -> str:
+    """Runs a group; the tokens of a module are the same here and on the device without a compiler."""
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        tokens = IDS.findall(run(pages, Path(folder)))
+    if "README.md" in pages and (len(tokens) != 2 or len(set(tokens)) != 1):
+        sys.exit(f"from nothing: the compiler's environment and the device's give different tokens: {tokens}")
+    return f"from nothing: {', '.join(pages)}: right, {time.perf_counter() - start:.0f} s"
+
+
 def main() -> None:
-    """Runs the groups; the tokens of a module are the same here and on the device without a compiler."""
+    """Runs the groups side by side: most of their time they wait for packages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pages", metavar="PAGE", nargs="*", help="default: all")
     given = tuple(parser.parse_args().pages)
-    for pages in (given,) if given else GROUPS:
-        start = time.perf_counter()
-        with tempfile.TemporaryDirectory() as folder:
-            tokens = IDS.findall(run(pages, Path(folder)))
-        if "README.md" in pages and (len(tokens) != 2 or len(set(tokens)) != 1):
-            sys.exit(f"from nothing: the compiler's environment and the device's give different tokens: {tokens}")
-        print(f"from nothing: {', '.join(pages)}: right, {time.perf_counter() - start:.0f} s")
+    with ThreadPoolExecutor() as threads:
+        for line in threads.map(check, (given,) if given else GROUPS):
+            print(line)
 
 
 if __name__ == "__main__":
