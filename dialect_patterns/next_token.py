@@ -4,33 +4,42 @@
 
 The frontend puts it behind the logits of one more entry point (``frontend.graph.next_token``).
 
-Logits are compared as unsigned integers of the same order; a NaN is the largest of all. A vocabulary is reduced in
-blocks first, each by a workgroup of its own, then the blocks; then the least token is looked for that is equal to the
-largest. Unsigned: on CUDA, IREE 3.13 begins the sums of a warp with 0 for the largest signed integer, and -1 for the
-smallest.
+    %token = flow.dispatch @next_token_...[%rows](%logits)                     a workgroup a row
+    %most, %places = flow.dispatch @next_token_part_...[%rows](%logits)        or one for each part of a long row,
+    %token = flow.dispatch @next_token_join_...[%rows](%most, %places)         and one for what they have found
+
+IREE 3.13 makes five kernels of the same reductions; on CUDA two of them go through a row with the threads of a single
+warp, each of which reads a thousand logits one after the other.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from iree.compiler import ir
-from iree.compiler.dialects import arith
 
-from .emit.scalar import Scalar, element_type
+from .emit.builder import Builder, tensor_type
+from .emit.scalar import Scalar
+from .emit.simt_kernel import Kernel, dispatch
+from .emit.workgroup import RowShape, Workgroup, load_i64, row_shape, store_i64
 from .node import FLOATS, Node, TensorSpec
 from .op import INTERNAL, LoweringContext, Op
+from .target import Target
 
 NEXT_TOKEN = "NextToken"
+MOST_IDS = 1 << 24
+"""Ids are counted in f32."""
 
-_MAGNITUDE, _SIGN, _ALL = (1 << 31) - 1, -(1 << 31), -1
-_INFINITY = 0x7F800000
-"""The bits of an infinity; a NaN has larger ones."""
+_NAN = -1
+_BEYOND = 3e38
+"""More than any id."""
 
-_BLOCKS = range(1024, 63, -1)
-"""Sizes of blocks, the best first: enough for a workgroup, and not so many that the second reduction is a long one."""
+_STRIPS = 8
+"""Strips of a thread; where a row has more of them for each, it is worth a second kernel to have several workgroups."""
+
+_STRIPS_OF_PART = 2
 
 
 @dataclass(frozen=True)
@@ -38,7 +47,7 @@ class NextToken:
     """Contract.
 
     Attributes:
-        logits: [..., V], floats, V static.
+        logits: [..., V], floats, static.
     """
 
     logits: TensorSpec
@@ -48,13 +57,21 @@ class NextToken:
         """V."""
         return self.logits.shape[-1] or 0
 
+    @property
+    def rows(self) -> int:
+        """Rows of logits."""
+        return math.prod(size or 0 for size in self.logits.shape[:-1])
+
 
 def parse(node: Node) -> NextToken:
     """Check the node; see the contract."""
     logits = node.required(0, "logits")
-    if logits.dtype not in FLOATS or logits.rank < 2 or not logits.shape[-1]:
-        raise node.error("input 'logits' cannot be chosen from", got=str(logits), expected="[..., V] of floats")
-    return NextToken(logits)
+    if logits.dtype not in FLOATS or logits.rank < 2 or None in logits.shape or 0 in logits.shape:
+        raise node.error("input 'logits' cannot be chosen from", got=str(logits), expected="[..., V] of floats, static")
+    contract = NextToken(logits)
+    if contract.vocabulary > MOST_IDS:
+        raise node.error("too many logits", got=contract.vocabulary, expected=f"at most {MOST_IDS}")
+    return contract
 
 
 def output_types(contract: NextToken) -> Sequence[TensorSpec]:
@@ -63,46 +80,105 @@ def output_types(contract: NextToken) -> Sequence[TensorSpec]:
 
 
 def lower(context: LoweringContext, contract: NextToken, operands: Sequence[ir.Value | None]) -> list[ir.Value]:
-    """Emit reductions over blocks and over their results."""
+    """Emit one kernel, or two."""
     b, (logits,) = context.builder, operands
     assert logits is not None
     lead = b.shape(logits)[:-1]
     rows = b.collapse(logits, 0, len(lead) - 1) if len(lead) > 1 else logits
-    size = next((size for size in _BLOCKS if contract.vocabulary % size == 0 and size < contract.vocabulary), 1)
-    blocks = b.expand(rows, 1, [contract.vocabulary // size, size])
-    highest = b.reduce("rnc->rn", lambda acc, x: acc.maximum_unsigned(_key(x)), blocks, initial=0, dtype="i32")
-    best = b.reduce("rn->r", lambda acc, x: acc.maximum_unsigned(x), highest, initial=0, dtype="i32")
-    first = b.reduce(
-        "rnc,r,c->rn", lambda acc, x, m, c: acc.minimum_unsigned(_key(x).equals(m).select(c, _number(_ALL))),
-        blocks, best, _numbers(size, 1), initial=_ALL, dtype="i32",
-    )  # fmt: skip
-    place = b.reduce(
-        "rn,n->r", lambda acc, c, start: acc.minimum_unsigned(c.equals(_ALL).select(c, start + c)),
-        first, _numbers(contract.vocabulary // size, size), initial=_ALL, dtype="i32",
-    )  # fmt: skip
-    chosen = b.map("r,r->r", lambda p, m: m.equals(_ALL).select(_number(-1), p), place, best)
-    token = b.cast(chosen, "i64")
+    token = load_i64(_emit(b, context.target, contract, rows), contract.rows)
     return [b.expand(token, 0, lead) if len(lead) > 1 else token]
 
 
-def _number(value: int) -> Scalar:
-    return Scalar.constant(value, "i32")
+def _emit(b: Builder, target: Target, c: NextToken, logits: ir.Value) -> ir.Value:
+    """The tokens as pairs of i32, [B, 2]."""
+    shape, rows = row_shape(c.vocabulary, target), c.rows
+    token = (tensor_type((rows, 2), "i32"), list[ir.Value]())
+    name = f"{c.logits.dtype}_{rows}x{c.vocabulary}_w{shape.width}_t{shape.threads}_g{shape.subgroup}"
+    inputs = [shape.filled(b, logits)]
+    if shape.threads == 1 or shape.strips <= _STRIPS * shape.threads:
+
+        def whole(k: Kernel) -> None:
+            _Search(k, shape, rows, c.logits.dtype, 1, places=False).emit()
+
+        return dispatch(f"next_token_{name}", shape.group, 1, b.index(rows), [], inputs, [token], whole)[0]
+    parts = -(-shape.strips // (_STRIPS_OF_PART * shape.threads))
+    found = (tensor_type((rows, parts), "f32"), list[ir.Value]())
+    joined = row_shape(parts * shape.width, target)
+    joined = RowShape(1, parts, joined.threads, joined.subgroup)
+
+    def part(k: Kernel) -> None:
+        _Search(k, shape, rows, c.logits.dtype, parts, places=False).emit()
+
+    def join(k: Kernel) -> None:
+        _Search(k, joined, rows, "f32", 1, places=True).emit()
+
+    outputs = [found, found]
+    inputs = dispatch(f"next_token_part_{name}", shape.group, parts, b.index(rows), [], inputs, outputs, part)
+    name = f"next_token_join_{rows}x{parts}_t{joined.threads}_g{joined.subgroup}"
+    return dispatch(name, joined.group, 1, b.index(rows), [], inputs, [token], join)[0]
 
 
-def _numbers(count: int, step: int) -> ir.Value:
-    """0, step, 2 step, ... as a constant: IREE 3.13 puts the indices of a reduction over f16 where Vulkan has none."""
-    values = np.arange(0, count * step, step, dtype=np.int32)
-    return arith.ConstantOp(
-        ir.RankedTensorType.get([count], element_type("i32")), ir.DenseElementsAttr.get(values)
-    ).result
+class _Search:
+    """Emits the search of a row, or of one of its parts.
 
+    Args:
+        k: The kernel.
+        shape: How a row is gone through.
+        rows: Rows.
+        dtype: Type of the numbers.
+        parts: Into how many a row is cut; what is found in each is written, instead of the token.
+        places: Whether the numbers have ids of their own, in a second input; else they stand in the order of the ids.
+    """
 
-def _key(logit: Scalar) -> Scalar:
-    """An unsigned integer for a logit: of the same order, zeros alike, a NaN above all."""
-    bits = logit.to("f32").bits()
-    magnitude = bits & _MAGNITUDE
-    key = (bits < 0).select(bits ^ _ALL, bits ^ _SIGN)
-    return (magnitude > _INFINITY).select(_number(_ALL), magnitude.equals(0).select(_number(_SIGN), key))
+    def __init__(self, k: Kernel, shape: RowShape, rows: int, dtype: str, parts: int, *, places: bool) -> None:
+        self.k, self.w, self.shape, self.parts = k, Workgroup(k, shape.width), shape, parts
+        size = Scalar.constant(rows * shape.strips, "index")
+        self.row = k.item().minimum(rows - 1)
+        self.numbers = k.buffer(0, dtype, size, shape.width)
+        self.places = k.buffer(1, "f32", size, shape.width) if places else None
+        first = 2 if places else 1
+        if parts == 1:
+            self.token = k.buffer(first, "i32", Scalar.constant(2 * rows, "index"))
+        else:
+            found = Scalar.constant(rows * parts, "index")
+            self.found = [k.buffer(first + i, "f32", found) for i in range(2)]
+
+    def emit(self) -> None:
+        """Emit everything."""
+        k, w, strips = self.k, self.w, self.shape.strips
+        each = -(-strips // self.parts)
+        start = k.tile() * each if self.parts > 1 else Scalar.constant(0, "index")
+        stop = (start + each).minimum(strips) if self.parts > 1 else Scalar.constant(strips, "index")
+
+        def look(strip: Scalar) -> list[ir.Value]:
+            x = self._number(strip)
+            return [x, w.where(w.is_nan(x), 1.0, 0.0)]
+
+        most, nan = w.over(["max", "max"], start, stop, look)
+
+        def place(strip: Scalar) -> list[ir.Value]:
+            places = w.ids(strip) if self.places is None else k.load(self.places, self._at(strip))
+            return [w.where(w.compare(self._number(strip), "OEQ", most), places, _BEYOND)]
+
+        (first,) = w.over(["min"], start, stop, place)
+        is_nan = w.compare(nan, "OGT", k.constant(0.0))
+
+        def write() -> None:
+            if self.parts == 1:
+                token = Scalar(w.where(is_nan, float(_NAN), first)).to("i32")
+                store_i64(k, token, self.token, self.row)
+                return
+            at = self.row * self.parts + k.tile()
+            k.store(w.where(is_nan, float("nan"), most), self.found[0], at)
+            k.store(first, self.found[1], at)
+
+        k.when(w.thread.equals(0), write)
+
+    def _at(self, strip: Scalar) -> Scalar:
+        return self.row * self.shape.strips + strip
+
+    def _number(self, strip: Scalar) -> ir.Value:
+        return self.k.widen(self.numbers, self.k.load(self.numbers, self._at(strip)))
 
 
 OPS = (Op(INTERNAL, NEXT_TOKEN, 1, parse, output_types, lower),)

@@ -316,7 +316,7 @@ def _functions(
     notes = list(plan.notes)
     if options.sampler != "none" and not any(entry.token or entry.draw for entry in entries):
         why = "no step of one token has one row of logits an id"
-        if options.sampler == "draw" and plan.batch is None:
+        if plan.batch is None:
             why += " (the batch is open)"
         notes.append(f"--sampler {options.sampler}: no token can be chosen, for {why}")
     return dataclasses.replace(plan, entry_points=tuple(entries), notes=tuple(notes)), functions

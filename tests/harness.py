@@ -39,6 +39,7 @@ TARGETS = {
     "vulkan": Target("vulkan", is_gpu=True),
     "lavapipe": Target("vulkan", is_gpu=True, subgroup_size=8, max_threads=512, workgroup_memory=32_768),
 }
+TARGETS["cuda"] = resolve_target("cuda", TargetOptions()).capabilities
 DEVICE_ATTRIBUTES = {"lavapipe": vulkan.device_attribute("lavapipe", LAVAPIPE)}
 DEFAULTS = LoweringOptions()
 DRIVERS = {"cpu": "cpu", "vulkan": "vulkan", "lavapipe": "vulkan"}
@@ -188,6 +189,14 @@ def lowered_all(
         set_device(module, target)
         module.operation.verify()
         return module
+
+
+def compile_for_cuda(domain: str, op_type: str, version: int, inputs: Sequence[TensorSpec | None]) -> bytes:
+    """A module of one operator for sm_80: what can be looked at, not run."""
+    session = Session()
+    session.set_flags("--iree-hal-target-device=cuda", "--iree-cuda-target=sm_80", "--iree-input-type=none")
+    module = lowered(domain, op_type, version, inputs, {}, 1, "cuda", context=session.context)
+    return compile_module(module, session, "cuda")
 
 
 def set_device(module: ir.Module, target: str) -> None:

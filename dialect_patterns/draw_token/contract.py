@@ -18,6 +18,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..next_token import MOST_IDS
 from ..node import FLOATS, Node, TensorSpec
 
 DRAW_TOKEN = "DrawToken"
@@ -26,9 +27,6 @@ SETTINGS = 8
 
 FURTHEST = 87.0
 """The reach of f32."""
-
-MOST_IDS = 1 << 24
-"""Ids are counted in f32."""
 
 
 @dataclass(frozen=True)

@@ -15,22 +15,16 @@ Cost: greedy two passes over the row; temperature alone four; top-k and top-p ab
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from iree.compiler import ir
 
 from ..emit.builder import Builder, tensor_type
 from ..emit.scalar import Scalar
-from ..emit.simt_kernel import Group, Kernel, dispatch
+from ..emit.simt_kernel import Kernel, dispatch
+from ..emit.workgroup import RowShape, Workgroup, load_i64, row_shape, store_i64
 from ..target import Target
 from .contract import FURTHEST, SETTINGS, DrawToken
-from .workgroup import Workgroup
 
-_WIDTH = 4
-_MOST_WIDTH = 16
-_MAX_THREADS = 1024
-_MAX_THREADS_BY_MEMORY = 256
-_LEAST_THREADS = 16
 _NAN, _NONE = -1, -2
 _BEYOND = 3e38
 """More than any id."""
@@ -39,60 +33,31 @@ _LEAST_MASS = 1e-30
 """top_p 0 keeps one token."""
 
 
-@dataclass(frozen=True)
-class _Shape:
-    """How a row is looked through.
-
-    Attributes:
-        width: Logits of a strip.
-        strips: Strips of a row.
-        threads: Threads of the workgroup.
-    """
-
-    width: int
-    strips: int
-    threads: int
-
-    @property
-    def slots(self) -> int:
-        """Strips that a thread may keep."""
-        return -(-self.strips // self.threads)
-
-
-def _shape(c: DrawToken, target: Target) -> _Shape:
-    width = _WIDTH if target.is_gpu else min(max(target.vector_bits // 32, _WIDTH), _MOST_WIDTH)
-    strips, threads = -(-c.vocabulary // width), 1
-    if target.is_gpu:
-        threads = target.subgroup_size or _LEAST_THREADS
-        limit = min(_MAX_THREADS if target.subgroup_size else _MAX_THREADS_BY_MEMORY, target.max_threads)
-        while 2 * threads <= limit and threads < strips:
-            threads *= 2
-    return _Shape(width, strips, threads)
-
-
 def emit_draw(b: Builder, target: Target, c: DrawToken, logits: ir.Value, settings: ir.Value) -> ir.Value:
-    """The tokens as pairs of i32, [B, 2], the low half first."""
-    shape, rows = _shape(c, target), c.rows
-    if shape.strips * shape.width != c.vocabulary:  # what is not there is never chosen
-        logits = b.pad_end(logits, 1, shape.strips * shape.width, float("-inf"))
-    subgroup = target.subgroup_size if target.is_gpu else 0
+    """The tokens, [B] i64."""
+    shape, rows = row_shape(c.vocabulary, target), c.rows
 
     def body(k: Kernel) -> None:
         _Draw(k, c, shape).emit()
 
-    name = f"draw_token_{c.logits.dtype}_{rows}x{c.vocabulary}_w{shape.width}_t{shape.threads}_g{subgroup}"
+    name = f"draw_token_{c.logits.dtype}_{rows}x{c.vocabulary}_w{shape.width}_t{shape.threads}_g{shape.subgroup}"
     outputs: list[tuple[ir.RankedTensorType, list[ir.Value]]] = [
         (tensor_type((rows, 2), "i32"), []),
-        (tensor_type((rows, shape.slots * shape.threads * shape.width), "f32"), []),
+        (tensor_type((rows, _kept(shape) * shape.width), "f32"), []),
     ]
-    group = Group(shape.threads, subgroup)
-    return dispatch(name, group, 1, b.index(rows), [], [logits, settings], outputs, body)[0]
+    inputs = [shape.filled(b, logits), settings]
+    return load_i64(dispatch(name, shape.group, 1, b.index(rows), [], inputs, outputs, body)[0], rows)
+
+
+def _kept(shape: RowShape) -> int:
+    """Strips that the threads may keep, each as many."""
+    return -(-shape.strips // shape.threads) * shape.threads
 
 
 class _Draw:
     """Emits the kernel."""
 
-    def __init__(self, k: Kernel, c: DrawToken, shape: _Shape) -> None:
+    def __init__(self, k: Kernel, c: DrawToken, shape: RowShape) -> None:
         self.k, self.c, self.shape = k, c, shape
         self.w = w = Workgroup(k, shape.width)
         index = Scalar.constant
@@ -100,7 +65,7 @@ class _Draw:
         self.logits = k.buffer(0, c.logits.dtype, index(c.rows * shape.strips, "index"), shape.width)
         settings = k.buffer(1, "f32", index(c.rows * SETTINGS, "index"))
         self.token = k.buffer(2, "i32", index(2 * c.rows, "index"))
-        kept = shape.slots * shape.threads
+        kept = _kept(shape)
         self.kept = k.buffer(3, "f32", index(c.rows * kept, "index"), shape.width)
         self.kept_start = self.row * kept + w.thread
         self.first, self.stop = index(0, "index"), index(shape.strips, "index")
@@ -114,7 +79,7 @@ class _Draw:
 
         def look(strip: Scalar) -> list[ir.Value]:
             x = self.load(strip)
-            return [x, w.where(w.compare(x, "UNO", x), 1.0, 0.0)]
+            return [x, w.where(w.is_nan(x), 1.0, 0.0)]
 
         self.most, nan = w.over(["max", "max"], self.first, self.stop, look)
         finite = w.both(w.compare(self.most, "OLT", k.constant(float("inf"))),
@@ -133,12 +98,7 @@ class _Draw:
         is_nan = Scalar(w.compare(nan, "OGT", k.constant(0.0)))
         token = Scalar(k.choose(is_nan, lambda: number(_NAN), chosen, i32)[0])
 
-        def write() -> None:
-            high = (token < 0).select(Scalar.constant(-1, "i32"), Scalar.constant(0, "i32"))
-            k.store_as_is(token.value, self.token, self.row * 2)
-            k.store_as_is(high.value, self.token, self.row * 2 + 1)
-
-        k.when(w.thread.equals(0), write)
+        k.when(w.thread.equals(0), lambda: store_i64(k, token, self.token, self.row))
 
     def load(self, strip: Scalar) -> ir.Value:
         """Logits of the row."""

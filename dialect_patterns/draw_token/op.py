@@ -12,16 +12,13 @@ from .kernel import emit_draw
 
 
 def lower(context: LoweringContext, contract: DrawToken, operands: Sequence[ir.Value | None]) -> list[ir.Value]:
-    """Emit the kernel; its pairs of i32 are read as i64."""
+    """Emit the kernel."""
     b, (logits, settings) = context.builder, operands
     assert logits is not None
     assert settings is not None
     lead = b.shape(logits)[:-1]
     rows = b.collapse(logits, 0, len(lead) - 1) if len(lead) > 1 else logits
-    pairs = emit_draw(b, context.target, contract, rows, settings)
-    kind = ir.RankedTensorType.get([contract.rows], ir.IntegerType.get_signless(64))
-    sizes = {"operandSegmentSizes": ir.DenseI32ArrayAttr.get([1, 0, 0])}
-    token = ir.Operation.create("flow.tensor.bitcast", results=[kind], operands=[pairs], attributes=sizes).result
+    token = emit_draw(b, context.target, contract, rows, settings)
     return [b.expand(token, 0, lead) if len(lead) > 1 else token]
 
 

@@ -102,10 +102,6 @@ class Scalar:
     def __xor__(self, other: Scalar | Number) -> Scalar:
         return Scalar(arith.XOrIOp(self.value, self._other(other)).result)
 
-    def bits(self) -> Scalar:
-        """The bits of a float as an integer."""
-        return Scalar(arith.BitcastOp(element_type(f"i{FLOAT_BITS[self.dtype]}"), self.value).result)
-
     def shift_right(self, other: Scalar | Number) -> Scalar:
         """Logical shift to the right."""
         return Scalar(arith.ShRUIOp(self.value, self._other(other)).result)
@@ -137,14 +133,6 @@ class Scalar:
     def select(self, true: Scalar, false: Scalar) -> Scalar:
         """``true`` where this i1 is set, else ``false``."""
         return Scalar(arith.SelectOp(self.value, true.value, false.value).result)
-
-    def maximum_unsigned(self, other: Scalar | Number) -> Scalar:
-        """The larger of two unsigned integers."""
-        return Scalar(arith.MaxUIOp(self.value, self._other(other)).result)
-
-    def minimum_unsigned(self, other: Scalar | Number) -> Scalar:
-        """The smaller of two unsigned integers."""
-        return Scalar(arith.MinUIOp(self.value, self._other(other)).result)
 
     def maximum(self, other: Scalar | Number) -> Scalar:
         """The larger one; NaN wins."""

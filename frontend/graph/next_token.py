@@ -30,14 +30,12 @@ def choose_next(graph: SpecializedGraph, output: str, ids: str, *, draws: bool =
         draws: Whether it is drawn, as one more input says.
 
     Returns:
-        The graph, or None where the logits are not [B, 1, V] of a known V, or for a draw of a known B.
+        The graph, or None where the logits are not [B, 1, V] of known sizes.
     """
     logits, tokens = spec_of_type(graph.types.get(output)), spec_of_type(graph.types.get(ids))
-    if logits is None or tokens is None or logits.dtype not in FLOATS or not logits.shape or not logits.shape[-1]:
+    if logits is None or tokens is None or logits.dtype not in FLOATS or not logits.shape or None in logits.shape:
         return None
     if logits.shape[:-1] != tokens.shape or tokens.dtype not in ("i64", "i32"):
-        return None
-    if draws and None in logits.shape:
         return None
     model, types = onnx.ModelProto(), dict(graph.types)
     model.CopyFrom(graph.proto)

@@ -8,12 +8,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from harness import TARGETS, compile_module, lowered, node_for, run_op, spec
-from iree.compiler.api import Session
+from harness import compile_for_cuda, node_for, run_op, spec
 from linattn.dialect_patterns.draw_token import contract
 from linattn.dialect_patterns.node import TensorSpec
 from linattn.dialect_patterns.op import INTERNAL
-from linattn.dialect_patterns.target import Target
 from linattn.runtime import Sampling, StateError
 from linattn.runtime.errors import UnsupportedModelError
 from linattn.runtime.generation.sampling import draw_settings, index_of_largest, likely
@@ -112,6 +110,8 @@ def test_as_the_host(vocabulary: int, dtype: Any, target: str) -> None:
     """The host's token for the same random number, but for numbers at the very edge between two tokens."""
     rng = np.random.default_rng(1)
     kinds = kinds_of_logits(vocabulary)
+    if vocabulary > 100_000:
+        kinds = kinds[:4:3]
     if target == "lavapipe" and vocabulary > 10_000:  # whose threads are few
         kinds = kinds[:1] if vocabulary > 100_000 else kinds[:4:3]
     cases = [(logits, how) for logits in kinds for how in SETTINGS]
@@ -158,14 +158,8 @@ def test_draws_follow_the_softmax(target: str) -> None:
 
 def test_it_is_one_kernel_on_cuda() -> None:
     """Run on no GPU here: what is compiled is one kernel of whole warps that shuffle, and nothing beside it."""
-    session = Session()
-    session.set_flags("--iree-hal-target-device=cuda", "--iree-cuda-target=sm_80", "--iree-input-type=none")
     specs = [TensorSpec((1, 1, 32_000), "f16"), TensorSpec((1, contract.SETTINGS), "f32")]
-    cuda = Target("cuda", is_gpu=True, subgroup_size=32, max_threads=1024, matrix_units=True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(TARGETS, "cuda", cuda)
-        module = lowered(INTERNAL, contract.DRAW_TOKEN, 1, specs, {}, 1, "cuda", context=session.context)
-    code = compile_module(module, session, "cuda")
+    code = compile_for_cuda(INTERNAL, contract.DRAW_TOKEN, 1, specs)
     assert code.count(b".entry") == 1
     assert code.count(b"shfl.sync") > 0
 

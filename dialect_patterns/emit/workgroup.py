@@ -1,4 +1,4 @@
-"""Passes over a row by the threads of a workgroup, each with a vector at a time; on a CPU it is one thread.
+"""Passes over a row of numbers by the threads of a workgroup, each with a vector at a time; on a CPU it is one thread.
 
 All numbers are f32. What is asked of a whole row comes back the same to every thread, so that all of them take the same
 way and meet at the same barriers.
@@ -7,16 +7,21 @@ way and meet at the same barriers.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from iree.compiler import ir
 from iree.compiler.dialects import arith, scf
 
-from ..emit.scalar import Scalar
-from ..emit.simt_kernel import Kernel
+from ..target import Target
+from .builder import Builder
+from .scalar import Scalar
+from .simt_kernel import Buffer, Group, Kernel
 
 Kind = Literal["add", "max", "min"]
 NEUTRAL: dict[Kind, float] = {"add": 0.0, "max": float("-inf"), "min": float("inf")}
+_WIDTH, _MOST_WIDTH = 4, 16
+_MAX_THREADS, _MAX_THREADS_BY_MEMORY = 1024, 256
 _PARTS = 16
 """Without subgroup operations: sums that so many threads make of the others' values."""
 
@@ -25,6 +30,58 @@ _MOST_VALUES = 4
 
 _LEAST_EXPONENT = -87.3
 """Below it f32 has no normal number for the exponential."""
+
+
+@dataclass(frozen=True)
+class RowShape:
+    """How a row is gone through.
+
+    Attributes:
+        width: Numbers of a strip, which a thread takes at once.
+        strips: Strips of a row, the last one filled up.
+        threads: Threads of a workgroup.
+        subgroup: Threads of a subgroup, 0 where there are none.
+    """
+
+    width: int
+    strips: int
+    threads: int
+    subgroup: int
+
+    @property
+    def group(self) -> Group:
+        """The workgroup."""
+        return Group(self.threads, self.subgroup)
+
+    def filled(self, b: Builder, rows: ir.Value) -> ir.Value:
+        """Rows of whole strips, [B, V]: what is not there is less than any number."""
+        return b.pad_end(rows, 1, self.strips * self.width, float("-inf"))
+
+
+def row_shape(size: int, target: Target) -> RowShape:
+    """For rows of so many numbers."""
+    if not target.is_gpu:
+        width = min(max(target.vector_bits // 32, _WIDTH), _MOST_WIDTH)
+        return RowShape(width, -(-size // width), 1, 0)
+    strips, threads = -(-size // _WIDTH), target.subgroup_size or _PARTS
+    limit = min(_MAX_THREADS if target.subgroup_size else _MAX_THREADS_BY_MEMORY, target.max_threads)
+    while 2 * threads <= limit and threads < strips:
+        threads *= 2
+    return RowShape(_WIDTH, strips, threads, target.subgroup_size)
+
+
+def store_i64(k: Kernel, value: Scalar, pairs: Buffer, at: Scalar) -> None:
+    """An i32 as two of them that are its i64, which not every GPU has: see :func:`load_i64`."""
+    high = (value < 0).select(Scalar.constant(-1, "i32"), Scalar.constant(0, "i32"))
+    k.store_as_is(value.value, pairs, at * 2)
+    k.store_as_is(high.value, pairs, at * 2 + 1)
+
+
+def load_i64(pairs: ir.Value, count: int) -> ir.Value:
+    """Pairs of i32, [count, 2], as i64."""
+    kind = ir.RankedTensorType.get([count], ir.IntegerType.get_signless(64))
+    sizes = {"operandSegmentSizes": ir.DenseI32ArrayAttr.get([1, 0, 0])}
+    return ir.Operation.create("flow.tensor.bitcast", results=[kind], operands=[pairs], attributes=sizes).result
 
 
 class Workgroup:
@@ -51,7 +108,7 @@ class Workgroup:
         return value if str(value.type).startswith("vector") else self.k.splat(value, self.width)
 
     def compare(self, a: ir.Value, predicate: str, b: ir.Value) -> ir.Value:
-        """A mask: ``OGT``, ``OGE``, ``OLT``, ``OEQ``; false where there is a NaN, ``UNO`` true."""
+        """A mask: ``OGT``, ``OGE``, ``OLT``, ``OEQ``; false where there is a NaN."""
         if str(a.type) != str(b.type):
             a, b = self.all(a), self.all(b)
         return arith.CmpFOp(getattr(arith.CmpFPredicate, predicate), a, b).result
@@ -61,6 +118,15 @@ class Workgroup:
         is_vector = str(mask.type).startswith("vector")
         values = [self.k.constant(v) if isinstance(v, float | int) else v for v in (a, b)]
         return arith.SelectOp(mask, *(self.all(v) if is_vector else v for v in values)).result
+
+    def is_nan(self, a: ir.Value) -> ir.Value:
+        """A mask, by the bits: a driver may take it that there are no such numbers."""
+        kind = self.k.type(self.width if str(a.type).startswith("vector") else 1, "i32")
+        bits = arith.BitcastOp(kind, a).result
+        magnitude, infinity = (Scalar.constant(value, "i32").value for value in (0x7FFFFFFF, 0x7F800000))
+        if str(kind).startswith("vector"):
+            magnitude, infinity = self.all(magnitude), self.all(infinity)
+        return arith.CmpIOp(arith.CmpIPredicate.sgt, arith.AndIOp(bits, magnitude).result, infinity).result
 
     def both(self, a: ir.Value, b: ir.Value) -> ir.Value:
         """Both masks."""
