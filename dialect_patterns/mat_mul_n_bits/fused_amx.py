@@ -4,14 +4,15 @@
     %y   = flow.dispatch @mat_mul_n_bits_fused_amx_...(%q#0, %q#1, %q#2, %words, %scales)
 
     for each panel of 32 columns:  for each slab of blocks along K:      unpacked to the stack, as for ``fused_simd``
-      for each 16 rows, for each few blocks:
-        i32 sums of each [2 registers of 16 x 16] of its products        to the stack
-        y (on the stack) += what they all count                          read and written once
+      for each two blocks, for each 16 rows:
+        i32 sums [2 x 2 registers of 16 x 16] of their products          to the stack
+        y (on the stack) += what those of the 16 rows before count       meanwhile; read and written once
 
 Sums of a block are exact, as everywhere. What they count is what takes the time where blocks are small. For a block of
 32 and 16 x 16 sums the unit needs 16 cycles, as for one of 64. Counting takes 24 of the two units for vectors (from
 integers, times A's step, times the weights' scale) and a store of 64 bytes each cycle: 16 for the integers, and 16 for
-y, but 4 where 4 blocks are counted at once. (On paper, for a Golden Cove.)
+y, but 8 where two blocks are counted at once. The unit works at the same time where it has what is next: sums wait in
+two places, as Intel's Optimization Reference Manual has it. (On paper, for a Golden Cove.)
 
 Legal: on CPUs with AMX where A is rounded to int8, from 16 rows on, blocks of 32 or more. Cost: a fifth of a cycle for
 each 64 multiply-adds, and five instructions for each 16 sums of a block.
@@ -19,7 +20,7 @@ each 64 multiply-adds, and five instructions for each 16 sums of a block.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from iree.compiler import ir
@@ -37,6 +38,9 @@ from .operands import Operands
 from .simd_plan import Plan, amx_plan
 from .simd_rows import arranged_specs
 from .simd_tiled import TiledBody
+
+Factors = Sequence[tuple[str, str | None]]
+"""Of a block for each vector of columns: the scale, and zero point times scale or None."""
 
 FEATURES = frozenset({"amx-tile", "amx-int8", "avx512vnni"})
 _LEAST_BLOCK = 32
@@ -116,34 +120,60 @@ class AmxBody(TiledBody):
         super().__init__(k, c, p, rows, memrefs, before)
         self.words = min(c.block_size // 4, ROWS)
         self.unit = AmxTiles(k, self.words)
-        self.ints = k.alloca([p.counted * p.rows, p.tile], "i32")
+        self.ints = k.alloca([2 * p.counted * p.rows, p.tile], "i32")
 
     def write(self) -> None:
         """The whole body."""
         super().write()
         self.unit.release()
 
-    def _rows(self, row: Index, block: Index, blocks: Index) -> list[str]:
-        """16 rows times the unpacked weights."""
+    def _all_rows(self, block: Index, blocks: Index) -> None:
+        """All rows times the unpacked weights, a few blocks after the other."""
 
         def some(index: Index, count: int) -> None:
-            self._multiply(self.k.add(self.first, row), index, self.k.add(block, index), count)
-            self._count(row, index, self.k.add(block, index), count)
+            self._some_blocks(index, self.k.add(block, index), count)
 
         self._in_chunks(self.p.counted, blocks, self.c.blocks, some)
-        return []
 
-    def _multiply(self, row: Index, index: Index, block: Index, count: int) -> None:
-        """The sums of some blocks to the stack; each while the next one's are under way.
+    def _some_blocks(self, index: Index, block: Index, count: int) -> None:
+        """All rows by some blocks; the sums of 16 rows are counted while the next ones' products are under way.
 
         Args:
-            row: The first row of the arranged A.
             index: The first block, counted from the start of the slab.
             block: The same, counted from the start of the row.
             count: Blocks.
         """
+        k, p = self.k, self.p
+        starts = [v * p.lanes for v in range(p.vectors)]
+
+        def factor(i: int, start: int) -> tuple[str, str | None]:
+            place = [k.add(index, i), start]
+            return k.load(self.scales, place, p.lanes), k.load(self.zeros, place, p.lanes) if self.zeros else None
+
+        factors = [[factor(i, start) for start in starts] for i in range(count)]
+        tiles = k.div(k.add(self.count, ROWS - 1), ROWS)
+        share = ROWS // count
+
+        def one(tile: str, _: list[str]) -> list[str]:
+            before = k.sub(tile, 1)
+            self._multiply(
+                tile,
+                index,
+                block,
+                count,
+                lambda i: self._count(before, block, factors, range(i * share, (i + 1) * share)),
+            )
+            return []
+
+        self._multiply(0, index, block, count, lambda _: None)
+        k.loop(tiles, [], one, start=1)
+        self._count(k.sub(tiles, 1), block, factors, range(ROWS))
+
+    def _multiply(self, tile: Index, index: Index, block: Index, count: int, meanwhile: Callable[[int], None]) -> None:
+        """The sums of 16 rows by some blocks to the stack; ``meanwhile`` after the products of each."""
         k, unit, words = self.k, self.unit, self.c.block_size // 4
         assert self.bytes is not None
+        row = k.add(self.first, k.mul(tile, ROWS))
         for i in range(count):
             sums, a = self._registers(i), A[i % 2]
             for register in sums:
@@ -155,38 +185,37 @@ class AmxBody(TiledBody):
                 for register, b in zip(sums, B, strict=True):
                     unit.multiply_bytes(register, a, b)
             if i:
-                self._keep(i - 1)
-        self._keep(count - 1)
+                self._keep(tile, i - 1)
+            meanwhile(i)
+        self._keep(tile, count - 1)
 
     def _registers(self, i: int) -> tuple[int, int]:
         """Those of a block's sums; the next block has the other two."""
         return SUMS[i % 2 * 2], SUMS[i % 2 * 2 + 1]
 
-    def _keep(self, i: int) -> None:
+    def _keep(self, tile: Index, i: int) -> None:
         """A block's sums to the stack."""
         for half, register in enumerate(self._registers(i)):
-            self.unit.store(register, self.ints, [i * ROWS, half * ROWS])
+            self.unit.store(register, self.ints, [self._waiting(tile, i), half * ROWS])
 
-    def _count(self, row: Index, index: Index, block: Index, count: int) -> None:
-        """Adds what the sums of some blocks count to the rows' sums, which are read and written once."""
+    def _waiting(self, tile: Index, i: int) -> Index:
+        """Where the stack has the sums of 16 rows by a block: every other 16 are in the same place."""
+        return self.k.add(self.k.mul(self.k.rem(tile, 2), self.p.counted * ROWS), i * ROWS)
+
+    def _count(self, tile: Index, block: Index, factors: Sequence[Factors], rows: range) -> None:
+        """Adds what the sums of some blocks count to some rows' sums, which are read and written once."""
         k, p, products = self.k, self.p, self.bytes
         assert products is not None
         starts = [v * p.lanes for v in range(p.vectors)]
 
-        def factor(i: int, start: int) -> tuple[str, str | None]:
-            place = [k.add(index, i), start]
-            return k.load(self.scales, place, p.lanes), k.load(self.zeros, place, p.lanes) if self.zeros else None
-
-        factors = [[factor(i, start) for start in starts] for i in range(count)]
-
         def one(r: str, _: list[str]) -> list[str]:
-            place = k.add(row, r)
+            place = k.add(k.mul(tile, ROWS), r)
             sums, at = [k.load(self.sums, [place, start], p.lanes) for start in starts], k.add(self.first, place)
-            for i in range(count):
-                ints = [k.load(self.ints, [k.add(r, i * ROWS), start], p.lanes) for start in starts]
-                (sums,) = products.add_blocks([sums], [ints], [at], k.add(block, i), factors[i])
+            for i, own in enumerate(factors):
+                ints = [k.load(self.ints, [k.add(self._waiting(tile, i), r), start], p.lanes) for start in starts]
+                (sums,) = products.add_blocks([sums], [ints], [at], k.add(block, i), own)
             for start, value in zip(starts, sums, strict=True):
                 k.store(value, self.sums, [place, start])
             return []
 
-        k.loop(p.rows, [], one)
+        k.loop(rows.stop, [], one, start=rows.start)

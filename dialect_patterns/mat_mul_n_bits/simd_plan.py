@@ -20,6 +20,7 @@ _DIRECT_ROWS = 4
 _ROW_BLOCK = 64  # about
 _AMX_STACK_BYTES = 30 * 1024
 _AMX_ROW_BLOCKS = (128, 64, 32, 16)
+_AMX_COUNTED = (2, 1)  # with the products of the next ones about as many instructions as a core has under way
 _SLAB_BYTES = 19 * 1024
 _MAX_COLUMNS = 512  # of a workgroup
 _START = 12  # columns that would take as long as the start of a workgroup
@@ -55,7 +56,7 @@ class Plan:
             while unpacking.
         slab: Blocks along K that are unpacked at once.
         workgroup_columns: Columns of a workgroup, a multiple of the tile.
-        counted: Blocks whose sums in integers wait on the stack and are counted at once, on the matrix unit.
+        counted: Blocks whose sums in integers wait on the stack, twice, and are counted at once, on the matrix unit.
     """
 
     instruction: DotInstruction | None
@@ -126,8 +127,8 @@ def amx_plan(contract: MatMulNBits, target: Target) -> Plan | str:
     if instruction is None or instruction.vector_bits != 32 * lanes or c.columns < lanes * vectors:
         return f"N={c.columns} is less than the {lanes * vectors} columns of the matrix unit"
     block_bytes = _unpacked_bytes(c, instruction) * lanes * vectors
-    for row_block, counted in product(_AMX_ROW_BLOCKS, (CHUNK, CHUNK // 2, 1)):
-        fixed = 4 * lanes * vectors * (row_block + rows * counted)
+    for row_block, counted in product(_AMX_ROW_BLOCKS, _AMX_COUNTED):
+        fixed = 4 * lanes * vectors * (row_block + 2 * rows * counted)
         most = (_AMX_STACK_BYTES - fixed) // block_bytes
         slab = _slab(c.blocks, max(1, most - most % CHUNK))
         if slab * block_bytes + fixed <= _AMX_STACK_BYTES and row_block < 2 * (c.rows or row_block):

@@ -76,7 +76,7 @@ class TiledBody:
         def slab(block: Index, _: list[str]) -> list[str]:
             blocks = p.slab if c.blocks % p.slab == 0 else k.minimum(k.sub(c.blocks, block), p.slab)
             self._unpack(column, block, blocks)
-            k.loop(self.count, [], lambda row, _: self._rows(row, block, blocks), step=p.rows)
+            self._all_rows(block, blocks)
             return []
 
         def write(row: str, _: list[str]) -> list[str]:
@@ -149,6 +149,10 @@ class TiledBody:
                     k.store(part, self.unpacked, [k.add(place, j), lane])
 
     # ---- products --------------------------------------------------------------------------------------------------
+    def _all_rows(self, block: Index, blocks: Index) -> None:
+        """All rows times the unpacked weights."""
+        self.k.loop(self.count, [], lambda row, _: self._rows(row, block, blocks), step=self.p.rows)
+
     def _rows(self, row: Index, block: Index, blocks: Index) -> list[str]:
         """Some rows times the unpacked weights."""
         k, p = self.k, self.p
