@@ -99,7 +99,7 @@ class Collector:
         self._places = [i for i, spec in enumerate(manifest.outputs) if spec.name in wanted.names]
         self._device, self._wanted, self._tokens = device, wanted, tokens
         self._done = 0
-        self._parts: dict[str, list[HostArray]] = {spec.name: [] for spec in self._specs}
+        self._arrays: dict[str, HostArray] = {}
         self._targets: dict[str, DeviceArray] = {}
         self._tensors: dict[str, DeviceTensor] = {}
 
@@ -129,18 +129,18 @@ class Collector:
                 self._put(spec, output, _Rows(axis, 0, shape[axis], start, _resized(shape, axis, self._tokens)))
 
     def results(self) -> dict[str, Any]:
-        """All of them, joined along their token axis, by name.
+        """All of them, by name.
 
         Raises:
             InputError: Memory of the caller's that does not fit.
         """
         found: dict[str, Any] = {}
         for spec in self._specs:
-            parts, given = self._parts[spec.name], self._wanted.into.get(spec.name)
+            given = self._wanted.into.get(spec.name)
             if spec.name in self._targets:
                 found[spec.name] = self._tensors[spec.name] if given is None else given
                 continue
-            array = parts[0] if len(parts) == 1 else np.concatenate(parts, spec.token_axis or 0)
+            array = self._arrays[spec.name]
             found[spec.name] = array if given is None else _write(spec, array, given)
         return found
 
@@ -151,7 +151,7 @@ class Collector:
             if self._wanted.stays and spec.name not in self._wanted.into:
                 self._target(spec, array.shape)
             else:
-                self._parts[spec.name] = [array]
+                self._arrays[spec.name] = array
         return self.results()
 
     def _put(self, spec: OutputSpec, output: DeviceArray, rows: _Rows) -> None:
@@ -159,11 +159,13 @@ class Collector:
         if target is not None:
             regions = rows_regions(output, target, rows.axis, rows.count, rows.first, rows.at)
             self._device.move([Move(output, target, regions)])
-        elif not output.shape or rows.count == output.shape[rows.axis]:
-            self._parts[spec.name].append(self._device.to_host(output))
-        else:
-            found = self._device.to_host_rows(output, rows.axis, rows.first, rows.first + rows.count)
-            self._parts[spec.name].append(found)
+        elif rows.shape == output.shape:
+            self._arrays[spec.name] = self._device.to_host(output)
+        else:  # all blocks into one array, whose memory is touched once
+            if spec.name not in self._arrays:
+                self._arrays[spec.name] = np.empty(rows.shape, numpy_dtype(spec.dtype))
+            part = (slice(None),) * rows.axis + (slice(rows.at, rows.at + rows.count),)
+            self._device.read_rows(output, rows.axis, rows.first, self._arrays[spec.name][part])
 
     def _target(self, spec: OutputSpec, shape: tuple[int, ...]) -> DeviceArray | None:
         """The array on the device that an output goes to; None: it goes to the host."""

@@ -330,6 +330,16 @@ class Device(Owned):
         regions = [(start, nbytes) for start, _, nbytes in row_regions(array, axis, first, last)]
         return self._read(array, regions, (*shape[:axis], last - first, *shape[axis + 1 :]))
 
+    def read_rows(self, array: DeviceArray, axis: int, first: int, into: HostArray) -> None:
+        """Copies rows of one axis, from `first` on as many as `into` has, to memory that the host has."""
+        last = first + into.shape[axis]
+        source = array.view.get_buffer()
+        if _mappable(source):
+            mapped = source.map().asarray([array.nbytes], np.dtype(np.uint8)).view(into.dtype).reshape(array.shape)
+            np.copyto(into, mapped[(slice(None),) * axis + (slice(first, last),)])
+        else:
+            np.copyto(into, self.to_host_rows(array, axis, first, last))
+
     def wrap(self, view: Any, dtype: str) -> DeviceArray:
         """Takes a buffer view that a call returned, with the element type that the manifest names.
 
