@@ -6,7 +6,7 @@ the workgroup's memory, as the units would read them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -22,10 +22,15 @@ TARGET = Target(
     "vulkan", is_gpu=True, subgroup_size=SUBGROUP, max_threads=512, workgroup_memory=32_768, matrix_stride="chunks"
 )
 _SIDE, _CHUNK = 16, 8
+_DYNAMIC = -(1 << 63)  # instead of a static position, where a value says it
 
 
 class _Sums(list):
-    """Eight sums of a thread."""
+    """Eight sums of a thread, and the products that are still to be added."""
+
+    def __init__(self, values: Iterable[ir.Value], terms: Sequence[Any] = ()) -> None:
+        super().__init__(values)
+        self.terms = list(terms)
 
 
 class ScalarMatrices(Kernel):
@@ -44,22 +49,49 @@ class ScalarMatrices(Kernel):
         return buffer, start, stride, transposed
 
     def matrix_multiply_add(self, a: Any, b: Any, c: Any) -> Any:
+        """Put off until the sums are wanted, so that one loop does: a loop each is minutes of compiling."""
+        return _Sums(c, [*c.terms, (a, b)])
+
+    def _done(self, sums: Any) -> Any:
+        """The sums with all their products, which are of the same buffers; of kernels that wait for no one before."""
+        if not sums.terms:
+            return sums
         row, half = self._place()
-        left = self._line(a, row)
-        buffer, start, stride, transposed = b
-        if transposed:
-            columns = [self._line(b, half * _CHUNK + i) for i in range(_CHUNK)]
-        else:
-            rows = [self._chunk(buffer, start + k * stride + half) for k in range(_SIDE)]
-            columns = list(zip(*rows, strict=True))
-        sums = _Sums(c)
-        for i, column in enumerate(columns):
-            for x, y in zip(left, column, strict=True):
-                sums[i] = self.fma(x, y, sums[i])
-        return sums
+        (a, b), zero = sums.terms[0], Scalar.constant(0, "index")
+        starts = [[factor[1] for factor in pair] for pair in sums.terms]
+        assert all((x[0], *x[2:]) == (a[0], *a[2:]) and (y[0], *y[2:]) == (b[0], *b[2:]) for x, y in sums.terms)
+
+        def step(part: Scalar, found: list[ir.Value]) -> list[ir.Value]:
+            term, chunk = part.divide_unsigned(2)
+            at_a, at_b = starts[0]
+            for i, (start_a, start_b) in enumerate(starts[1:], 1):
+                at_a, at_b = term.equals(i).select(start_a, at_a), term.equals(i).select(start_b, at_b)
+            first = chunk * _CHUNK
+            left = self._column(a, at_a, first, row) if a[3] else self._chunk(a[0], at_a + row * a[2] + chunk)
+            if b[3]:
+                columns = [self._chunk(b[0], at_b + (half * _CHUNK + i) * b[2] + chunk) for i in range(_CHUNK)]
+            else:
+                rows = [self._chunk(b[0], at_b + (first + k) * b[2] + half) for k in range(_CHUNK)]
+                columns = list(zip(*rows, strict=True))
+            for i, column in enumerate(columns):
+                for x, y in zip(left, column, strict=True):
+                    found[i] = self.fma(x, y, found[i])
+            return found
+
+        last = Scalar.constant(2 * len(starts), "index")
+        return _Sums(super().loop(zero, last, 1, list(sums), step))
+
+    def matrix_add_scaled(self, a: Any, b: Any, factor: float) -> Any:
+        pairs = zip(self._done(a), self._done(b), strict=True)
+        return _Sums(self.fma(y, self.constant(factor), x) for x, y in pairs)
 
     def matrix_store(self, sums: Any, buffer: Buffer, start: Scalar, stride: int) -> None:
         row, half = self._place()
+        sums = self._done(sums)
+        if buffer.width == 1:
+            for i, value in enumerate(sums):
+                self.store(value, buffer, start + row * stride + half * _CHUNK + i)
+            return
         for i in range(2):
             self.store(self.join(sums[4 * i : 4 * i + 4]), buffer, start + row * stride + half * 2 + i)
 
@@ -70,7 +102,7 @@ class ScalarMatrices(Kernel):
         sums = [isinstance(value, _Sums) for value in initial]
 
         def flat(values: Sequence[Any]) -> list[ir.Value]:
-            return [v for value in values for v in (value if isinstance(value, _Sums) else [value])]
+            return [v for value in values for v in (self._done(value) if isinstance(value, _Sums) else [value])]
 
         def grouped(values: list[ir.Value]) -> list[Any]:
             rest = iter(values)
@@ -80,18 +112,27 @@ class ScalarMatrices(Kernel):
             super().loop(start, stop, step, flat(initial), lambda index, carried: flat(body(index, grouped(carried))))
         )
 
-    def _line(self, factor: Any, line: Scalar) -> list[ir.Value]:
-        """Sixteen elements that are neighbours in memory."""
-        buffer, start, stride, _ = factor
-        return [e for i in range(2) for e in self._chunk(buffer, start + line * stride + i)]
+    def _column(self, factor: Any, start: Scalar, first: Scalar, column: Scalar) -> list[ir.Value]:
+        """Eight elements of a column, from row ``first`` on."""
+        buffer, _, stride, _ = factor
+        chunk, inside = column.divide_unsigned(_CHUNK)
+        word, upper = inside.divide_unsigned(2)
+        found: list[ir.Value] = []
+        for i in range(_CHUNK):
+            words = self.load(buffer, start + (first + i) * stride + chunk)
+            low, high = self._halves_of(vector.ExtractOp(words, [word.value], [_DYNAMIC]).result)
+            found.append(self.select(upper.equals(0), low, high))
+        return found
 
     def _chunk(self, buffer: Buffer, index: Scalar) -> list[ir.Value]:
+        words = self.elements(self.load(buffer, index))
+        return [half for word in words for half in self._halves_of(word)]
+
+    def _halves_of(self, word: ir.Value) -> list[ir.Value]:
+        """The two f16 of an f32's bits, in f32."""
         single, pair = ir.Type.parse("vector<1xf32>"), ir.Type.parse("vector<2xf16>")
-        found: list[ir.Value] = []
-        for word in self.elements(self.load(buffer, index)):
-            halves = vector.BitCastOp(pair, vector.BroadcastOp(single, word).result).result
-            found += [arith.ExtFOp(self.type(1), half).result for half in self.elements(halves)]
-        return found
+        halves = vector.BitCastOp(pair, vector.BroadcastOp(single, word).result).result
+        return [arith.ExtFOp(self.type(1), half).result for half in self.elements(halves)]
 
 
 def emulate(monkeypatch: pytest.MonkeyPatch, strategy: Any) -> None:

@@ -283,11 +283,11 @@ class Kernel:
         if buffer.dtype == "f16":
             value = arith.TruncFOp(self.type(buffer.width, "f16"), value).result
         elif buffer.dtype == "bf16":
-            value = self._bf16_bits(value, buffer.width)
+            value = arith.TruncIOp(self.type(buffer.width, "i16"), self.bf16_bits(value, buffer.width)).result
         memref.StoreOp(value, buffer.value, [index.value])
 
-    def _bf16_bits(self, value: ir.Value, width: int) -> ir.Value:
-        """To nearest even; NaN stays NaN."""
+    def bf16_bits(self, value: ir.Value, width: int = 1) -> ir.Value:
+        """The bits of f32 values rounded to bf16, as i32: to nearest even; NaN stays NaN."""
         bits = arith.BitcastOp(self.type(width, "i32"), value).result
         high = arith.ShRUIOp(bits, self._integers(16, width)).result
         odd = arith.AndIOp(high, self._integers(1, width)).result
@@ -295,8 +295,7 @@ class Kernel:
         rounded = arith.ShRUIOp(rounded, self._integers(16, width)).result
         nan = arith.CmpFOp(arith.CmpFPredicate.UNO, value, value).result
         quiet = arith.OrIOp(high, self._integers(0x40, width)).result
-        chosen = arith.SelectOp(nan, quiet, rounded).result
-        return arith.TruncIOp(self.type(width, "i16"), chosen).result
+        return arith.SelectOp(nan, quiet, rounded).result
 
     # ---- arithmetic ------------------------------------------------------------------------------------------------
     def type(self, width: int, element: str = "f32") -> ir.Type:
@@ -413,8 +412,23 @@ class Kernel:
             "gpu.subgroup_mma_compute", results=[self.matrix_type("COp")], operands=[a, b, c]
         ).result
 
+    def matrix_add_scaled(self, a: ir.Value, b: ir.Value, factor: float) -> ir.Value:
+        """The sums ``a + factor b``."""
+        sums = self.matrix_type("COp")
+
+        def elementwise(name: str, x: ir.Value, y: ir.Value) -> ir.Value:
+            operation = {"opType": ir.Attribute.parse(f"#gpu<mma_element_wise<{name}>>")}
+            return ir.Operation.create(
+                "gpu.subgroup_mma_elementwise", results=[sums], operands=[x, y], attributes=operation
+            ).result
+
+        factors = ir.Operation.create(
+            "gpu.subgroup_mma_constant_matrix", results=[sums], operands=[self.constant(factor)]
+        ).result
+        return elementwise("addf", a, elementwise("mulf", b, factors))
+
     def matrix_store(self, sums: ir.Value, buffer: Buffer, start: Scalar, stride: int) -> None:
-        """Write sums as f32 to a buffer of chunks; see :meth:`matrix_load`."""
+        """Write sums as f32 to a buffer of chunks (see :meth:`matrix_load`), or of f32, which are the unit then."""
         attributes = {"leadDimension": ir.IntegerAttr.get(ir.IndexType.get(), stride)}
         ir.Operation.create(
             "gpu.subgroup_mma_store_matrix", operands=[sums, buffer.value, start.value], attributes=attributes

@@ -12,8 +12,9 @@ from ..emit.builder import spec_of
 from ..op import MICROSOFT, Choice, LoweringContext, LoweringOptions, Op
 from ..select import Legality, No, Strategy, Yes, select
 from ..target import Target
-from . import chunked, fused_simd, fused_simt, fused_simt_chunks, recurrent
+from . import chunked, fused_mma_chunks, fused_simd, fused_simt, fused_simt_chunks, recurrent
 from .contract import LinearAttention, output_types, parse
+from .mma_crossover import least_tokens
 from .operands import prepare, present_state, refine_inputs, state_or_zeros
 
 _CHUNK_SIZES = (8, 16, 32, 64, 128)
@@ -62,8 +63,22 @@ def _fused_simt_chunks_is_preferred(contract: LinearAttention, target: Target, o
     return Yes(f"T={tokens} in two kernels: chunks of {fused_simt_chunks.CHUNK} tokens, the state in registers")
 
 
+def _fused_mma_chunks_is_preferred(contract: LinearAttention, target: Target, options: LoweringOptions) -> Legality:
+    """Where it has been measured to be faster (``mma_crossover``)."""
+    if options.chunk_size is not None:
+        return No(f"chunks of {options.chunk_size} tokens are asked for")
+    least = least_tokens(target.matrix_stride, (contract.batch or 1) * contract.out_heads)
+    if least is None:
+        return No("not measured on a GPU yet; --strategy fused_mma_chunks takes it")
+    if contract.tokens is not None and contract.tokens < least:
+        return No(f"T={contract.tokens} is less than {least} tokens")
+    tokens = "?" if contract.tokens is None else contract.tokens
+    return Yes(f"T={tokens} in two kernels: chunks of {fused_mma_chunks.CHUNK} tokens on the matrix units")
+
+
 STRATEGIES = (
     Strategy("fused_simd", fused_simd.is_legal, _fused_simd_is_preferred),
+    Strategy("fused_mma_chunks", fused_mma_chunks.is_legal, _fused_mma_chunks_is_preferred),
     Strategy("fused_simt_chunks", fused_simt_chunks.is_legal, _fused_simt_chunks_is_preferred),
     Strategy("fused_simt", fused_simt.is_legal, _fused_simt_is_preferred),
     Strategy("chunked", chunked.is_legal, _chunked_is_preferred),
@@ -128,6 +143,8 @@ def lower(
     if isinstance(x.tokens, int) and x.tokens == 0:
         output = b.full(0.0, [x.batch, 0, c.out_heads * c.dv], c.dtype)
         results = [output, present_state(b, c, x.batch, state_or_zeros(b, c, x))]
+    elif choice.strategy == "fused_mma_chunks":
+        results = fused_mma_chunks.emit_linear_attention_fused_mma_chunks(context, c, x)
     elif choice.strategy == "fused_simt_chunks":
         results = fused_simt_chunks.emit_linear_attention_fused_simt_chunks(context, c, x)
     elif choice.strategy == "fused_simt":

@@ -10,14 +10,17 @@ import ml_dtypes
 import numpy as np
 import pytest
 from data import Shape, causal_conv, linear_attention
-from harness import TARGETS, compile_module, lowered, node_for
+from harness import DEVICE_ATTRIBUTES, TARGETS, compile_module, lowered, node_for
 from iree.compiler import ir
 from iree.compiler.api import Session
 from linattn.dialect_patterns.causal_conv.op import choose as choose_conv
-from linattn.dialect_patterns.linear_attention.contract import parse
+from linattn.dialect_patterns.linear_attention.contract import LinearAttention, parse
+from linattn.dialect_patterns.linear_attention.fused_mma_chunks import is_legal as mma_is_legal
 from linattn.dialect_patterns.linear_attention.fused_simt import is_legal
 from linattn.dialect_patterns.linear_attention.fused_simt_chunks import is_legal as chunks_are_legal
 from linattn.dialect_patterns.linear_attention.fused_simt_plan import plan_for
+from linattn.dialect_patterns.linear_attention.mma_crossover import FASTER_FROM, least_tokens
+from linattn.dialect_patterns.linear_attention.op import choose
 from linattn.dialect_patterns.op import LoweringOptions
 from linattn.dialect_patterns.select import No
 from linattn.dialect_patterns.target import Target
@@ -27,6 +30,7 @@ from state_ops import specs_of
 GPU = Target("vulkan", is_gpu=True, subgroup_size=32)
 PLAIN = Target("vulkan", is_gpu=True)
 LARGE = Target("vulkan", is_gpu=True, subgroup_size=32, workgroup_memory=49_152)
+MATRICES = replace(LARGE, name="cuda", matrix_stride="elements", max_threads=1024)
 OPTIONS = LoweringOptions()
 
 
@@ -35,6 +39,7 @@ def _targets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(TARGETS, "gpu", GPU)
     monkeypatch.setitem(TARGETS, "plain", PLAIN)
     monkeypatch.setitem(TARGETS, "large", LARGE)
+    monkeypatch.setitem(TARGETS, "matrices", MATRICES)
 
 
 def emit(
@@ -48,6 +53,11 @@ def emit(
     context = session.context if session else None
     specs = specs_of(op_type, inputs, open_dims)
     return lowered("", op_type, 27, specs, attributes, 2, target, OPTIONS, context)
+
+
+def contract_of(shape: Shape, tokens: int = 4, dtype: Any = np.float32) -> LinearAttention:
+    specs = specs_of("LinearAttention", linear_attention(shape, 1, tokens, dtype=dtype), False)
+    return parse(node_for("", "LinearAttention", 27, specs, shape.attributes, 2))
 
 
 def count(module: ir.Module) -> Counter[str]:
@@ -99,13 +109,63 @@ def test_two_dispatches_for_many_tokens(open_dims: bool) -> None:
 )
 def test_reasons_against_chunks(change: dict[str, Any], target: str, reason: str) -> None:
     shape = replace(Shape(q_heads=2, dk=64, dv=64), **change)
-    inputs = linear_attention(shape, 1, 40)
-    contract = parse(
-        node_for("", "LinearAttention", 27, specs_of("LinearAttention", inputs, False), shape.attributes, 2)
-    )
-    legality = chunks_are_legal(contract, TARGETS[target])
+    legality = chunks_are_legal(contract_of(shape, 40), TARGETS[target])
     assert isinstance(legality, No)
     assert reason in legality.reason
+
+
+@pytest.mark.parametrize(
+    ("change", "dtype", "target", "reason"),
+    [
+        ({}, np.float16, "cpu", "not a GPU"),
+        ({}, np.float16, "large", "without products of 16x16 matrices"),
+        ({}, np.float32, "matrices", "f32: terms of 16 bits would lose some of it"),
+        ({"decay": "key"}, np.float16, "matrices", "decays per key"),
+        ({"dk": 96}, np.float16, "matrices", "a 96x64 state does not divide into 64x16"),
+        ({"dv": 40}, np.float16, "matrices", "a 64x40 state"),
+        ({"dk": 256}, np.float16, "matrices", "bytes of the workgroup's memory, more than 49152"),
+    ],
+)
+def test_reasons_against_matrix_units(change: dict[str, Any], dtype: Any, target: str, reason: str) -> None:
+    shape = replace(Shape(q_heads=2, dk=64, dv=64), **change)
+    legality = mma_is_legal(contract_of(shape, 40, dtype), TARGETS[target])
+    assert isinstance(legality, No)
+    assert reason in legality.reason
+
+
+def test_matrix_units_are_taken_where_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By streams and tokens; until there are data the report says how to get them."""
+    contract = contract_of(Shape(q_heads=2, dk=64, dv=64), 40, np.float16)
+    plain = choose(contract, MATRICES, OPTIONS)
+    assert plain.strategy == "fused_simt_chunks"
+    assert plain.rejected["fused_mma_chunks"] == "not measured on a GPU yet; --strategy fused_mma_chunks takes it"
+    assert choose(contract, MATRICES, LoweringOptions("fused_mma_chunks")).reason == "asked for"
+    monkeypatch.setitem(FASTER_FROM, "elements", ((2, 64), (4, 32)))
+    assert choose(contract, MATRICES, OPTIONS).rejected["fused_mma_chunks"] == "T=40 is less than 64 tokens"
+    more = contract_of(Shape(q_heads=4, k_heads=4, kv_heads=4, dk=64, dv=64), 40, np.float16)
+    assert choose(more, MATRICES, OPTIONS).strategy == "fused_mma_chunks"
+    assert least_tokens("elements", 1) is None
+
+
+@pytest.mark.parametrize(("target", "arch"), [("cuda", "sm_80"), ("vulkan", "hopper")])
+@pytest.mark.parametrize(("rule", "dtype"), [("gated_delta", np.float16), ("linear", ml_dtypes.bfloat16)])
+def test_matrix_units_compile(target: str, arch: str, rule: str, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the real ones, for open and static sizes."""
+    resolved = resolve_target(target, TargetOptions(gpu_target=arch))
+    monkeypatch.setitem(TARGETS, "real", resolved.capabilities)
+    if resolved.device_attribute:
+        monkeypatch.setitem(DEVICE_ATTRIBUTES, "real", resolved.device_attribute)
+    shape = Shape(rule, q_heads=2, dk=128, dv=128)
+    session = Session()
+    session.set_flags(*resolved.flags, "--iree-input-type=none")
+    inputs = linear_attention(shape, 1, 40, dtype=dtype)
+    options = LoweringOptions("fused_mma_chunks")
+    specs = specs_of("LinearAttention", inputs, rule == "linear")
+    module = lowered("", "LinearAttention", 27, specs, shape.attributes, 2, "real", options, session.context)
+    ops = count(module)
+    assert ops["flow.dispatch"] == ops["hal.executable.source"] == 2
+    assert ops["gpu.subgroup_mma_compute"] > 0
+    assert len(compile_module(module, session, "real")) > 0
 
 
 def test_one_dispatch_for_the_convolution() -> None:
@@ -179,13 +239,6 @@ def compile_both(
         if device is not None:
             module.operation.attributes["hal.device.targets"] = ir.Attribute.parse(device, session.context)
         assert len(compile_module(module, session, "tested")) > 0
-
-
-def contract_of(shape: Shape, tokens: int = 4) -> Any:
-    from harness import node_for
-
-    specs = specs_of("LinearAttention", linear_attention(shape, 1, tokens), False)
-    return parse(node_for("com.microsoft", "LinearAttention", 1, specs, shape.attributes, 2))
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import half_types
+import matrices
+import ml_dtypes
+import numpy as np
 import pytest
 from data import Shape, linear_attention
 from harness import TARGETS, lowered
+from linattn.dialect_patterns.linear_attention import fused_mma_chunks
 from linattn.dialect_patterns.linear_attention.fused_simt_lanes import Lanes
 from linattn.dialect_patterns.op import LoweringOptions
 from linattn.dialect_patterns.target import Target
@@ -21,6 +26,7 @@ from state_ops import specs_of
 GPUS = {
     "plain": Target("vulkan", is_gpu=True),  # sums go through the workgroup's memory
     "gpu": Target("vulkan", is_gpu=True, subgroup_size=32, workgroup_memory=49_152),
+    "matrices": replace(matrices.TARGET, workgroup_memory=49_152),
 }
 RULES = [Shape("linear"), Shape("gated"), Shape("gated", "key"), Shape("delta"), Shape("gated_delta", "key")]
 
@@ -31,14 +37,14 @@ def _targets(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(TARGETS, name, target)
 
 
-def attention(shape: Shape, tokens: int, gpu: str, strategy: str) -> Any:
-    inputs = linear_attention(shape, 1, tokens)
+def attention(shape: Shape, tokens: int, gpu: str, strategy: str, dtype: Any = np.float32) -> Any:
+    inputs = linear_attention(shape, 1, tokens, dtype=dtype)
     specs = specs_of("LinearAttention", inputs, False)
     options = LoweringOptions(strategy=strategy)
     return lowered("", "LinearAttention", 27, specs, shape.attributes, 2, gpu, options)
 
 
-@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("gpu", ["plain", "gpu"])
 @pytest.mark.parametrize("shape", RULES, ids=lambda shape: f"{shape.rule}-{shape.decay}")
 def test_the_recurrence(shape: Shape, gpu: str) -> None:
     for tokens in (1, 2, 5, 8):  # blocks of tokens, and what is left one by one
@@ -56,6 +62,30 @@ def test_a_race_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_chunks(rule: str) -> None:
     shape = Shape(rule, q_heads=2, k_heads=2, kv_heads=2, dk=64, dv=64)
     assert races(attention(shape, 40, "gpu", "fused_simt_chunks")) == []
+
+
+@pytest.mark.parametrize(
+    ("rule", "dk", "groups", "dtype"),
+    [("gated_delta", 128, 1, np.float16), ("gated_delta", 64, 100, ml_dtypes.bfloat16), ("linear", 64, 1, np.float16)],
+)
+def test_chunks_on_matrix_units(
+    rule: str, dk: int, groups: int, dtype: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """Parts of 32 and of 16 columns; what the units read is what the code that stands for them reads."""
+    monkeypatch.setattr(fused_mma_chunks, "_ENOUGH_GROUPS", groups)
+    matrices.emulate(monkeypatch, fused_mma_chunks)
+    shape = Shape(rule, q_heads=4, k_heads=2, kv_heads=2, dk=dk, dv=32)
+    assert races(attention(shape, 40, "matrices", "fused_mma_chunks", dtype)) == []
+
+
+def test_a_barrier_between_products_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So what the units read is looked at: the updates that are multiplied with keys."""
+    matrices.emulate(monkeypatch, fused_mma_chunks)
+    shape, barrier = Shape(q_heads=2, dk=64, dv=16), matrices.ScalarMatrices.barrier
+    calls = iter(range(100))
+    monkeypatch.setattr(matrices.ScalarMatrices, "barrier", lambda k: None if next(calls) == 15 else barrier(k))
+    (first, *_) = races(attention(shape, 40, "matrices", "fused_mma_chunks", np.float16))
+    assert "_chunks: " in first
 
 
 @pytest.mark.parametrize(("device", "dtype"), [("baseline", "f32"), ("hopper", "f32"), ("hopper", "f16")])

@@ -1,0 +1,106 @@
+"""Strategy ``fused_mma_chunks``: chunks of 32 tokens on GPUs with the products on matrix units, in two kernels.
+
+    %factors = flow.dispatch @..._factors_...[%chunks](%streams, %T, %query, %key, %decay, %beta)  all chunks at once
+    %output, %present = flow.dispatch @..._mma_...[%streams](%streams, %T, %query, %key, %value, %past, %factors)
+
+``mma_chunk_factors`` and ``mma_chunk_state`` have the maths. Keys and queries enter the products exactly; what is
+computed does so in two terms of f16 (but ``mix``, in one), which keeps beta = 2 and equal keys within the tolerances of
+f16: one term gives errors of 1.2e-3 and more (NUMERICS section 5, and a prototype of this arithmetic). State, decays,
+inverse and sums are f32. A chunk that f16 has no range for goes through token by token, in f32. Where several query
+heads read one state, each computes it: with few heads that fills the device, too.
+
+Legal: f16 and bf16 on GPUs with matrix units, decays per head, a state of 64 or 128 rows whose columns divide into 16.
+Cost, a chunk of 32 tokens and 32 columns of 128 rows: 180 products of 16 x 16 x 16, 27 KB of loads, 9 barriers.
+Source: NUMERICS sections 1, 2 (substitution, then a merge) and 5.
+"""
+
+from __future__ import annotations
+
+from iree.compiler import ir
+
+from ..emit.builder import Size, tensor_type
+from ..emit.scalar import Scalar
+from ..emit.simt_kernel import Group, Kernel, dispatch
+from ..op import LoweringContext
+from ..select import Legality, No, OtherMachine, Yes
+from ..target import Target
+from .contract import LinearAttention, output_specs
+from .mma_chunk_factors import THREADS, MmaFactors
+from .mma_chunk_operands import CHUNK, NUMBERS, SIDE, SUBGROUP, WORDS, MmaPlan, record
+from .mma_chunk_state import MmaChunks
+from .operands import Operands, kernel_name
+
+_ROWS = 64  # of the state: whole matrices for every subgroup
+_ENOUGH_GROUPS = 100  # workgroups that keep a large GPU busy
+
+
+def is_legal(contract: LinearAttention, target: Target) -> Legality:
+    """Where subgroups multiply matrices, for 16 bits."""
+    c = contract
+    if not target.is_gpu:
+        return OtherMachine(f"{target.name} is not a GPU")
+    if target.matrix_stride is None or target.subgroup_size != SUBGROUP:
+        return No(f"{target.name} is compiled for without products of 16x16 matrices by {SUBGROUP} threads")
+    if c.dtype not in ("f16", "bf16"):
+        return No(f"{c.dtype}: terms of 16 bits would lose some of it")
+    if c.decay == "key":
+        return No("decays per key cannot be applied to sums")
+    if c.dk % _ROWS or c.dv % SIDE:
+        return No(f"a {c.dk}x{c.dv} state does not divide into {_ROWS}x{SIDE}")
+    p = plan_for(c, target)
+    need = max(p.memory(c), MmaFactors.memory(c, p))
+    if need > target.workgroup_memory:
+        return No(f"{need} bytes of the workgroup's memory, more than {target.workgroup_memory}")
+    if max(p.threads, THREADS) > target.max_threads:
+        return No(f"{max(p.threads, THREADS)} threads, more than {target.max_threads}")
+    return Yes()
+
+
+def plan_for(c: LinearAttention, target: Target) -> MmaPlan:
+    """Wide parts of the state where there are enough of them; they read keys and queries less often."""
+    unit = (1, 1) if target.matrix_stride == "elements" else (NUMBERS, WORDS)
+    wide = MmaPlan(c.dk, 2 * SIDE, unit)
+    groups = (c.batch or 1) * c.out_heads * (c.dv // wide.columns)
+    fits = c.dv % wide.columns == 0 and wide.memory(c) <= target.workgroup_memory
+    return wide if fits and groups >= _ENOUGH_GROUPS else MmaPlan(c.dk, SIDE, unit)
+
+
+def emit_linear_attention_fused_mma_chunks(
+    context: LoweringContext, contract: LinearAttention, x: Operands
+) -> list[ir.Value]:
+    """Emit output and present state."""
+    b, c = context.builder, contract
+    streams, tokens = b.mul(x.batch, c.out_heads), x.tokens
+    numbers = [size for size in (streams, tokens) if not isinstance(size, int)]
+    p = plan_for(c, context.target)
+
+    def sizes(k: Kernel) -> tuple[Scalar, Scalar]:
+        given = iter(range(len(numbers)))
+        first, second = (
+            Scalar.constant(size, "index") if isinstance(size, int) else k.number(next(given))
+            for size in (streams, tokens)
+        )
+        return first, second
+
+    def output(shape: list[Size], dtype: str) -> tuple[ir.RankedTensorType, list[ir.Value]]:
+        static = [size if isinstance(size, int) else None for size in shape]
+        return tensor_type(static, dtype), [size for size in shape if not isinstance(size, int)]
+
+    name = kernel_name(c, x, f"mma_{p}")
+    items = b.mul(streams, b.ceil_div(tokens, CHUNK))
+    inputs = [value for value in (x.query, x.key, x.decay, x.beta) if value is not None]
+    outputs = [output([items, record(c) * WORDS], "f32")]
+    (factors,) = dispatch(
+        f"{name}_factors", Group(THREADS, SUBGROUP), 1, b.index(items), numbers, inputs, outputs,
+        lambda k: MmaFactors(k, c, p, *sizes(k)).emit(),
+    )  # fmt: skip
+    result, present = output_specs(c)
+    outputs = [
+        output([x.batch, tokens, c.out_heads * c.dv], result.dtype),
+        output([x.batch, c.kv_heads, c.dk, c.dv], present.dtype),
+    ]
+    inputs = [value for value in (x.query, x.key, x.value, x.past, factors) if value is not None]
+    return dispatch(
+        f"{name}_chunks", Group(p.threads, SUBGROUP), c.dv // p.columns, b.index(streams), numbers, inputs, outputs,
+        lambda k: MmaChunks(k, c, p, *sizes(k)).emit(),
+    )  # fmt: skip
