@@ -30,9 +30,9 @@ def unpack(k: Kernel, chunk: ir.Value, dtype: str) -> list[ir.Value]:
             halves = _bitcast(single, "vector<2xf16>")
             found += k.elements(arith.ExtFOp(k.type(2), halves).result)
         else:
-            bits = Scalar(word).bits()
-            low = arith.ShLIOp(bits.value, Scalar.constant(16, "i32").value).result
-            high = (bits & Scalar.constant(-(1 << 16), "i32")).value
+            bits = arith.BitcastOp(k.type(1, "i32"), word).result
+            low = arith.ShLIOp(bits, Scalar.constant(16, "i32").value).result
+            high = arith.AndIOp(bits, Scalar.constant(-(1 << 16), "i32").value).result
             found += [arith.BitcastOp(k.type(1), half).result for half in (low, high)]
     return found
 
