@@ -1,6 +1,6 @@
 """One view of an operator's node, whether it is read from ONNX or from MLIR.
 
-The op modules (``linear_attention``, ``causal_conv``, ``hybrid``) check and lower this view and never look at a
+The op modules (``linear_attention``, ``causal_conv``, ``norms``, ...) check and lower this view and never look at a
 ``NodeProto`` or a ``torch.operator`` themselves, so a contract is checked before compiling by the same code that the
 patterns use later.
 """

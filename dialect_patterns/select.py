@@ -82,6 +82,11 @@ def wherever_legal(reason: Callable[[Any], str] | str) -> Callable[[Any, Target,
     return preference
 
 
+def not_emitted(strategy: str) -> AssertionError:
+    """For the end of a ``lower`` that asks for each strategy: one without a call there is not lowered as another."""
+    return AssertionError(f"strategy '{strategy}' is in STRATEGIES, and nothing in lower emits it")
+
+
 def select(
     strategies: Sequence[Strategy], contract: Any, target: Target, options: LoweringOptions, where: str
 ) -> Choice:

@@ -9,7 +9,7 @@ The query heads of a group are rows of one product, [B*Hkv, r*T, d] against [B*H
 repeated in memory. Which keys are visible is computed from loop indices inside the elementwise step before the
 reductions (Vulkan's code generator dislikes ``linalg.index`` inside one). Scores, maxima and sums are f32.
 
-This is the portable form (strategy ``linalg``); ``attention_strategies`` has the others and chooses.
+This is the portable form (strategy ``linalg``); ``strategies.py`` has the others and chooses.
 
 Cost: 4 * B*Hq*T*S*d flops; two reads of the cache and the f32 scores [B*Hq, T, S] through memory.
 """

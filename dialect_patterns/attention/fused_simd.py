@@ -3,7 +3,7 @@
     %y = flow.dispatch @attention_fused_simd_...[B](%q, %keys, %values, %first?, %limit?, %sink?, %bias?)
 
 Scores never reach memory, only keys that a query can see are read (a cache of large capacity costs what is in it),
-heads are neither split nor repeated. See ``attention_simd_kernel``; the portable form is ``attention_core``.
+heads are neither split nor repeated. See ``simd_kernel.py``; the portable form is ``core.py``.
 
 Legal: on CPUs, for a static number of tokens and head sizes that are multiples of 4. Cost: 4 * B*Hq*T*S*d flops over
 the visible keys, keys and values once for some 8 query rows of a key head.
@@ -80,7 +80,7 @@ def emit_attention_fused_simd(
         scale: Factor on q . k.
         softcap: c in c * tanh(s / c), 0 for none.
         visibility: Which keys are visible by position.
-        mask: From :func:`~.attention_core.align_mask`, or None.
+        mask: From :func:`~.core.align_mask`, or None.
         sink: What the softmax of each query head sees beside its keys [Hq], or None.
 
     Returns:

@@ -8,7 +8,7 @@ from iree.compiler import ir
 
 from ..emit.wide_bf16 import narrowed, widened
 from ..op import Choice, LoweringContext, LoweringOptions
-from ..select import Legality, No, Strategy, Yes, always, select, wherever_legal
+from ..select import Legality, No, Strategy, Yes, always, not_emitted, select, wherever_legal
 from ..target import Target
 from .core import AttentionShape, Visibility, as_bias, emit_attention, join_heads, split_heads
 from .fused_simd import emit_attention_fused_simd
@@ -71,7 +71,7 @@ def emit_softmax_attention(
         scale: Factor on q . k.
         softcap: c in c * tanh(s / c), 0 for none.
         visibility: Which keys are visible by position.
-        mask: From :func:`~.attention_core.align_mask`, or None.
+        mask: From :func:`~.core.align_mask`, or None.
         sink: What the softmax of each query head sees beside its keys [Hq], or None.
         flat: The layout of ``q`` and of the result.
 
@@ -92,7 +92,7 @@ def emit_softmax_attention(
             b, target, q, k, v, first=visibility.first, scale=scale, softcap=softcap, left=visibility.left, sink=sink,
             bias=None if mask is None else as_bias(b, mask),
         )  # fmt: skip
-    else:
+    elif strategy == "linalg":
         wide = target.is_gpu and not target.matrix_units  # IREE's own products in bf16 compile for units only
         if wide:
             q, k, v = (widened(b, value) for value in (q, k, v))
@@ -102,4 +102,6 @@ def emit_softmax_attention(
             b, q, k, v, heads, scale=scale, softcap=softcap, visibility=visibility, mask=mask, sink=sink, most=most
         )
         y = narrowed(b, y) if wide and shape.dtype == "bf16" else y
+    else:
+        raise not_emitted(strategy)
     return join_heads(b, y) if flat else y

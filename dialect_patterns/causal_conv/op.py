@@ -10,13 +10,14 @@ from iree.compiler import ir
 from ..emit.torch_values import before_transpose
 from ..node import TensorSpec
 from ..op import MICROSOFT, Choice, LoweringContext, LoweringOptions, Op
-from ..select import Strategy, select, wherever_legal
+from ..select import Strategy, not_emitted, select, wherever_legal
 from ..target import Target
 from . import direct, fused_simd, fused_simt
 from .contract import CausalConv, output_types, parse
 from .direct import Operands, emit_causal_conv_direct, prepare
 
 _SWAPPED = (0, 2, 1)
+_FUSED = ("fused_simd", "fused_simt")
 
 _PREFERRED = wherever_legal("one kernel, state update included")
 STRATEGIES = (
@@ -47,8 +48,10 @@ def lower(context: LoweringContext, contract: CausalConv, operands: Sequence[ir.
         results = [x.input, x.past]
     elif (strategy := choose(c, context.target, context.options).strategy) == "direct":
         results = emit_causal_conv_direct(context, c, x)
-    else:
+    elif strategy in _FUSED:
         results = _lower_fused(context, c, x, operands[0], strategy)
+    else:
+        raise not_emitted(strategy)
     return [results[i] if i < 2 and used else None for i, used in enumerate(c.used_outputs)]
 
 

@@ -19,6 +19,8 @@ STRATEGIES = (
     Strategy("direct", direct.is_legal, wherever_legal("a table that products read as columns, stored once")),
 )
 
+_EMITTERS = {"packed": packed.emit_gather_columns_packed, "direct": direct.emit_gather_columns_direct}
+
 
 def choose(contract: GatherColumns, target: Target, options: LoweringOptions) -> Choice:
     """The strategy for a node; what is forced on the state operators says nothing here."""
@@ -30,9 +32,8 @@ def lower(context: LoweringContext, contract: GatherColumns, operands: Sequence[
     weight, indices = operands
     assert weight is not None
     assert indices is not None
-    if choose(contract, context.target, context.options).strategy == "packed":
-        return [packed.emit_gather_columns_packed(context, contract, weight, indices)]
-    return [direct.emit_gather_columns_direct(context, contract, weight, indices)]
+    emit = _EMITTERS[choose(contract, context.target, context.options).strategy]
+    return [emit(context, contract, weight, indices)]
 
 
 OPS = (Op(INTERNAL, GATHER_COLUMNS, 1, parse, output_types, lower, choose),)

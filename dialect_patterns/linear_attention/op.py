@@ -10,7 +10,7 @@ from linattn.runtime.errors import LoweringError
 
 from ..emit.builder import spec_of
 from ..op import MICROSOFT, Choice, LoweringContext, LoweringOptions, Op
-from ..select import Legality, No, Strategy, Yes, select
+from ..select import Legality, No, Strategy, Yes, not_emitted, select
 from ..target import Target
 from . import chunked, fused_mma_chunks, fused_simd, fused_simt, fused_simt_chunks, recurrent
 from .contract import LinearAttention, output_types, parse
@@ -151,8 +151,10 @@ def lower(
         results = fused_simt.emit_linear_attention_fused_simt(context, c, x)
     elif choice.strategy == "recurrent":
         results = recurrent.emit_linear_attention_recurrent(context, c, x)
-    else:
+    elif choice.strategy == "chunked":
         results = chunked.emit_linear_attention_chunked(context, c, x, chunk_size(c, context.target, context.options))
+    else:
+        raise not_emitted(choice.strategy)
     return [value if used else None for value, used in zip(results, c.used_outputs, strict=False)]
 
 

@@ -38,6 +38,15 @@ STRATEGIES = (
     Strategy(IMPORTED, always, wherever_legal("IREE's own")),
 )
 
+_EMITTERS = {
+    "fused_amx": fused_amx.emit_mat_mul_fused_amx,
+    "fused_simd": fused_simd.emit_mat_mul_fused_simd,
+    "fused_mma": fused_mma.emit_mat_mul_fused_mma,
+    "fused_simt": fused_simt.emit_mat_mul_fused_simt,
+    "fused_tiled": fused_tiled.emit_mat_mul_fused_tiled,
+    "widened": widened.emit_mat_mul_widened,
+}
+
 
 def choose(contract: MatMul, target: Target, options: LoweringOptions) -> Choice:
     """The strategy for a node; what is forced for the state operators says nothing here."""
@@ -49,18 +58,8 @@ def lower(context: LoweringContext, contract: MatMul, operands: Sequence[ir.Valu
     a, b = operands
     assert a is not None
     assert b is not None
-    strategy = choose(contract, context.target, context.options).strategy
-    if strategy == "fused_amx":
-        return [fused_amx.emit_mat_mul_fused_amx(context, contract, a, b)]
-    if strategy == "fused_simd":
-        return [fused_simd.emit_mat_mul_fused_simd(context, contract, a, b)]
-    if strategy == "fused_mma":
-        return [fused_mma.emit_mat_mul_fused_mma(context, contract, a, b)]
-    if strategy == "fused_tiled":
-        return [fused_tiled.emit_mat_mul_fused_tiled(context, contract, a, b)]
-    if strategy == "widened":
-        return [widened.emit_mat_mul_widened(context.builder, contract, a, b)]
-    return [fused_simt.emit_mat_mul_fused_simt(context, contract, a, b)]
+    emit = _EMITTERS[choose(contract, context.target, context.options).strategy]
+    return [emit(context, contract, a, b)]
 
 
 OPS = (Op("", "MatMul", 1, parse, output_types, lower, choose),)

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from iree.compiler import ir
 
-from ..emit.builder import Builder
 from ..emit.wide_bf16 import narrowed, widened
+from ..op import LoweringContext
 from ..select import Legality, No, OtherMachine, Yes
 from ..target import Target
 from .contract import MatMul
@@ -31,8 +31,9 @@ def is_legal(contract: MatMul, target: Target) -> Legality:
     return Yes()
 
 
-def emit_mat_mul_widened(b: Builder, contract: MatMul, left: ir.Value, right: ir.Value) -> ir.Value:
+def emit_mat_mul_widened(context: LoweringContext, contract: MatMul, left: ir.Value, right: ir.Value) -> ir.Value:
     """Emit the product."""
+    b = context.builder
     lead = [b.dim(left, axis) for axis in range(contract.a.rank - 1)]
     left, right = widened(b, left), widened(b, right)
     if contract.b.rank == 2:
