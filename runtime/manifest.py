@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .device import DTYPE_NAMES, numpy_dtype
+from .drivers import DEVICE_URIS
 from .errors import TargetError
 from .manifest_reader import Reader, bad
 
@@ -312,7 +313,7 @@ def read_target(target: Reader, where: str) -> Target:
         TargetError: a broken rule of the format.
     """
     found = Target(
-        target.choice("name", ("cpu", "cuda", "vulkan")),
+        target.choice("name", tuple(DEVICE_URIS)),
         target.text("device"),
         target.text("description"),
         target.optional_whole("subgroup_size", 1, missing_ok=True),

@@ -91,15 +91,15 @@ def add_native_code(module: ir.Operation, native: NativeCuda) -> None:
         LoweringError: if the assembler does not take the PTX.
     """
     for executable in inside(module, "hal.executable"):
-        for binary in inside(executable, "hal.executable.binary"):
-            values: Any = binary.attributes["data"]
+        for code in inside(executable, "hal.executable.binary"):
+            values: Any = code.attributes["data"]
             found = CudaExecutable.read(bytes(memoryview(values)))
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 made = pool.map(functools.partial(native.assembler.assemble, found.image), native.architectures)
                 cubins = dict(zip(native.architectures, made, strict=True))
             data = found.with_image(fatbinary(found.image, native.ptx_architecture, cubins))
             kind = ir.Type.parse(f"vector<{len(data)}xi8>")
-            binary.attributes["data"] = ir.DenseElementsAttr.get(np.frombuffer(data, np.int8), type=kind)
+            code.attributes["data"] = ir.DenseElementsAttr.get(np.frombuffer(data, np.int8), type=kind)
 
 
 def _follow(buffer: bytes | bytearray, place: int) -> int:

@@ -16,8 +16,9 @@ from onnx.backend.base import Backend, BackendRep
 
 from ..options import CompileOptions
 from ..process.isolated import compile_model
+from ..targets import TARGETS
 
-TARGETS = {"CPU": "cpu", "CUDA": "cuda", "VULKAN": "vulkan"}
+_DEVICES = {name.upper(): name for name in TARGETS}
 
 
 class LinattnBackendRep(BackendRep):
@@ -71,7 +72,7 @@ class LinattnBackend(Backend):
         Raises:
             LinattnError: if it does not compile.
         """
-        target = TARGETS[device.partition(":")[0]]
+        target = _DEVICES[device.partition(":")[0]]
         open_dims: dict[str, Any] = {"batch": None, "max_context": None, "prefill_blocks": None}
         options = CompileOptions(target=target, **(open_dims | kwargs))
         compiled = compile_model(model, options)
@@ -82,4 +83,4 @@ class LinattnBackend(Backend):
     @classmethod
     def supports_device(cls, device: str) -> bool:
         """Whether we compile for a device of this kind."""
-        return device.partition(":")[0] in TARGETS
+        return device.partition(":")[0] in _DEVICES

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from linattn.runtime.bundle import read_bundle
+from linattn.runtime.drivers import DEVICE_URIS
 from linattn.runtime.errors import InputError, LinattnError
 from linattn.runtime.loading import read_manifest
 from linattn.runtime.module import Module
@@ -19,7 +20,7 @@ from .op_models import COPY, MATMUL, build_copy, build_matmul
 from .process import Subject
 
 Note = Callable[[str], None]
-TARGETS = ("cpu", "cuda", "vulkan")
+TARGETS = tuple(DEVICE_URIS)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from linattn.dialect_patterns.linear_attention import op as linear_attention
 from linattn.dialect_patterns.op import INTERNAL
 from linattn.dialect_patterns.registry import OPS
 from linattn.frontend import cli as compile_cli
-from linattn.frontend.targets.vulkan_device import DEVICES
+from linattn.frontend.targets.vulkan_device import BASELINE, DEVICES
 from pages import PAGES, ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -39,8 +39,9 @@ def test_families_of_gpus_are_those_that_we_know() -> None:
     """`--gpu-target` in the how-to, a name or a range of names."""
     (row,) = (line for line in text("docs/how-to/targets.md").splitlines() if line.startswith("| whose GPU"))
     names = set(re.findall(r"`([a-z]+\d?)`", row)) | set(re.findall(r"--gpu-target (\w+)", row))
-    assert len(names) >= 9
-    assert names <= set(DEVICES)
+    for first, last in re.findall(r"`[a-z]+(\d)` to `[a-z]+(\d)`", row):
+        names |= {f"rdna{n}" for n in range(int(first), int(last))}
+    assert names == set(DEVICES) - {BASELINE}
 
 
 def test_every_option_of_the_compiler_is_explained() -> None:
@@ -73,6 +74,32 @@ def test_versions_are_those_of_the_project() -> None:
     for page in PAGES:
         given = re.findall(r"(?:pip install )'?\.?(?:linattn)?\[([\w,]+)\]", text(page))
         assert not {extra for extras_ in given for extra in extras_.split(",")} - set(extras), page
+
+
+def test_targets_of_make_that_pages_name_are_there() -> None:
+    targets = set(re.findall(r"^([\w-]+):", text("Makefile"), re.M))
+    named = [
+        (page, word)
+        for page in PAGES
+        for words in re.findall(r"(?:`|^)make ([\w-]+(?: [\w-]+)*)", text(page), re.M)
+        for word in words.split()
+    ]
+    assert len(named) >= 10
+    assert not [f"{page}: make {word}" for page, word in named if word not in targets]
+
+
+def test_names_in_the_walks_are_in_the_code() -> None:
+    """Functions, classes, constants, files and folders that a contributor is sent to, by the last part of the name."""
+    folders = ("frontend", "dialect_patterns", "runtime", "tests", "docs", "samples")
+    paths = [ROOT / "pyproject.toml", *(path for folder in folders for path in (ROOT / folder).rglob("*.py"))]
+    defined = re.compile(r"^ *(?:(?:def|class) (\w+)|(\w+)(?:: [^=\n]+)?(?: =|$)|import (\w+))", re.M)
+    known = {name for path in paths for names in defined.findall(path.read_text()) for name in names}
+    known |= {part for path in paths for part in path.relative_to(ROOT).parts}
+    for page in ("CONTRIBUTING.md", "docs/contributing/architecture.md"):
+        named = re.findall(r"`([A-Za-z_][\w.]*)(?:\([^`]*\))?`", text(page))
+        assert len(named) > 5
+        parts = {name if name.endswith((".py", ".toml")) else name.rpartition(".")[2] for name in named}
+        assert not parts - known - {"tokenizers"}, page  # a package
 
 
 def test_files_that_pages_name_are_there() -> None:

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import pytest
-from linattn.frontend.targets import TargetOptions
+from linattn.frontend.targets import TARGETS, TargetOptions
 from linattn.frontend.targets.lists import read_machines
 from linattn.runtime import LinattnError
+from linattn.runtime.discover import RANK
+from linattn.runtime.drivers import DEVICE_URIS, DRIVERS, INSTALL_HINTS
 
 NONE, V3 = TargetOptions(), TargetOptions(cpu_features="x86-64-v3")
+
+
+def test_the_runtime_runs_what_is_compiled() -> None:
+    """It has a device for each target, a place among the others and, where there is none, what to install."""
+    assert set(TARGETS) == set(DEVICE_URIS) == set(RANK) == {"cpu", *INSTALL_HINTS}
+    assert set(DEVICE_URIS.values()) <= set(DRIVERS)
 
 
 def gpu(name: str) -> TargetOptions:
