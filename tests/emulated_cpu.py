@@ -53,15 +53,16 @@ def dot(k: KernelText, a: str, b: str, total: str) -> str:
     return k.fma(upper(a), upper(b), k.fma(lower(a), lower(b), total))
 
 
-def dot_bytes(k: KernelText, a: str, b: str, total: str) -> str:
-    """The sum of the products of four bytes of words, a's signed and b's not, and of a vector of i32."""
+def dot_bytes(k: KernelText, a: str, b: str, total: str, *, signed: bool = False) -> str:
+    """The sum of the products of four bytes of words, a's signed and b's as said, and of a vector of i32."""
     kind = k.types[a]
     for byte in range(4):
         up = k.constant(24 - 8 * byte, kind)
         left = [k.op(f"arith.shli {value}, {up} : {kind}", kind) for value in (a, b)]
         down = k.constant(24, kind)
-        signed = k.op(f"arith.shrsi {left[0]}, {down} : {kind}", kind)
-        product = k.op(f"arith.muli {signed}, {k.shift_right(left[1], 24)} : {kind}", kind)
+        shifts = ("arith.shrsi", "arith.shrsi" if signed else "arith.shrui")
+        bytes_of = [k.op(f"{shift} {value}, {down} : {kind}", kind) for shift, value in zip(shifts, left, strict=True)]
+        product = k.op(f"arith.muli {bytes_of[0]}, {bytes_of[1]} : {kind}", kind)
         total = k.addi(total, product)
     return total
 
@@ -104,6 +105,9 @@ class Tiles:
 
     def multiply_bytes(self, total: int, a: int, b: int) -> None:
         self._multiply(total, a, b, "i32", lambda words, row, sums: dot_bytes(self.k, words, row, sums))
+
+    def multiply_signed(self, total: int, a: int, b: int) -> None:
+        self._multiply(total, a, b, "i32", lambda *words: dot_bytes(self.k, *words, signed=True))
 
     def _multiply(self, total: int, a: int, b: int, dtype: str, products: Callable[[str, str, str], str]) -> None:
         k, ints = self.k, vector_type(ROWS, "i32")

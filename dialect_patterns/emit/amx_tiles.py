@@ -74,6 +74,10 @@ class AmxTiles:
         """Add the products of a's signed bytes by b's unsigned ones, in i32."""
         self._do("tdpbsud", *(self._number(register) for register in (total, a, b)))
 
+    def multiply_signed(self, total: int, a: int, b: int) -> None:
+        """Add the products of signed bytes, in i32."""
+        self._do("tdpbssd", *(self._number(register) for register in (total, a, b)))
+
     def _number(self, register: int) -> str:
         return self.k.op(f"llvm.mlir.constant({register} : i8) : i8", "i8")
 

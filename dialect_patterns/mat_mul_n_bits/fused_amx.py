@@ -8,14 +8,15 @@
         i32 sums [2 x 2 registers of 16 x 16] of their products          to the stack
         y (on the stack) += what those of the 16 rows before count       meanwhile; read and written once
 
-Sums of a block are exact, as everywhere. What they count is what takes the time where blocks are small. For a block of
-32 and 16 x 16 sums the unit needs 16 cycles, as for one of 64. Counting takes 24 of the two units for vectors (from
-integers, times A's step, times the weights' scale) and a store of 64 bytes each cycle: 16 for the integers, and 16 for
-y, but 8 where two blocks are counted at once. The unit works at the same time where it has what is next: sums wait in
-two places, as Intel's Optimization Reference Manual has it. (On paper, for a Golden Cove.)
+Weights are without their zero points, signed (but of 8 bits with zero points of their own, which take a byte more), so
+that rows need no offsets. Sums of a block are exact, as everywhere. What they count is what takes the time where blocks
+are small. For a block of 32 and 16 x 16 sums the unit needs 16 cycles, as for one of 64. Counting takes 24 of the two
+units for vectors (from integers, times A's step, times the weights' scale) and a store of 64 bytes each cycle: 16 for
+the integers, and 16 for y, but 8 where two blocks are counted at once. The unit works at the same time where it has
+what is next: sums wait in two places, as Intel's Optimization Reference Manual has it. (On paper, for a Golden Cove.)
 
 Legal: on CPUs with AMX where A is rounded to int8, from 16 rows on, blocks of 32 or more. Cost: a fifth of a cycle for
-each 64 multiply-adds, and five instructions for each 16 sums of a block.
+each 64 multiply-adds, and four instructions for each 16 sums of a block.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from iree.compiler import ir
 
 from ..emit.amx_tiles import ROWS, SUMS, A, AmxTiles, B
 from ..emit.dispatch import Kernel, dispatch
-from ..emit.kernel_text import Index, KernelText
+from ..emit.kernel_text import Index, KernelText, vector_type
 from ..node import Dim
 from ..op import LoweringContext
 from ..select import Legality, No, OtherMachine, Yes, rows_text
@@ -40,7 +41,7 @@ from .simd_rows import arranged_specs
 from .simd_tiled import TiledBody
 
 Factors = Sequence[tuple[str, str | None]]
-"""Of a block for each vector of columns: the scale, and zero point times scale or None."""
+"""Of a block for each vector of columns: the scale, and zero point times scale, or None where weights are without."""
 
 FEATURES = frozenset({"amx-tile", "amx-int8", "avx512vnni"})
 _LEAST_BLOCK = 32
@@ -122,10 +123,36 @@ class AmxBody(TiledBody):
         self.unit = AmxTiles(k, self.words)
         self.ints = k.alloca([2 * p.counted * p.rows, p.tile], "i32")
 
+    @property
+    def signed(self) -> bool:
+        """Whether weights fit in a signed byte without their zero point."""
+        return self.c.bits < 8 or self.c.zero_points == "default"
+
     def write(self) -> None:
         """The whole body."""
         super().write()
         self.unit.release()
+
+    def _zero(self, zero: str, scale: str) -> str:
+        if not self.signed:
+            return super()._zero(zero, scale)
+        k, ints = self.k, vector_type(self.p.lanes, "i32")
+        each = k.constant(0x01010101, ints)
+        four = k.op(f"arith.muli {k.as_type(zero, ints, 'arith.fptosi')}, {each} : {ints}", ints)
+        return k.as_type(four, vector_type(self.p.lanes), "vector.bitcast")
+
+    def _byte_fields(self, word: str, own: Sequence[Index]) -> list[str]:
+        parts = super()._byte_fields(word, own)
+        if not self.signed:
+            return parts
+        k, words, kind = self.k, self.k.types[word], vector_type(4 * self.p.lanes, "i8")
+        if self.zeros:
+            zero = k.as_type(k.load(self.zeros, own, self.p.lanes), kind, "vector.bitcast")
+        else:
+            zero = k.constant(int(self.c.default_zero) - (256 if self.c.bits == 8 else 0), kind)
+        parts = [k.as_type(part, kind, "vector.bitcast") for part in parts]
+        parts = [k.op(f"arith.subi {part}, {zero} : {kind}", kind) for part in parts]
+        return [k.as_type(part, words, "vector.bitcast") for part in parts]
 
     def _all_rows(self, block: Index, blocks: Index) -> None:
         """All rows times the unpacked weights, a few blocks after the other."""
@@ -148,7 +175,8 @@ class AmxBody(TiledBody):
 
         def factor(i: int, start: int) -> tuple[str, str | None]:
             place = [k.add(index, i), start]
-            return k.load(self.scales, place, p.lanes), k.load(self.zeros, place, p.lanes) if self.zeros else None
+            zero = k.load(self.zeros, place, p.lanes) if self.zeros and not self.signed else None
+            return k.load(self.scales, place, p.lanes), zero
 
         factors = [[factor(i, start) for start in starts] for i in range(count)]
         tiles = k.div(k.add(self.count, ROWS - 1), ROWS)
@@ -183,7 +211,7 @@ class AmxBody(TiledBody):
                 for half, register in enumerate(B):
                     unit.load(register, self.unpacked, [k.add(k.mul(k.add(index, i), words), word), half * ROWS])
                 for register, b in zip(sums, B, strict=True):
-                    unit.multiply_bytes(register, a, b)
+                    (unit.multiply_signed if self.signed else unit.multiply_bytes)(register, a, b)
             if i:
                 self._keep(tile, i - 1)
             meanwhile(i)
@@ -213,9 +241,19 @@ class AmxBody(TiledBody):
             sums, at = [k.load(self.sums, [place, start], p.lanes) for start in starts], k.add(self.first, place)
             for i, own in enumerate(factors):
                 ints = [k.load(self.ints, [k.add(self._waiting(tile, i), r), start], p.lanes) for start in starts]
-                (sums,) = products.add_blocks([sums], [ints], [at], k.add(block, i), own)
+                if self.signed:
+                    sums = self._added(sums, ints, k.load(products.steps, [at, k.add(block, i)]), own)
+                else:
+                    (sums,) = products.add_blocks([sums], [ints], [at], k.add(block, i), own)
             for start, value in zip(starts, sums, strict=True):
                 k.store(value, self.sums, [place, start])
             return []
 
         k.loop(rows.stop, [], one, start=rows.start)
+
+    def _added(self, sums: Sequence[str], ints: Sequence[str], step: str, factors: Factors) -> list[str]:
+        """``sums`` and what those of a block count, for one row."""
+        k, floats = self.k, vector_type(self.p.lanes)
+        step = k.splat(step, self.p.lanes)
+        reals = [k.mulf(k.as_type(value, floats, "arith.sitofp"), step) for value in ints]
+        return [k.fma(real, scale, total) for real, (scale, _), total in zip(reals, factors, sums, strict=True)]

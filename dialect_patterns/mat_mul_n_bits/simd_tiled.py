@@ -128,7 +128,11 @@ class TiledBody:
             for i, (scale, zero) in enumerate(self.columns.factors(start, k.add(first, at), count)):
                 k.store(scale, self.scales, [k.add(at, i), lane])
                 if zero is not None and self.zeros is not None:
-                    k.store(k.mulf(zero, scale) if self.bytes else zero, self.zeros, [k.add(at, i), lane])
+                    k.store(self._zero(zero, scale), self.zeros, [k.add(at, i), lane])
+
+    def _zero(self, zero: str, scale: str) -> str:
+        """What the stack has of the zero points of a vector of columns."""
+        return self.k.mulf(zero, scale) if self.bytes else zero
 
     def _unpack_words(self, column: Index, first: Index, at: Index, count: int) -> None:
         k, c, p = self.k, self.c, self.p
@@ -136,17 +140,23 @@ class TiledBody:
             start, lane = k.add(k.add(self.before, column), v * p.lanes), v * p.lanes
             block = k.div(at, c.block_words)
             for i, word in enumerate(self.columns.words(start, k.add(first, at), count)):
+                own = [k.add(block, i // c.block_words), lane]
                 if self.bytes is not None:
-                    parts = self.bytes.unpack(word)
+                    parts = self._byte_fields(word, own)
                 else:
                     assert self.floats is not None
-                    own = [k.add(block, i // c.block_words), lane]
                     zero = k.load(self.zeros, own, p.lanes) if self.zeros else None
                     scale = k.load(self.scales, own, p.lanes)
                     parts = [k.mulf(w, scale) for w in self.floats.unpack(word, zero)]
                 place = k.mul(k.add(at, i), self.parts)
                 for j, part in enumerate(parts):
                     k.store(part, self.unpacked, [k.add(place, j), lane])
+
+    def _byte_fields(self, word: str, own: Sequence[Index]) -> list[str]:
+        """A vector of words with a weight a byte; ``own`` is where the stack has what is their block's."""
+        del own
+        assert self.bytes is not None
+        return self.bytes.unpack(word)
 
     # ---- products --------------------------------------------------------------------------------------------------
     def _all_rows(self, block: Index, blocks: Index) -> None:
