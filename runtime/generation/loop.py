@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Generator, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 from ..device import HostArray
 from ..errors import InputError
 from ..program import Program
-from ..session import Session, advance, follow, settle
+from ..session import Session, advance, engine_of, follow, settle
 from .feeding import Embed, Feeder, prompt_ids
 from .sampling import Sampler, Sampling, index_of_largest, nan_logits
 from .speculative import Draft, Speculation, block_of, drafted_by
@@ -78,7 +78,7 @@ def generate(
     embed: Embed | None = None,
     prompt: Mapping[str, Any] | None = None,
     draft: Draft | Program | None = None,
-) -> Iterator[int]:
+) -> Generator[int]:
     """Generates tokens of one row until one of them stops it.
 
     The session keeps what was generated, but for the last token, which has not been fed back. With a `draft` it does so
@@ -161,9 +161,11 @@ def _step(session: Session, feed: HostArray, sampler: Sampler, drawn_from: int |
 
 def chosen_where(program: Program, sampling: Sampling) -> str:
     """Whether `generate` has the module choose tokens, for people; where not, why."""
-    m = program.manifest
-    if not any(entry.draw or (entry.token and not sampling.temperature) for entry in m.entry_points):
+    engine, batch = engine_of(program), program.manifest.batch or 1
+    step = engine.take_chooser(batch, draws=bool(sampling.temperature))
+    if step is None:
         return "on the host"
+    engine.give_back(batch, step)
     if sampling.repeat_penalty != 1.0:
         return "on the host, which knows what a repeat penalty asks for"
     return "in the module"

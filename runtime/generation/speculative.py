@@ -49,14 +49,17 @@ class Speculation:
         self._tokens = list(tokens)
         self._certain = [self._tokens[-1]]  # not in the states yet, in which there are `position` tokens
         self._position: int = session.position
+        self._first = self._position - len(self._tokens) + 1  # where its tokens begin
         self._block = block_of(manifest)
         self._limit = manifest.token_limit
+        self._before = self._position  # the last block
+        self._unseen = 0  # of its tokens
         self._name = next(spec.name for spec in manifest.inputs if spec.role == "tokens")
         self._dtype = next(spec.dtype for spec in manifest.inputs if spec.role == "tokens")
         self._logits = next(spec.name for spec in manifest.outputs if spec.role == "logits")
 
     def run(self, count: int, stop: Collection[int]) -> Iterator[int]:
-        """Generates tokens; at the end, however it comes, the session holds all but the last.
+        """Generates tokens; at the end, however it comes, the session holds all that were yielded but the last.
 
         Args:
             count: Most tokens.
@@ -70,10 +73,14 @@ class Speculation:
                 while count > 0:
                     new = self._verify(count, stop)
                     count -= len(new)
-                    yield from new
+                    self._unseen = len(new)
+                    for token in new:
+                        self._unseen -= 1
+                        yield token
                     if new[-1] in stop:
                         return
             finally:
+                self._forget_unseen()
                 self._catch_up()
 
     def _verify(self, count: int, stop: Collection[int]) -> list[int]:
@@ -81,6 +88,7 @@ class Speculation:
         session, certain = self._session, self._certain
         if session.position != self._position:
             raise StateError("the session was used while a draft is verified", hint="end the generation first")
+        self._before = self._position
         room = self._limit is None or self._position + self._block <= self._limit
         free = self._block - len(certain) if room else 0
         guessed = list(islice(self._draft(self._tokens, free), free)) if free else []
@@ -110,6 +118,14 @@ class Speculation:
             if new[-1] != guess or new[-1] in stop or len(new) == count:
                 break
         return new
+
+    def _forget_unseen(self) -> None:
+        """Takes back what is right and was not yielded when the generation ended."""
+        unseen, self._unseen = self._unseen, 0
+        if unseen and self._session.position == self._position:
+            self._session.rollback(self._position - self._before)
+            self._tokens, self._position = self._tokens[:-unseen], self._before
+            self._certain = self._tokens[self._position - self._first :]
 
     def _catch_up(self) -> None:
         """Feeds what is certain, but for the last token."""

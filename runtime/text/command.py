@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 from linattn.install import install_hint
@@ -33,6 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--top-p", metavar="P", type=float, help="and from the likeliest that make up this probability")
     add("--min-p", metavar="P", type=float, help="and from those at least this likely beside the likeliest")
     add("--repeat-penalty", metavar="R", type=float, help="divide the logits of tokens that were there; 1: do not")
+    add(
+        "--draft",
+        metavar="MODULE",
+        help="a smaller model of the same vocabulary, on the same device: it guesses tokens",
+    )
     add("--seed", metavar="N", type=int, help="of the random numbers; equal seeds give equal texts")
 
 
@@ -47,14 +53,19 @@ def run_text(program: Program, options: argparse.Namespace, note: Note) -> None:
     Raises:
         InputError: A setting out of range, no tokenizer, an empty prompt.
     """
-    generator = TextGenerator(program, options.tokenizer)
-    settings = _settings(options, generator.sampling)
-    note(f"tokens are chosen {chosen_where(program, settings['sampling'])}")
-    if options.chat:
-        _chat(generator, settings, note)
-    else:
-        text = sys.stdin.read() if options.prompt == "-" else options.prompt
-        _show(generator.generate(text, **settings), note)
+    with ExitStack() as stack:
+        draft = None
+        if options.draft is not None:
+            draft = stack.enter_context(Program.load(options.draft, options.device, threads=options.threads))
+        generator = TextGenerator(program, options.tokenizer, draft=draft)
+        settings = _settings(options, generator.sampling)
+        where = chosen_where(program, settings["sampling"]) if draft is None else "on the host, which verifies guesses"
+        note(f"tokens are chosen {where}")
+        if options.chat:
+            _chat(generator, settings, note)
+        else:
+            text = sys.stdin.read() if options.prompt == "-" else options.prompt
+            _show(generator.generate(text, **settings), note)
 
 
 def _settings(options: argparse.Namespace, sampling: Sampling) -> dict[str, Any]:

@@ -6,13 +6,15 @@ import copy
 import logging
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from functools import partial
 from os import PathLike
 from typing import Any
 
 from ..errors import InputError
 from ..generation.feeding import Embed
-from ..generation.loop import generate
+from ..generation.loop import generate, greedy
 from ..generation.sampling import Sampling
+from ..generation.speculative import Draft, drafted_by
 from ..program import Program
 from .defaults import read_defaults
 from .files import CONFIG, TEMPLATE, TOKENIZER, find
@@ -39,6 +41,8 @@ class TextGenerator:
         keep: How many snapshots it and its forks keep, at the ends of prompts and answers; each keeps a session's
             states from being freed.
         embed: For a model that takes embeddings: as of `linattn.generate`.
+        draft: Guesses tokens, of which one call verifies several: as of `linattn.generate`, but that it is given all
+            tokens of the text or conversation. Answers are those without it.
 
     Raises:
         LinattnError: The packages tokenizers or jinja2 are missing.
@@ -52,9 +56,12 @@ class TextGenerator:
         *,
         keep: int = 8,
         embed: Embed | None = None,
+        draft: Draft | Program | None = None,
     ) -> None:
         self._template: ChatTemplate | None = None
         self._embed = embed
+        self._drafting = draft
+        self._draft = _guesses(draft)
         self._stop: frozenset[int] = frozenset()
         self.sampling = Sampling()
         """How tokens are drawn where a call does not say: what the model's files say, else the largest logit."""
@@ -81,6 +88,7 @@ class TextGenerator:
         """
         other = copy.copy(self)
         other._memory = self._memory.fork()
+        other._draft = _guesses(self._drafting)
         return other
 
     @property
@@ -158,7 +166,7 @@ class TextGenerator:
             raise InputError("nothing to generate", where="max_tokens", got=count, expected="at least 1")
         own = StopTexts((stop,) if isinstance(stop, str) else tuple(stop))
         how = sampling or self.sampling
-        return TextStream(self._memory, self._tokenizer, ids, count, how, self._stop, own, self._embed)
+        return TextStream(self._memory, self._tokenizer, ids, count, how, self._stop, own, self._embed, self._draft)
 
 
 class TextStream(Iterator[str]):
@@ -177,8 +185,10 @@ class TextStream(Iterator[str]):
         stop: frozenset[int],
         texts: StopTexts,
         embed: Embed | None = None,
+        draft: Draft | None = None,
     ) -> None:
         self._memory, self._tokenizer, self._texts, self._embed = memory, tokenizer, texts, embed
+        self._draft = draft
         self._prompt, self._count, self._sampling, self._stop = ids, count, sampling, stop
         self.reused_tokens = 0
         """Tokens of the prompt that the states held already."""
@@ -213,7 +223,8 @@ class TextStream(Iterator[str]):
         push, decoded = self._tokenizer.stream(), ""
         new, held = self._prompt[turn.start :], self._prompt[: turn.start]
         count = min(self._count, self._memory.room(self.prompt_tokens))
-        tokens = generate(turn.session, new, count, self._sampling, self._stop, held, embed=self._embed)
+        draft = None if self._draft is None else partial(_guess_after, self._draft, held)
+        tokens = generate(turn.session, new, count, self._sampling, self._stop, held, embed=self._embed, draft=draft)
         for token in turn.follow(tokens):
             now = time.perf_counter()
             if not self.ids:
@@ -237,6 +248,16 @@ class TextStream(Iterator[str]):
         rest = self._texts.push(cut_off) + self._texts.finish()
         if rest:
             yield rest
+
+
+def _guess_after(draft: Draft, held: Sequence[int], tokens: Sequence[int], number: int) -> Sequence[int]:
+    """What a draft guesses after tokens that a turn began with and those since."""
+    return draft([*held, *tokens], number)
+
+
+def _guesses(draft: Draft | Program | None) -> Draft | None:
+    """What guesses; a program does so in a session of its own."""
+    return drafted_by(draft, greedy) if isinstance(draft, Program) else draft
 
 
 __all__ = ["DEFAULT_MAX_TOKENS", "TextGenerator", "TextStream"]

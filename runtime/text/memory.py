@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -34,7 +34,7 @@ class Turn:
     _memory: Memory
     _prompt: list[int]
 
-    def follow(self, steps: Iterator[int]) -> Generator[int]:
+    def follow(self, steps: Generator[int]) -> Generator[int]:
         """Hands on generated tokens and notes what the states hold by then: everything before the token.
 
         Raises:
@@ -57,6 +57,7 @@ class Turn:
                 last = token
                 yield token
         finally:
+            steps.close()  # so that the states are those of what was handed on
             if last is not None and self._memory.turn is self:
                 with suppress(StateError):  # the program is closed
                     self._memory.mark()

@@ -7,7 +7,7 @@ from functools import cache
 
 import numpy as np
 import pytest
-from linattn.runtime import InputError, Sampling, Session, StateError, generate, greedy
+from linattn.runtime import InputError, Program, Sampling, Session, StateError, TextGenerator, generate, greedy
 
 from tests.e2e.test_steps import CONTEXT, IDS, program
 from tests.tolerances import BENIGN, error
@@ -84,12 +84,13 @@ def test_stops_and_what_follows() -> None:
         assert list(generate(session, PROMPT, at + 1, stop=stops, draft=guesses["right"])) == want[: at + 1]
         assert session.position == 9 + at
         assert_goes_on(session, want, at + 1)
-        session = program("cpu").session()
-        tokens = generate(session, PROMPT, 100, draft=guesses["second"])
-        assert [next(tokens) for _ in range(at)] == want[:at]
-        del tokens
-        assert 9 + at - 1 <= session.position <= 9 + at + 8
-        assert_goes_on(session, want, session.position - 9 + 1)
+        for name in ("second", "right"):
+            session = program("cpu").session()
+            tokens = generate(session, PROMPT, 100, draft=guesses[name])
+            assert [next(tokens) for _ in range(at)] == want[:at]
+            tokens.close()
+            assert session.position == 9 + at - 1  # whatever else was right by then
+            assert_goes_on(session, want, at)
 
 
 def test_sampling_draws_what_it_draws_without() -> None:
@@ -127,3 +128,52 @@ def test_what_goes_wrong() -> None:
         collect()
     assert session.position == 9 + len(found) - 1
     assert_goes_on(session, want, len(found))
+
+
+class Ids:
+    """A tokenizer whose texts are the ids."""
+
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        return [int(word) for word in text.split()]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(f"{token} " for token in ids)
+
+    def stream(self) -> Callable[[int], str]:
+        return lambda token: f"{token} "
+
+    def token_id(self, token: str) -> int | None:
+        return None
+
+
+@pytest.mark.parametrize("drafter", ["function", "model"])
+def test_texts_with_a_draft(drafter: str) -> None:
+    """200 tokens as without; the next prompt goes on from them, and from an answer that was cut off in a block."""
+    seen, guesses = list[list[int]](), drafts(plain())
+
+    def function(tokens: Sequence[int], count: int) -> Sequence[int]:
+        seen.append(list(tokens))
+        return guesses["right"](tokens, count)
+
+    draft: Callable[[Sequence[int], int], Sequence[int]] | Program = program("cpu") if drafter == "model" else function
+    with_draft, without = (TextGenerator(program("cpu"), Ids(), draft=given) for given in (draft, None))
+    prompt = " ".join(map(str, PROMPT))
+    answer = "".join(with_draft.generate(prompt, max_tokens=200))
+    assert answer == "".join(without.generate(prompt, max_tokens=200)) == Ids().decode(plain()[:200])
+    following = f"{prompt} {answer} 7 8 9"
+    for generator in (with_draft, without):
+        stream = generator.generate(following, max_tokens=12, stop=[f" {plain()[0]} nothing"])
+        found = [next(stream) for _ in range(5)]
+        assert stream.reused_tokens == 9 + 199
+        stream.close()
+        answers = list[str]()
+        for other in (generator.fork(), generator):  # from the mark, and from the session
+            goes_on = other.generate(f"{following} {''.join(found)} 5", max_tokens=12)
+            answers.append("".join(goes_on))
+            assert goes_on.reused_tokens == 9 + 200 + 3 + 4  # of the five the last is not in the states
+        if generator is with_draft:
+            kept = found, answers
+    assert (found, answers) == kept
+    assert all(tokens[:9] == PROMPT for tokens in seen)  # from the very start, whatever was reused
+    fork = with_draft.fork()
+    assert "".join(fork.generate(prompt, max_tokens=30)) == Ids().decode(plain()[:30])

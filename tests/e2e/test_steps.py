@@ -376,6 +376,10 @@ def test_a_module_that_chooses_but_does_not_draw(monkeypatch: pytest.MonkeyPatch
     entry = loaded.manifest.entry_points[0]
     assert (entry.token, entry.draw) == ("decode_token", None)
     assert [chosen_where(loaded, how) for how in (Sampling(), HOW)] == ["in the module", "on the host"]
+    with monkeypatch.context() as patch:  # a module that does not take its results' memory
+        patch.setattr(engine_of(loaded).module, "result_specs", lambda _: None)
+        patch.setattr(engine_of(loaded), "_choosers", {})
+        assert chosen_where(loaded, Sampling()) == "on the host"
     want = drawn("cpu", HOW)
     monkeypatch.setattr(Sampler, "choose", right := Counted(Sampler.choose))
     assert list(greedy(loaded.session(), IDS[:, :9], 60)) == greedy_tokens("cpu")

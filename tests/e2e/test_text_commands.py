@@ -58,6 +58,14 @@ def test_module_carries_its_tokenizer(folder: Path, tmp_path: Path, say: Callabl
     assert err.rstrip().endswith("; length")
 
 
+def test_a_draft(folder: Path, say: Callable[..., tuple[int, str, str]]) -> None:
+    """A model that guesses, here the same one; a module that is none is an error."""
+    code, out, err = say(folder / "m.vmfb", "--prompt", "abc", "--max-tokens", 30, "--draft", folder / "m.vmfb")
+    assert (code, out) == (0, answer(folder / "m.vmfb", b"abc", 30) + "\n")
+    assert "tokens are chosen on the host, which verifies guesses\n" in err
+    assert say(folder / "m.vmfb", "--prompt", "abc", "--draft", folder / "model.onnx")[0] == 2
+
+
 def test_prompt_from_standard_input(
     folder: Path, say: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
