@@ -94,6 +94,9 @@ def load_model(source: str | Path | onnx.ModelProto) -> LoadedModel:
             )
         return LoadedModel(None, proto, {}, digest)
     path = Path(source)
+    if path.is_dir():
+        inside = ", ".join(sorted(file.name for file in path.glob("*.onnx"))) or "there is none"
+        raise UnsupportedModelError("a folder", where=str(path), hint=f"give the .onnx file in it: {inside}")
     if not path.is_file():
         raise UnsupportedModelError("no such file", where=str(path), hint="give the path of an .onnx file")
     size = path.stat().st_size

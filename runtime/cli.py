@@ -148,9 +148,11 @@ def _run(options: argparse.Namespace) -> int:
     if options.generate is not None and options.generate < 1:
         raise InputError("nothing to generate", where="--generate", got=options.generate, expected="at least 1")
     wants_text = options.prompt is not None or options.chat
-    others = [name for name in ("prompt", "chat", "generate") if getattr(options, name) not in (None, False)]
-    if len(others) > 1 or (wants_text and (options.input or options.ids or options.output_dir)):
-        raise InputError("one of them at a time", where="--" + " --".join(others), expected="--prompt alone, for one")
+    modes = ("prompt", "chat", "generate", "ids", "input", "output_dir")
+    given = [f"--{name.replace('_', '-')}" for name in modes if getattr(options, name) not in (None, False, [])]
+    if wants_text and len(given) > 1:
+        hint = "--max-tokens limits an answer" if options.generate else "--prompt and --chat go alone"
+        raise InputError("not together", where=" ".join(given), hint=hint)
     start = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # what they say of a bundle is shown here, with the rest
@@ -166,6 +168,9 @@ def _run(options: argparse.Namespace) -> int:
             run_text(program, options, _note)
             return 0
         inputs = read_inputs(program, options.input, sys.stdin.read() if options.ids == "-" else options.ids)
+        if not inputs:
+            hint = "give --prompt TEXT, --ids 1,2,3 or --input NAME=FILE.npy (--describe has the names)"
+            raise InputError("no inputs", where=options.model, hint=hint)
         if options.generate is not None:
             _generate(program, inputs, options.generate)
         else:
@@ -200,14 +205,17 @@ def _generate(program: Program, inputs: Mapping[str, HostArray], count: int) -> 
     first = 0.0
     one = inputs[name].shape[0] == 1
     rows: list[tuple[int, ...]] = []
-    for token in (generate if one else greedy_rows)(session, inputs[name], count):
-        if isinstance(token, int):
-            print("," if first else "", token, sep="", end="", flush=True)
-        else:
-            rows.append(token)
-        last = time.perf_counter()
-        first = first or last - start
-    print("\n".join(",".join(map(str, row)) for row in zip(*rows, strict=True)))
+    try:
+        for token in (generate if one else greedy_rows)(session, inputs[name], count):
+            if isinstance(token, int):
+                print("," if first else "", token, sep="", end="", flush=True)
+            else:
+                rows.append(token)
+            last = time.perf_counter()
+            first = first or last - start
+    finally:  # of a context that is full before the end, too
+        if first:
+            print("\n".join(",".join(map(str, row)) for row in zip(*rows, strict=True)))
     batch, prompt = inputs[name].shape
     rate = f", then {(count - 1) * batch / (last - start - first):.1f} tokens/s" if count > 1 else ""
     where = f"; chosen {chosen_where(program, Sampling())}"

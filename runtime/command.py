@@ -37,7 +37,14 @@ def run_command(name: str, body: Callable[[], int], argv: Sequence[str] | None) 
             return _say("", UNREAD)
         if "--debug" in (sys.argv if argv is None else argv):
             traceback.print_exc()
-        return _say(f"{name}: error: {' '.join(str(error).split())}", ERROR)
+        return _say(f"{name}: error: {' '.join(_text(error).split())}", ERROR)
+
+
+def _text(error: LinattnError | OSError) -> str:
+    """What is said of an error; of one of the system's the file comes first, without its number."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror[:1].lower()}{error.strerror[1:]}"
+    return str(error)
 
 
 def version_line(*packages: str) -> str:

@@ -6,6 +6,7 @@ Every error is one line: where, what, got, expected, what to do next.
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Integral
 
 
 class LinattnError(Exception):
@@ -72,3 +73,22 @@ class StateError(LinattnError):
 
 class InputError(LinattnError, ValueError):
     """A wrong argument of a runtime call: name, dtype, shape, index."""
+
+
+def require(value: object, kind: type | tuple[type, ...], where: str, expected: str) -> None:
+    """Refuses an argument of another kind at the entrance, before something inside fails on it.
+
+    Raises:
+        InputError: It is another kind; a bool is no number.
+    """
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise InputError("not what goes here", where=where, got=type(value).__name__, expected=expected)
+
+
+def require_whole(value: object, where: str) -> None:
+    """The same for a whole number, numpy's too.
+
+    Raises:
+        InputError: It is none.
+    """
+    require(value, Integral, where, "a whole number")

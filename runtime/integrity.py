@@ -125,6 +125,8 @@ def _weights(file: io.BufferedIOBase, size: int) -> tuple[int, int]:
 def _seal_of(file: io.BufferedIOBase, where: str) -> Seal:
     size = file.seek(0, os.SEEK_END) - SEAL_BYTES
     magic, *fields = _SEAL.unpack(_read(file, size, size + SEAL_BYTES)) if size >= 0 else (b"",)
+    if magic != _MAGIC and where.endswith(".onnx"):
+        raise TargetError("an ONNX model, not a module", where=where, hint="compile it with linattn-compile first")
     if magic != _MAGIC:
         hint = f"it is cut off or was not written by linattn-compile: {_HINT}"
         raise TargetError("no seal at its end", where=where, hint=hint)

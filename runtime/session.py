@@ -17,7 +17,7 @@ from .arrays import as_array
 from .collect import Collector, Wanted, find_wanted
 from .device import DeviceArray, HostArray
 from .engine import Engine
-from .errors import InputError, StateError, TargetError
+from .errors import InputError, StateError, TargetError, require_whole
 from .feeds import Call, block_inputs, check_room, prepare
 from .held import Held
 from .holding import Holding
@@ -56,6 +56,9 @@ class Session(Holding):
         engine = engine_of(program)
         engine.check_usable()
         manifest = engine.manifest
+        require_whole(window, "window")
+        if batch is not None:
+            require_whole(batch, "batch")
         if batch is not None and manifest.batch is not None and batch != manifest.batch:
             hint = "compile with --batch open for any"
             raise InputError("wrong batch", where="batch", got=batch, expected=manifest.batch, hint=hint)

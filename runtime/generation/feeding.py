@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 from ..arrays import check_bounds, token_ids
 from ..binding import Sizes, axis_of, positions
 from ..device import HostArray
-from ..errors import InputError
+from ..errors import InputError, require
 from ..manifest import InputSpec
 from ..session import Session
 
@@ -46,6 +46,7 @@ class Feeder:
     """
 
     def __init__(self, session: Session, embed: Embed | None = None, prompt: Mapping[str, Any] | None = None) -> None:
+        require(session, Session, "session", "program.session()")
         m = self._manifest = session.program.manifest
         self._prompt = dict(prompt or {})
         self._embed = embed

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ..device import HostArray
-from ..errors import InputError
+from ..errors import InputError, require, require_whole
 from ..program import Program
 from ..session import Session, advance, engine_of, follow, settle
 from .feeding import Embed, Feeder, prompt_ids
@@ -53,6 +53,7 @@ def greedy_rows(session: Session, ids: ArrayLike, count: int) -> Iterator[tuple[
         InputError: An empty prompt, or a model without token ids and logits.
         StateError: The context is full, or the logits are NaN.
     """
+    _check_count(count)
     feeder, output = Feeder(session), _logits(session)
     feed = prompt_ids(feeder, ids)
     try:
@@ -110,6 +111,8 @@ def generate(
             one token a call.
         StateError: The context is full, or the logits are NaN.
     """
+    require(sampling, (Sampling, type(None)), "sampling", "a Sampling, such as Sampling(temperature=0.7)")
+    _check_count(count)
     feeder, output = Feeder(session, embed, prompt), _logits(session)
     feed = prompt_ids(feeder, ids)
     if feed.shape[0] != 1:
@@ -143,6 +146,12 @@ def generate(
                 return
     finally:
         settle(session)
+
+
+def _check_count(count: int) -> None:
+    require_whole(count, "count")
+    if count < 0:
+        raise InputError("out of range", where="count", got=count, expected="0 or more")
 
 
 def _step(session: Session, feed: HostArray, sampler: Sampler, drawn_from: int | None, more: bool) -> int:

@@ -9,11 +9,12 @@ import math
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Real
 
 import numpy as np
 
 from ..device import HostArray
-from ..errors import InputError, StateError
+from ..errors import InputError, StateError, require, require_whole
 
 _INFINITY = 0x7C00
 """The bits of an f16 that is infinite; NaN have larger ones."""
@@ -62,10 +63,14 @@ class Sampling:
             ("min_p", self.min_p, 0.0, 1.0),
             ("repeat_penalty", self.repeat_penalty, 1e-3, 1e3),
         ):
+            require(value, Real, name, "a number")
             if not low <= value <= high:
                 raise InputError("out of range", where=name, got=value, expected=f"{low:g} to {high:g}")
+        require_whole(self.top_k, "top_k")
         if self.top_k < 0:
             raise InputError("out of range", where="top_k", got=self.top_k, expected="0 (all) or more")
+        if self.seed is not None:
+            require_whole(self.seed, "seed")
         if self.seed is not None and not 0 <= self.seed < _SEEDS:
             raise InputError("out of range", where="seed", got=self.seed, expected="0 to 2^64 - 1")
 

@@ -10,7 +10,7 @@ from functools import partial
 from os import PathLike
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, require, require_whole
 from ..generation.feeding import Embed
 from ..generation.loop import generate, greedy
 from ..generation.sampling import Sampling
@@ -58,6 +58,7 @@ class TextGenerator:
         embed: Embed | None = None,
         draft: Draft | Program | None = None,
     ) -> None:
+        require(program, Program, "program", "Program.load(...)")
         self._template: ChatTemplate | None = None
         self._embed = embed
         self._drafting = draft
@@ -127,6 +128,7 @@ class TextGenerator:
         Raises:
             InputError: An empty prompt or no tokens wanted.
         """
+        require(text, str, "prompt", "a text")
         return self._start(self._tokenizer.encode(text), max_tokens, sampling, stop)
 
     def chat(
@@ -162,6 +164,8 @@ class TextGenerator:
     def _start(self, ids: list[int], count: int, sampling: Sampling | None, stop: Sequence[str]) -> TextStream:
         if not ids:
             raise InputError("the prompt must have tokens", where="prompt", got="none")
+        require_whole(count, "max_tokens")
+        require(sampling, (Sampling, type(None)), "sampling", "a Sampling, such as Sampling(temperature=0.7)")
         if count < 1:
             raise InputError("nothing to generate", where="max_tokens", got=count, expected="at least 1")
         own = StopTexts((stop,) if isinstance(stop, str) else tuple(stop))

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, require
 from .tokenizer import needed_package
 
 _MAX_CHARACTERS = 16 << 20
@@ -51,7 +51,10 @@ class ChatTemplate:
         Raises:
             InputError: A message without a role, or one that the template refuses.
         """
+        expected = "a list of {'role': ..., 'content': ...}"
+        require(messages, (list, tuple), "messages", expected)
         for i, message in enumerate(messages):
+            require(message, Mapping, f"messages[{i}]", "{'role': ..., 'content': ...}")
             if not isinstance(message.get("role"), str):
                 raise InputError("a message without a role", where=f"messages[{i}]", expected="role and content")
         given = {"messages": [dict(message) for message in messages], "add_generation_prompt": True}

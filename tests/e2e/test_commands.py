@@ -116,7 +116,7 @@ def test_outputs_of_run_are_no_inputs(folder: Path, capsys: pytest.CaptureFixtur
     arguments = [str(folder / "m.vmfb"), "--input", f"x={folder / 'y.npy'}", "--output-dir", str(folder)]
     refused(run_cli.main(arguments), "('y') would overwrite an input", capsys)
     np.testing.assert_array_equal(np.load(folder / "y.npy"), X)
-    refused(run_cli.main([*arguments[:-1], str(folder / "x.npy")]), "File exists", capsys)
+    refused(run_cli.main([*arguments[:-1], str(folder / "x.npy")]), "x.npy: file exists", capsys)
 
 
 def test_outputs_of_like_names_get_files_of_their_own(tmp_path: Path) -> None:

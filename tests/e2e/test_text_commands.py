@@ -101,8 +101,8 @@ def test_seeds_and_settings(folder: Path, say: Callable[..., tuple[int, str, str
     ("arguments", "message"),
     [
         (["--prompt", ""], "the prompt must have tokens"),
-        (["--prompt", "a", "--chat"], "one of them at a time"),
-        (["--prompt", "a", "--ids", "1"], "one of them at a time"),
+        (["--prompt", "a", "--chat"], "--prompt --chat: not together"),
+        (["--prompt", "a", "--ids", "1"], "--prompt --ids: not together"),
         (["--prompt", "a", "--top-p", "2"], "--top-p: out of range, got 2.0, expected 0 to 1"),
         (["--prompt", "a", "--max-tokens", "0"], "--max-tokens: nothing to generate, got 0"),
         (["--prompt", "a", "--tokenizer", "/nowhere"], "/nowhere: no tokenizer; give its folder"),

@@ -52,7 +52,7 @@ def test_states_given_run_stateless(model: Path, capsys: pytest.CaptureFixture[s
         (["--ids", "1", "--device", "tpu"], "unknown device, got 'tpu'"),
         (["--ids", "1", "--generate", "0"], "--generate"),
         (["--ids", "1", "--generate", "100"], "context full"),
-        (["--generate", "3"], "takes the token ids alone"),
+        (["--generate", "3"], "no inputs; give"),
         (["--input", "nope.npy"], "nope.npy"),
         (["--input", "x=README"], "README"),
         (["--input", "pickled.npy"], "not a .npy array"),
@@ -61,7 +61,8 @@ def test_states_given_run_stateless(model: Path, capsys: pytest.CaptureFixture[s
         (["--ids", "1", "--input", "ids.npy"], "no place for these ids"),
         (["--ids", "1", "--input", "position_ids=ids.npy"], "position_ids: wrong shape"),
         (["--ids", "1", "--parameters", "w.irpa"], "weights inside"),
-        ([], "input_ids: missing input"),
+        ([], "no inputs; give --prompt TEXT"),
+        (["--input", "position_ids=ids.npy"], "input_ids: missing input"),
     ],
 )
 def test_errors(

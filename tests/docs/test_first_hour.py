@@ -1,0 +1,80 @@
+"""What people do wrong in their first hour ends in one line that says what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from linattn.frontend import cli as compile_cli
+from linattn.runtime import LinattnError, Program, Sampling, TextGenerator, generate, greedy
+from linattn.runtime import cli as run_cli
+from linattn.runtime.bench import cli as bench_cli
+
+IDS = [72, 101]
+LINES = {
+    "a folder to compile": (compile_cli, "TINY", "TINY: a folder; give the .onnx file in it: model.onnx"),
+    "a model that is not compiled": (run_cli, "TINY/model.onnx --prompt a", "an ONNX model, not a module; compile it"),
+    "a model to describe": (run_cli, "TINY/model.onnx --describe", "an ONNX model, not a module; compile it"),
+    "nothing to run": (run_cli, "MODULE", "no inputs; give --prompt TEXT, --ids 1,2,3 or --input NAME=FILE.npy"),
+    "no array": (run_cli, "MODULE --input nowhere.npy", "nowhere.npy: no such file or directory"),
+    "no result": (bench_cli, "report nowhere.json -o x.html", "nowhere.json: no such file or directory"),
+    "text and ids": (run_cli, "MODULE --prompt a --ids 1", "--prompt --ids: not together"),
+    "text and --generate": (run_cli, "MODULE --prompt a --generate 3", "not together; --max-tokens limits an answer"),
+    "two kinds of text": (run_cli, "MODULE --chat --prompt a", "--prompt --chat: not together"),
+    "ids and chat": (run_cli, "MODULE --chat --ids 1", "--chat --ids: not together"),
+}
+CALLS: dict[str, tuple[Callable[[Program], Any], str]] = {
+    "text for ids": (lambda p: p.session().run({"input_ids": "Hello"}), "input_ids: .*TextGenerator takes text"),
+    "bytes for ids": (lambda p: p.session().run({"input_ids": b"Hello"}), "input_ids: .*TextGenerator takes text"),
+    "words for ids": (lambda p: p.session().run({"input_ids": [["Hello"]]}), "input_ids: .*TextGenerator takes text"),
+    "a program generates": (lambda p: next(greedy(p, IDS, 3)), r"session: .*got Program, expected program.session\(\)"),
+    "less than nothing": (lambda p: list(greedy(p.session(), IDS, -1)), "count: .*got -1"),
+    "a count as text": (lambda p: list(generate(p.session(), IDS, "3")), "count: .*got str, expected a whole number"),
+    "settings by name": (lambda p: list(generate(p.session(), IDS, 3, {"top_k": 1})), "sampling: .*Sampling"),
+    "a path for text": (lambda _: TextGenerator("model.vmfb"), "program: .*got str, expected Program.load"),
+    "a session for text": (lambda p: TextGenerator(p.session()), "program: .*got Session"),
+    "ids for text": (lambda p: TextGenerator(p).generate(IDS), "prompt: .*got list, expected a text"),
+    "tokens as text": (lambda p: TextGenerator(p).generate("a", max_tokens="3"), "max_tokens: .*got str"),
+    "a dict draws": (lambda p: TextGenerator(p).generate("a", sampling={"seed": 1}), "sampling: .*got dict"),
+    "text as messages": (lambda p: TextGenerator(p).chat("Hello"), "messages: .*got str, expected a list of"),
+    "one message": (lambda p: TextGenerator(p).chat({"role": "user", "content": "a"}), "messages: .*got dict"),
+    "texts as messages": (lambda p: TextGenerator(p).chat(["Hello"]), r"messages\[0\]: .*got str"),
+    "settings as text": (lambda _: Sampling(temperature="0.7"), "temperature: .*got str, expected a number"),
+    "half a token": (lambda _: Sampling(top_k=1.5), "top_k: .*got float, expected a whole number"),
+    "a seed as text": (lambda _: Sampling(seed="1"), "seed: .*got str, expected a whole number"),
+    "no file": (lambda _: Program.load(None), "source: .*got NoneType, expected a path"),
+    "a number of a device": (lambda p: Program.load(p.file, 0), "device: .*got int, expected a name"),
+    "a window as text": (lambda p: p.session(window="4"), "window: .*got str, expected a whole number"),
+    "a batch as text": (lambda p: p.session(batch="4"), "batch: .*got str, expected a whole number"),
+}
+
+
+@pytest.mark.parametrize(("command", "line", "said"), LINES.values(), ids=LINES)
+def test_commands(command: Any, line: str, said: str, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [word.replace("MODULE", "TINY/model.vmfb").replace("TINY", str(tiny)) for word in line.split()]
+    assert command.main(words) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert ": error: " in last
+    assert said.replace("TINY", str(tiny)) in last
+
+
+@pytest.fixture(scope="module")
+def program(tiny: Path) -> Program:
+    return Program.load(tiny / "model.vmfb")
+
+
+@pytest.mark.parametrize(("call", "said"), CALLS.values(), ids=CALLS)
+def test_calls(call: Callable[[Program], Any], said: str, program: Program) -> None:
+    with pytest.raises(LinattnError, match=said) as caught:
+        call(program)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_was_generated_ends_before_the_error(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli.main([str(tiny / "model.vmfb"), "--ids", "1,2", "--generate", "300"]) == 2
+    out, err = capsys.readouterr()
+    assert len(out.split(",")) == 255
+    assert out.endswith("\n")
+    assert "context full" in err.splitlines()[-1]
