@@ -12,7 +12,9 @@ Four products for four loads, so that the unit waits for no memory within the se
 stays in the first-level cache while the rows stream past it; sums wait on the stack for the next block. Where 32 does
 not divide the rows, the last ones begin earlier and some are computed twice.
 
-Legal: on CPUs with AMX, from 16 rows on, known at compile time, where 32 divides K. Cost: a once for each group of
+Rows whose number is open are copied to whole blocks of 32 first; what is beyond the last one is computed, not written.
+
+Legal: on CPUs with AMX, from 16 rows on, where 32 divides K. Cost: a once for each group of
 panels, b once for each chunk of rows; with two terms three products for one. Sums in f32; subnormal bf16 count as zero.
 """
 
@@ -28,7 +30,7 @@ from ..emit.builder import spec_of
 from ..emit.dispatch import Kernel, dispatch
 from ..emit.kernel_text import Index, KernelText
 from ..emit.workers import slowest_share
-from ..node import TensorSpec
+from ..node import Dim, TensorSpec
 from ..op import LoweringContext, weight_symbol
 from ..select import Legality, No, OtherMachine, Yes, rows_text
 from ..target import Target
@@ -53,7 +55,7 @@ class Tiling:
     """Sizes of one kernel.
 
     Attributes:
-        rows: M.
+        rows: M, None where open.
         words: Pairs of K.
         block: Words of a block.
         chunk: Blocks of 32 rows of a workgroup.
@@ -61,7 +63,7 @@ class Tiling:
         terms: Of each number, see ``bf16_terms``.
     """
 
-    rows: int
+    rows: Dim
     words: int
     block: int
     chunk: int
@@ -69,9 +71,14 @@ class Tiling:
     terms: int
 
     @property
-    def steps(self) -> int:
-        """Blocks of 32 rows."""
-        return -(-self.rows // (2 * ROWS))
+    def arranged(self) -> bool:
+        """Whether rows are taken apart or copied first."""
+        return self.terms > 1 or self.rows is None
+
+    @property
+    def row_axis(self) -> str:
+        """Which sizes the arranged rows have: those of the product, or whole blocks of 32."""
+        return "R" if self.rows is None else "T"
 
 
 def is_legal(contract: MatMul, target: Target) -> Legality:
@@ -84,7 +91,7 @@ def is_legal(contract: MatMul, target: Target) -> Legality:
         return OtherMachine(f"no matrix unit for {dtype}")
     if dtype == "f32" and not target.fast_math:
         return No("its matrix unit rounds f32, which --math fast allows")
-    if contract.rows is None or contract.rows < ROWS:
+    if contract.rows is not None and contract.rows < ROWS:
         return No(f"{rows_text(contract.rows)}, from {ROWS} on the matrix unit is worth its start")
     if contract.depth % (2 * _WORDS):
         return No(f"{2 * _WORDS} does not divide K={contract.depth}")
@@ -93,11 +100,11 @@ def is_legal(contract: MatMul, target: Target) -> Legality:
 
 def tiling(contract: MatMul) -> Tiling:
     """The sizes for a product that is legal."""
-    assert contract.rows is not None
     words, terms = contract.depth // 2, 1 if contract.a.dtype == "bf16" else 2
     blocks = -(-words // _BLOCK[terms])
     block = -(-words // (blocks * _WORDS)) * _WORDS
-    steps, panels = -(-contract.rows // (2 * ROWS)), -(-contract.columns // _COLUMNS)
+    steps = _CHUNK[terms] if contract.rows is None else -(-contract.rows // (2 * ROWS))
+    panels = -(-contract.columns // _COLUMNS)
     cost = words / _WORDS * (1 if terms == 1 else len(PRODUCTS))
 
     def slowest(option: tuple[int, int]) -> float:
@@ -106,6 +113,8 @@ def tiling(contract: MatMul) -> Tiling:
 
     chunks = sorted({-(-steps // count) for count in range(-(-steps // _CHUNK[terms]), steps + 1)}, reverse=True)
     options = [(chunk, group) for chunk in chunks[:4] for group in range(1, min(panels, _MOST_PANELS) + 1)]
+    if contract.rows is None:  # as many at a time as there may be
+        options = [option for option in options if option[0] == _CHUNK[terms]]
     chunk, group = min(options, key=slowest)
     return Tiling(contract.rows, words, block, chunk, group, terms)
 
@@ -121,28 +130,34 @@ def emit_mat_mul_fused_amx(context: LoweringContext, contract: MatMul, a: ir.Val
     leading = build.shape(a)[:-1]
     a = build.refine(a, TensorSpec((*spec_of(a).shape[:-1], contract.depth), contract.a.dtype))
     rows = build.collapse(a, 0, len(leading) - 1)
-    assert contract.rows is not None
-    if t.terms > 1:
-        (rows,) = dispatch(build, rows_kernel(contract, t), [rows], contract.rows, contract.rows)
+    count = build.dim(rows, 0)
+    padded = build.mul(build.floordiv(build.add(count, 2 * ROWS - 1), 2 * ROWS), 2 * ROWS)
+    if t.arranged:
+        (rows,) = dispatch(build, rows_kernel(contract, t), [rows], count, count, padded)
     kernel = product_kernel(contract, fused_simd.plan_for(contract, context.target), t)
-    (y,) = dispatch(build, kernel, [rows, packed], contract.rows, contract.rows)
+    (y,) = dispatch(build, kernel, [rows, packed], count, count, padded)
     return build.expand(y, 0, leading) if len(leading) > 1 else y
 
 
 def rows_kernel(contract: MatMul, t: Tiling) -> Kernel:
-    """The kernel that takes the rows apart."""
-    dtype = contract.a.dtype
+    """The kernel that takes the rows apart, or copies them."""
+    dtype, depth = contract.a.dtype, contract.depth
+    split = TensorSpec((t.terms, t.rows, t.words), "i32")
 
     def write(k: KernelText, batch: Index, count: Index, memrefs: Sequence[str]) -> None:
         del batch, count
         row = k.op("hal.interface.workgroup.id[1] : index", "index")
-        write_split_rows(k, row, contract.depth, _WORDS, *memrefs)
+        if t.terms > 1:
+            write_split_rows(k, row, depth, _WORDS, *memrefs)
+            return
+        source, target = memrefs
+        each(k, depth, _COLUMNS, lambda at: k.store(k.load(source, [row, at], _COLUMNS, raw=True), target, [row, at]))
 
     return Kernel(
-        name=f"mat_mul_amx_rows_{dtype}_{t.rows}x{contract.depth}",
-        inputs=(TensorSpec((t.rows, contract.depth), dtype),),
-        outputs=(TensorSpec((t.terms, t.rows, t.words), "i32"),),
-        axes=("T_", "_T_"),
+        name=f"mat_mul_amx_rows_{dtype}_{_dim(t.rows)}x{depth}",
+        inputs=(TensorSpec((t.rows, depth), dtype),),
+        outputs=(split if t.terms > 1 else TensorSpec((t.rows, depth), dtype),),
+        axes=("T_", f"_{t.row_axis}_" if t.terms > 1 else f"{t.row_axis}_"),
         workgroups=(1, 1),
         write=write,
     )
@@ -153,17 +168,17 @@ def product_kernel(contract: MatMul, p: Plan, t: Tiling) -> Kernel:
     dtype, columns = contract.a.dtype, contract.columns
 
     def write(k: KernelText, batch: Index, count: Index, memrefs: Sequence[str]) -> None:
-        del batch, count
-        AmxBody(k, replace(p, tile=1), t, memrefs).write()
+        del batch
+        AmxBody(k, replace(p, tile=1), t, count, memrefs).write()
 
     return Kernel(
-        name=f"mat_mul_fused_amx_{dtype}_{t.rows}x{columns}x{contract.depth}",
+        name=f"mat_mul_fused_amx_{dtype}_{_dim(t.rows)}x{columns}x{contract.depth}",
         inputs=(
-            TensorSpec((t.rows, contract.depth), dtype) if t.terms == 1 else rows_kernel(contract, t).outputs[0],
+            rows_kernel(contract, t).outputs[0] if t.arranged else TensorSpec((t.rows, contract.depth), dtype),
             TensorSpec((p.layout.panels(columns), p.depth, _COLUMNS), "i32" if p.pairs else dtype),
         ),
         outputs=(TensorSpec((t.rows, columns), dtype),),
-        axes=("T_" if t.terms == 1 else "_T_", "___", "T_"),
+        axes=(rows_kernel(contract, t).axes[1] if t.arranged else "T_", "___", "T_"),
         workgroups=(-(-p.panels // t.group), 1),
         write=write,
         share=t.chunk * 2 * ROWS,
@@ -177,11 +192,12 @@ class AmxBody:
         k: Where to.
         p: How columns are cut into panels, a row at a time.
         t: Sizes of the kernel.
+        rows: M.
         memrefs: The rows [M, K], or their terms [2, M, K / 2]; the weights; and y [M, N].
     """
 
-    def __init__(self, k: KernelText, p: Plan, t: Tiling, memrefs: Sequence[str]) -> None:
-        self.k, self.p, self.t = k, p, t
+    def __init__(self, k: KernelText, p: Plan, t: Tiling, rows: Index, memrefs: Sequence[str]) -> None:
+        self.k, self.p, self.t, self.rows = k, p, t, rows if t.rows is None else t.rows
         self.a, self.b, self.y = memrefs
         self.tiles = AmxTiles(k)
         waiting = t.chunk if t.block < t.words else 1
@@ -192,7 +208,8 @@ class AmxBody:
         """The whole body."""
         k, t = self.k, self.t
         panel, panels = workgroup_range(self.k, "0", t.group, self.p.panels)
-        step, steps = workgroup_range(self.k, "1", t.chunk, t.steps)
+        blocks = k.div(k.add(self.rows, 2 * ROWS - 1), 2 * ROWS)
+        step, steps = workgroup_range(self.k, "1", t.chunk, blocks)
         whole = t.words // t.block * t.block
 
         def one(index: Index) -> None:
@@ -212,7 +229,9 @@ class AmxBody:
 
         def rows(index: Index) -> None:
             row = k.mul(k.add(first, index), 2 * ROWS)
-            places = [k.minimum(k.add(row, half * ROWS), t.rows - ROWS) for half in range(2)]
+            places = [k.add(row, half * ROWS) for half in range(2)]
+            if t.rows is not None:
+                places = [k.minimum(place, t.rows - ROWS) for place in places]
             waiting = k.mul(index, 2 * ROWS) if t.block < t.words else 0
             self._begin(start, waiting)
             self._products(panel, places, start, size)
@@ -279,7 +298,7 @@ class AmxBody:
                 def row(i: Index, half: int = half, place: Index = place) -> None:
                     at = k.add(k.add(waiting, half * ROWS), i)
                     sums = [k.load(self.sums, [at, v * p.lanes], p.lanes) for v in range(p.vectors)]
-                    store_rows(k, p, self.y, t.rows, k.add(place, i), panel, sums)
+                    store_rows(k, p, self.y, self.rows, k.add(place, i), panel, sums)
 
                 each(self.k, ROWS, 1, row)
             return []
@@ -293,3 +312,7 @@ class AmxBody:
     def _place(self, register: int, waiting: Index) -> list[Index]:
         """Where the stack has a register of sums."""
         return [self.k.add(waiting, register // 2 * ROWS), register % 2 * ROWS]
+
+
+def _dim(size: Dim) -> str:
+    return "x" if size is None else str(size)
