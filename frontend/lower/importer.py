@@ -33,7 +33,7 @@ class _EntryPointImporter(onnx_importer.NodeImporter):
 
     def import_initializer(self, initializer: onnx.TensorProto, extern_name: str | None = None) -> ir.Value:
         inside = initializer.name not in self.weights.arrays and not is_weight(initializer)
-        if inside and not _is_bf16_list(initializer):
+        if inside and not _is_list_of_floats(initializer):
             return super().import_initializer(initializer, cast(str, extern_name))
         with ir.InsertionPoint(self._b), ir.Location.name(initializer.name):
             torch_type = self._cc.tensor_proto_to_type(initializer)
@@ -63,9 +63,10 @@ class _EntryPointImporter(onnx_importer.NodeImporter):
         )
 
 
-def _is_bf16_list(tensor: onnx.TensorProto) -> bool:
-    """Whether IREE must not put these values into a kernel: see :meth:`Weights.load`."""
-    return tensor.data_type == onnx.TensorProto.BFLOAT16 and math.prod(tensor.dims) > 1
+def _is_list_of_floats(tensor: onnx.TensorProto) -> bool:
+    """Whether these values are not to be put into a kernel: see :meth:`Weights.load`."""
+    floats = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
+    return tensor.data_type in floats and math.prod(tensor.dims) > 1
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ import onnx
 from iree.compiler import ir
 from onnx import numpy_helper
 
-from ..graph.schema import DTYPES
+from ..graph.schema import DTYPES, MIN_WEIGHT_ELEMENTS
 
 _INLINED = 256
-"""Bytes up to which IREE puts a constant into the kernels that read it, as a constant of bf16, too."""
+"""Bytes up to which IREE puts a constant into the kernels that read it."""
 
 
 def content_key(array: np.ndarray[Any, Any]) -> str:
@@ -53,8 +53,9 @@ class Weights:
     def load(self, tensor: onnx.TensorProto) -> ir.Value:
         """Read a weight at the current insertion point, as a builtin tensor.
 
-        Those of bf16 are kept out of kernels: where IREE 3.13 computes with 16-bit integers instead, it forgets
-        constants, and what it makes of them is not valid (SPIR-V: a bit cast of 32 bits to 16).
+        Short lists of numbers are kept out of kernels, which would be another one for each layer of a model. Those of
+        bf16 have to be: where IREE 3.13 computes with 16-bit integers instead, it forgets constants, and what it makes
+        of them is not valid (SPIR-V: a bit cast of 32 bits to 16).
         """
         symbol = self._outside.get(tensor.name)
         if symbol is None:
@@ -85,8 +86,8 @@ class Weights:
         return self._read(name)
 
     def archive(self) -> dict[str, np.ndarray[Any, Any]]:
-        """Parameter key -> values, for a file of their own."""
-        return {self.keys[symbol]: array for symbol, array in self.stored.items()}
+        """Parameter key -> values, for a file of their own; short lists stay in the module."""
+        return {self.keys[symbol]: array for symbol, array in self.stored.items() if not _is_short(array)}
 
     def drop_unused(self) -> None:
         """Forget the weights that nothing in the module reads any more; IREE drops their globals."""
@@ -112,7 +113,8 @@ class Weights:
     def _read(self, symbol: str) -> ir.Value:
         value_type, reference = self._types[symbol], ir.FlatSymbolRefAttr.get(symbol)
         value = ir.Operation.create("util.global.load", results=[value_type], attributes={"global": reference}).result
-        if str(value_type.element_type) == "bf16" and self.stored[symbol].nbytes <= _INLINED:
+        is_float = str(value_type.element_type) in ("f32", "f16", "bf16")
+        if is_float and self.stored[symbol].nbytes <= _INLINED:
             value = ir.Operation.create("util.optimization_barrier", results=[value_type], operands=[value]).result
         return value
 
@@ -120,7 +122,7 @@ class Weights:
         value_type = self._types[symbol] = ir.RankedTensorType.get(list(array.shape), element)
         self.stored[symbol] = array
         self.keys[symbol] = key
-        if self.parameter_scope is not None:
+        if self.parameter_scope is not None and not _is_short(array):
             text = f'#flow.parameter.named<"{self.parameter_scope}"::"{key}"> : {value_type}'
             value = ir.Attribute.parse(text)
         else:
@@ -137,6 +139,11 @@ class Weights:
                     "initial_value": value,
                 },
             )
+
+
+def _is_short(array: np.ndarray[Any, Any]) -> bool:
+    """Whether the module holds it itself: a place in a file takes as many bytes."""
+    return array.size < MIN_WEIGHT_ELEMENTS
 
 
 def _is_read(op: ir.Operation) -> bool:

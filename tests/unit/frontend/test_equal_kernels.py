@@ -1,0 +1,89 @@
+"""What differs between layers or sizes by its numbers alone is one kernel: a driver compiles each that a module has."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from linattn.frontend.compile import compile_model
+from linattn.frontend.options import CompileOptions
+from linattn.runtime import Program
+from linattn.runtime.manifest import DISPATCHES_KEY
+from linattn.runtime.module import Module
+from onnx import helper, numpy_helper
+from tolerances import BENIGN, error
+
+from samples.benchmark_model import Shape, write
+
+
+def layers(dtype: Any, size: int) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
+    """exp(x * a + b) of two inputs, each with lists of its own, as the gates of two layers are."""
+    generator = np.random.default_rng(7)
+    lists = {name: generator.standard_normal(size).astype(dtype) for name in ("a0", "b0", "a1", "b1")}
+    nodes, kind = [], helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    for i in "01":
+        nodes.append(helper.make_node("Mul", [f"x{i}", f"a{i}"], [f"m{i}"]))
+        nodes.append(helper.make_node("Add", [f"m{i}", f"b{i}"], [f"s{i}"]))
+        nodes.append(helper.make_node("Exp", [f"s{i}"], [f"y{i}"]))
+    inputs = [helper.make_tensor_value_info(f"x{i}", kind, [8, size]) for i in "01"]
+    outputs = [helper.make_tensor_value_info(f"y{i}", kind, [8, size]) for i in "01"]
+    weights = [numpy_helper.from_array(values, name) for name, values in lists.items()]
+    graph = helper.make_graph(nodes, "layers", inputs, outputs, weights)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), lists
+
+
+def table(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """The dispatches of each function."""
+    module = Module(path)
+    tables = [text for name in module.functions if (text := module.reflection(name).get(DISPATCHES_KEY))]
+    return json.loads(tables[0])
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype", "size"),
+    [
+        ("cpu", np.float32, 64),
+        ("cpu", np.float16, 16),
+        ("cpu", np.float32, 200),
+        ("vulkan", np.float32, 16),
+        ("cuda", np.float16, 16),
+    ],
+)
+def test_layers_share_a_kernel(target: str, dtype: Any, size: int, tmp_path: Path) -> None:
+    """Lists of up to 256 bytes too, which IREE would write into the kernel."""
+    model, lists = layers(dtype, size)
+    path = tmp_path / "model.vmfb"
+    compile_model(model, CompileOptions(target=target), output=path)
+    found = [row["key"] for rows in table(path).values() for row in rows]
+    assert len(found) == 2
+    assert len(set(found)) == 1
+    if target == "cpu":
+        x = np.random.default_rng(8).standard_normal((2, 8, size)).astype(dtype)
+        outputs = Program.load(path).run({"x0": x[0], "x1": x[1]})
+        for i in (0, 1):
+            expected = np.exp(x[i].astype(np.float64) * lists[f"a{i}"] + lists[f"b{i}"])
+            assert error(outputs[f"y{i}"], expected) <= BENIGN[np.dtype(dtype).name]
+
+
+def test_prompts_of_several_sizes_share_kernels(tmp_path: Path) -> None:
+    """Those that we write, but for the ones of few rows and the softmax layer's; products share them over sizes too."""
+    write(Shape(dtype="fp16", hidden=256, heads=2, mlp=512, vocabulary=320), tmp_path / "model.onnx")
+    options = CompileOptions(target="vulkan", gpu_target="hopper", max_context=128, prefill_blocks=(64, 48))
+    path = tmp_path / "model.vmfb"
+    compile_model(tmp_path / "model.onnx", options, output=path)
+    rows = table(path)
+    larger, smaller = (
+        {row["key"] for row in rows[name] if not re.search(r"_dispatch_|attention_fused|conv", row["key"])}
+        for name in ("prefill_64", "prefill_48")
+    )
+    assert larger == smaller
+    assert [key for key in larger if key.startswith("linear_attention") and "_whole_" in key]
+    products = [row for row in rows["prefill_64"] if "fused_mma" in row["key"]]
+    assert len({row["key"] for row in products}) < len({row["flop"] for row in products})
+    mlp = next(row for row in products if "gate_proj" in row["node"])
+    assert mlp["flop"] == 2 * 64 * 256 * 512
