@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import logging
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
@@ -24,6 +26,7 @@ from .errors import InputError
 from .generation.feeding import token_input
 from .generation.loop import chosen_where, generate, greedy_rows
 from .generation.sampling import Sampling
+from .loading import WAITING
 from .outputs import check_outputs, new_file
 from .program import Program
 from .text.command import add_arguments, run_text
@@ -154,7 +157,7 @@ def _run(options: argparse.Namespace) -> int:
         hint = "--max-tokens limits an answer" if options.generate else "--prompt and --chat go alone"
         raise InputError("not together", where=" ".join(given), hint=hint)
     start = time.perf_counter()
-    with warnings.catch_warnings():
+    with _showing_waits(), warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # what they say of a bundle is shown here, with the rest
         program = Program.load(options.model, options.device, options.parameters, options.threads, options.verify)
     if program.choice is not None:
@@ -272,6 +275,27 @@ def _load(file: Path) -> HostArray:
     if not isinstance(array, np.ndarray):
         raise InputError("not a single .npy array", where=str(file))
     return cast(HostArray, array)
+
+
+class _Waits(logging.Handler):
+    """Shows of the log what a load waits for."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.msg == WAITING:
+            _note(record.getMessage())
+
+
+@contextmanager
+def _showing_waits() -> Generator[None]:
+    log, waits = logging.getLogger("linattn.runtime"), _Waits()
+    before = log.level
+    log.addHandler(waits)
+    log.setLevel(min(log.getEffectiveLevel(), logging.INFO))
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+        log.removeHandler(waits)
 
 
 def _note(text: str) -> None:

@@ -19,6 +19,8 @@ from .manifest import REFLECTION_KEY, Manifest, Target
 from .module import Module
 
 _log = logging.getLogger("linattn.runtime")
+WAITING = "%s: loading on %s; %s"
+"""What the log says before a load that may take seconds; afterwards nothing could be said until it is over."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,18 @@ def load(
     opened = open_device(device or manifest.target.device, threads)
     check_target(module.where, manifest.target, opened.uri)
     found = _find_parameters(module.where, manifest, path, parameters)
+    if opened.driver not in CPU_DRIVERS:
+        _log.info(WAITING, module.where, opened.uri, _compiled_first(manifest.target))
     module.link(opened, found, device_alone(manifest, device))
     return Loaded(module, manifest)
+
+
+def _compiled_first(target: Target) -> str:
+    """What a GPU's driver does while its user waits."""
+    compiling = "driver compiles the kernels, which takes seconds the first time"
+    if target.native:
+        return f"native code for {', '.join(target.native)}: on another GPU the {compiling}"
+    return f"the {compiling}"
 
 
 def device_alone(manifest: Manifest, device: str | None) -> Device | None:

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import numpy as np
 import pytest
 from linattn.runtime import Program, greedy
 from linattn.runtime.cli import main
+from linattn.runtime.loading import _compiled_first
+from linattn.runtime.manifest import Target
 from tiny_hybrid import Hybrid, reference
 
 
@@ -89,3 +92,20 @@ def test_debug_shows_where_an_error_comes_from(capsys: pytest.CaptureFixture[str
     err = capsys.readouterr().err
     assert err.startswith("Traceback")
     assert err.endswith("linattn-run: error: nowhere.vmfb: no such file\n")
+
+
+@pytest.mark.vulkan
+def test_a_load_on_a_gpu_says_what_it_waits_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before it, since nothing can be said while IREE holds the interpreter; a CPU has nothing to wait for."""
+    for target, said in (("vulkan", True), ("cpu", False)):
+        path = tmp_path / f"{target}.vmfb"
+        path.write_bytes(Hybrid(target).compile())
+        assert main([str(path), "--ids", "3,1,2"]) == 0
+        first, *_ = capsys.readouterr().err.splitlines()
+        assert ("loading on vulkan" in first and "driver compiles the kernels" in first) is said, first
+    assert logging.getLogger("linattn.runtime").level == logging.NOTSET
+
+
+def test_where_there_is_native_code_the_wait_is_for_others() -> None:
+    target = Target("cuda", "cuda", "sm_80", native=("sm_80", "sm_90"))
+    assert _compiled_first(target).startswith("native code for sm_80, sm_90: on another GPU the driver compiles")
