@@ -239,6 +239,11 @@ class Kernel:
         """The item that this workgroup computes; may be beyond the last one."""
         return self._group_id(1) + self._group_id(2) * MAX_GROUPS
 
+    def item_by(self, count: Scalar) -> tuple[Scalar, Scalar]:
+        """The item divided by a count that is no constant, and the rest; in 32 bits, which GPUs divide better."""
+        parts = self.item().to("i32").divide_unsigned(count.to("i32"))
+        return parts[0].to("index", unsigned=True), parts[1].to("index", unsigned=True)
+
     def _group_id(self, dimension: int) -> Scalar:
         attribute = {"dimension": ir.IntegerAttr.get(ir.IndexType.get(), dimension)}
         op = ir.Operation.create("hal.interface.workgroup.id", results=[ir.IndexType.get()], attributes=attribute)

@@ -11,9 +11,14 @@ grow by more than e^80 in a chunk make it go through token by token.
 Legal: on GPUs with subgroups of 8 threads or more, decays per head, one query head a state, dk a multiple of 32 and dv
 of 16, and where the workgroup's memory holds a chunk. Cost: 3 dk dv + 32 dv multiply-adds a token and head, every input
 once a tile of 16 columns. Source: NUMERICS sections 1 and 2 (substitution).
+
+T is a number that the kernels are given, known or not: entry points of several sizes share them. All that they know of
+it is whether it is a number of whole chunks, so that nothing has to be cut short.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from iree.compiler import ir
 
@@ -73,28 +78,25 @@ def emit_linear_attention_fused_simt_chunks(
     b, c = context.builder, contract
     states, tokens = b.mul(x.batch, c.kv_heads), x.tokens
     chunks = b.ceil_div(tokens, CHUNK)
-    numbers = [size for size in (states, tokens) if not isinstance(size, int)]
+    numbers = [*([] if isinstance(states, int) else [states]), b.index(tokens)]
     p = plan_for(c, context.target)
 
     def sizes(k: Kernel) -> tuple[Scalar, Scalar]:
-        given = iter(range(len(numbers)))
-        first, second = (
-            Scalar.constant(size, "index") if isinstance(size, int) else k.number(next(given))
-            for size in (states, tokens)
-        )
-        return first, second
+        first = Scalar.constant(states, "index") if isinstance(states, int) else k.number(0)
+        return first, k.number(len(numbers) - 1)
 
     def output(shape: list[Size], dtype: str) -> tuple[ir.RankedTensorType, list[ir.Value]]:
         static = [size if isinstance(size, int) else None for size in shape]
         return tensor_type(static, dtype), [size for size in shape if not isinstance(size, int)]
 
-    name = kernel_name(c, x, f"g{p.subgroup}")
+    whole = isinstance(tokens, int) and tokens > 0 and tokens % CHUNK == 0
+    name = kernel_name(c, replace(x, tokens=b.index(tokens)), f"g{p.subgroup}" + ("_whole" if whole else ""))
     items = b.mul(states, chunks)
     inputs = [value for value in (x.query, x.key, x.decay, x.beta) if value is not None]
     outputs = [output([items, matrices(c) + VECTORS], "f32")]
     (factors,) = dispatch(
         f"{name}_factors", Group(THREADS, p.subgroup), 1, b.index(items), numbers, inputs, outputs,
-        lambda k: Factors(k, c, *sizes(k)).emit(),
+        lambda k: Factors(k, c, *sizes(k), whole=whole).emit(),
     )  # fmt: skip
     result, present = output_specs(c)
     outputs = [
@@ -104,5 +106,5 @@ def emit_linear_attention_fused_simt_chunks(
     inputs = [value for value in (x.query, x.key, x.value, x.past, factors) if value is not None]
     return dispatch(
         f"{name}_chunks", Group(p.threads, p.subgroup), c.dv // COLUMNS, b.index(states), numbers, inputs, outputs,
-        lambda k: Chunks(k, c, p, *sizes(k)).emit(),
+        lambda k: Chunks(k, c, p, *sizes(k), whole=whole).emit(),
     )  # fmt: skip

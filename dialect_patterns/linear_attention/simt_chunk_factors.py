@@ -52,11 +52,12 @@ class Factors:
         c: What to compute.
         states: B * Hkv.
         tokens: T.
+        whole: Whether that is a number of whole chunks.
     """
 
-    def __init__(self, k: Kernel, c: LinearAttention, states: Scalar, tokens: Scalar) -> None:
+    def __init__(self, k: Kernel, c: LinearAttention, states: Scalar, tokens: Scalar, *, whole: bool) -> None:
         self.k, self.c = k, c
-        self.o = o = ChunkOperands(k, c, tokens, states)
+        self.o = o = ChunkOperands(k, c, tokens, states, whole)
         o.bind_rows()
         self.decay = o.buffer(c.kv_heads, c.dtype, 1) if c.decay != "none" else None
         self.beta = o.buffer(c.kv_heads if c.beta == "head" else 1, c.dtype, 1) if c.beta != "none" else None
@@ -74,7 +75,7 @@ class Factors:
 
     def _chunk(self, item: Scalar) -> None:
         k, o = self.k, self.o
-        state, chunk = item.divide_unsigned(self.chunks)
+        state, chunk = k.item_by(self.chunks)
         o.choose(state)
         self.start = chunk * CHUNK
         thread = k.thread()
@@ -101,7 +102,7 @@ class Factors:
         """Decay and rate of one token."""
         k, c, o = self.k, self.c, self.o
         t = self.start + i
-        inside, own = t < o.tokens, o.row(t) * c.kv_heads + o.head
+        inside, own = o.inside(t), o.row(t) * c.kv_heads + o.head
 
         def gate(buffer: Buffer, place: Scalar, beyond: float, then: Callable[[ir.Value], ir.Value]) -> ir.Value:
             value = then(k.widen(buffer, k.load(buffer, place)))
@@ -184,7 +185,7 @@ class Factors:
             if self.decay is not None:
                 t = self.start + i
                 value = k.load(self.decay, self.o.row(t) * c.kv_heads + self.o.head)
-                value = k.select(t < self.o.tokens, k.widen(self.decay, value), k.constant(0.0))
+                value = k.select(self.o.inside(t), k.widen(self.decay, value), k.constant(0.0))
                 # NaN and inf say nothing: what follows is lost anyway, what precedes is to be as without them.
                 value = k.select(Scalar(value) < Scalar(k.constant(math.inf)), value, k.constant(0.0))
                 growth = k.add(growth, k.maximum(value, k.constant(0.0)))

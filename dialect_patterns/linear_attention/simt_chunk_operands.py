@@ -84,12 +84,14 @@ class ChunkOperands:
         c: What is computed.
         tokens: T.
         states: B * Hkv.
+        whole: Whether T is known to be a number of whole chunks: nothing has to be cut short.
     """
 
     k: Kernel
     c: LinearAttention
     tokens: Scalar
     states: Scalar
+    whole: bool
 
     def __post_init__(self) -> None:
         rows = self.states.divide_unsigned(self.c.kv_heads)[0] * self.tokens
@@ -116,7 +118,11 @@ class ChunkOperands:
 
     def row(self, t: Scalar) -> Scalar:
         """The number of a token among those of all batch rows; the last one for a token after it."""
-        return self.batch * self.tokens + t.minimum(self.tokens - 1)
+        return self.batch * self.tokens + (t if self.whole else t.minimum(self.tokens - 1))
+
+    def inside(self, t: Scalar) -> Scalar:
+        """Whether there is such a token."""
+        return Scalar.constant(True, "i1") if self.whole else t < self.tokens
 
     def load_key(self, t: Scalar, vector: Scalar) -> ir.Value:
         """Some elements of the key of a token, as stored."""

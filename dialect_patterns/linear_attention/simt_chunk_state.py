@@ -50,11 +50,14 @@ class Chunks:
         p: How the state lies over the threads.
         states: B * Hkv.
         tokens: T.
+        whole: Whether that is a number of whole chunks.
     """
 
-    def __init__(self, k: Kernel, c: LinearAttention, p: ChunkPlan, states: Scalar, tokens: Scalar) -> None:
+    def __init__(
+        self, k: Kernel, c: LinearAttention, p: ChunkPlan, states: Scalar, tokens: Scalar, *, whole: bool
+    ) -> None:
         self.k, self.c, self.p, self.states, self.tokens = k, c, p, states, tokens
-        self.o = o = ChunkOperands(k, c, tokens, states)
+        self.o = o = ChunkOperands(k, c, tokens, states, whole)
         o.bind_rows()
         self.value = o.buffer(c.kv_heads * c.dv, c.dtype, p.columns)
         self.past = o.buffer(c.dk * c.dv, c.state_dtype, p.columns, states) if c.has_past else None
@@ -148,7 +151,7 @@ class Chunks:
         for buffer, tile in ((o.key, self.tile_k), (o.query, self.tile_q)):
             for i, (row, _) in enumerate(places):
                 value = k.widen(buffer, next(rest))
-                value = k.select(t + row < self.tokens, value, k.constant(0.0, WIDTH))
+                value = k.select(o.inside(t + row), value, k.constant(0.0, WIDTH))
                 k.store(value, tile, k.thread() + i * self.p.threads)
         for place in others:
             k.store(next(rest), self.matrices, place)
@@ -217,7 +220,7 @@ class Chunks:
         outputs, updates = self._times_column(mix_start(c), self.updates, scaled)
         for i, value in enumerate(outputs):
             token = t + self._own(i)
-            k.when(token < self.tokens, lambda value=value, token=token: self._write(value, token))
+            k.when(self.o.inside(token), lambda value=value, token=token: self._write(value, token))
         weighed = [k.mul(self._number(self._vector(REST, j)), u) for j, u in enumerate(updates)]
         total = self._number(self._vector(TOTAL))
         result = [k.mul(total, value) for value in state]
@@ -296,7 +299,7 @@ class Chunks:
             keys = [factor for n in range(self.loads) for factor in self._part(self.tile_k, i, n)]
             state = [k.fma(k.splat(a, p.columns), update, value) for a, value in zip(keys, state, strict=True)]
             read = k.mul(k.constant(c.scale, p.columns), product(self.tile_q, i, state))
-            k.when((token < self.tokens) & self.lane.equals(0), lambda: self._write(read, token))
+            k.when(self.o.inside(token) & self.lane.equals(0), lambda: self._write(read, token))
             return state
 
         return k.loop(Scalar.constant(0, "index"), Scalar.constant(CHUNK, "index"), 1, state, step)

@@ -17,7 +17,7 @@ from ..op import LoweringContext
 from ..select import Legality, No
 from ..target import Target
 from .contract import MatMul
-from .mma_kernel import CHUNK, SIDE, Plan, Product, Size, is_possible, plan_for
+from .mma_kernel import CHUNK, SIDE, Extent, Plan, Product, Size, is_possible, plan_for, workgroups
 
 
 def _size(contract: MatMul) -> Size:
@@ -37,15 +37,16 @@ def emit_mat_mul_fused_mma(context: LoweringContext, contract: MatMul, a: ir.Val
     plan = plan_for(size, context.target, transposed=False)
     assert c.rows is not None
     sizes = [size or 0 for size in c.a.shape[:-1]] + [c.columns]
-    tiles, items = -(-c.columns // plan.columns), -(-c.rows // plan.rows)
+    index = context.builder.index
 
     def body(k: Kernel) -> None:
-        Product(k, size, plan, _Matrix(k, size, plan), 2).emit()
+        extent = Extent(k.number(0), k.number(1).divide_unsigned(CHUNK)[0], k.number(2))
+        Product(k, extent, plan, _Matrix(k, extent, plan), 2).emit()
 
     outputs: list[tuple[ir.RankedTensorType, list[ir.Value]]] = [(tensor_type(sizes, c.a.dtype), [])]
-    name = f"mat_mul_fused_mma_f16_{c.rows}x{c.depth}x{c.columns}_{plan}"
-    group, count = Group(plan.threads, plan.subgroup), context.builder.index(items)
-    return dispatch(name, group, tiles, count, [], [a, b], outputs, body)[0]
+    name, group = f"mat_mul_fused_mma_f16_{plan}", Group(plan.threads, plan.subgroup)
+    numbers = [index(number) for number in (c.rows, c.depth, c.columns)]
+    return dispatch(name, group, 1, index(workgroups(size, plan)), numbers, [a, b], outputs, body)[0]
 
 
 class _Matrix:
@@ -57,22 +58,24 @@ class _Matrix:
         plan: How it is cut.
     """
 
-    def __init__(self, k: Kernel, size: Size, plan: Plan) -> None:
-        self.k, self.size, self.p = k, size, plan
-        self.b = k.chunks(1, Scalar.constant(size.depth * size.columns // CHUNK, "index"))
+    def __init__(self, k: Kernel, size: Extent, plan: Plan) -> None:
+        self.k, self.p = k, plan
+        self.across = size.columns.divide_unsigned(CHUNK)[0]
+        self.b = k.chunks(1, size.depth * size.columns)
 
     def start(self, product: Product) -> None:
         """Emit what comes before the loop."""
         self.tile = self.k.shared_chunks(self.p.chunks_b)
         self.places = product.places(self.p.depth, self.p.columns // CHUNK)
+        self.first = product.tile * (self.p.columns // CHUNK)
 
     def load(self, step: Scalar) -> list[ir.Value]:
         """Load this thread's part of a tile."""
-        k, p, across = self.k, self.p, self.size.columns // CHUNK
+        k, p = self.k, self.p
         loads: list[ir.Value] = []
         for row, chunk in self.places:
-            column = (k.tile() * (p.columns // CHUNK) + chunk).minimum(across - 1)
-            loads.append(k.load(self.b, (step * p.depth + row) * across + column))
+            column = (self.first + chunk).minimum(self.across - 1)
+            loads.append(k.load(self.b, (step * p.depth + row) * self.across + column))
         return loads
 
     def put(self, loaded: Sequence[ir.Value], step: Scalar) -> None:

@@ -47,20 +47,19 @@ def emit_mat_mul_fused_tiled(context: LoweringContext, contract: MatMul, a: ir.V
         rows = builder.mul(rows, size)
 
     def body(k: Kernel) -> None:
-        count = k.number(0) if c.rows is None else Scalar.constant(c.rows, "index")
+        count = k.number(0)
         rows_of_a = k.buffer(0, c.a.dtype, count * (c.depth // VECTOR), VECTOR)
         weights = k.buffer(1, c.b.dtype, Scalar.constant(c.depth * c.columns // VECTOR, "index"), VECTOR)
         y = k.buffer(2, c.a.dtype, count * (c.columns // VECTOR), VECTOR)
         product = TiledProduct(k, plan, rows_of_a, y, count, c.depth, c.columns)
         product.emit(_PlainTile(product, weights, c.columns))
 
-    numbers = [rows] if not isinstance(rows, int) else []
     open_sizes = [size for size in lead if not isinstance(size, int)]
     result = tensor_type([size if isinstance(size, int) else None for size in (*lead, c.columns)], c.a.dtype)
-    name = f"mat_mul_fused_tiled_{c.a.dtype}_{'x' if c.rows is None else c.rows}x{c.depth}x{c.columns}_{plan}"
+    name = f"mat_mul_fused_tiled_{c.a.dtype}_nx{c.depth}x{c.columns}_{plan}"
     items = builder.index(builder.floordiv(builder.add(rows, plan.rows - 1), plan.rows))
     group, tiles = Group(plan.threads, context.target.subgroup_size), -(-c.columns // plan.columns)
-    return dispatch(name, group, tiles, items, numbers, [a, b], [(result, open_sizes)], body)[0]
+    return dispatch(name, group, tiles, items, [builder.index(rows)], [a, b], [(result, open_sizes)], body)[0]
 
 
 class _PlainTile:

@@ -9,6 +9,9 @@
 Tensor cores on CUDA and cooperative matrices on Vulkan are made of the same text. Rows of the tiles in the workgroup's
 memory are one chunk of 16 bytes longer than they need, against bank conflicts. Rows and columns beyond the end are read
 from the last one and not written.
+
+The kernel depends on how the product is cut, not on its sizes, which it is given where it can be: a driver compiles
+each kernel that a module has, and the products of a model's prompts are of a dozen sizes.
 """
 
 from __future__ import annotations
@@ -182,38 +185,62 @@ class RightFactor(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Extent:
+    """Sizes of a product inside its kernel.
+
+    Attributes:
+        rows: M.
+        depth: Chunks of a row of the left factor: K / 8.
+        columns: N.
+    """
+
+    rows: Scalar
+    depth: Scalar
+    columns: Scalar
+
+
+def workgroups(size: Size, plan: Plan) -> int:
+    """Of a whole product: as many items, of one tile each."""
+    assert size.rows is not None
+    return -(-size.rows // plan.rows) * -(-size.columns // plan.columns)
+
+
 class Product:
     """Emits the kernel: buffer 0 is the left factor, f16 [M, K].
 
     Args:
         k: Emits instructions.
-        size: Of the product; M is static.
+        size: Of the product.
         plan: How it is cut.
         right: The right factor.
         output: Binding of the result, f16 [M, N].
 
     Attributes:
         thread: This thread's number in the workgroup.
+        tile: Of the columns, the one that this workgroup computes.
     """
 
-    def __init__(self, k: Kernel, size: Size, plan: Plan, right: RightFactor, output: int) -> None:
-        assert size.rows is not None
-        self.k, self.size, self.p, self.right, self.rows = k, size, plan, right, size.rows
+    def __init__(self, k: Kernel, size: Extent, plan: Plan, right: RightFactor, output: int) -> None:
+        self.k, self.size, self.p, self.right = k, size, plan, right
         self.high = plan.rows // plan.down // SIDE  # matrices of a subgroup
         self.wide = plan.columns // plan.across // SIDE
-        self.a = k.chunks(0, Scalar.constant(self.rows * size.depth // CHUNK, "index"))
-        self.y = k.buffer(output, "f16", Scalar.constant(self.rows * size.columns // VECTOR, "index"), VECTOR)
+        self.vectors = size.columns.divide_unsigned(VECTOR)[0]
+        self.a = k.chunks(0, size.rows * size.depth)
+        self.y = k.buffer(output, "f16", size.rows * self.vectors, VECTOR)
         self.tile_a = k.shared_chunks(plan.rows * plan.stride_a)
         self.thread = k.thread()
 
     def emit(self) -> None:
         """Emit everything."""
         k, p = self.k, self.p
+        tiles = (self.size.columns + (p.columns - 1)).divide_unsigned(p.columns)[0]
+        row, self.tile = k.item_by(tiles)
+        self.row = row * p.rows
         self.right.start(self)
         self.sums = k.shared_chunks(p.down * p.across * SIDE * p.stride_y)
         self.subgroup, self.lane = self.thread.divide_unsigned(p.subgroup)
         self.down, self.across = self.subgroup.divide_unsigned(p.across)
-        self.row = k.item() * p.rows
         self.places_a = self.places(p.rows, p.depth // CHUNK)
         self._write(self._products())
 
@@ -226,7 +253,7 @@ class Product:
         k, p = self.k, self.p
         loads: list[ir.Value] = []
         for row, chunk in self.places_a:
-            start = (self.row + row).minimum(self.rows - 1) * (self.size.depth // CHUNK)
+            start = (self.row + row).minimum(self.size.rows - 1) * self.size.depth
             loads.append(k.load(self.a, start + chunk + step * (p.depth // CHUNK)))
         return loads
 
@@ -237,9 +264,9 @@ class Product:
     def _products(self) -> list[ir.Value]:
         """The sums of this thread's subgroup, row after row."""
         k, p = self.k, self.p
-        steps = self.size.depth // p.depth
+        steps = self.size.depth.divide_unsigned(p.depth // CHUNK)[0]
         zero = Scalar.constant(0, "index")
-        ahead = [self._load(Scalar.constant(min(i, steps - 1), "index")) for i in range(_AHEAD)]
+        ahead = [self._load(Scalar.constant(i, "index").minimum(steps - 1)) for i in range(_AHEAD)]
         size, count = len(ahead[0]), len(ahead[0]) * _AHEAD
 
         def step(index: Scalar, carried: list[ir.Value]) -> list[ir.Value]:
@@ -253,7 +280,7 @@ class Product:
             return [*later, *following, *self._step_products(sums)]
 
         initial = [*(v for loads in ahead for v in loads), *[k.matrix_zero() for _ in range(self.high * self.wide)]]
-        return k.loop(zero, Scalar.constant(steps, "index"), 1, initial, step)[count:]
+        return k.loop(zero, steps, 1, initial, step)[count:]
 
     def _step_products(self, sums: list[ir.Value]) -> list[ir.Value]:
         k, p = self.k, self.p
@@ -272,7 +299,6 @@ class Product:
     def _write(self, sums: list[ir.Value]) -> None:
         """Sixteen rows of each subgroup at a time, through its part of the workgroup's memory."""
         k, p = self.k, self.p
-        vectors = self.size.columns // VECTOR
         base, width = self.subgroup * (SIDE * p.stride_y), self.wide * SIDE // VECTOR
         for i in range(self.high):
             k.barrier()
@@ -284,10 +310,10 @@ class Product:
                 row, place = (self.lane + vector).divide_unsigned(width)
                 value = k.load(self.sums, base + row * p.stride_y + place)
                 row = self.row + (self.down * self.high + i) * SIDE + row
-                column = k.tile() * (p.columns // VECTOR) + self.across * width + place
-                valid = (row < self.rows) & (column < vectors)
+                column = self.tile * (p.columns // VECTOR) + self.across * width + place
+                valid = (row < self.size.rows) & (column < self.vectors)
 
                 def write(value: ir.Value = value, row: Scalar = row, column: Scalar = column) -> None:
-                    k.store(self.right.finish(value, column), self.y, row * vectors + column)
+                    k.store(self.right.finish(value, column), self.y, row * self.vectors + column)
 
                 k.when(valid, write)

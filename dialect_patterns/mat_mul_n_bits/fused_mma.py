@@ -21,7 +21,7 @@ from iree.compiler import ir
 from ..emit.builder import tensor_type
 from ..emit.scalar import Scalar
 from ..emit.simt_kernel import Group, Kernel, dispatch
-from ..mat_mul.mma_kernel import CHUNK, SIDE, VECTOR, Plan, Product, Size, is_possible, plan_for
+from ..mat_mul.mma_kernel import CHUNK, SIDE, VECTOR, Extent, Plan, Product, Size, is_possible, plan_for, workgroups
 from ..op import LoweringContext
 from ..select import Legality, No, rows_text
 from ..target import Target
@@ -59,13 +59,14 @@ def emit_mat_mul_n_bits_fused_mma(context: LoweringContext, contract: MatMulNBit
 
     def body(k: Kernel) -> None:
         right = _Packed(k, c, plan)
-        Product(k, size, plan, right, right.weights.output).emit()
+        depth, columns = (Scalar.constant(n, "index") for n in (size.depth // CHUNK, size.columns))
+        Product(k, Extent(k.number(0), depth, columns), plan, right, right.weights.output).emit()
 
     outputs: list[tuple[ir.RankedTensorType, list[ir.Value]]] = [(tensor_type((c.rows, c.columns), "f16"), [])]
-    name = f"mat_mul_n_bits_fused_mma_{c.key}_{c.rows}x{c.depth}x{c.columns}_{plan}"
-    inputs, items = [emit_a(b, c, x.a, "f16"), *bound(c, x)], -(-c.rows // plan.rows)
-    group, tiles = Group(plan.threads, plan.subgroup), -(-c.columns // plan.columns)
-    return dispatch(name, group, tiles, b.index(items), [], inputs, outputs, body)[0]
+    name = f"mat_mul_n_bits_fused_mma_{c.key}_nx{c.depth}x{c.columns}_{plan}"
+    inputs, items = [emit_a(b, c, x.a, "f16"), *bound(c, x)], b.index(workgroups(size, plan))
+    group = Group(plan.threads, plan.subgroup)
+    return dispatch(name, group, 1, items, [b.index(c.rows)], inputs, outputs, body)[0]
 
 
 class _Packed:
@@ -93,7 +94,7 @@ class _Packed:
         k, c, p = self.k, self.c, self.p
         self.tile = k.shared_chunks(p.chunks_b)
         self._places = product.places(p.columns, self._loads)
-        self._columns = [(k.tile() * p.columns + column).minimum(c.columns - 1) for column, _ in self._places]
+        self._columns = [(product.tile * p.columns + column).minimum(c.columns - 1) for column, _ in self._places]
         self._size = len(self._places)
         # With few bits there are fewer loads than threads.
         self._partial = self._loads * p.columns < p.threads

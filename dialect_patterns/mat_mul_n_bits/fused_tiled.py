@@ -52,20 +52,21 @@ def emit_mat_mul_n_bits_fused_tiled(context: LoweringContext, contract: MatMulNB
     dtype = spec_of(a).dtype
 
     def body(k: Kernel) -> None:
-        count = k.number(0) if c.rows is None else Scalar.constant(c.rows, "index")
+        count = k.number(0)
         rows_of_a = k.buffer(0, dtype, count * (c.padded_depth // VECTOR), VECTOR)
         weights = PackedWeights(k, c, _width(c, plan))
         y = k.buffer(weights.output, c.a.dtype, count * (c.columns // VECTOR), VECTOR)
         product = TiledProduct(k, plan, rows_of_a, y, count, c.padded_depth, c.columns)
         product.emit(_PackedTile(product, c, weights))
 
-    numbers = [rows] if not isinstance(rows, int) else []
-    outputs: list[tuple[ir.RankedTensorType, list[ir.Value]]] = [(tensor_type((c.rows, c.columns), c.a.dtype), numbers)]
-    size = f"{'x' if c.rows is None else c.rows}x{c.depth}x{c.columns}"
-    name = f"mat_mul_n_bits_fused_tiled_{dtype}_{c.key}_{size}_{plan}"
+    open_sizes = [rows] if not isinstance(rows, int) else []
+    outputs: list[tuple[ir.RankedTensorType, list[ir.Value]]] = [
+        (tensor_type((c.rows, c.columns), c.a.dtype), open_sizes)
+    ]
+    name = f"mat_mul_n_bits_fused_tiled_{dtype}_{c.key}_nx{c.depth}x{c.columns}_{plan}"
     items, tiles = b.index(b.floordiv(b.add(rows, plan.rows - 1), plan.rows)), -(-c.columns // plan.columns)
     group, inputs = Group(plan.threads, context.target.subgroup_size), [a, *bound(c, x)]
-    return dispatch(name, group, tiles, items, numbers, inputs, outputs, body)[0]
+    return dispatch(name, group, tiles, items, [b.index(rows)], inputs, outputs, body)[0]
 
 
 def _width(c: MatMulNBits, plan: Plan) -> int:

@@ -76,21 +76,23 @@ def emit_rms_fused_simt(
     threads, rows = _threads(shape[-1], target), _rows(x)
 
     def body(k: Kernel) -> None:
-        _emit(k, rows, shape[-1], dtype, epsilon, with_bias=bias is not None, with_sum=with_sum)
+        _emit(k, k.number(0), shape[-1], dtype, epsilon, with_bias=bias is not None, with_sum=with_sum)
 
     factor = epsilon.hex().replace(".", "p").replace("-", "m").replace("+", "")
-    name = f"rms_fused_simt_{dtype}_{rows}x{shape[-1]}_{factor}_g{target.subgroup_size}"
+    name = f"rms_fused_simt_{dtype}_nx{shape[-1]}_{factor}_g{target.subgroup_size}"
     name += ("" if bias is None else "_bias") + ("_sum" if with_sum else "")
     outputs: list[tuple[ir.RankedTensorType, list[ir.Value]]] = [
         (tensor_type(shape, dtype), []) for _ in range(1 + with_sum)
     ]
     inputs = [x, skip, gamma, *([bias] if bias is not None else [])]
-    return dispatch(name, Group(threads, target.subgroup_size), 1, b.index(rows), [], inputs, outputs, body)
+    return dispatch(
+        name, Group(threads, target.subgroup_size), 1, b.index(rows), [b.index(rows)], inputs, outputs, body
+    )
 
 
-def _emit(k: Kernel, rows: int, size: int, dtype: str, epsilon: float, *, with_bias: bool, with_sum: bool) -> None:
+def _emit(k: Kernel, rows: Scalar, size: int, dtype: str, epsilon: float, *, with_bias: bool, with_sum: bool) -> None:
     vectors, threads = size // _WIDTH, k.group.threads
-    all_of_it, row_of_it = (Scalar.constant(n, "index") for n in (rows * vectors, vectors))
+    all_of_it, row_of_it = rows * vectors, Scalar.constant(vectors, "index")
     x, skip = k.buffer(0, dtype, all_of_it, _WIDTH), k.buffer(1, dtype, all_of_it, _WIDTH)
     gamma = k.buffer(2, dtype, row_of_it, _WIDTH)
     bias = k.buffer(3, dtype, row_of_it, _WIDTH) if with_bias else None

@@ -23,6 +23,7 @@ _PRODUCT = re.compile(
     r"(?:mat_?mul|mmt4d|matvec)(?!_rows_|_amx_rows_|_n_bits_ro)\w*?_(?:(\d+(?:x\d+)+)|m(\d+)k(\d+)b\d+n(\d+))(?:_|$)"
 )
 """Sizes in the name of a product's dispatch: rows, columns, depth (and a batch). Not of those that arrange its rows."""
+_SHARED = re.compile(r"mat_mul\w*_fused_(mma|tiled)_")
 _BY_ELEMENT = re.compile(r"_dispatch_\d+_(?:elementwise|transpose|slow_memcpy)(?:_|$)")
 """IREE's kernels that read of each operand no more elements than they write: of a table the rows that are looked up."""
 
@@ -82,7 +83,7 @@ def _row(op: ir.Operation) -> dict[str, Any]:
         "key": key,
         "node": node[1] if node else "",
         "bytes": _moved(op, key),
-        "flop": operations(key),
+        "flop": operations(key) or _operations_by_types(op, key, tensors),
         "dtype": str(largest.element_type) if largest is not None else None,
     }
 
@@ -94,6 +95,14 @@ def operations(key: str) -> int | None:
         return None
     sizes = found[1].split("x") if found[1] else found.group(2, 3, 4)
     return 2 * math.prod(int(size) for size in sizes)
+
+
+def _operations_by_types(op: ir.Operation, key: str, operands: Sequence[ir.RankedTensorType]) -> int | None:
+    """Those of a product whose kernel serves many sizes: [M, K] times what makes it [M, N]."""
+    sizes = [t for t in (*operands[:1], *(value.type for value in op.results)) if isinstance(t, ir.RankedTensorType)]
+    if not _SHARED.match(key) or not all(t.has_static_shape for t in sizes):
+        return None
+    return 2 * math.prod(sizes[1].shape) * sizes[0].shape[-1]
 
 
 def _moved(op: ir.Operation, key: str) -> int | None:
