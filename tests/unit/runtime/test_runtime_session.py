@@ -238,7 +238,7 @@ def test_failure_while_reading_outputs(cpu: Program, monkeypatch: pytest.MonkeyP
         raise TargetError("injected")
 
     with monkeypatch.context() as patch:
-        patch.setattr(cpu.device, "to_host", broken)
+        patch.setattr(cpu.device, "read_rows", broken)
         with pytest.raises(TargetError, match="injected"):
             session.run({"input_ids": ids[:, 2:]})
     assert session.position == 2

@@ -323,7 +323,7 @@ def test_copies_are_refused(cpu: Program, of: Callable[[Snapshot], object]) -> N
         of(cpu.session().snapshot())
 
 
-@pytest.mark.parametrize("name", ["_empty", "move", "to_host", "call", "_run"])
+@pytest.mark.parametrize("name", ["_empty", "move", "read_rows", "call", "_run"])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_failure_at_every_boundary(load: Load, monkeypatch: pytest.MonkeyPatch, name: str, when: str) -> None:
     """Table 2 #37: whatever call of the device fails, session, snapshot and window are as before."""
