@@ -5,15 +5,20 @@ from __future__ import annotations
 import re
 import runpy
 import tomllib
+from dataclasses import fields
 
 import linattn
+import pytest
 from linattn import runtime
 from linattn.dialect_patterns.causal_conv import op as causal_conv
 from linattn.dialect_patterns.linear_attention import op as linear_attention
 from linattn.dialect_patterns.op import INTERNAL
 from linattn.dialect_patterns.registry import OPS
 from linattn.frontend import cli as compile_cli
+from linattn.frontend.plan.report import CompileReport, NodeRow
 from linattn.frontend.targets.vulkan_device import BASELINE, DEVICES
+from linattn.runtime import cli as run_cli
+from linattn.runtime.bench import cli as bench_cli
 from pages import PAGES, ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -100,6 +105,38 @@ def test_names_in_the_walks_are_in_the_code() -> None:
         assert len(named) > 5
         parts = {name if name.endswith((".py", ".toml")) else name.rpartition(".")[2] for name in named}
         assert not parts - known - {"tokenizers"}, page  # a package
+
+
+@pytest.mark.parametrize("folder", ["runtime", "runtime/bench"])
+def test_tables_of_files_are_whole(folder: str) -> None:
+    named = text(f"{folder}/README.md")
+    files = {path.name for path in (ROOT / folder).glob("*.py")} - {"__init__.py"}
+    assert not {name for name in files if f"`{name}`" not in named}
+
+
+def test_every_command_says_in_the_reference_what_it_takes() -> None:
+    named = set(re.findall(r"<!-- help: (.+) -->", text("docs/reference/cli.md")))
+    commands: set[str] = set()
+    for cli in (compile_cli, run_cli, bench_cli):
+        parser = cli._parser()
+        commands.add(parser.prog)
+        for action in parser._subparsers._group_actions if parser._subparsers else []:
+            commands |= {f"{parser.prog} {one}" for one in action.choices or ()}
+    assert named == commands
+
+
+def test_the_tutorial_reads_what_the_report_says() -> None:
+    """The words at the beginning of the report's lines."""
+    report = CompileReport(
+        nodes=[NodeRow(*[""] * len(fields(NodeRow)))],  # type: ignore[arg-type]
+        states={"conv": {"count": 1, "bytes": 1, "token_bytes": 0}},
+        entry_points=["decode"],
+        notes=["a note"],
+    )
+    first = {line.split()[0] for line in report.to_text().splitlines() if line.strip()}
+    named = re.findall(r"^- \*\*(\w+)\*\*:", text("docs/tutorial.md"), re.M)
+    assert len(named) == 4
+    assert set(named) <= first
 
 
 def test_files_that_pages_name_are_there() -> None:
