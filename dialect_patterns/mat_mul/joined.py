@@ -3,10 +3,11 @@
     linattn.JoinedMatMul(a, b_1, ..., b_n) -> (a b_1, ..., a b_n)
     linattn.GatedMatMul(a, b, c) -> silu(a b) * (a c)
 
-A decode step is many small products; on a GPU each dispatch costs microseconds beside its work. Weights stay as they
-are, since other entry points read them one by one. Rounding: sums in f32, rounded once, at the end.
+A decode step is many small products, and each dispatch costs beside its work: microseconds on a GPU and of CPU workers,
+half a one of a CPU thread by itself. Weights stay as they are, since other entry points read them one by one. Rounding:
+sums in f32, rounded once, at the end.
 
-Legal: where ``fused_simt`` is what every one of the products gets.
+Legal: where ``fused_simt`` is what every one of the products gets, or ``fused_simd`` with few rows.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from ..node import Node, TensorSpec
 from ..op import INTERNAL, Choice, LoweringContext, LoweringOptions, Op
 from ..select import rows_text
 from ..target import Target
-from . import op
+from . import op, simd_joined
 from .contract import MatMul
 from .contract import output_types as product_types
 from .fused_simt import emit_products
@@ -51,7 +52,8 @@ def can_join(products: Sequence[MatMul], gated: bool, target: Target, options: L
     """Whether products that share their left operand may be one kernel."""
     choices = [op.choose(product, target, options).strategy for product in products]
     equal = len({product.columns for product in products}) == 1
-    return set(choices) == {"fused_simt"} and 2 <= len(products) <= most_products(target) and (equal or not gated)
+    few = set(choices) == {"fused_simt"} or (set(choices) == {"fused_simd"} and simd_joined.is_direct(products, target))
+    return few and 2 <= len(products) <= most_products(target) and (equal or not gated)
 
 
 def parse(node: Node) -> Products:
@@ -71,13 +73,15 @@ def choose(contract: Products, target: Target, options: LoweringOptions) -> Choi
     """There is one way."""
     what = "a gated pair" if contract.gated else f"{len(contract.products)} products"
     rows = rows_text(contract.products[0].rows)
-    return Choice("fused_simt", f"{what} of {rows} in one kernel that reads each weight once")
+    strategy = "fused_simt" if target.is_gpu else "fused_simd"
+    return Choice(strategy, f"{what} of {rows} in one kernel that reads each weight once")
 
 
 def lower(context: LoweringContext, contract: Products, operands: Sequence[ir.Value | None]) -> list[ir.Value]:
     """Emit the node."""
     a, *weights = [value for value in operands if value is not None]
-    return emit_products(context, contract.products, a, weights, contract.gated)
+    emit = emit_products if context.target.is_gpu else simd_joined.emit_products
+    return emit(context, contract.products, a, weights, contract.gated)
 
 
 OPS = tuple(Op(INTERNAL, name, 1, parse, output_types, lower, choose) for name in (JOINED, GATED))

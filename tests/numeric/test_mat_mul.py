@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import ml_dtypes
@@ -81,6 +82,56 @@ def test_widths(target: str) -> None:
     compiled = compile_model(model, CompileOptions(cpu_features=CPUS[target]))
     skip_unless_it_runs(target)
     check(Program.load(compiled.module), model, shapes, np.float32)
+
+
+JOINED = [(1, 258, (33, 4, 100)), (2, 64, (16, 17)), (6, 131, (9, 40, 8, 8))]
+GATED = [(1, 258, 72), (3, 65, 33)]
+
+
+def build_joined(dtype: type) -> tuple[onnx.ModelProto, dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Products that share what they multiply, and gated pairs, as a graph has them; its inputs and outputs."""
+    element, random = helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), np.random.default_rng(5)
+    nodes, weights = list[onnx.NodeProto](), list[onnx.TensorProto]()
+    feeds, expected = dict[str, np.ndarray](), dict[str, np.ndarray]()
+
+    def product(x: str, depth: int, columns: int, y: str) -> np.ndarray:
+        values = (random.standard_normal((depth, columns)) * 0.3).astype(dtype)
+        if y.startswith("gate"):
+            values[:, 0] = -300 * np.sign(feeds[x][0, 0])  # far out, where the exponential overflows
+        weights.append(numpy_helper.from_array(values, f"{y}.weight"))
+        nodes.append(helper.make_node("MatMul", [x, f"{y}.weight"], [y], y))
+        return feeds[x][0].astype(np.float64) @ values.astype(np.float64)
+
+    for i, (rows, depth, some) in enumerate(JOINED):
+        feeds[f"x{i}"] = random.standard_normal((1, rows, depth)).astype(dtype)
+        expected |= {f"y{i}.{n}": product(f"x{i}", depth, count, f"y{i}.{n}")[None] for n, count in enumerate(some)}
+    for i, (rows, depth, columns) in enumerate(GATED):
+        feeds[f"z{i}"] = (random.standard_normal((1, rows, depth)) * 0.3).astype(dtype)
+        up, gate = product(f"z{i}", depth, columns, f"up{i}"), product(f"z{i}", depth, columns, f"gate{i}")
+        nodes.append(helper.make_node("Sigmoid", [f"gate{i}"], [f"sigmoid{i}"], f"sigmoid{i}"))
+        nodes.append(helper.make_node("Mul", [f"gate{i}", f"sigmoid{i}"], [f"silu{i}"], f"silu{i}"))
+        nodes.append(helper.make_node("Mul", [f"silu{i}", f"up{i}"], [f"g{i}"], f"last{i}"))
+        expected[f"g{i}"] = (gate * (1 + np.tanh(gate / 2)) / 2 * up)[None]
+    inputs = [helper.make_tensor_value_info(name, element, array.shape) for name, array in feeds.items()]
+    outputs = [helper.make_tensor_value_info(name, element, array.shape) for name, array in expected.items()]
+    graph = helper.make_graph(nodes, "joined", inputs, outputs, weights)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), feeds, expected
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype"), [*((target, np.float32) for target in WIDTHS), *(("portable", dtype) for dtype in DTYPES)]
+)
+def test_products_of_one_value_are_one_kernel(target: str, dtype: type) -> None:
+    """All widths of vectors, several machines in one module; columns that no panel divides, an odd depth."""
+    model, feeds, expected = build_joined(dtype)
+    compiled = compile_model(model, CompileOptions(cpu_features=CPUS.get(target, target)))
+    kinds = Counter(line.split()[2].rstrip(":") for line in compiled.report.others)
+    assert kinds == {"JoinedMatMul": 3, "GatedMatMul": 2}  # of different rows each
+    if target in CPUS:
+        skip_unless_it_runs(target)
+    found = Program.load(compiled.module).run(feeds)
+    for name, right in expected.items():
+        assert error(found[name], right) <= BENIGN[np.dtype(dtype).name], name
 
 
 @pytest.mark.parametrize(("features", "bits"), [("znver4", 512), ("x86-64-v3", 256), ("generic", 128)])

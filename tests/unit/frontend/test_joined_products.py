@@ -1,4 +1,4 @@
-"""Products of one value become one node, on GPUs and for few rows only, and never where a part is read elsewhere."""
+"""Products of one value become one node, for few rows only, and never where a part is read elsewhere."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from linattn.frontend.graph.specialize import SpecializedGraph
 from onnx import TensorProto, helper, numpy_helper
 
 GPU = Target("vulkan", is_gpu=True, subgroup_size=32)
+CPU = Target("cpu", vector_bits=256)
 DEPTH = 64
 
 
@@ -45,8 +46,9 @@ def joined(source: SpecializedGraph, target: Target = GPU) -> onnx.GraphProto:
     return result
 
 
-def test_products_of_one_value_and_a_gated_pair() -> None:
-    nodes = joined(graph()).node
+@pytest.mark.parametrize(("target", "rows"), [(GPU, 1), (GPU, 8), (CPU, 1), (CPU, 6)])
+def test_products_of_one_value_and_a_gated_pair(target: Target, rows: int) -> None:
+    nodes = joined(graph(rows), target).node
     assert [node.op_type for node in nodes] == ["JoinedMatMul", "Neg", "GatedMatMul"]
     assert (list(nodes[0].input), list(nodes[0].output)) == (["x", "wq", "wk"], ["q", "k"])
     assert (list(nodes[2].input), list(nodes[2].output)) == (["z", "wgate", "wup"], ["y"])
@@ -68,7 +70,7 @@ def test_another_node_reads_a_part(part: str) -> None:
 
 
 def test_left_alone() -> None:
-    for source, target in ((graph(), Target("cpu", vector_bits=256)), (graph(rows=9), GPU)):
+    for source, target in ((graph(rows=7), CPU), (graph(rows=9), GPU), (graph(), Target("cpu"))):
         assert Counter(node.op_type for node in joined(source, target).node)["MatMul"] == 4
 
 
