@@ -218,8 +218,9 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_files(compiled: Path) -> None:
     report = json.loads((compiled / "report.json").read_text())
     assert [row["rule"] for row in report["nodes"]] == ["silu", "gated_delta", "softmax", "silu", "gated_delta"]
-    chosen = [line for line in report["others"] if "MatMul: fused_simd" in line]
-    assert [line.rpartition("(")[2] for line in chosen] == ["decode)", "prefill_8)"]
+    for kind in (" MatMul", " JoinedMatMul"):
+        chosen = [line for line in report["others"] if f"{kind}: fused_simd" in line]
+        assert [line.rpartition("(")[2] for line in chosen] == ["decode)", "prefill_8)"]
     assert b"mat_mul_fused_simd_f32_8x" in (compiled / "out.vmfb").read_bytes()  # the report says what was compiled
     assert report["states"]["kv_cache"] == {"count": 2, "bytes": 2 * 2 * 64 * 32 * 4, "token_bytes": 0}
     assert report["entry_points"] == ["decode", "prefill_8"]
