@@ -271,7 +271,7 @@ def _load(file: Path) -> HostArray:
     try:
         array = cast(object, np.load(file, allow_pickle=False))
     except (ValueError, EOFError) as error:
-        raise InputError("not a .npy array", where=str(file), hint=str(error).splitlines()[0]) from error
+        raise InputError("not a .npy array", where=str(file), hint="numpy.save writes one") from error
     if not isinstance(array, np.ndarray):
         raise InputError("not a single .npy array", where=str(file))
     return cast(HostArray, array)

@@ -58,7 +58,7 @@ def test_states_given_run_stateless(model: Path, capsys: pytest.CaptureFixture[s
         (["--generate", "3"], "no inputs; give"),
         (["--input", "nope.npy"], "nope.npy"),
         (["--input", "x=README"], "README"),
-        (["--input", "pickled.npy"], "not a .npy array"),
+        (["--input", "pickled.npy"], "not a .npy array; numpy.save writes one"),
         (["--input", "text.npy"], "not a .npy array"),
         (["--input", "two.npz"], "not a single .npy array"),
         (["--ids", "1", "--input", "ids.npy"], "no place for these ids"),
