@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from linattn.runtime.errors import InputError
+from linattn.runtime.errors import InputError, require, require_whole
 from linattn.runtime.manifest import Manifest
 
 from .plan.report import CompileReport
@@ -81,6 +82,7 @@ class CompileOptions:
     dry_run: bool = False
 
     def __post_init__(self) -> None:
+        _check(self)
         if self.sampler not in SAMPLERS:
             raise InputError("unknown", where="--sampler", got=repr(self.sampler), expected=" | ".join(SAMPLERS))
 
@@ -103,6 +105,42 @@ class CompiledModel:
     module: bytes
     manifest: Manifest
     report: CompileReport
+
+
+_FLAGS = {"dims": "--dim", "states": "--state", "no_states": "--no-state", "extra_outputs": "--extra-output"}
+_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    **dict.fromkeys(("target", "math", "sampler"), ((str,), "a text")),
+    **dict.fromkeys(("cpu_features", "gpu_target", "target_triple", "strategy"), ((str, type(None)), "a text")),
+    **dict.fromkeys(("params", "dump_ir", "report", "tokenizer"), ((str, os.PathLike, type(None)), "a path")),
+    **dict.fromkeys(("dims", "states"), ((Mapping,), "a dict")),
+    "no_states": ((Set, tuple, list), "a set of names"),
+    "extra_outputs": ((tuple, list), "a tuple of names"),
+}
+
+
+def _check(options: CompileOptions) -> None:
+    """What the command's own reading of its arguments makes sure of, for callers in Python."""
+
+    def check_size(name: str, value: object) -> None:
+        require_whole(value, _flag(name))
+        if int(value) < 1:  # pyright: ignore[reportArgumentType]
+            raise InputError("not a positive number", where=_flag(name), got=value)
+
+    for name, (kinds, expected) in _KINDS.items():
+        require(getattr(options, name), kinds, _flag(name), expected)
+    for name in ("batch", "max_context", "chunk_size", "max_memory"):
+        value = getattr(options, name)
+        if value is not None and (name, value) != ("max_context", "default"):
+            check_size(name, value)
+    blocks = options.prefill_blocks
+    if blocks is not None and blocks != "default":
+        require(blocks, (tuple, list), _flag("prefill_blocks"), "a tuple of numbers, None or 'default'")
+        for block in blocks:
+            check_size("prefill_blocks", block)
+
+
+def _flag(name: str) -> str:
+    return _FLAGS.get(name, f"--{name.replace('_', '-')}")
 
 
 def parse_size(text: str, option: str) -> int:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from linattn.install import install_hint
-from linattn.runtime.errors import LinattnError, LoweringError, UnsupportedModelError
+from linattn.runtime.errors import InputError, LinattnError, LoweringError, UnsupportedModelError, require
 from linattn.runtime.outputs import remove_partial
 
 from ..options import CompiledModel, CompileOptions
@@ -191,6 +191,8 @@ def compile_model(
         LoweringError: if a forced strategy is not legal or IREE fails, or dies.
         LinattnError: if the compiler is not installed.
     """
+    require(options, (CompileOptions, type(None)), "options", "CompileOptions")
+    require(output, (str, os.PathLike, type(None)), "output", "a path")
     options = options or CompileOptions()
     progress = progress or Progress(6)
     outputs = [path for path in (output, options.params, options.report) if path is not None]
@@ -237,6 +239,9 @@ def _compile(function: str, arguments: Mapping[str, Any], outputs: Sequence[str 
 
 
 def _serialized(model: onnx.ModelProto) -> bytes:
+    if not hasattr(model, "SerializeToString"):
+        got = type(model).__name__
+        raise InputError("not what goes here", where="source", got=got, expected="a path or an onnx.ModelProto")
     try:
         return model.SerializeToString()
     except Exception as error:  # protobuf's own errors have no common base

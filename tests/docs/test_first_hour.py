@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from linattn.frontend import CompileOptions, compile_model
 from linattn.frontend import cli as compile_cli
 from linattn.runtime import LinattnError, Program, Sampling, TextGenerator, generate, greedy
 from linattn.runtime import cli as run_cli
@@ -49,6 +50,49 @@ CALLS: dict[str, tuple[Callable[[Program], Any], str]] = {
     "a window as text": (lambda p: p.session(window="4"), "window: .*got str, expected a whole number"),
     "a batch as text": (lambda p: p.session(batch="4"), "batch: .*got str, expected a whole number"),
 }
+
+
+OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
+    "one block": ({"prefill_blocks": 8}, "--prefill-blocks: .*got int, expected a tuple of numbers, None or 'default'"),
+    "blocks as text": ({"prefill_blocks": "64,8"}, "--prefill-blocks: .*got str"),
+    "a block of less than nothing": ({"prefill_blocks": (8, -1)}, "--prefill-blocks: not a positive number, got -1"),
+    "a context as text": ({"max_context": "512"}, "--max-context: .*got str, expected a whole number"),
+    "half a context": ({"max_context": 0.5}, "--max-context: .*got float"),
+    "no context": ({"max_context": 0}, "--max-context: not a positive number, got 0"),
+    "a batch as text": ({"batch": "1"}, "--batch: .*got str"),
+    "no batch": ({"batch": 0}, "--batch: not a positive number, got 0"),
+    "targets in a list": ({"target": ["cpu"]}, "--target: .*got list, expected a text"),
+    "a GPU by number": ({"target": "cuda", "gpu_target": 89}, "--gpu-target: .*got int, expected a text"),
+    "a chunk as text": ({"chunk_size": "16"}, "--chunk-size: .*got str"),
+    "memory as text": ({"max_memory": "4GiB"}, "--max-memory: .*got str"),
+    "dims as text": ({"dims": "n=3"}, "--dim: .*got str, expected a dict"),
+    "states in a list": ({"states": ["a"]}, "--state: .*got list, expected a dict"),
+    "no state by its name": ({"no_states": "past"}, "--no-state: .*got str, expected a set of names"),
+    "an output by its name": ({"extra_outputs": "y"}, "--extra-output: .*got str, expected a tuple of names"),
+    "a report": ({"report": True}, "--report: .*got bool, expected a path"),
+}
+
+
+@pytest.mark.parametrize(("options", "said"), OPTIONS.values(), ids=OPTIONS)
+def test_options(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(LinattnError, match=said):
+        CompileOptions(**options)
+
+
+@pytest.mark.parametrize(
+    ("source", "rest", "said"),
+    [
+        ("m.onnx", ({"target": "cpu"},), "options: .*got dict, expected CompileOptions"),
+        ("m.onnx", ("cpu",), "options: .*got str, expected CompileOptions"),
+        (None, (), "source: .*got NoneType, expected a path or an onnx.ModelProto"),
+        (b"m.onnx", (), "source: .*got bytes"),
+    ],
+)
+def test_compiling(source: Any, rest: tuple[Any, ...], said: str) -> None:
+    with pytest.raises(LinattnError, match=said):
+        compile_model(source, *rest)
+    with pytest.raises(LinattnError, match=r"output: .*got int, expected a path"):
+        compile_model("m.onnx", output=5)
 
 
 @pytest.mark.parametrize(("command", "line", "said"), LINES.values(), ids=LINES)
