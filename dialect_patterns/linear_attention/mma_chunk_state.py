@@ -275,28 +275,27 @@ class MmaChunks:
     def _updates(self, t: Scalar, value: ir.Value) -> None:
         """The terms of u, and of rest u."""
         k, p = self.k, self.p
-        inside, zero = t + self.token < self.tokens, k.constant(0.0)
         values = unpack(k, value, self.c.dtype)
         if self.c.has_delta:
-            k.when(self.half.equals(0), lambda: self._remainders(inside, values))
+            k.when(self.half.equals(0), lambda: self._remainders(values))
             k.barrier()
             k.when(self.subgroup < p.subgroups // 2, self._solve)
             k.barrier()
             updates = self._sums(0)
         else:
             self._keep(within(k, self._sums(self.sums_q)))
-            updates = [k.select(inside, value, zero) for value in values]
+            inside = t + self.token < self.tokens
+            updates = [k.select(inside, value, k.constant(0.0)) for value in values]
         last = self.half.equals(1)
         factor = k.select(last, self._number(REST, self.token), k.constant(1.0))
         first, second = (Scalar.constant(terms[0], "index") for terms in (self.terms_u, self.terms_w))
         self._put_terms([k.mul(factor, value) for value in updates], last.select(second, first))
         k.barrier()
 
-    def _remainders(self, inside: Scalar, values: list[ir.Value]) -> None:
-        """The terms of r."""
+    def _remainders(self, values: list[ir.Value]) -> None:
+        """The terms of r; for tokens after the last one ``solve`` has zeros."""
         k, before = self.k, self._number(PRE, self.token)
         rest = [k.sub(value, k.mul(before, held)) for value, held in zip(values, self._sums(0), strict=True)]
-        rest = [k.select(inside, value, k.constant(0.0)) for value in rest]
         self._put_terms(rest, Scalar.constant(self.terms_u[0], "index"))
 
     def _solve(self) -> None:
