@@ -60,7 +60,7 @@ class _Run:
     def block(self, block: ir.Block) -> list[Known]:
         """Runs the operations; what the last one yields."""
         for op in block.operations:
-            if op.operation.name in ("scf.yield", "func.return"):
+            if op.operation.name in ("scf.yield", "scf.condition", "func.return"):
                 return [self.get(value) for value in op.operation.operands]
             self.operation(op.operation)
         return []
@@ -70,6 +70,8 @@ class _Run:
         results: list[Known] = [None] * len(op.results)
         if name == "scf.for":
             results = self._loop(op, operands)
+        elif name == "scf.while":
+            self._repeat(op)
         elif name == "scf.if":
             results = self._branch(op, operands[0])
         elif name == "gpu.barrier":
@@ -120,6 +122,13 @@ class _Run:
             index = index + step
         self.mask = before
         return carried
+
+    def _repeat(self, op: ir.Operation) -> None:
+        """A loop whose end is computed from data: twice, to see one turn after another, and its condition once more."""
+        before, after = (region.blocks[0] for region in op.regions)
+        for block in (before, after, before, after, before):
+            self.values.update(dict.fromkeys(block.arguments, None))
+            self.block(block)
 
     def _branch(self, op: ir.Operation, condition: Known) -> list[Known]:
         before, results = self.mask, list[list[Known]]()

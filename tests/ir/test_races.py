@@ -13,9 +13,13 @@ import numpy as np
 import pytest
 from data import Shape, linear_attention
 from harness import TARGETS, lowered
+from linattn.dialect_patterns.draw_token.contract import DRAW_TOKEN, SETTINGS
+from linattn.dialect_patterns.emit.simt_kernel import Kernel
 from linattn.dialect_patterns.linear_attention import fused_mma_chunks
 from linattn.dialect_patterns.linear_attention.fused_simt_lanes import Lanes
-from linattn.dialect_patterns.op import LoweringOptions
+from linattn.dialect_patterns.next_token import NEXT_TOKEN
+from linattn.dialect_patterns.node import TensorSpec
+from linattn.dialect_patterns.op import INTERNAL, LoweringOptions
 from linattn.dialect_patterns.target import Target
 from linattn.frontend.compile import CompileOptions, compile_model
 from linattn.frontend.lower.iree import Compiler
@@ -49,6 +53,26 @@ def attention(shape: Shape, tokens: int, gpu: str, strategy: str, dtype: Any = n
 def test_the_recurrence(shape: Shape, gpu: str) -> None:
     for tokens in (1, 2, 5, 8):  # blocks of tokens, and what is left one by one
         assert races(attention(shape, tokens, gpu, "fused_simt")) == []
+
+
+@pytest.mark.parametrize("gpu", ["plain", "gpu"])
+@pytest.mark.parametrize("vocabulary", [7, 2000, 40_000])
+def test_the_next_token(vocabulary: int, gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chosen and drawn; without the barrier behind a sum's reading, the next sum would be a race."""
+    logits, settings = TensorSpec((2, 1, vocabulary), "f16"), TensorSpec((2, SETTINGS), "f32")
+    operators = ((NEXT_TOKEN, [logits]), (DRAW_TOKEN, [logits, settings]))
+    for name, specs in operators:
+        assert races(lowered(INTERNAL, name, 1, specs, {}, 1, gpu)) == []
+    barrier, count = Kernel.barrier, [0]
+
+    def every_second(self: Kernel) -> None:
+        count[0] += 1
+        if count[0] % 2:
+            barrier(self)
+
+    monkeypatch.setattr(Kernel, "barrier", every_second)
+    if vocabulary == 2000:
+        assert all(races(lowered(INTERNAL, name, 1, specs, {}, 1, gpu)) for name, specs in operators)
 
 
 def test_a_race_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
