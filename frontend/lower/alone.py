@@ -29,8 +29,8 @@ FLOP = 100e3
 """Operations of one core in a microsecond."""
 CHUNK = 8
 """Tokens of which more make a kernel slower by as much, where its operations are not known."""
-ANY_POSITION = 1 << 40
-"""`EntryPoint.alone` where no number of committed tokens makes a call slower."""
+ANY_POSITION = 1 << 31
+"""`EntryPoint.alone` where no number of committed tokens makes a call slower: the largest that a manifest takes."""
 
 Rows = Sequence[Mapping[str, Any]]
 """The dispatches of a function, as `describe_dispatches` tells them."""
@@ -80,7 +80,7 @@ def positions_alone(rows: Rows, tokens: int | None, cache_bytes: float, token_by
     room = (CALL_US + KERNEL_US * len(rows)) / SAVED - fixed
     if room <= 0 or not token_bytes:
         return ANY_POSITION if room > 0 else 0
-    return int(room / (token_bytes / rate * longer))
+    return min(int(room / (token_bytes / rate * longer)), ANY_POSITION)
 
 
 def describe_alone(manifest: Manifest) -> list[str]:
