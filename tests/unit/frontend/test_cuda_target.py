@@ -78,6 +78,7 @@ def test_what_this_ptxas_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
     "names", ["sm_13", "sm_95", "sm_999", "sm_80,sm_91", "sm_80,,sm_90", "sm_80,", "sm_90;x", "ada2"]
 )
 def test_unknown_names_are_refused(names: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Table 2 #36: with the choices (Vulkan's: `test_bad_option`)."""
     for assembler in (None, ASSEMBLER):
         with pytest.raises(TargetError, match=r"--gpu-target: unknown GPU.*expected sm_60"):
             resolve(names, monkeypatch, assembler)

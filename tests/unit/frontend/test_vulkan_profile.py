@@ -143,7 +143,7 @@ def test_a_known_device(name: str) -> None:
 
 @pytest.mark.parametrize("family", ["adreno", "valhall", "xe", "arc", "rdna3", "apple", "hopper"])
 def test_families_are_known(family: str) -> None:
-    """At least one of each vendor; no kernel may count on subgroups of 32."""
+    """Table 2 #32: at least one of each vendor; no kernel may count on subgroups of 32."""
     assert family in DEVICES
     assert {16, 32, 64, 0} <= {device.subgroup_size for device in DEVICES.values()}
 

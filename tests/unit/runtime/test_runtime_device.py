@@ -14,6 +14,7 @@ import onnx
 import pytest
 from iree.compiler.tools import compile_str
 from linattn.frontend import CompileOptions, compile_model
+from linattn.frontend.compile import compile_model as compile_here
 from linattn.runtime import InputError, Program, TargetError
 from linattn.runtime.bench.cases import AttentionCase
 from linattn.runtime.bench.op_models import build_op
@@ -179,6 +180,15 @@ def test_vulkan_by_number(device: Device) -> None:
     assert 1 <= sizes[0] <= sizes[1] <= 128
 
 
+def test_more_memory_than_there_is(device: Device) -> None:
+    """Table 2 #35: a line that says how much was wanted, sparse memory or not; the device goes on."""
+    for allocate in (device.empty, device.zeros, device.host_buffer):
+        with pytest.raises(TargetError, match=r"cannot allocate, got 4398046511104 bytes") as caught:
+            allocate([1 << 42], "uint8")
+        assert "\n" not in str(caught.value)
+    assert not device.to_host(device.zeros([1 << 20], "uint8")).any()
+
+
 @pytest.mark.vulkan
 def test_a_device_of_two_names_is_opened_once(device: Device) -> None:
     """By its driver, by number, by path: a second one would have memory, queues and threads of its own."""
@@ -289,3 +299,22 @@ def test_results_in_new_buffers_every_time(device: Device) -> None:
         want, got = given.reference(given.inputs()), program.run(given.inputs())
         for name, array in want.items():
             np.testing.assert_allclose(got[name], array, atol=1e-5)
+
+
+@pytest.mark.vulkan
+def test_a_large_constant() -> None:
+    """Table 2 #35: a table beyond what one buffer of Vulkan must hold (128 MiB), in memory that a device has."""
+    rows, width = 34_000, 1024
+    table = np.arange(rows * width, dtype=np.float32).reshape(rows, width)
+    made = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Gather", ["table", "at"], ["found"])],
+        "large",
+        [made("at", onnx.TensorProto.INT64, [3])],
+        [made("found", onnx.TensorProto.FLOAT, [3, width])],
+        [onnx.numpy_helper.from_array(table, "table")],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10)
+    program = Program.load(compile_here(model, CompileOptions(target="vulkan")).module)
+    at = np.array([0, rows // 2, rows - 1])
+    np.testing.assert_array_equal(program.run({"at": at})["found"], table[at])

@@ -46,6 +46,7 @@ def less(**changes: Any) -> Offer:
     ],
 )
 def test_what_is_missing(offer: Offer, subgroups: tuple[int, int] | None, words: list[str]) -> None:
+    """Table 2 #32: what a module counts on, subgroups of one size first of all, a device has or is refused."""
     found = missing_of_gpu(TARGET, subgroups, offer)
     assert len(found) == len(words)
     assert all(word in text for word, text in zip(words, found, strict=True))
