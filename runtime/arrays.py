@@ -109,11 +109,9 @@ def _from_numbers(spec: InputSpec | StateSpec, value: Any) -> HostArray:
     if array.dtype.kind == "O" and all(type(element) is int for element in array.flat):
         low, high = np.iinfo(np.int64).min, np.iinfo(np.uint64).max
         raise _bad_element(spec.name, array, (array < low) | (array > high), "value out of range", spec.dtype)
-    if array.dtype.kind in "US":
-        got, hint = type(value).__name__, "TextGenerator takes text"
-        raise InputError("text, not numbers", where=spec.name, got=got, expected=spec.dtype, hint=hint)
     if array.dtype.kind not in "iubf":
-        raise InputError("not an array", where=spec.name, got=type(value).__name__, expected=spec.dtype)
+        hint = "TextGenerator takes text" if array.dtype.kind in "US" else None
+        raise InputError("not an array", where=spec.name, got=type(value).__name__, expected=spec.dtype, hint=hint)
     return array
 
 

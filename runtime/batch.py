@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 
 from .arrays import token_ids
 from .device import HostArray
-from .errors import InputError
+from .errors import InputError, require_list
 from .rows import Row, check_lengths, gather
 from .session import Session, engine_of
 from .snapshot import Snapshot, parts_of
@@ -40,6 +40,7 @@ def read_prompts(program: Program, prompts: Sequence[ArrayLike]) -> Batch:
         got = f"inputs {', '.join(names) or 'none'}, outputs {', '.join(outputs) or 'none'}"
         raise InputError("not a model of token ids and logits", got=got, expected="one of each")
     spec = next(spec for spec in manifest.inputs if spec.name == names[0])
+    require_list(prompts, "prompts", "a list of prompts")
     ids = [token_ids(spec, prompt) for prompt in prompts]
     wrong = [list(row.shape) for row in ids if row.shape[0] != 1 or row.size == 0]
     if wrong or not ids:

@@ -22,9 +22,7 @@ def check_names(given: Any, allowed: Sequence[str], required: Sequence[str]) -> 
     Raises:
         InputError: One line that lists what there is.
     """
-    if not isinstance(given, Mapping):
-        example = f"{{{required[0]!r}: ...}}" if required else "a dict"
-        raise InputError("inputs are given by name", got=type(given).__name__, expected=example)
+    check_mapping(given, required)
     given = cast(Mapping[Any, Any], given)
     unknown = [name for name in given if name not in allowed]
     if unknown:
@@ -32,6 +30,17 @@ def check_names(given: Any, allowed: Sequence[str], required: Sequence[str]) -> 
     missing = [name for name in required if name not in given]
     if missing:
         raise InputError("missing input", where=", ".join(missing), expected=", ".join(required))
+
+
+def check_mapping(given: Any, required: Sequence[str]) -> None:
+    """Refuses inputs that are not given by name.
+
+    Raises:
+        InputError: They are not.
+    """
+    if not isinstance(given, Mapping):
+        example = f"{{{required[0]!r}: ...}}" if required else "a dict"
+        raise InputError("inputs are given by name", got=type(cast(object, given)).__name__, expected=example)
 
 
 class Sizes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from .device import Device, DeviceArray, HostArray, Move, numpy_dtype
 from .dlpack import DeviceTensor, array_of, borrowed, from_outside, new_tensor, on_device
-from .errors import InputError
+from .errors import InputError, require
 from .manifest import Manifest, OutputSpec
 
 
@@ -56,6 +56,8 @@ def find_wanted(
         raise InputError("unknown choice", where="logits", got=repr(logits), expected="all | last")
     if isinstance(outputs, str):
         raise InputError("a list of names", where="outputs", got=repr(outputs), expected=f"[{outputs!r}]")
+    require(outputs, (type(None), Collection), "outputs", "a list of names")
+    require(into, (type(None), Mapping), "into", "a dict of arrays by name")
     names = list(available if outputs is None else outputs)
     for where, given, allowed in (("outputs", names, available), ("into", list(into or {}), names)):
         unknown = [str(name) for name in given if name not in allowed]

@@ -5,7 +5,7 @@ Every error is one line: where, what, got, expected, what to do next.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from numbers import Integral
 
 
@@ -92,3 +92,13 @@ def require_whole(value: object, where: str) -> None:
         InputError: It is none.
     """
     require(value, Integral, where, "a whole number")
+
+
+def require_list(value: object, where: str, expected: str) -> None:
+    """The same for several things, in whatever holds them; a text is one.
+
+    Raises:
+        InputError: It is none.
+    """
+    if not isinstance(value, Collection) or isinstance(value, (str, bytes)):
+        raise InputError("not what goes here", where=where, got=type(value).__name__, expected=expected)

@@ -75,12 +75,13 @@ def prepare(
         StateError: The model has no such positions.
     """
     m = manifest
+    optional = ("attention_mask", "position_ids")
+    required = [spec.name for spec in m.inputs if spec.role not in optional]
+    binding.check_mapping(inputs, required)
     for state in m.states:
         if state.name in inputs:
             hint = "use program.run to pass states"
             raise InputError("a session has its own states", where=state.name, hint=hint)
-    optional = ("attention_mask", "position_ids")
-    required = [spec.name for spec in m.inputs if spec.role not in optional]
     binding.check_names(inputs, [spec.name for spec in m.inputs], required)
     arrays, placed = take_inputs(m, device, inputs)
     sizes = Sizes(m, past=past) if batch is None else Sizes(m, past=past, batch=batch)

@@ -10,7 +10,7 @@ import numpy as np
 from .ahead import Ahead
 from .device import DeviceArray, HostArray, numpy_dtype
 from .engine import Engine
-from .errors import StateError
+from .errors import StateError, require
 from .finite import check_finite
 from .held import Held, nothing, zeros
 from .manifest import Manifest, OutputSpec, StateSpec
@@ -85,6 +85,7 @@ class Holding(Owned):
                 self._keep_memory(one.moving)
 
     def _held_by(self, snapshot: Snapshot) -> Held:
+        require(snapshot, Snapshot, "snapshot", "session.snapshot()")
         engine, now = parts_of(snapshot)
         if engine is not self._engine:
             hint = "session.save() and Session.load() take states from one to the other"

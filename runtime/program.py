@@ -18,7 +18,7 @@ from .collect import Collector, find_wanted, kept
 from .cpu import chosen_level
 from .device import Device
 from .engine import Engine
-from .errors import require
+from .errors import require, require_whole
 from .feeds import block_inputs, check_room, complete_inputs, take_inputs
 from .loading import load
 from .manifest import InputSpec, Manifest, OutputSpec, StateSpec
@@ -73,6 +73,9 @@ class Program(Owned):
             InputError: `threads` for a device without worker threads, or another number than that of the process.
         """
         require(source, (str, os.PathLike, bytes, bytearray, memoryview), "source", "a path, or a module's bytes")
+        require(parameters, (str, os.PathLike, type(None)), "parameters", "a path")
+        if threads is not None:
+            require_whole(threads, "threads")
         require(device, (str, type(None)), "device", "a name, such as 'cpu' or 'cuda'")
         loaded = load(source, device, parameters, threads, verify)
         return Program(loaded.module, loaded.manifest, loaded.choice)

@@ -17,7 +17,7 @@ from .arrays import as_array
 from .collect import Collector, Wanted, find_wanted
 from .device import DeviceArray, HostArray
 from .engine import Engine
-from .errors import InputError, StateError, TargetError, require_whole
+from .errors import InputError, StateError, TargetError, require, require_list, require_whole
 from .feeds import Call, block_inputs, check_room, prepare
 from .held import Held
 from .holding import Holding
@@ -144,6 +144,7 @@ class Session(Holding):
             LinattnError: The package safetensors is missing, or the file cannot be written.
         """
         with self._exclusive():
+            require(path, (str, os.PathLike), "path", "a path")
             save_states(Path(path), self._manifest, self._engine.device, self._started())
 
     @staticmethod
@@ -164,6 +165,7 @@ class Session(Holding):
             LinattnError: The package safetensors is missing.
         """
         engine = engine_of(program)
+        require(path, (str, os.PathLike), "path", "a path")
         engine.check_usable()
         loaded = load_states(Path(path), engine.manifest, engine.device)
         return program.session(Snapshot(engine, loaded), window=window, guard=guard)
@@ -181,6 +183,7 @@ class Session(Holding):
             StateError: The states at that position are not kept; the message says which are.
         """
         with self._exclusive():
+            require_whole(tokens, "tokens")
             line, position = self._line, self._line[-1].position - tokens
             kept = [one.position for one in line]
             if position in kept:
@@ -523,6 +526,9 @@ class Session(Holding):
         return self._compact(self._moving(states), outputs)
 
     def _check_rows(self, indices: Sequence[int]) -> list[int]:
+        require_list(indices, "indices", "a list of rows")
+        for row in indices:
+            require_whole(row, "indices")
         rows, batch = [operator.index(row) for row in indices], self.batch or 0
         wrong = [row for row in rows if not 0 <= row < batch]
         if wrong:
@@ -545,7 +551,10 @@ class Session(Holding):
 
 def engine_of(program: Program) -> Engine:
     """What a program and its sessions share; for the files of the runtime, users have no use of it."""
-    return program._engine  # pyright: ignore[reportPrivateUsage]
+    engine: Engine | None = getattr(program, "_engine", None)
+    if engine is None:
+        raise InputError("not a program", where="program", got=type(program).__name__, expected="Program.load(...)")
+    return engine
 
 
 def advance(session: Session, ids: HostArray, choose: Callable[[HostArray], _Chosen]) -> _Chosen:

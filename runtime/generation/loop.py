@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ..device import HostArray
-from ..errors import InputError, require, require_whole
+from ..errors import InputError, require, require_list, require_whole
 from ..program import Program
 from ..session import Session, advance, engine_of, follow, settle
 from .feeding import Embed, Feeder, prompt_ids
@@ -112,6 +112,11 @@ def generate(
         StateError: The context is full, or the logits are NaN.
     """
     require(sampling, (Sampling, type(None)), "sampling", "a Sampling, such as Sampling(temperature=0.7)")
+    require_list(stop, "stop", "token ids")
+    require_list(seen, "seen", "token ids")
+    require(prompt, (Mapping, type(None)), "prompt", "a dict of inputs by name")
+    if not callable(draft):
+        require(draft, (Program, type(None)), "draft", "a function or a Program")
     _check_count(count)
     feeder, output = Feeder(session, embed, prompt), _logits(session)
     feed = prompt_ids(feeder, ids)

@@ -10,7 +10,7 @@ from functools import partial
 from os import PathLike
 from typing import Any
 
-from ..errors import InputError, require, require_whole
+from ..errors import InputError, require, require_list, require_whole
 from ..generation.feeding import Embed
 from ..generation.loop import generate, greedy
 from ..generation.sampling import Sampling
@@ -168,6 +168,10 @@ class TextGenerator:
         require(sampling, (Sampling, type(None)), "sampling", "a Sampling, such as Sampling(temperature=0.7)")
         if count < 1:
             raise InputError("nothing to generate", where="max_tokens", got=count, expected="at least 1")
+        if not isinstance(stop, str):
+            require_list(stop, "stop", "a list of texts")
+            for one in stop:
+                require(one, str, "stop", "texts")
         own = StopTexts((stop,) if isinstance(stop, str) else tuple(stop))
         how = sampling or self.sampling
         return TextStream(self._memory, self._tokenizer, ids, count, how, self._stop, own, self._embed, self._draft)

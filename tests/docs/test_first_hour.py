@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from linattn.frontend import CompileOptions, compile_model
 from linattn.frontend import cli as compile_cli
-from linattn.runtime import LinattnError, Program, Sampling, TextGenerator, generate, greedy
+from linattn.runtime import LinattnError, Program, Sampling, Session, TextGenerator, generate, greedy
 from linattn.runtime import cli as run_cli
 from linattn.runtime.bench import cli as bench_cli
 
@@ -122,3 +124,53 @@ def test_what_was_generated_ends_before_the_error(tiny: Path, capsys: pytest.Cap
     assert len(out.split(",")) == 255
     assert out.endswith("\n")
     assert "context full" in err.splitlines()[-1]
+
+
+def _ran(program: Program) -> Session:
+    session = program.session()
+    session.run({"input_ids": [[1]]})
+    return session
+
+
+WRONG: list[Any] = [None, 5, -1, 1.5, "x", b"x", [], {}, [1], ["a"], {"a": 1}, object(), np.ones(3, np.float32)]
+TAKES: dict[str, Callable[[Program, Any], Any]] = {
+    "run": lambda p, x: p.session().run(x),
+    "run: ids": lambda p, x: p.session().run({"input_ids": x}),
+    "run: outputs": lambda p, x: p.session().run({"input_ids": [[1]]}, outputs=x),
+    "run: into": lambda p, x: p.session().run({"input_ids": [[1]]}, into=x),
+    "submit": lambda p, x: p.session().submit(x).result(),
+    "program.run": lambda p, x: p.run(x),
+    "program.batch": lambda p, x: p.batch(x),
+    "session": lambda p, x: p.session(x),
+    "session: window": lambda p, x: p.session(window=x),
+    "Session": lambda _, x: Session(x),
+    "Session.load": lambda p, x: Session.load(p, x),
+    "Session.load: program": lambda _, x: Session.load(x, "x.state"),
+    "save": lambda p, x: None if isinstance(x, str) else _ran(p).save(x),
+    "restore": lambda p, x: _ran(p).restore(x),
+    "rollback": lambda p, x: _ran(p).rollback(x),
+    "rows": lambda p, x: _ran(p).rows(x),
+    "reset_rows": lambda p, x: _ran(p).reset_rows(x),
+    "set_state": lambda p, x: _ran(p).set_state("past.0.conv", x),
+    "generate": lambda p, x: list(generate(p.session(), x, 2)),
+    "generate: stop": lambda p, x: list(generate(p.session(), [1], 2, stop=x)),
+    "generate: seen": lambda p, x: list(generate(p.session(), [1], 2, seen=x)),
+    "generate: prompt": lambda p, x: list(generate(p.session(), [1], 2, prompt=x)),
+    "generate: draft": lambda p, x: list(generate(p.session(), [1], 2, draft=x)),
+    "text": lambda p, x: "".join(TextGenerator(p).generate(x, max_tokens=2)),
+    "text: stop": lambda p, x: "".join(TextGenerator(p).generate("a", max_tokens=2, stop=x)),
+    "chat": lambda p, x: "".join(TextGenerator(p).chat(x, max_tokens=2)),
+    "chat: message": lambda p, x: "".join(TextGenerator(p).chat([x], max_tokens=2)),
+    "Program.load": lambda _, x: Program.load(x),
+    "Program.load: device": lambda p, x: Program.load(p.file or "", x),
+    "Program.load: parameters": lambda p, x: Program.load(p.file or "", parameters=x),
+    "Program.load: threads": lambda p, x: Program.load(p.file or "", threads=x),
+}
+
+
+@pytest.mark.parametrize("call", TAKES.values(), ids=TAKES)
+def test_of_another_kind(call: Callable[[Program, Any], Any], program: Program) -> None:
+    """It is taken or refused in a line; nothing else is raised."""
+    for value in WRONG:
+        with contextlib.suppress(LinattnError):
+            call(program, value)

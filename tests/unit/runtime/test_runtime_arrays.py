@@ -23,7 +23,7 @@ FLOATS = InputSpec("x", "float32", ("n",))
         (IDS, [[1, 1 << 31]], "ids[0, 1]: value out of range, got 2147483648, expected int32"),
         (IDS, [[1], [1 << 70]], "ids[1, 0]: value out of range, got 1180591620717411303424, expected int32"),
         (IDS, -(1 << 31) - 1, "ids: value out of range, got -2147483649, expected int32"),
-        (IDS, "1,2", "ids: not an array, got str, expected int32"),
+        (IDS, "1,2", "ids: not an array, got str, expected int32; TextGenerator takes text"),
         (IDS, [[None]], "ids: not an array, got list, expected int32"),
         (IDS, {"a": 1}, "ids: not an array, got dict, expected int32"),
         (IDS, [[1.0]], "ids: wrong dtype, got float64, expected int32; convert it"),
