@@ -14,7 +14,7 @@ from ..emit.builder import tensor_type
 from ..emit.scalar import Scalar
 from ..emit.simt_kernel import Group, Kernel, dispatch
 from ..op import LoweringContext
-from ..select import Legality, No
+from ..select import Legality, No, OtherMachine
 from ..target import Target
 from .contract import MatMul
 from .mma_kernel import CHUNK, SIDE, Extent, Plan, Product, Size, is_possible, plan_for, workgroups
@@ -28,7 +28,9 @@ def is_legal(contract: MatMul, target: Target) -> Legality:
     """Where subgroups multiply matrices, for f16."""
     if not contract.is_plain:
         return No(f"{contract.a} by {contract.b} is not rows times one matrix")
-    return is_possible(_size(contract), contract.a.dtype, target, transposed=False, step=CHUNK)
+    if contract.a.dtype != "f16":
+        return OtherMachine(f"{target.name} is not a GPU") if not target.is_gpu else No(f"{contract.a.dtype}, not f16")
+    return is_possible(_size(contract), target, transposed=False, step=CHUNK)
 
 
 def emit_mat_mul_fused_mma(context: LoweringContext, contract: MatMul, a: ir.Value, b: ir.Value) -> ir.Value:
@@ -84,8 +86,9 @@ class _Matrix:
         for (row, chunk), value in zip(self.places, loaded, strict=True):
             self.k.store_as_is(value, self.tile, row * self.p.stride_b + chunk)
 
-    def matrix(self, depth: int, across: Scalar) -> ir.Value:
+    def matrix(self, depth: int, across: Scalar, term: int) -> ir.Value:
         """A matrix of the tile in memory."""
+        del term
         start = across * (SIDE // CHUNK) + depth * SIDE * self.p.stride_b
         return self.k.matrix_load("BOp", self.tile, start, self.p.stride_b * CHUNK // self.p.unit[0])
 

@@ -36,6 +36,9 @@ CHUNK = 8
 VECTOR = 4
 """Elements of f32 in a chunk; columns of one store."""
 
+REST = 2.0**-11
+"""What the second term of an element counts: that which the first, of 11 bits, has left fills its own 11 then."""
+
 _LEAST_ROWS = 9  # fewer are the business of fused_simt
 _ENOUGH_TILES = 100  # workgroups that keep a large GPU busy
 _MIN_DEPTH = 32
@@ -70,6 +73,7 @@ class Plan:
         subgroup: Threads of a subgroup.
         unit: f16 elements of one unit of a stride, and f32 ones.
         transposed: Whether the right factor's tile lies in memory column by column.
+        terms: f16 numbers of an element of a factor; with two, the second counts 2^-11 and is what the first leaves.
     """
 
     rows: int
@@ -80,6 +84,7 @@ class Plan:
     subgroup: int
     unit: tuple[int, int]
     transposed: bool
+    terms: int = 1
 
     @property
     def threads(self) -> int:
@@ -89,7 +94,13 @@ class Plan:
     @property
     def memory(self) -> int:
         """Chunks of the workgroup's memory: the tiles of both factors, and 16 rows of sums a subgroup."""
-        return self.rows * self.stride_a + self.chunks_b + self.down * self.across * SIDE * self.stride_y
+        tiles = self.terms * (self.chunks_a + self.chunks_b)
+        return tiles + self.down * self.across * SIDE * self.stride_y
+
+    @property
+    def chunks_a(self) -> int:
+        """Chunks of the left tile, of one term."""
+        return self.rows * self.stride_a
 
     @property
     def stride_a(self) -> int:
@@ -103,7 +114,7 @@ class Plan:
 
     @property
     def chunks_b(self) -> int:
-        """Chunks of the right tile."""
+        """Chunks of the right tile, of one term."""
         return (self.columns if self.transposed else self.depth) * self.stride_b
 
     @property
@@ -112,51 +123,51 @@ class Plan:
         return self.columns // self.across // VECTOR + 1
 
     def __str__(self) -> str:
-        return f"t{self.rows}x{self.columns}x{self.depth}s{self.down}x{self.across}"
+        terms = f"_{self.terms}terms" if self.terms > 1 else ""
+        return f"t{self.rows}x{self.columns}x{self.depth}s{self.down}x{self.across}{terms}"
 
 
-def plan_for(size: Size, target: Target, transposed: bool) -> Plan:
+def plan_for(size: Size, target: Target, transposed: bool, terms: int = 1) -> Plan:
     """The largest tiles of which there are enough; by measurement (H100).
 
-    Where the right factor is transposed (packed, so that its loads are small), small tiles are deep ones.
+    Where the right factor is transposed (packed, so that its loads are small), small tiles are deep ones. Those of two
+    terms are neither large nor deep, to fit.
     """
     rows, columns = size.rows or 0, size.columns
     unit = (1, 1) if target.matrix_stride == "elements" else (CHUNK, VECTOR)
-    deep = 64 if size.depth % 64 == 0 else _MIN_DEPTH
-    deepest = 128 if transposed and size.depth % 128 == 0 else deep
+    deep = 64 if size.depth % 64 == 0 and terms == 1 else _MIN_DEPTH
+    deepest = 128 if transposed and size.depth % 128 == 0 and terms == 1 else deep
     shapes = [(128, 128, _MIN_DEPTH, 2, 4), (64, 64, deep, 2, 2)]
     if transposed:
         shapes.append((64, 32, deepest, 2, 2))
-    if rows < 128 or target.max_threads < 8 * target.subgroup_size:
+    if rows < 128 or terms > 1 or target.max_threads < 8 * target.subgroup_size:
         shapes = shapes[1:]
     if columns <= 32 or rows <= 32:
         shapes = [(32, 32, deepest, 2, 2)]
-    plans = [Plan(*shape, target.subgroup_size, unit, transposed) for shape in shapes]
+    plans = [Plan(*shape, target.subgroup_size, unit, transposed, terms) for shape in shapes]
     busy = [p for p in plans if -(-rows // p.rows) * -(-columns // p.columns) >= _ENOUGH_TILES]
     return (busy or plans[-1:])[0]
 
 
-def is_possible(size: Size, dtype: str, target: Target, transposed: bool, step: int) -> Legality:
+def is_possible(size: Size, target: Target, transposed: bool, step: int, terms: int = 1) -> Legality:
     """Whether a target multiplies such matrices.
 
     Args:
         size: Of the product.
-        dtype: Of the left factor and the result.
         target: The machine.
         transposed: See :class:`Plan`.
         step: What must divide the columns.
+        terms: See :class:`Plan`.
     """
     if not target.is_gpu:
         return OtherMachine(f"{target.name} is not a GPU")
     if target.matrix_stride is None or target.subgroup_size < SIDE:
         return No(f"{target.name} is compiled for without products of 16x16 matrices")
-    if dtype != "f16":
-        return No(f"{dtype}, not f16")
     if size.rows is None or size.rows < _LEAST_ROWS:
         return No(f"{'?' if size.rows is None else size.rows} rows, less than {_LEAST_ROWS}")
     if size.depth % _MIN_DEPTH or size.columns % step or not size.depth:
         return No(f"K={size.depth} is not a multiple of {_MIN_DEPTH} or N={size.columns} of {step}")
-    if plan_for(size, target, transposed).memory * 16 > target.workgroup_memory:
+    if plan_for(size, target, transposed, terms).memory * 16 > target.workgroup_memory:
         return No(f"tiles do not fit in {target.workgroup_memory} bytes of a workgroup")
     return Yes()
 
@@ -176,8 +187,8 @@ class RightFactor(Protocol):
         """Write that part to the workgroup's memory."""
         ...
 
-    def matrix(self, depth: int, across: Scalar) -> ir.Value:
-        """The matrix at ``depth`` matrices down and ``across`` matrices to the right of the tile in memory."""
+    def matrix(self, depth: int, across: Scalar, term: int) -> ir.Value:
+        """The matrix at ``depth`` matrices down and ``across`` matrices to the right of a term's tile in memory."""
         ...
 
     def finish(self, sums: ir.Value, column: Scalar) -> ir.Value:
@@ -207,28 +218,34 @@ def workgroups(size: Size, plan: Plan) -> int:
 
 
 class Product:
-    """Emits the kernel: buffer 0 is the left factor, f16 [M, K].
+    """Emits the kernel: buffer 0 is the left factor, f16 [M, K]; of two terms [M, 2 K], one after the other in a row.
 
     Args:
         k: Emits instructions.
         size: Of the product.
         plan: How it is cut.
         right: The right factor.
-        output: Binding of the result, f16 [M, N].
+        output: Binding of the result [M, N].
+        dtype: Its type.
+        factors: Binding of what each row of the result is to be multiplied by, f32 [M]; None for nothing.
 
     Attributes:
         thread: This thread's number in the workgroup.
         tile: Of the columns, the one that this workgroup computes.
     """
 
-    def __init__(self, k: Kernel, size: Extent, plan: Plan, right: RightFactor, output: int) -> None:
+    def __init__(
+        self, k: Kernel, size: Extent, plan: Plan, right: RightFactor, output: int,
+        dtype: str = "f16", factors: int | None = None,
+    ) -> None:  # fmt: skip
         self.k, self.size, self.p, self.right = k, size, plan, right
         self.high = plan.rows // plan.down // SIDE  # matrices of a subgroup
         self.wide = plan.columns // plan.across // SIDE
         self.vectors = size.columns.divide_unsigned(VECTOR)[0]
-        self.a = k.chunks(0, size.rows * size.depth)
-        self.y = k.buffer(output, "f16", size.rows * self.vectors, VECTOR)
-        self.tile_a = k.shared_chunks(plan.rows * plan.stride_a)
+        self.a = k.chunks(0, size.rows * size.depth * plan.terms)
+        self.y = k.buffer(output, dtype, size.rows * self.vectors, VECTOR)
+        self.factors = None if factors is None else k.buffer(factors, "f32", size.rows)
+        self.tile_a = k.shared_chunks(plan.chunks_a * plan.terms)
         self.thread = k.thread()
 
     def emit(self) -> None:
@@ -253,8 +270,10 @@ class Product:
         k, p = self.k, self.p
         loads: list[ir.Value] = []
         for row, chunk in self.places_a:
-            start = (self.row + row).minimum(self.size.rows - 1) * self.size.depth
-            loads.append(k.load(self.a, start + chunk + step * (p.depth // CHUNK)))
+            start = (self.row + row).minimum(self.size.rows - 1) * self.size.depth * p.terms
+            for term in range(p.terms):
+                first = start + self.size.depth * term if term else start
+                loads.append(k.load(self.a, first + chunk + step * (p.depth // CHUNK)))
         return loads
 
     def _load(self, step: Scalar) -> list[ir.Value]:
@@ -272,28 +291,46 @@ class Product:
         def step(index: Scalar, carried: list[ir.Value]) -> list[ir.Value]:
             loaded, later, sums = carried[:size], carried[size:count], carried[count:]
             k.barrier()
-            for (row, chunk), value in zip(self.places_a, loaded, strict=False):
-                k.store_as_is(value, self.tile_a, row * p.stride_a + chunk)
-            self.right.put(loaded[len(self.places_a) :], index)
+            for i, (row, chunk) in enumerate(self.places_a):
+                for term in range(p.terms):
+                    place = row * p.stride_a + chunk + term * p.chunks_a
+                    k.store_as_is(loaded[i * p.terms + term], self.tile_a, place)
+            self.right.put(loaded[len(self.places_a) * p.terms :], index)
             k.barrier()
             following = self._load((index + _AHEAD).minimum(steps - 1))
             return [*later, *following, *self._step_products(sums)]
 
-        initial = [*(v for loads in ahead for v in loads), *[k.matrix_zero() for _ in range(self.high * self.wide)]]
-        return k.loop(zero, steps, 1, initial, step)[count:]
+        each = self.high * self.wide
+        initial = [*(v for loads in ahead for v in loads), *[k.matrix_zero() for _ in range(each * p.terms)]]
+        found = k.loop(zero, steps, 1, initial, step)[count:]
+        if p.terms == 1:
+            return found
+        return [k.matrix_add_scaled(a, b, REST) for a, b in zip(found[:each], found[each:], strict=True)]
 
     def _step_products(self, sums: list[ir.Value]) -> list[ir.Value]:
         k, p = self.k, self.p
-        unit, chunks = p.unit[0], SIDE // CHUNK
-        for depth in range(p.depth // SIDE):
-            left = [
-                k.matrix_load("AOp", self.tile_a, (self.down * self.high + i) * (SIDE * p.stride_a) + depth * chunks,
-                              p.stride_a * CHUNK // unit)
+        unit, chunks, each = p.unit[0], SIDE // CHUNK, self.high * self.wide
+
+        def left(depth: int, term: int) -> list[ir.Value]:
+            stride, start = p.stride_a * CHUNK // unit, depth * chunks + term * p.chunks_a
+            return [
+                k.matrix_load("AOp", self.tile_a, (self.down * self.high + i) * (SIDE * p.stride_a) + start, stride)
                 for i in range(self.high)
-            ]  # fmt: skip
-            right = [self.right.matrix(depth, self.across * self.wide + j) for j in range(self.wide)]
-            pairs = [(a, b) for a in left for b in right]
-            sums = [k.matrix_multiply_add(a, b, s) for (a, b), s in zip(pairs, sums, strict=True)]
+            ]
+
+        def right(depth: int, term: int) -> list[ir.Value]:
+            return [self.right.matrix(depth, self.across * self.wide + j, term) for j in range(self.wide)]
+
+        def added(rows: list[ir.Value], columns: list[ir.Value], sums: list[ir.Value]) -> list[ir.Value]:
+            pairs = [(a, b) for a in rows for b in columns]
+            return [k.matrix_multiply_add(a, b, s) for (a, b), s in zip(pairs, sums, strict=True)]
+
+        for depth in range(p.depth // SIDE):
+            first, others = left(depth, 0), right(depth, 0)
+            sums[:each] = added(first, others, sums[:each])
+            if p.terms > 1:  # the product of both second terms is below the last bit
+                sums[each:] = added(left(depth, 1), others, sums[each:])
+                sums[each:] = added(first, right(depth, 1), sums[each:])
         return sums
 
     def _write(self, sums: list[ir.Value]) -> None:
@@ -314,6 +351,8 @@ class Product:
                 valid = (row < self.size.rows) & (column < self.vectors)
 
                 def write(value: ir.Value = value, row: Scalar = row, column: Scalar = column) -> None:
+                    if self.factors is not None:
+                        value = k.mul(value, k.splat(k.load(self.factors, row), VECTOR))
                     k.store(self.right.finish(value, column), self.y, row * self.vectors + column)
 
                 k.when(valid, write)

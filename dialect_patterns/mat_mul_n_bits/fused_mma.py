@@ -7,7 +7,14 @@ and written to the workgroup's memory as f16, column by column, as the words are
 unpacked in the device's memory, and one is unpacked once a row of tiles. Where ``accuracy_level`` 4 has A rounded, that
 is a dispatch before.
 
-Legal: f16 on GPUs with such products, for 9 static rows or more, if 32 divides K in whole blocks and 4 divides N.
+f32 are two terms of f16, x = x1 + 2^-11 x2, of rows of A that a dispatch before divides by a power of two, and of the
+unpacked weights; of the products of terms the three largest count. With ``--math fast`` only: it is as exact as f32
+(5e-7 of the largest element, K=1024 and 3584; rounding A and B once leaves 3e-4), but an inf in a row makes all of it
+NaN, and it has run on no GPU. By operations it takes three times the f16 product, where f32 has a 15th of its rate on
+an H100, half on a GeForce.
+
+Legal: f16, and f32 so, on GPUs with such products, for 9 static rows or more, if 32 divides K in whole blocks and 4
+divides N.
 Cost: that of the f16 product, less the reads, plus about 4 instructions a weight and row of tiles. On an H100 (CUDA)
 64 and 512 rows, K=1024 to N=3584, take 7.2 and 26.6 us; the portable form, which writes the weights first, 33 and 56.
 """
@@ -23,14 +30,16 @@ from ..emit.scalar import Scalar
 from ..emit.simt_kernel import Group, Kernel, dispatch
 from ..mat_mul.mma_kernel import CHUNK, SIDE, VECTOR, Extent, Plan, Product, Size, is_possible, plan_for, workgroups
 from ..op import LoweringContext
-from ..select import Legality, No, rows_text
+from ..select import Legality, No, OtherMachine, rows_text
 from ..target import Target
 from .contract import MatMulNBits
 from .operands import Operands
 from .rounded_simt import emit_a
 from .simt_weights import PackedWeights, bound, readable
+from .split_rows import emit_split, rest
 
 _MAX_WIDTH = 4  # words of a load
+_TERMS = {"f16": 1, "f32": 2}
 
 
 def _size(contract: MatMulNBits) -> Size:
@@ -42,29 +51,45 @@ def is_legal(contract: MatMulNBits, target: Target) -> Legality:
     words = readable(contract)
     if isinstance(words, No):
         return words
-    return is_possible(_size(contract), contract.a.dtype, target, transposed=True, step=VECTOR)
+    if not target.is_gpu:
+        return OtherMachine(f"{target.name} is not a GPU")
+    if contract.a.dtype not in _TERMS:
+        return No(f"{contract.a.dtype}, neither f16 nor f32")
+    if contract.a.dtype == "f32" and not target.fast_math:
+        return No("f32, which --math fast takes as two terms of f16")
+    return is_possible(_size(contract), target, transposed=True, step=VECTOR, terms=_TERMS[contract.a.dtype])
 
 
 def describe(contract: MatMulNBits, target: Target) -> str:
     """What the report says about it."""
-    plan = plan_for(_size(contract), target, transposed=True)
-    return f"{rows_text(contract.rows)} on the matrix units, tiles of {plan.rows}x{plan.columns}"
+    plan = _plan(contract, target)
+    terms = " as two terms of f16" if plan.terms > 1 else ""
+    return f"{rows_text(contract.rows)} on the matrix units{terms}, tiles of {plan.rows}x{plan.columns}"
+
+
+def _plan(contract: MatMulNBits, target: Target) -> Plan:
+    return plan_for(_size(contract), target, transposed=True, terms=_TERMS[contract.a.dtype])
 
 
 def emit_mat_mul_n_bits_fused_mma(context: LoweringContext, contract: MatMulNBits, x: Operands) -> ir.Value:
     """Emit the product [M, N]."""
     c, b, size = contract, context.builder, _size(contract)
-    plan = plan_for(size, context.target, transposed=True)
+    plan, dtype = _plan(contract, context.target), contract.a.dtype
+    split = plan.terms > 1
     assert c.rows is not None
 
     def body(k: Kernel) -> None:
         right = _Packed(k, c, plan)
         depth, columns = (Scalar.constant(n, "index") for n in (size.depth // CHUNK, size.columns))
-        Product(k, Extent(k.number(0), depth, columns), plan, right, right.weights.output).emit()
+        extent, last = Extent(k.number(0), depth, columns), right.weights.output
+        Product(k, extent, plan, right, last + split, dtype, last if split else None).emit()
 
-    outputs: list[tuple[ir.RankedTensorType, list[ir.Value]]] = [(tensor_type((c.rows, c.columns), "f16"), [])]
+    outputs: list[tuple[ir.RankedTensorType, list[ir.Value]]] = [(tensor_type((c.rows, c.columns), dtype), [])]
     name = f"mat_mul_n_bits_fused_mma_{c.key}_nx{c.depth}x{c.columns}_{plan}"
-    inputs, items = [emit_a(b, c, x.a, "f16"), *bound(c, x)], b.index(workgroups(size, plan))
+    a, factors = emit_a(b, c, x.a, dtype), list[ir.Value]()
+    if split:
+        a, *factors = emit_split(b, a)
+    inputs, items = [a, *bound(c, x), *factors], b.index(workgroups(size, plan))
     group = Group(plan.threads, plan.subgroup)
     return dispatch(name, group, 1, items, [b.index(c.rows)], inputs, outputs, body)[0]
 
@@ -92,7 +117,7 @@ class _Packed:
     def start(self, product: Product) -> None:
         """Emit what comes before the loop."""
         k, c, p = self.k, self.c, self.p
-        self.tile = k.shared_chunks(p.chunks_b)
+        self.tile = k.shared_chunks(p.chunks_b * p.terms)
         self._places = product.places(p.columns, self._loads)
         self._columns = [(product.tile * p.columns + column).minimum(c.columns - 1) for column, _ in self._places]
         self._size = len(self._places)
@@ -117,17 +142,19 @@ class _Packed:
                 part = list(loaded[i * size : (i + 1) * size])
                 values = self.weights.dequantise(part, self._columns[i], step * self._loads + place)
                 for j in range(chunks):
-                    chunk = self.k.chunk_of_f16(values[j * CHUNK : (j + 1) * CHUNK])
-                    self.k.store_as_is(chunk, self.tile, column * self.p.stride_b + place * chunks + j)
+                    terms, at = values[j * CHUNK : (j + 1) * CHUNK], column * self.p.stride_b + place * chunks + j
+                    for term in range(self.p.terms):
+                        self.k.store_as_is(self.k.chunk_of_f16(terms), self.tile, at + term * self.p.chunks_b)
+                        terms = [rest(self.k, value) for value in terms] if term + 1 < self.p.terms else []
 
         if self._partial:
             self.k.when(self._takes_part, write)
         else:
             write()
 
-    def matrix(self, depth: int, across: Scalar) -> ir.Value:
-        """A matrix of the tile in memory."""
-        start = across * (SIDE * self.p.stride_b) + depth * (SIDE // CHUNK)
+    def matrix(self, depth: int, across: Scalar, term: int) -> ir.Value:
+        """A matrix of a term's tile in memory."""
+        start = across * (SIDE * self.p.stride_b) + (depth * (SIDE // CHUNK) + term * self.p.chunks_b)
         stride = self.p.stride_b * CHUNK // self.p.unit[0]
         return self.k.matrix_load("BOp", self.tile, start, stride, transposed=True)
 

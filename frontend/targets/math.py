@@ -22,7 +22,11 @@ def with_math(target: CompileTarget, math: str) -> CompileTarget:
         raise InputError("not understood", where="--math", got=repr(math), expected=f"{STRICT} or {FAST}")
     if math == STRICT:
         return target
-    if not target.capabilities.features >= FEATURES or target.levels:
-        note = "--math fast changes nothing here: it is for CPUs with AMX (such as --cpu-features sapphirerapids)"
+    has_amx = target.capabilities.features >= FEATURES and not target.levels
+    if not has_amx and target.capabilities.matrix_stride is None:
+        where = (
+            "CPUs with AMX (such as --cpu-features sapphirerapids) and int4 or int8 weights on GPUs with matrix units"
+        )
+        note = f"--math fast changes nothing here: it is for {where}"
         return replace(target, notes=(*target.notes, note))
     return replace(target, capabilities=replace(target.capabilities, fast_math=True))

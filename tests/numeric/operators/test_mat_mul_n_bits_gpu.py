@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import matrices
@@ -25,6 +26,7 @@ from linattn.dialect_patterns.node import TensorSpec
 from linattn.dialect_patterns.op import LoweringOptions
 from linattn.dialect_patterns.select import No, Yes
 from linattn.dialect_patterns.target import Target
+from onnx_runtime import run_onnx_runtime
 from test_mat_mul_n_bits import OP, check, operands, shape_attributes
 from tolerances import BENIGN, error
 
@@ -135,6 +137,40 @@ class TestMatrixUnits:
         inputs = operands(attributes, (1, tokens), zeros=zeros, bias=tokens != 70, dtype=np.float16)
         check(attributes, inputs, target="lavapipe")
 
+    @pytest.mark.parametrize(
+        ("enough", "bits", "block", "zeros", "depth", "columns", "tokens", "accuracy"),
+        [
+            (4, 4, 32, "packed", 96, 72, 70, 0),
+            (100, 4, 16, "float", 90, 44, 20, 4),
+            (100, 8, 32, "packed", 96, 40, 12, 0),
+        ],
+    )
+    def test_f32_as_two_terms(
+        self, enough: int, bits: int, block: int, zeros: str, depth: int, columns: int, tokens: int, accuracy: int,
+        monkeypatch: pytest.MonkeyPatch,
+    ):  # fmt: skip
+        """As exact as f32, each row for itself: large, tiny, with an outlier, of zeros; a NaN stays in its own."""
+        monkeypatch.setitem(TARGETS, "lavapipe", replace(matrices.TARGET, fast_math=True))
+        monkeypatch.setattr(mma_kernel, "_ENOUGH_TILES", enough)
+        attributes = shape_attributes(depth, block, bits, accuracy, columns)
+        inputs = operands(attributes, (1, tokens), zeros=zeros, bias=tokens == 20)
+        if accuracy:  # whose rounding depends on a block's largest value
+            check(attributes, inputs, target="lavapipe")
+            return
+        a = inputs[0]
+        a[0, 1] *= 1e30
+        a[0, 2] *= 1e-20
+        a[0, 3, 5] *= 1e5
+        a[0, 4] = 0
+        a[0, 5, 7] = np.nan
+        common = {"domain": MICROSOFT, "version": 1}
+        constants = [i for i in range(1, len(inputs)) if inputs[i] is not None]
+        (got,) = run_op(OP, inputs, attributes, target="lavapipe", **common)
+        (want,) = run_onnx_runtime(OP, inputs, attributes, constants=constants, num_outputs=1, used=None, **common)
+        assert np.isnan(got[0, 5]).all()
+        for row in (row for row in range(tokens) if row != 5):
+            assert error(got[0, row], want[0, row]) <= BENIGN["float32"], row
+
     def test_f16_weights(self):
         rng = np.random.default_rng(0)
         a, b = rng.standard_normal((1, 40, 96)).astype(np.float16), rng.standard_normal((96, 72)).astype(np.float16)
@@ -149,6 +185,8 @@ class TestMatrixUnits:
         (contract(8, dtype=np.float16), CUDA, "fused_simt"),
         (contract(9, dtype=np.float16), CUDA, "fused_mma"),
         (contract(9), CUDA, "fused_tiled"),
+        (contract(9), replace(CUDA, fast_math=True), "fused_mma"),
+        (contract(9, dtype=ml_dtypes.bfloat16), replace(CUDA, fast_math=True), "fused_tiled"),
         (contract(None, dtype=np.float16), CUDA, "fused_tiled"),
         (contract(64, dtype=np.float16), TARGETS["vulkan"], "fused_tiled"),
         (contract(64, depth=80, block=16, dtype=np.float16), CUDA, "fused_tiled"),
@@ -192,10 +230,19 @@ def test_plans_fit(target: Target, depth: int, columns: int) -> None:
             assert isinstance(fused_mma.is_legal(case, target), No)
 
 
-@pytest.mark.parametrize(("rows", "dtype"), [(1, np.float32), (2, np.float16), (40, np.float32), (40, np.float16)])
-def test_compiles_for_cuda(rows: int, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("rows", "dtype", "fast", "dispatches"),
+    [
+        (1, np.float32, False, 1),
+        (2, np.float16, False, 1),
+        (40, np.float32, False, 2),
+        (40, np.float16, False, 2),
+        (40, np.float32, True, 3),  # in terms of f16, too
+    ],
+)
+def test_compiles_for_cuda(rows: int, dtype: Any, fast: bool, dispatches: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One dispatch where A is not rounded in one of its own; nothing is run."""
-    monkeypatch.setitem(TARGETS, "cuda", CUDA)
+    monkeypatch.setitem(TARGETS, "cuda", replace(CUDA, fast_math=fast))
     attributes = shape_attributes(128, 32, 4, 4, 96)
     specs = [spec(a) for a in operands(attributes, (1, rows), zeros="packed", bias=True, dtype=dtype)]
     session = Session()
@@ -205,6 +252,6 @@ def test_compiles_for_cuda(rows: int, dtype: Any, monkeypatch: pytest.MonkeyPatc
     for op in module.body.operations:
         if op.operation.name == "func.func":
             op.operation.walk(lambda inner: (found.append(inner.name), ir.WalkResult.ADVANCE)[1])
-    assert found.count("flow.dispatch") == (2 if rows > 8 else 1)
+    assert found.count("flow.dispatch") == dispatches
     assert "linalg.generic" not in found
     assert len(compile_module(module, session, "cuda")) > 0

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
 import pytest
-from linattn.frontend.targets import CompileTarget, TargetOptions, cuda, ptxas
+from linattn.frontend.targets import CompileTarget, TargetOptions, cuda, ptxas, vulkan
+from linattn.frontend.targets.math import with_math
 from linattn.runtime import LinattnError, TargetError
 
 ASSEMBLER = ptxas.Assembler(Path("ptxas"), "12.9.86", frozenset({75, 80, 89, 90, 120}))
@@ -82,6 +84,21 @@ def test_unknown_names_are_refused(names: str, monkeypatch: pytest.MonkeyPatch) 
     for assembler in (None, ASSEMBLER):
         with pytest.raises(TargetError, match=r"--gpu-target: unknown GPU.*expected sm_60"):
             resolve(names, monkeypatch, assembler)
+
+
+@pytest.mark.parametrize(
+    ("resolve_gpu", "name", "changes"),
+    [(cuda.resolve, "sm_70", True), (cuda.resolve, "sm_61", False), (vulkan.resolve, "hopper", True),
+     (vulkan.resolve, "baseline", False)],
+)  # fmt: skip
+def test_fast_math_is_for_matrix_units(
+    resolve_gpu: Callable[[TargetOptions], CompileTarget], name: str, changes: bool
+) -> None:
+    target = resolve_gpu(TargetOptions(gpu_target=name))
+    assert with_math(target, "strict") == target
+    fast = with_math(target, "fast")
+    assert fast.capabilities.fast_math is changes
+    assert any("--math fast changes nothing here" in note for note in fast.notes) is not changes
 
 
 def program(folder: Path, text: str = PROGRAM) -> Path:
