@@ -112,11 +112,7 @@ class Weights:
 
     def _read(self, symbol: str) -> ir.Value:
         value_type, reference = self._types[symbol], ir.FlatSymbolRefAttr.get(symbol)
-        value = ir.Operation.create("util.global.load", results=[value_type], attributes={"global": reference}).result
-        is_float = str(value_type.element_type) in ("f32", "f16", "bf16")
-        if is_float and self.stored[symbol].nbytes <= _INLINED:
-            value = ir.Operation.create("util.optimization_barrier", results=[value_type], operands=[value]).result
-        return value
+        return ir.Operation.create("util.global.load", results=[value_type], attributes={"global": reference}).result
 
     def _define(self, symbol: str, array: np.ndarray[Any, Any], element: ir.Type, key: str) -> None:
         value_type = self._types[symbol] = ir.RankedTensorType.get(list(array.shape), element)
@@ -129,16 +125,41 @@ class Weights:
             value = ir.DenseResourceElementsAttr.get_from_buffer(
                 array.view(np.uint8).reshape(-1) if array.size else b"", symbol, value_type, alignment=64
             )
+        attributes: dict[str, ir.Attribute] = {
+            "sym_name": ir.StringAttr.get(symbol),
+            "sym_visibility": ir.StringAttr.get("private"),
+            "type": ir.TypeAttr.get(value_type),
+        }
+        is_hidden = str(element) in ("f32", "f16", "bf16") and array.nbytes <= _INLINED
         with ir.InsertionPoint.at_block_begin(self.module.body):
-            ir.Operation.create(
-                "util.global",
-                attributes={
-                    "sym_name": ir.StringAttr.get(symbol),
-                    "sym_visibility": ir.StringAttr.get("private"),
-                    "type": ir.TypeAttr.get(value_type),
-                    "initial_value": value,
-                },
-            )
+            if is_hidden:
+                _store_when_loaded(symbol, value_type, value)
+            else:
+                attributes["initial_value"] = value
+            # Before the initializer that writes it.
+            at_start: Any = ir.InsertionPoint.at_block_begin(self.module.body)
+            with at_start:
+                ir.Operation.create("util.global", attributes=attributes)
+
+
+def _store_when_loaded(symbol: str, value_type: ir.Type, value: ir.Attribute) -> None:
+    """Have the module write a global when it is loaded: the compiler does not know what it holds.
+
+    A barrier where it is read would hide that too, but what comes from a barrier is nobody else's to IREE: a Scatter
+    into such a list wrote into the list itself.
+    """
+    op: Any = ir.Operation.create(
+        "util.initializer",
+        regions=1,
+        attributes={"function_type": ir.TypeAttr.get(ir.FunctionType.get([], []))},
+    )
+    with ir.InsertionPoint(op.regions[0].blocks.append()):
+        constant = ir.Operation.create("arith.constant", results=[value_type], attributes={"value": value}).result
+        hidden = ir.Operation.create("util.optimization_barrier", results=[value_type], operands=[constant]).result
+        ir.Operation.create(
+            "util.global.store", operands=[hidden], attributes={"global": ir.FlatSymbolRefAttr.get(symbol)}
+        )
+        ir.Operation.create("util.return")
 
 
 def _is_short(array: np.ndarray[Any, Any]) -> bool:

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
@@ -68,6 +69,32 @@ def test_layers_share_a_kernel(target: str, dtype: Any, size: int, tmp_path: Pat
         for i in (0, 1):
             expected = np.exp(x[i].astype(np.float64) * lists[f"a{i}"] + lists[f"b{i}"])
             assert error(outputs[f"y{i}"], expected) <= BENIGN[np.dtype(dtype).name]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_what_writes_into_a_list_leaves_it_as_it_was(dtype: Any, tmp_path: Path) -> None:
+    """The list is read from memory, and the next call reads it again."""
+    values, kind = np.arange(32).reshape(8, 4).astype(dtype), helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    places, updates = np.array([[1], [3]], np.int64), np.ones((2, 4), dtype)
+    graph = helper.make_graph(
+        [helper.make_node("ScatterND", ["list", "places", "updates"], ["y"])],
+        "scatter",
+        [
+            helper.make_tensor_value_info("places", onnx.TensorProto.INT64, [2, 1]),
+            helper.make_tensor_value_info("updates", kind, [2, 4]),
+        ],
+        [helper.make_tensor_value_info("y", kind, [8, 4])],
+        [helper.make_tensor("list", kind, [8, 4], values.tobytes(), raw=True)],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    path = tmp_path / "model.vmfb"
+    compile_model(model, CompileOptions(target="cpu"), output=path)
+    program = Program.load(path)
+    for first in (0, 4, 2):
+        y = program.run({"places": places + first, "updates": updates})["y"]
+        want = values.copy()
+        want[places[:, 0] + first] = updates
+        np.testing.assert_array_equal(y, want)
 
 
 def test_prompts_of_several_sizes_share_kernels(tmp_path: Path) -> None:
