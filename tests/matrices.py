@@ -2,6 +2,9 @@
 
 A group of 32 threads holds the sums as a subgroup would: each thread half a row. Factors are read where they lie, in
 the workgroup's memory, as the units would read them.
+
+Lavapipe ends every loop when those of a thread have turned 65,535 times in all (Mesa 22.3), without a word: in this
+form ``fused_mma_chunks`` is right up to 45,600 tokens.
 """
 
 from __future__ import annotations
