@@ -48,12 +48,17 @@ def most_products(target: Target) -> int:
     return min(_MOST, (target.limits.bindings - 1) // 2)
 
 
+def is_joinable(product: MatMul, target: Target, options: LoweringOptions) -> bool:
+    """Whether a product may be part of such a kernel."""
+    strategy = op.choose(product, target, options).strategy
+    return strategy == "fused_simt" or (strategy == "fused_simd" and simd_joined.is_direct([product], target))
+
+
 def can_join(products: Sequence[MatMul], gated: bool, target: Target, options: LoweringOptions) -> bool:
     """Whether products that share their left operand may be one kernel."""
-    choices = [op.choose(product, target, options).strategy for product in products]
     equal = len({product.columns for product in products}) == 1
-    few = set(choices) == {"fused_simt"} or (set(choices) == {"fused_simd"} and simd_joined.is_direct(products, target))
-    return few and 2 <= len(products) <= most_products(target) and (equal or not gated)
+    every = all(is_joinable(product, target, options) for product in products)
+    return every and 2 <= len(products) <= most_products(target) and (equal or not gated)
 
 
 def parse(node: Node) -> Products:

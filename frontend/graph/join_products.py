@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 
 import onnx
-from linattn.dialect_patterns.mat_mul.joined import GATED, JOINED, can_join, most_products
+from linattn.dialect_patterns.mat_mul.joined import GATED, JOINED, can_join, is_joinable, most_products
 from linattn.dialect_patterns.op import INTERNAL, LoweringOptions
 from linattn.dialect_patterns.target import Target
 
@@ -37,7 +37,8 @@ def join_products(
     weights = {tensor.name for tensor in model.graph.initializer}
     products: dict[str, list[onnx.NodeProto]] = {}
     for node in model.graph.node:
-        if node.op_type == "MatMul" and domain_of(node) == "" and node.input[1] in weights:
+        is_product = node.op_type == "MatMul" and domain_of(node) == "" and node.input[1] in weights
+        if is_product and is_joinable(contracts[node.name], target, options):
             products.setdefault(node.input[0], []).append(node)
     for nodes in products.values():
         for some in _groups(nodes, most_products(target)):

@@ -125,6 +125,12 @@ def is_weight(tensor: onnx.TensorProto) -> bool:
     return tensor.data_location == onnx.TensorProto.EXTERNAL or math.prod(tensor.dims) >= MIN_WEIGHT_ELEMENTS
 
 
+def is_list_of_floats(tensor: onnx.TensorProto) -> bool:
+    """Whether an initializer, however small, is kept out of the kernels that read it: a global of the module too."""
+    floats = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
+    return tensor.data_type in floats and math.prod(tensor.dims) > 1
+
+
 def node_view(
     node: onnx.NodeProto,
     types: Mapping[str, onnx.TypeProto],
@@ -137,7 +143,7 @@ def node_view(
         node: The node.
         types: Types of the graph's values.
         versions: Domain -> opset version.
-        weights: Names of the initializers that are weights, see :func:`is_weight`.
+        weights: Names of the initializers that become globals, see :func:`is_weight`.
 
     Raises:
         UnsupportedModelError: if the type of an input is not known.
@@ -352,7 +358,7 @@ def check_contracts(
         UnsupportedModelError: for the first node that breaks its contract.
     """
     contracts: dict[str, Any] = {}
-    weights = {tensor.name for tensor in graph.initializer if is_weight(tensor)}
+    weights = {tensor.name for tensor in graph.initializer if is_weight(tensor) or is_list_of_floats(tensor)}
     for node in graph.node:
         domain = domain_of(node)
         op = find_op(domain, node.op_type, versions.get(domain, 1))

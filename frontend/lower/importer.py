@@ -7,7 +7,6 @@ returned in the buffers that they came in.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from iree.compiler.extras import onnx_importer
 from linattn.dialect_patterns.rewrite import DOMAIN, NODE, VERSION
 from linattn.runtime.errors import UnsupportedModelError
 
-from ..graph.schema import domain_of, is_weight
+from ..graph.schema import domain_of, is_list_of_floats, is_weight
 from ..graph.specialize import SpecializedGraph
 from .weights import Weights
 
@@ -33,7 +32,7 @@ class _EntryPointImporter(onnx_importer.NodeImporter):
 
     def import_initializer(self, initializer: onnx.TensorProto, extern_name: str | None = None) -> ir.Value:
         inside = initializer.name not in self.weights.arrays and not is_weight(initializer)
-        if inside and not _is_list_of_floats(initializer):
+        if inside and not is_list_of_floats(initializer):
             return super().import_initializer(initializer, cast(str, extern_name))
         with ir.InsertionPoint(self._b), ir.Location.name(initializer.name):
             torch_type = self._cc.tensor_proto_to_type(initializer)
@@ -61,12 +60,6 @@ class _EntryPointImporter(onnx_importer.NodeImporter):
         operation.attributes[VERSION] = ir.IntegerAttr.get(
             ir.IntegerType.get_signless(64), self.versions.get(domain, 1)
         )
-
-
-def _is_list_of_floats(tensor: onnx.TensorProto) -> bool:
-    """Whether these values are not to be put into a kernel: see :meth:`Weights.load`."""
-    floats = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
-    return tensor.data_type in floats and math.prod(tensor.dims) > 1
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,24 @@ def test_products_of_one_value_and_a_gated_pair(target: Target, rows: int) -> No
     assert (list(nodes[2].input), list(nodes[2].output)) == (["z", "wgate", "wup"], ["y"])
 
 
+def test_one_that_cannot_does_not_keep_the_others_apart() -> None:
+    """A product of an odd number of columns, which a GPU's kernel does not take, beside two that it takes."""
+    source = graph()
+    source.proto.graph.node.append(helper.make_node("MatMul", ["x", "odd"], ["o"], "odd"))
+    source.proto.graph.initializer.append(numpy_helper.from_array(np.ones((DEPTH, 3), np.float32), "odd"))
+    source.proto.graph.output.append(helper.make_tensor_value_info("o", TensorProto.FLOAT, None))
+    nodes = joined(SpecializedGraph(source.proto, infer_types(source.proto))).node
+    assert Counter(node.op_type for node in nodes)["MatMul"] == 1
+    assert list(nodes[0].input) == ["x", "wq", "wk"]
+    every = joined(SpecializedGraph(source.proto, infer_types(source.proto)), CPU).node
+    assert list(every[0].input) == [
+        "x",
+        "wq",
+        "wk",
+        "odd",
+    ]  # however small the weight is
+
+
 def test_the_gate_is_read_elsewhere() -> None:
     for outputs in (("q", "k", "y", "gate"), ("q", "k", "y", "silu")):
         kinds = Counter(node.op_type for node in joined(graph(outputs=outputs)).node)
