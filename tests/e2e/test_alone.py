@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
 from functools import cache
@@ -13,7 +14,7 @@ from linattn.frontend import CompileOptions, compile_model
 from linattn.frontend.lower.alone import ANY_POSITION, KERNEL_US, positions_alone
 from linattn.frontend.options import CompiledModel
 from linattn.runtime import Program
-from linattn.runtime.manifest import DISPATCHES_KEY
+from linattn.runtime.manifest import DISPATCHES_KEY, Manifest
 from linattn.runtime.module import Module
 from linattn.runtime.session import engine_of
 
@@ -173,6 +174,14 @@ def test_more_work_is_never_more_the_callers() -> None:
     wakes = [positions_alone([ROW | {"bytes": 10_000_000 // n}] * n, 1, 0, 1e3) for n in (1, 10, 100, 1000)]
     assert wakes == sorted(wakes)
     assert wakes[0] == 0 < wakes[-1] < 1000 * KERNEL_US * 1e5
+
+
+def test_any_position_is_one_that_a_manifest_takes() -> None:
+    """A model without caches names it, one of tiny caches no greater one."""
+    manifest = program().manifest
+    entry = dataclasses.replace(manifest.entry_points[0], alone=positions_alone([ROW], 1, 0, 0))
+    assert Manifest.from_json(dataclasses.replace(manifest, entry_points=(entry,)).to_json()).entry_points == (entry,)
+    assert positions_alone([ROW], 1, 0, 1e-9) == entry.alone
 
 
 def test_bytes_are_those_that_move() -> None:
