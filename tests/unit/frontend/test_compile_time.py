@@ -35,7 +35,7 @@ class Lowered(BaseException):
     """Everything before code generation is done."""
 
 
-def stop(*_: object) -> None:
+def stop(*_: object, **__: object) -> None:
     raise Lowered
 
 
@@ -91,9 +91,9 @@ def test_verified_between_phases_not_passes(tmp_path: Path, monkeypatch: pytest.
     compiled: list[Any] = []
     real = Compiler.compile
 
-    def keep(self: Compiler, module: ir.Module, *rest: Any) -> Any:
+    def keep(self: Compiler, module: ir.Module, *rest: Any, **more: Any) -> Any:
         compiled.append(module)
-        return real(self, module, *rest)
+        return real(self, module, *rest, **more)
 
     def breaks(*_: object) -> bool:
         with compiled[-1].context, ir.Location.name("here"), ir.InsertionPoint(compiled[-1].body):
