@@ -28,7 +28,7 @@ from ..select import Legality, No, OtherMachine, Yes
 from ..target import Target
 from .contract import SelectiveScan
 from .simd_one_token import OneToken
-from .simd_tokens import Tokens
+from .simd_tokens import Tokens, adds_in_memory
 
 _LEAST = 4  # lanes of a vector, and what divides the elements of a state
 _MAX_STATE = 256  # elements of the state of a channel: they are unrolled
@@ -86,7 +86,7 @@ def selective_scan_kernel(contract: SelectiveScan, target: Target) -> Kernel:
         inputs=tuple(spec for spec, _ in given),
         outputs=(c.value, flat),
         axes=(*(term for _, term in given), "BT_", "B_"),
-        workgroups=(-(-c.channels // share), 1),
+        workgroups=(c.channels // share if not one and adds_in_memory(c, lanes) else -(-c.channels // share), 1),
         write=write,
     )
 

@@ -5,7 +5,8 @@
 Step, value, output and each S_n are vectors over channels; keys and queries are numbers that all lanes share. A group
 of elements of the state stays in registers over all tokens; where there are more of them, the next group adds its part
 to the output. States and rates lie in memory element after element, channel after channel, so they are transposed on
-the way in and out. Where vectors do not divide the channels, the last one ends with them, whatever it computes twice.
+the way in and out. Where vectors do not divide the channels, the last one ends with them, whatever it computes twice;
+where outputs are added up in memory that is the same workgroup's as the vector before, or the two would add to one sum.
 """
 
 from __future__ import annotations
@@ -17,6 +18,11 @@ from .contract import SelectiveScan
 
 _GROUP = 16  # elements of a state in registers
 _SUMS = 4  # partial sums of an output, so that they do not wait for each other
+
+
+def adds_in_memory(contract: SelectiveScan, lanes: int) -> bool:
+    """Whether sums of channels that two vectors share pass through memory."""
+    return contract.channels % lanes != 0 and contract.states > _GROUP
 
 
 class Tokens:
@@ -41,9 +47,23 @@ class Tokens:
         k, c, lanes = self.k, self.c, self.lanes
         self.batch = k.op("hal.interface.workgroup.id[1] : index", "index")
         group = k.op("hal.interface.workgroup.id[0] : index", "index")
-        self.first = k.minimum(k.mul(group, lanes), c.channels - lanes)
-        base = k.mul(self.first, c.states)
         self.rates = k.alloca([c.states, lanes])
+
+        def vector(i: Index, _: list[str]) -> list[str]:
+            self._vector(k.minimum(k.mul(k.add(group, i), lanes), c.channels - lanes))
+            return []
+
+        if adds_in_memory(c, lanes):
+            last = c.channels // lanes - 1
+            k.loop(k.add(k.div(group, last), 1) if last else 2, [], vector)
+        else:
+            vector(0, [])
+
+    def _vector(self, first: Index) -> None:
+        """All tokens of some channels, from ``first`` on."""
+        k, c, lanes = self.k, self.c, self.lanes
+        self.first = first
+        base = k.mul(first, c.states)
         for n, vector in enumerate(self._by_element(self._loaded(self.rate, [], base))):
             k.store(vector, self.rates, [n, 0])
         if self.past is not None:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import onnx
 import openai
@@ -14,6 +15,7 @@ import pytest
 import uvicorn
 from linattn.frontend import CompileOptions, compile_model
 from linattn.runtime import Program, Sampling, TextGenerator
+from linattn.runtime.step import Step
 
 from samples import byte_tokenizer
 from samples.serve import Server
@@ -122,7 +124,16 @@ def test_conversations_side_by_side_share_what_they_begin_with(client: openai.Op
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_ends_its_answer(client: openai.OpenAI, server: Server, stream: bool) -> None:
+def test_a_client_that_leaves_ends_its_answer(
+    client: openai.OpenAI, server: Server, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick = Step.call
+
+    def slow(*args: Any) -> Any:  # 400 tokens of this model take 20 ms
+        time.sleep(0.005)
+        return quick(*args)
+
+    monkeypatch.setattr(Step, "call", slow)
     before = sum(slot._memory.tokens != [] for slot in server.slots)
     assert before
     asked = {"model": "tiny", "messages": [user("x" * 40)], "max_tokens": 400, "temperature": 0}

@@ -23,7 +23,7 @@ class Lowered(BaseException):
     """Everything before code generation is done."""
 
 
-def _stop(*_: object) -> None:
+def _stop(*_: object, **__: object) -> None:
     raise Lowered
 
 

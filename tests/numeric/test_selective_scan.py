@@ -49,6 +49,16 @@ def test_every_shape(target: str) -> None:
     compare(calls, target, LoweringOptions(), open_dims=False)
 
 
+@pytest.mark.parametrize("target", WIDTHS)
+def test_workgroups_that_share_channels_do_not_add_to_one_sum(target: str) -> None:
+    """Two workers at a time: by chance, so often enough (one of twenty calls was wrong)."""
+    one = selective(1, 33, 19, 40)
+    output, state = reference(*one)  # type: ignore[arg-type]
+    for _ in range(200):
+        (got,) = run_all(OP, [Call(one, {})], domain=INTERNAL, target=target, open_dims=False)
+        check(got, (output, state))
+
+
 @pytest.mark.parametrize("target", ["cpu", BASELINE])
 def test_open_sizes(target: str) -> None:
     calls = [selective(2, 1, 37, 8), selective(2, 7, 37, 8), selective(2, 5, 32, 8, past=False)]
