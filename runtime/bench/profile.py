@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from linattn.runtime.drivers import CPU_DRIVERS
 from linattn.runtime.errors import TargetError
 from linattn.runtime.manifest import DISPATCHES_KEY, EntryPoint, Manifest
 from linattn.runtime.module import Module
@@ -28,6 +29,8 @@ CALLS = 10
 """Calls of an entry point that count."""
 WARMUP_SECONDS = 1.0
 """Calls before them: a GPU takes its time to raise its clocks for Vulkan, to three times as fast on an H100."""
+CPU_WARMUP_SECONDS = 0.1
+"""The same on CPUs; each call of it is recorded and read as well, and a small model does 20,000 in a second."""
 
 Dispatches = list[tuple[str, float]]
 """The dispatches of one call in their order: key and seconds."""
@@ -84,13 +87,14 @@ def _recorded(
     """The dispatches that IREE's profiler records."""
     symbol = entry.last or entry.symbol
     output = folder / f"{symbol}.ireeprof"
-    family = EVENTS.get(device.partition("://")[0], "dispatch-events")  # a driver that has none says so
+    driver = device.partition("://")[0]
+    family = EVENTS.get(driver, "dispatch-events")  # a driver that has none says so
     command = [
         f"--module={path}",
         f"--device={device}",
         f"--function={symbol}",
         f"--benchmark_min_time={CALLS}x",
-        f"--benchmark_min_warmup_time={WARMUP_SECONDS}",
+        f"--benchmark_min_warmup_time={CPU_WARMUP_SECONDS if driver in CPU_DRIVERS else WARMUP_SECONDS}",
         "--benchmark_format=json",
         f"--device_profiling_mode=queue-events,{family},executable-metadata",
         f"--device_profiling_output={output}",
