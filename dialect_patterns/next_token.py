@@ -14,9 +14,7 @@ warp, each of which reads a thousand logits one after the other.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from iree.compiler import ir
 
@@ -24,14 +22,12 @@ from .emit.builder import Builder, tensor_type
 from .emit.scalar import Scalar
 from .emit.simt_kernel import Kernel, dispatch
 from .emit.workgroup import RowShape, Workgroup, load_i64, row_shape, store_i64
-from .node import FLOATS, Node, TensorSpec
+from .logits import Logits, check_logits, token_types
+from .node import Node
 from .op import INTERNAL, LoweringContext, Op
 from .target import Target
 
 NEXT_TOKEN = "NextToken"
-MOST_IDS = 1 << 24
-"""Ids are counted in f32."""
-
 _NAN = -1
 _BEYOND = 3e38
 """More than any id."""
@@ -42,41 +38,13 @@ _STRIPS = 8
 _STRIPS_OF_PART = 2
 
 
-@dataclass(frozen=True)
-class NextToken:
-    """Contract.
-
-    Attributes:
-        logits: [..., V], floats, static.
-    """
-
-    logits: TensorSpec
-
-    @property
-    def vocabulary(self) -> int:
-        """V."""
-        return self.logits.shape[-1] or 0
-
-    @property
-    def rows(self) -> int:
-        """Rows of logits."""
-        return math.prod(size or 0 for size in self.logits.shape[:-1])
+class NextToken(Logits):
+    """Contract."""
 
 
 def parse(node: Node) -> NextToken:
     """Check the node; see the contract."""
-    logits = node.required(0, "logits")
-    if logits.dtype not in FLOATS or logits.rank < 2 or None in logits.shape or 0 in logits.shape:
-        raise node.error("input 'logits' cannot be chosen from", got=str(logits), expected="[..., V] of floats, static")
-    contract = NextToken(logits)
-    if contract.vocabulary > MOST_IDS:
-        raise node.error("too many logits", got=contract.vocabulary, expected=f"at most {MOST_IDS}")
-    return contract
-
-
-def output_types(contract: NextToken) -> Sequence[TensorSpec]:
-    """A number for each row."""
-    return [TensorSpec(contract.logits.shape[:-1], "i64")]
+    return NextToken(check_logits(node))
 
 
 def lower(context: LoweringContext, contract: NextToken, operands: Sequence[ir.Value | None]) -> list[ir.Value]:
@@ -181,4 +149,4 @@ class _Search:
         return self.k.widen(self.numbers, self.k.load(self.numbers, self._at(strip)))
 
 
-OPS = (Op(INTERNAL, NEXT_TOKEN, 1, parse, output_types, lower),)
+OPS = (Op(INTERNAL, NEXT_TOKEN, 1, parse, token_types, lower),)

@@ -1,8 +1,9 @@
-"""What a session holds: the states of its tokens, those that it goes back to, and memory for those to come."""
+"""What a session holds: its states, those that it goes back to, a step that is ahead of it, memory for later ones."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Literal
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from .ahead import Ahead
 from .device import DeviceArray, HostArray, numpy_dtype
 from .engine import Engine
-from .errors import StateError, require
+from .errors import StateError, TargetError, require
 from .finite import check_finite
 from .held import Held, nothing, zeros
 from .manifest import Manifest, OutputSpec, StateSpec
@@ -18,6 +19,7 @@ from .owned import Owned
 from .rows import Row, gather
 from .snapshot import Snapshot, parts_of
 from .state import state_shape
+from .step import Step
 
 _COMPACT_BYTES = 16 << 20
 _SPARE_STATES = 2
@@ -56,6 +58,49 @@ class Holding(Owned):
         ahead = self._ahead
         coming = [] if ahead is None else [ahead.held.moving]
         return [a for one in (*(now.all_arrays for now in self._line), *list(self._spare), *coming) for a in one]
+
+    def _chooser(self, now: Held, draw: HostArray | None) -> Step | None:
+        can = now.batch is not None and now.mask is None and self._guard is None  # who looks before it goes on
+        return self._engine.take_chooser(now.batch or 1, draws=draw is not None) if can else None
+
+    def _submit(self, base: Held, ids: HostArray | Step, draw: HostArray | None) -> Ahead:
+        """Puts a step that chooses tokens into the device's queue."""
+        step = self._chooser(base, draw)
+        assert step is not None
+        step.draw_by(draw)
+        lease = base.lease.caches.extend(base.lease, base.position + 1)
+        try:
+            now = Held(base.moving, lease, base.position, base.batch)
+            with self._engine.exclusive():
+                into = self._spare.pop() if self._spare else None
+                wait, moving = step.submit(ids, now, into)
+        except BaseException:
+            lease.release()
+            raise
+        after = Held(moving, lease, base.position + 1, base.batch)
+        source = ids if isinstance(ids, Step) else None
+        return Ahead(base, after, step, source, None if isinstance(ids, Step) else ids, draw, wait)
+
+    def _settle(self) -> None:
+        """Waits for a step that was submitted ahead, and forgets it: only what is committed counts."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and not self._engine.module.is_foreign:
+            self._abandon(ahead)
+
+    def _abandon(self, *steps: Ahead) -> None:
+        """Waits for steps that nobody wants, and has their memory used again."""
+        try:
+            for one in steps:
+                with suppress(TargetError):
+                    one.wait()
+            for one in steps:
+                self._keep_memory(one.held.moving)
+            used = {id(step): step for one in steps for step in (one.step, one.source) if step is not None}
+            for step in used.values():
+                self._engine.give_back(steps[0].held.batch or 1, step)
+        finally:
+            for one in steps:
+                one.held.lease.release()
 
     def _commit(self, new: Held) -> None:
         """Holds something more; what was there is kept for `rollback` as far as the window goes.

@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, wait
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -17,7 +17,7 @@ from .arrays import as_array
 from .collect import Collector, Wanted, find_wanted
 from .device import DeviceArray, HostArray
 from .engine import Engine
-from .errors import InputError, StateError, TargetError, require, require_list, require_whole
+from .errors import InputError, StateError, require, require_list, require_whole
 from .feeds import Call, block_inputs, check_room, prepare
 from .held import Held
 from .holding import Holding
@@ -438,49 +438,6 @@ class Session(Holding):
                 self._engine.give_back(now.batch or 1, first.source)
             self._ahead = following
             return tokens
-
-    def _chooser(self, now: Held, draw: HostArray | None) -> Step | None:
-        can = now.batch is not None and now.mask is None and self._guard is None  # who looks before it goes on
-        return self._engine.take_chooser(now.batch or 1, draws=draw is not None) if can else None
-
-    def _submit(self, base: Held, ids: HostArray | Step, draw: HostArray | None) -> Ahead:
-        """Puts a step that chooses tokens into the device's queue."""
-        step = self._chooser(base, draw)
-        assert step is not None
-        step.draw_by(draw)
-        lease = base.lease.caches.extend(base.lease, base.position + 1)
-        try:
-            now = Held(base.moving, lease, base.position, base.batch)
-            with self._engine.exclusive():
-                into = self._spare.pop() if self._spare else None
-                wait, moving = step.submit(ids, now, into)
-        except BaseException:
-            lease.release()
-            raise
-        after = Held(moving, lease, base.position + 1, base.batch)
-        source = ids if isinstance(ids, Step) else None
-        return Ahead(base, after, step, source, None if isinstance(ids, Step) else ids, draw, wait)
-
-    def _settle(self) -> None:
-        """Waits for a step that was submitted ahead, and forgets it: only what is committed counts."""
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None and not self._engine.module.is_foreign:
-            self._abandon(ahead)
-
-    def _abandon(self, *steps: Ahead) -> None:
-        """Waits for steps that nobody wants, and has their memory used again."""
-        try:
-            for one in steps:
-                with suppress(TargetError):
-                    one.wait()
-            for one in steps:
-                self._keep_memory(one.held.moving)
-            used = {id(step): step for one in steps for step in (one.step, one.source) if step is not None}
-            for step in used.values():
-                self._engine.give_back(steps[0].held.batch or 1, step)
-        finally:
-            for one in steps:
-                one.held.lease.release()
 
     def _step(self, step: Step, ids: HostArray, now: Held, read: Callable[[Sequence[DeviceArray]], _Chosen]) -> _Chosen:
         """What `_run` does, for one token of every row that all is prepared for."""

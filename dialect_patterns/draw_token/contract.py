@@ -14,12 +14,8 @@ logit is finite.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-
-from ..next_token import MOST_IDS
-from ..node import FLOATS, Node, TensorSpec
+from ..logits import Logits, check_logits
+from ..node import Node, TensorSpec
 
 DRAW_TOKEN = "DrawToken"
 SETTINGS = 8
@@ -29,41 +25,14 @@ FURTHEST = 87.0
 """The reach of f32."""
 
 
-@dataclass(frozen=True)
-class DrawToken:
-    """Contract.
-
-    Attributes:
-        logits: [..., V], floats, static.
-    """
-
-    logits: TensorSpec
-
-    @property
-    def vocabulary(self) -> int:
-        """V."""
-        return self.logits.shape[-1] or 0
-
-    @property
-    def rows(self) -> int:
-        """B."""
-        return math.prod(size or 0 for size in self.logits.shape[:-1])
+class DrawToken(Logits):
+    """Contract."""
 
 
 def parse(node: Node) -> DrawToken:
     """Check the node; see the contract."""
-    logits, settings = node.required(0, "logits"), node.required(1, "settings")
-    if logits.dtype not in FLOATS or logits.rank < 2 or None in logits.shape or 0 in logits.shape:
-        raise node.error("input 'logits' cannot be drawn from", got=str(logits), expected="[..., V] of floats, static")
-    contract = DrawToken(logits)
-    if contract.vocabulary > MOST_IDS:
-        raise node.error("too many logits", got=contract.vocabulary, expected=f"at most {MOST_IDS}")
+    contract, settings = DrawToken(check_logits(node)), node.required(1, "settings")
     wanted = TensorSpec((contract.rows, SETTINGS), "f32")
     if settings != wanted:
         raise node.error("input 'settings' is another one", got=str(settings), expected=str(wanted))
     return contract
-
-
-def output_types(contract: DrawToken) -> Sequence[TensorSpec]:
-    """A token for each row."""
-    return [TensorSpec(contract.logits.shape[:-1], "i64")]

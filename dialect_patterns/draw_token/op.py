@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from iree.compiler import ir
 
+from ..logits import token_types
 from ..op import INTERNAL, LoweringContext, Op
-from .contract import DRAW_TOKEN, DrawToken, output_types, parse
+from .contract import DRAW_TOKEN, DrawToken, parse
 from .kernel import emit_draw
 
 
@@ -22,4 +23,4 @@ def lower(context: LoweringContext, contract: DrawToken, operands: Sequence[ir.V
     return [b.expand(token, 0, lead) if len(lead) > 1 else token]
 
 
-OPS = (Op(INTERNAL, DRAW_TOKEN, 1, parse, output_types, lower),)
+OPS = (Op(INTERNAL, DRAW_TOKEN, 1, parse, token_types, lower),)

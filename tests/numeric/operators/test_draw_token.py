@@ -167,7 +167,7 @@ def test_it_is_one_kernel_on_cuda() -> None:
 def test_what_cannot_be_drawn_from() -> None:
     row, settings = np.zeros((1, 1, 4), np.float32), np.zeros((1, 8), np.float32)
     for inputs, message in (
-        ([row.astype(np.int64), settings], "input 'logits' cannot be drawn from"),
+        ([row.astype(np.int64), settings], "input 'logits' cannot be chosen from"),
         ([row, settings[:, :3]], "input 'settings' is another one"),
         ([np.zeros((2, 1, 4), np.float32), settings], "input 'settings' is another one"),
     ):
