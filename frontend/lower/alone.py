@@ -53,10 +53,19 @@ def with_alone(manifest: Manifest, table: Mapping[str, Rows]) -> Manifest:
 
     def alone(entry: EntryPoint) -> int:
         symbols = [name for name in (entry.symbol, entry.last, entry.token, entry.draw) if name]
-        return min(positions_alone(table.get(name, ()), entry.tokens, sum(caches), token_bytes) for name in symbols)
+        tokens = _rows(manifest) if entry.kind == "main" else entry.tokens
+        return min(positions_alone(table.get(name, ()), tokens, sum(caches), token_bytes) for name in symbols)
 
     entries = tuple(dataclasses.replace(entry, alone=alone(entry)) for entry in manifest.entry_points)
     return dataclasses.replace(manifest, entry_points=entries)
+
+
+def _rows(manifest: Manifest) -> int | None:
+    """The rows of the largest input, at least as many as tokens, where a model does not tell these; None where open."""
+    sizes = [size for spec in manifest.inputs for size in spec.shape[:-1]]
+    if not all(isinstance(size, int) for size in sizes):
+        return None
+    return max((math.prod(int(size) for size in spec.shape[:-1]) for spec in manifest.inputs), default=1)
 
 
 def positions_alone(rows: Rows, tokens: int | None, cache_bytes: float, token_bytes: float) -> int:

@@ -9,16 +9,20 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from linattn.frontend import CompileOptions, compile_model
-from linattn.frontend.lower.alone import ANY_POSITION, KERNEL_US, positions_alone
+from linattn.frontend.lower.alone import ANY_POSITION, KERNEL_US, positions_alone, with_alone
 from linattn.frontend.options import CompiledModel
 from linattn.runtime import Program
+from linattn.runtime.bench.cases import AttentionCase
+from linattn.runtime.bench.op_models import MICROSOFT, build_op
 from linattn.runtime.manifest import DISPATCHES_KEY, Manifest
 from linattn.runtime.module import Module
 from linattn.runtime.session import engine_of
 
 from samples.tiny_hybrid import build
+from tests.tolerances import BENIGN, error
 
 CONTEXT, BLOCK = 192, 128
 IDS = np.random.default_rng(9).integers(0, 256, (1, CONTEXT))
@@ -129,6 +133,32 @@ def test_programs_in_threads_of_their_own() -> None:
     for thread in threads:
         thread.join()
     assert all(np.array_equal(found[number], want) for number in range(3))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "heads", "alone"), [(1, 16, ANY_POSITION), (1, 32, ANY_POSITION), (1, 64, 0), (256, 4, 0)]
+)
+def test_a_model_of_one_operator(tokens: int, heads: int, alone: int) -> None:
+    """Which has no token ids: its inputs tell how many rows a call has."""
+    case = AttentionCase(tokens, "float32", heads=heads, kv_heads=heads)
+    inputs = case.inputs()
+    model = onnx.load_from_string(build_op(case, inputs, MICROSOFT))
+    loaded = Program.load(compile_model(model, CompileOptions()).module)
+    assert [entry.alone for entry in loaded.manifest.entry_points] == [alone]
+    if alone and heads == 16:
+        found, want = loaded.run(inputs), case.reference(inputs)
+        assert all(error(found[name], want[name]) <= BENIGN["float32"] for name in want)
+
+
+def test_open_rows_are_never_few() -> None:
+    """Nobody knows how large such a call is."""
+    rows = [ROW]
+    manifest = program().manifest
+    specs = [dataclasses.replace(spec, shape=("any", 8)) for spec in manifest.inputs]
+    for inputs, alone in ((specs, 0), ([dataclasses.replace(spec, shape=(2, 8)) for spec in specs], ANY_POSITION)):
+        entry = dataclasses.replace(manifest.entry_points[0], kind="main", tokens=None, symbol="main")
+        one = dataclasses.replace(manifest, inputs=tuple(inputs), entry_points=(entry,), states=())
+        assert with_alone(one, {"main": rows}).entry_points[0].alone == alone
 
 
 def test_weights_are_there_once() -> None:
