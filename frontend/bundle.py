@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 import secrets
 import shutil
 import tempfile
@@ -30,6 +29,7 @@ from .options import CompiledModel, CompileOptions
 from .plan.report import BUNDLE_WEIGHTS, BundleReport, CompileReport, Progress, write_report
 from .process.guard import last_net
 from .targets import resolve_target
+from .targets.names import machine_name
 
 
 @dataclass
@@ -126,7 +126,7 @@ def compile_bundle(
             weights = _Weights(str(folder), spill)
             for file, options in _named(machines).items():
                 dump = options.dump_ir / file.removesuffix(".vmfb") if options.dump_ir else None
-                each = dataclasses.replace(options, params=building / BUNDLE_WEIGHTS, dump_ir=dump, report=None)
+                each = dataclasses.replace(options, parameters=building / BUNDLE_WEIGHTS, dump_ir=dump, report=None)
                 compiled[file] = compile_model(
                     source,
                     each,
@@ -223,7 +223,7 @@ def _named(machines: Sequence[CompileOptions]) -> dict[str, CompileOptions]:
     for options in machines:
         name = options.target
         if sum(other.target == name for other in machines) > 1:
-            name += "-" + re.sub(r"[^\w.-]+", "-", Path(options.cpu_features or options.gpu_target or "default").stem)
+            name = machine_name(name, options.machine)
         while f"{name}.vmfb" in names:
             name += "x"
         names[f"{name}.vmfb"] = options

@@ -18,6 +18,7 @@ from .plan.report import module_progress, stderr_progress
 from .process.isolated import compile_bundle, compile_model
 from .targets import TARGETS, TargetOptions
 from .targets.lists import read_machines
+from .targets.names import machine_name
 from .text import BESIDE
 
 OPEN = "open"
@@ -90,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         "-o",
         "--output",
         metavar="OUT",
-        help="module or, named *.linattn, bundle to write (default: MODEL's name, the target and .vmfb)",
+        help="module or, named *.linattn, bundle to write (default: MODEL's name, the target, its GPU or CPU, .vmfb)",
     )
     add("--dim", action="append", default=[], metavar="NAME=N", help="bind a symbolic dim of the model; repeatable")
     add(
@@ -125,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
         help="fast: products of f32 weights may be of terms of 16 bits, which lose 2^-16 of each, where the machine's "
         "matrix units make that faster (default: strict)",
     )
-    add("--params", metavar="FILE.irpa", help="write the weights to this file instead of into the module")
+    add("--parameters", metavar="FILE.irpa", help="write the weights to this file instead of into the module")
     add(
         "--tokenizer",
         default=BESIDE,
@@ -167,7 +168,7 @@ def _run(arguments: argparse.Namespace) -> int:
         extra_outputs=tuple(arguments.extra_output),
         strategy=arguments.strategy,
         math=arguments.math,
-        params=Path(arguments.params) if arguments.params else None,
+        parameters=Path(arguments.parameters) if arguments.parameters else None,
         plain_abi=arguments.plain_abi,
         max_memory=_size(arguments.max_memory),
         sampler=arguments.sampler,
@@ -183,10 +184,11 @@ def _run(arguments: argparse.Namespace) -> int:
     model = Path(arguments.model)
     stem = model.resolve().parent.name if model.stem == "model" else model.stem
     several = len(machines) > 1
-    output = Path(arguments.output or f"{stem}{BUNDLE_SUFFIX if several else f'-{machines[0].target}.vmfb'}")
+    module = f"-{machine_name(machines[0].target, machines[0].machine)}.vmfb"
+    output = Path(arguments.output or f"{stem}{BUNDLE_SUFFIX if several else module}")
     is_bundle = several or output.suffix == BUNDLE_SUFFIX
-    if is_bundle and (options.params or output.suffix == ".vmfb"):
-        got = f"--params {options.params}" if options.params else str(output)
+    if is_bundle and (options.parameters or output.suffix == ".vmfb"):
+        got = f"--parameters {options.parameters}" if options.parameters else str(output)
         hint = f"it is a folder NAME{BUNDLE_SUFFIX} with its weights inside"
         raise InputError("does not go with a bundle", where="--target" if several else "-o", got=got, hint=hint)
     if is_bundle:

@@ -88,8 +88,8 @@ def compile_model(
         options: What to compile for.
         output: File for the module; it appears whole or not at all. Without it the bytes are returned.
         progress: Told of each stage.
-        take_weights: Given the weights by content key, instead of the file ``options.params`` being written; the module
-            reads them from a file of that name all the same.
+        take_weights: Given the weights by content key, instead of the file ``options.parameters`` being written; the
+            module reads them from a file of that name all the same.
 
     Raises:
         UnsupportedModelError: if the model is damaged or cannot be compiled; nothing has been compiled then.
@@ -148,7 +148,7 @@ def compile_model(
         module.operation.attributes["sym_name"] = ir.StringAttr.get("linattn")
         if target.device_attribute is not None:
             module.operation.attributes["hal.device.targets"] = ir.Attribute.parse(target.device_attribute)
-        weights = Weights(module, model.weights, model.keys, PARAMETER_SCOPE if options.params else None)
+        weights = Weights(module, model.weights, model.keys, PARAMETER_SCOPE if options.parameters else None)
         for symbol, graph in functions.items():
             reflection = {REFLECTION_KEY: manifest.to_json()} if symbol == plan.entry_points[0].symbol else {}
             if signature.takes_results:
@@ -180,7 +180,7 @@ def compile_model(
     with progress.stage("write"):
         if take_weights is not None:
             take_weights(weights.archive())
-        params = options.params if take_weights is None else None
+        params = options.parameters if take_weights is None else None
         data = _write(code, weights, output, params, text)
         report.output = str(output or "in memory")
         report.output_bytes = Path(output).stat().st_size if output else len(data)
@@ -202,7 +202,7 @@ def _finish(
 
 def _check_outputs(read: Sequence[Path], options: CompileOptions, output: str | Path | None) -> None:
     inputs = [*read, *([options.gpu_target] if options.gpu_target else [])]
-    check_outputs({"-o": output, "--params": options.params, "--report": options.report}, inputs)
+    check_outputs({"-o": output, "--parameters": options.parameters, "--report": options.report}, inputs)
     if options.dump_ir is not None and options.dump_ir.exists() and not options.dump_ir.is_dir():
         raise InputError("not a folder", where=f"--dump-ir {options.dump_ir}", hint="choose another name")
 

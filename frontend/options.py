@@ -45,7 +45,7 @@ class CompileOptions:
         strategy: Forces one strategy on the two state operators.
         math: ``strict``: sums and products of f32 are in f32; ``fast``: products with weights may be of terms of 16
             bits, where the machine multiplies those faster.
-        params: Write the weights to this ``.irpa`` file instead of into the module.
+        parameters: Write the weights to this ``.irpa`` file instead of into the module.
         plain_abi: Functions return every output and state as ordinary results, as any caller of IREE expects; without
             it those of fixed sizes take memory for them, which saves our runtime an allocation a call.
         max_memory: Bytes that a call may need, weights not counted; see :mod:`linattn.frontend.limits`.
@@ -72,7 +72,7 @@ class CompileOptions:
     extra_outputs: tuple[str, ...] = ()
     strategy: str | None = None
     math: str = "strict"
-    params: Path | None = None
+    parameters: Path | None = None
     plain_abi: bool = False
     max_memory: int = DEFAULT_MAX_MEMORY
     sampler: str = "none"
@@ -111,7 +111,7 @@ _FLAGS = {"dims": "--dim", "states": "--state", "no_states": "--no-state", "extr
 _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     **dict.fromkeys(("target", "math", "sampler"), ((str,), "a text")),
     **dict.fromkeys(("cpu_features", "gpu_target", "target_triple", "strategy"), ((str, type(None)), "a text")),
-    **dict.fromkeys(("params", "dump_ir", "report", "tokenizer"), ((str, os.PathLike, type(None)), "a path")),
+    **dict.fromkeys(("parameters", "dump_ir", "report", "tokenizer"), ((str, os.PathLike, type(None)), "a path")),
     **dict.fromkeys(("dims", "states"), ((Mapping,), "a dict")),
     "no_states": ((Set, tuple, list), "a set of names"),
     "extra_outputs": ((tuple, list), "a tuple of names"),

@@ -55,7 +55,7 @@ def describe_module(
         entry_points=plan.entry_points,
         dims=plan.roles.roles,
         nodes=nodes,
-        parameters=Parameters(PARAMETER_SCOPE, options.params.name) if options.params else None,
+        parameters=Parameters(PARAMETER_SCOPE, options.parameters.name) if options.parameters else None,
         row_masks=has_row_masks(model.proto.graph, plan.pairs),
         producer=versions,
     )

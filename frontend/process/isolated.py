@@ -195,7 +195,7 @@ def compile_model(
     require(output, (str, os.PathLike, type(None)), "output", "a path")
     options = options or CompileOptions()
     progress = progress or Progress(6)
-    outputs = [path for path in (output, options.params, options.report) if path is not None]
+    outputs = [path for path in (output, options.parameters, options.report) if path is not None]
     with tempfile.TemporaryDirectory(prefix="linattn-") as folder:
         module = Path(folder) / "module.vmfb"
         arguments = {

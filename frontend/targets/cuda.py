@@ -91,8 +91,10 @@ def _architecture(name: str) -> int:
     match = re.fullmatch(r"sm_(\d{2,3})[af]?", name)
     number = _NAMES.get(name, int(match[1]) if match else 0)
     if number not in KNOWN and number not in NEWER:
-        expected = ", ".join(f"sm_{n}" for n in sorted({*KNOWN, *NEWER})) + ", or several of them: sm_80,sm_90"
-        raise TargetError("unknown GPU", where="--gpu-target", got=repr(name), expected=expected)
+        numbers = ", ".join(f"sm_{n}" for n in sorted({*KNOWN, *NEWER}))
+        expected = f"{numbers}, or by name {', '.join(_NAMES)}, or several: sm_80,sm_90"
+        hint = "nvidia-smi --query-gpu=compute_cap --format=csv says 8.9 of an sm_89"
+        raise TargetError("unknown GPU", where="--gpu-target", got=repr(name), expected=expected, hint=hint)
     return number
 
 

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
+import inspect
 import re
 from collections.abc import Iterator
+from dataclasses import fields
 
+from linattn.frontend import CompileOptions
+from linattn.frontend import cli as compile_cli
+from linattn.frontend.options import _flag
+from linattn.runtime import Program
+from linattn.runtime import cli as run_cli
+from linattn.runtime.bench import cli as bench_cli
 from pages import PAGES, ROOT
 
 GLOSSARY = "docs/glossary.md"
@@ -49,3 +58,33 @@ def test_words_are_used() -> None:
 
 def test_a_word_is_found() -> None:
     assert uses("the backend runs\nx.backend\nbackends\na backend.", ["backend"]) == ["the backend runs", "a backend."]
+
+
+def options(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    """Those of a command and of its parts."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for part in action.choices.values():
+                yield from options(part)
+        elif action.option_strings:
+            yield action
+
+
+def test_options_are_called_as_their_arguments_in_python() -> None:
+    known = [
+        {name for each in options(cli._parser()) for name in each.option_strings} for cli in (compile_cli, run_cli)
+    ]
+    assert {_flag(each.name) for each in fields(CompileOptions)} <= known[0]
+    arguments = set(inspect.signature(Program.load).parameters) - {"source"}
+    assert {f"--{name.replace('_', '-')}" for name in arguments} <= known[1]
+
+
+def test_a_kind_of_file_has_one_option_in_all_commands() -> None:
+    """`--params` wrote what `--parameters` read."""
+    names: dict[str, set[str]] = {}
+    for cli in (compile_cli, run_cli, bench_cli):
+        for each in options(cli._parser()):
+            if re.fullmatch(r"FILE\.\w+", str(each.metavar)) and "--output" not in each.option_strings:
+                names.setdefault(str(each.metavar), set()).update(each.option_strings)
+    assert {"FILE.irpa", "FILE.json", "FILE.png"} <= set(names)
+    assert {kind: found for kind, found in names.items() if len(found) > 1} == {}

@@ -250,8 +250,11 @@ def test_a_bundle_of_one_target_replaces_the_last(tmp_path: Path) -> None:
         (["--target", "cuda,cpu", "--gpu-target", "vulkan:ada"], "--gpu-target: not among the targets, got vulkan"),
         (["--target", "cuda,vulkan", "--gpu-target", "cuda:sm_80,ada"], "expected cuda:NAME,vulkan:NAME"),
         (["--target", "cuda,vulkan", "--cpu-features", "host"], "--cpu-features: a CPU option for a GPU target"),
-        (["--target", "cuda,cpu", "--params", "w.irpa"], "--target: does not go with a bundle, got --params w.irpa"),
-        (["--params", "w.irpa", "-o", "out.linattn"], "-o: does not go with a bundle, got --params w.irpa"),
+        (
+            ["--target", "cuda,cpu", "--parameters", "w.irpa"],
+            "--target: does not go with a bundle, got --parameters w.irpa",
+        ),
+        (["--parameters", "w.irpa", "-o", "out.linattn"], "-o: does not go with a bundle, got --parameters w.irpa"),
         (["--target", "cuda,cpu", "-o", "out.vmfb"], "--target: does not go with a bundle, got out.vmfb"),
     ],
 )

@@ -160,7 +160,7 @@ def test_external_data_stays_inside(location: str, tmp_path: Path, capsys: pytes
         (["--dim", "nope=3"], "--dim nope: the model has no such dim"),
         (["--strategy", "magic"], "unknown strategy"),
         (["--chunk-size", "48"], "chunk size"),
-        (["--params", "/nowhere/at/all.irpa"], "no such folder"),
+        (["--parameters", "/nowhere/at/all.irpa"], "no such folder"),
     ],
 )
 def test_bad_option(arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -209,7 +209,7 @@ def test_debug_shows_the_traceback(tmp_path: Path, capsys: pytest.CaptureFixture
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model compiled by the command line, weights beside it, with report and IR dump."""
     folder = tmp_path_factory.mktemp("cli")
-    arguments = [save(build(), folder), "-o", folder / "out.vmfb", "--params", folder / "weights.irpa"]
+    arguments = [save(build(), folder), "-o", folder / "out.vmfb", "--parameters", folder / "weights.irpa"]
     arguments += ["--report", folder / "report.json", "--dump-ir", folder / "ir", "--max-context", "64"]
     assert main([*map(str, arguments), "--prefill-blocks", "8", "--quiet"]) == 0
     return folder

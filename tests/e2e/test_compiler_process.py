@@ -74,7 +74,7 @@ def test_it_is_kept_between_calls(tmp_path: Path) -> None:
 def test_death_while_compiling(ending: signal.Signals, tmp_path: Path) -> None:
     (tmp_path / "out.vmfb").write_bytes(b"what was there")
     pid = process()
-    options = CompileOptions(params=tmp_path / "weights.irpa")
+    options = CompileOptions(parameters=tmp_path / "weights.irpa")
     progress = Progress(6, When("generate code", lambda: os.kill(pid, ending)))
     with pytest.raises(LoweringError, match=rf"the compiler died \({ending.name}\)") as caught:
         compile_model(small_model(), options, output=tmp_path / "out.vmfb", progress=progress)

@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """model.onnx, and compiled of it tiny.vmfb with its weights beside it and its report."""
     folder = tmp_path_factory.mktemp("first_look")
     onnx.save(build(), folder / "model.onnx")
-    options = [str(folder / "model.onnx"), *SMALL, "--params", str(folder / "tiny.irpa"), "--quiet"]
+    options = [str(folder / "model.onnx"), *SMALL, "--parameters", str(folder / "tiny.irpa"), "--quiet"]
     options += ["-o", str(folder / "tiny.vmfb"), "--report", str(folder / "report.json")]
     assert compile_cli.main(options) == 0
     return folder

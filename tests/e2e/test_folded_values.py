@@ -66,7 +66,7 @@ def test_equal_weights_are_stored_once_under_their_hash(tmp_path: Path) -> None:
     keys = []
     for twins in (False, True):
         parameters = tmp_path / f"{twins}.irpa"
-        compile_model(model(twins), CompileOptions(prefill_blocks=(8,), params=parameters))
+        compile_model(model(twins), CompileOptions(prefill_blocks=(8,), parameters=parameters))
         index = rt.ParameterIndex()
         index.load(str(parameters))
         keys.append(sorted(key for key, _ in index.items()))

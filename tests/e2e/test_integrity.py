@@ -41,7 +41,7 @@ def twins(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """Folders of two models of equal names and shapes, each with m.vmfb and w.irpa; the first with inside.vmfb too."""
     folders = {seed: tmp_path_factory.mktemp(f"twin{seed}") for seed in (0, 1)}
     for seed, folder in folders.items():
-        compile_model(model(seed), CompileOptions(params=folder / "w.irpa"), output=folder / "m.vmfb")
+        compile_model(model(seed), CompileOptions(parameters=folder / "w.irpa"), output=folder / "m.vmfb")
     compile_model(model(0), output=folders[0] / "inside.vmfb")
     return folders
 
@@ -156,7 +156,7 @@ def test_other_tools_read_sealed_files(twins: dict[int, Path], tmp_path: Path) -
         assert archive.testzip() is None
         assert len(archive.comment) == SEAL_BYTES
     np.save(tmp_path / "x.npy", X)
-    compile_model(model(0), CompileOptions(params=tmp_path / "w.irpa", plain_abi=True), output=tmp_path / "m.vmfb")
+    compile_model(model(0), CompileOptions(parameters=tmp_path / "w.irpa", plain_abi=True), output=tmp_path / "m.vmfb")
     tool = Path(sys.executable).parent / "iree-run-module"
     command = [
         tool,

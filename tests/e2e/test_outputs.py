@@ -23,7 +23,7 @@ from linattn.runtime.outputs import check_outputs, new_file
 from test_integrity import WEIGHTS, X, model
 from tolerances import BENIGN, error
 
-OPTIONS = ["-o", "--params", "--report"]
+OPTIONS = ["-o", "--parameters", "--report"]
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_a_description_of_a_gpu_is_an_input(folder: Path, capsys: pytest.Capture
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
-@pytest.mark.parametrize("pair", [("-o", "--params"), ("-o", "--report"), ("--params", "--report")])
+@pytest.mark.parametrize("pair", [("-o", "--parameters"), ("-o", "--report"), ("--parameters", "--report")])
 @pytest.mark.parametrize("exists", [True, False])
 def test_outputs_have_names_of_their_own(
     pair: tuple[str, str], way: Callable[[Path], Path], exists: bool, folder: Path, capsys: pytest.CaptureFixture[str]
@@ -192,7 +192,7 @@ def test_a_folder_of_somebody_else(folder: Path) -> None:
 def test_modes_are_those_of_any_new_file(umask: int, folder: Path) -> None:
     old = os.umask(umask)
     try:
-        code, _ = compile_(folder, "--params", folder / "w.irpa", "--report", folder / "report.json")
+        code, _ = compile_(folder, "--parameters", folder / "w.irpa", "--report", folder / "report.json")
     finally:
         os.umask(old)
     assert code == 0
@@ -206,7 +206,7 @@ def test_a_link_leads_to_what_is_written(folder: Path) -> None:
     for name in ("out.vmfb", "w.irpa"):
         (folder / name).symlink_to(store / name)
         (store / name).write_text("old")
-    assert compile_(folder, "--params", folder / "w.irpa")[0] == 0
+    assert compile_(folder, "--parameters", folder / "w.irpa")[0] == 0
     assert (folder / "out.vmfb").is_symlink()
     assert {path.name for path in store.iterdir()} == {"out.vmfb", "w.irpa"}
     with Program.load(folder / "out.vmfb", verify=True) as program:
@@ -222,7 +222,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 @pytest.mark.parametrize(
-    ("options", "named"), [([], "out.vmfb"), (["--params", "w.irpa", "--report", "report.json"], "w.irpa")]
+    ("options", "named"), [([], "out.vmfb"), (["--parameters", "w.irpa", "--report", "report.json"], "w.irpa")]
 )
 def test_a_full_disk(options: list[str], named: str, folder: Path) -> None:
     """No file may be larger than 128 KiB: the code fits, the weights do not."""
@@ -250,7 +250,7 @@ def test_a_full_disk_for_the_report(folder: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM], ids=lambda stop: stop.name)
 def test_stopped(stop: signal.Signals, folder: Path) -> None:
-    arguments = ["model.onnx", "-o", "out.vmfb", "--params", "w.irpa"]
+    arguments = ["model.onnx", "-o", "out.vmfb", "--parameters", "w.irpa"]
     command = [sys.executable, "-m", "linattn.frontend.cli", *arguments]
     before = contents(folder)
     with subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True) as process:

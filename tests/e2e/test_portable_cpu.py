@@ -28,7 +28,7 @@ FOLDER = Path(mkdtemp(prefix="linattn-portable-"))
 def compiled(name: str) -> tuple[bytes, Path]:
     """The module of an exported model, and the file with its weights."""
     file = FOLDER / f"{name}.irpa"
-    options = CompileOptions(cpu_features="portable", prefill_blocks=(64,), max_context=256, params=file)
+    options = CompileOptions(cpu_features="portable", prefill_blocks=(64,), max_context=256, parameters=file)
     return compile_model(MODELS / name / "model.onnx", options).module, file
 
 

@@ -33,7 +33,7 @@ def stored_keys(dump: Path) -> list[str]:
 def test_int4_table_that_is_the_head_too(tmp_path: Path) -> None:
     """GatherBlockQuantized reads the initializer of MatMulNBits through a Reshape."""
     family, params = Family("lfm2--genai-cpu-int4"), tmp_path / "model.irpa"
-    options = CompileOptions(prefill_blocks=(8,), params=params, dump_ir=tmp_path / "ir")
+    options = CompileOptions(prefill_blocks=(8,), parameters=params, dump_ir=tmp_path / "ir")
     compiled = compile_model(family.model, options, output=tmp_path / "model.vmfb")
     assert params.stat().st_size < 1.02 * compiled.report.weight_bytes
     keys = stored_keys(tmp_path / "ir")

@@ -159,7 +159,7 @@ def test_weights_are_stored_once(tmp_path: Path) -> None:
     inside = compile_model(model, CompileOptions())
     assert (1 << 20) < len(inside.module) < (1 << 20) + 100_000
     file = tmp_path / "w.irpa"
-    outside = compile_model(model, CompileOptions(params=file), output=tmp_path / "m.vmfb")
+    outside = compile_model(model, CompileOptions(parameters=file), output=tmp_path / "m.vmfb")
     assert (1 << 20) < file.stat().st_size < (1 << 20) + 10_000
     assert outside.report.output_bytes < 100_000
     feeds = inputs_of([(2, 512, 512)], np.float32)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
+from linattn.frontend import cli
 from linattn.frontend.targets import TARGETS, TargetOptions
 from linattn.frontend.targets.lists import read_machines
 from linattn.runtime import LinattnError
@@ -70,3 +74,35 @@ def test_each_its_own(targets: str, options: TargetOptions, machines: list[tuple
 def test_refused(targets: str, options: TargetOptions, message: str) -> None:
     with pytest.raises(LinattnError, match=message):
         read_machines(targets, options)
+
+
+FILES = {
+    "": "tiny-cpu.vmfb",
+    "--cpu-features portable": "tiny-cpu-portable.vmfb",
+    "--cpu-features +avx2,+fma": "tiny-cpu-avx2-fma.vmfb",
+    "--target-triple aarch64-linux-gnu --cpu-features cortex-a76": "tiny-cpu-aarch64-linux-gnu-cortex-a76.vmfb",
+    "--target cuda": "tiny-cuda-sm_80.vmfb",
+    "--target cuda --gpu-target sm_89": "tiny-cuda-sm_89.vmfb",
+    "--target cuda --gpu-target sm_80,sm_90": "tiny-cuda-sm_80-sm_90.vmfb",
+    "--target vulkan": "tiny-vulkan-baseline.vmfb",
+    "--target vulkan --gpu-target ada": "tiny-vulkan-ada.vmfb",
+    "--target vulkan --gpu-target ../my/phone.json": "tiny-vulkan-phone.vmfb",
+    "--target cuda,cpu --gpu-target sm_89": "tiny.linattn",
+    "--target cuda -o other.vmfb": "other.vmfb",
+}
+
+
+@pytest.mark.parametrize(("options", "file"), FILES.items())
+def test_two_machines_have_two_files(options: str, file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where none is named: a module for one GPU took the place of another's."""
+    outputs: list[Path] = []
+
+    def note(*_: Any, output: Path | None = None, **__: Any) -> None:
+        assert output is not None
+        outputs.append(output)
+        raise LinattnError("enough")
+
+    monkeypatch.setattr(cli, "compile_model", note)
+    monkeypatch.setattr(cli, "compile_bundle", lambda *arguments: note(output=arguments[2]))
+    assert cli.main(["tiny/model.onnx", *options.split()]) == 2
+    assert outputs == [Path(file)]
