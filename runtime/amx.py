@@ -15,9 +15,8 @@ from typing import Any
 FEATURES = frozenset({"amx-tile", "amx-int8", "amx-bf16"})
 """Instruction sets that need the permission."""
 
-_ARCH_PRCTL = 158
-_REQUEST_PERMISSION = 0x1023
-_TILE_DATA = 18
+REQUEST = (158, 0x1023, 18)
+"""The system call: arch_prctl, to request a permission, for tile data."""
 
 
 @cache
@@ -30,4 +29,5 @@ def permitted() -> bool:
     except (OSError, AttributeError):
         return False
     syscall.restype = ctypes.c_long
-    return syscall(ctypes.c_long(_ARCH_PRCTL), ctypes.c_ulong(_REQUEST_PERMISSION), ctypes.c_ulong(_TILE_DATA)) == 0
+    number, *arguments = REQUEST
+    return syscall(ctypes.c_long(number), *(ctypes.c_ulong(value) for value in arguments)) == 0

@@ -21,6 +21,7 @@ from linattn.runtime.errors import TargetError
 from linattn.runtime.module import Module
 
 from .lazy import need
+from .permission import environment
 
 # Driver -> the kind of events that tell how long a dispatch took.
 EVENTS = {"vulkan": "dispatch-events", "local-task": "host-execution", "local-sync": "host-execution"}
@@ -178,7 +179,11 @@ def run_tool(tool: str, *arguments: str) -> str:
     if program is None:
         raise TargetError("not found", where=tool, hint="reinstall iree-base-runtime, which brings it")
     try:
-        done = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=_TIMEOUT, check=False)
+        with tempfile.TemporaryDirectory(prefix="linattn-tool-") as folder:
+            command, given = [program, *arguments], environment(Path(folder))
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=_TIMEOUT, check=False, env=given
+            )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired) as error:
         raise TargetError("cannot be run", where=tool, hint=" ".join(str(error).split())[:200]) from error
     if done.returncode:
