@@ -18,6 +18,8 @@ column tile and S once; 4 dk dv multiply-adds a token and head. Source: ONNX sch
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from iree.compiler import ir
 
 from ..emit.builder import Size, tensor_type
@@ -27,7 +29,7 @@ from ..op import LoweringContext
 from ..select import Legality, No, OtherMachine, Yes
 from ..target import Target
 from .contract import LinearAttention, output_specs
-from .fused_simt_kernel import Recurrence
+from .fused_simt_kernel import Before, Recurrence
 from .fused_simt_plan import MAX_ROWS, plan_for
 from .operands import Operands, kernel_name
 
@@ -44,15 +46,28 @@ def is_legal(contract: LinearAttention, target: Target) -> Legality:
 
 
 def emit_linear_attention_fused_simt(
-    context: LoweringContext, contract: LinearAttention, x: Operands
+    context: LoweringContext,
+    contract: LinearAttention,
+    x: Operands,
+    before: Before | None = None,
+    rates: Sequence[ir.Value] = (),
 ) -> list[ir.Value]:
-    """Emit output and present state."""
-    b, c = context.builder, contract
+    """Emit output and present state.
+
+    Args:
+        context: Where, and for what.
+        contract: What to compute.
+        x: The operands.
+        before: What to compute of them first, for one token on a target with subgroup operations (``gated.py``).
+        rates: With gates: dt_bias and decay_scale.
+    """
+    b, c, before = context.builder, contract, before or Before()
     plan = plan_for(c, context.target)
     assert plan is not None
     states = b.mul(x.batch, c.kv_heads)
     numbers = [size for size in (states, x.tokens) if not isinstance(size, int)]
     inputs = [value for value in (x.query, x.key, x.value, x.past, x.decay, x.beta) if value is not None]
+    inputs += rates
     outputs: list[tuple[ir.RankedTensorType, list[ir.Value]]] = []
     for spec in output_specs(c):
         sizes: list[Size] = [x.batch, x.tokens] if spec.rank == 3 else [x.batch]
@@ -63,8 +78,8 @@ def emit_linear_attention_fused_simt(
         given = iter(range(len(numbers)))
         count = Scalar.constant(states, "index") if isinstance(states, int) else k.number(next(given))
         tokens = x.tokens if isinstance(x.tokens, int) else k.number(next(given))
-        Recurrence(k, c, plan, count, tokens).emit()
+        Recurrence(k, c, plan, count, tokens, before).emit()
 
-    name = kernel_name(c, x, str(plan))
+    name = kernel_name(c, x, f"{plan}{before}")
     tiles = -(-c.dv // plan.tile)
     return dispatch(name, plan.group, tiles, b.index(states), numbers, inputs, outputs, body)

@@ -15,6 +15,29 @@ from .fused_simt_plan import Plan
 
 
 @dataclass(frozen=True)
+class Before:
+    """What the kernel computes of its operands first (``gated.py``).
+
+    Attributes:
+        query_norm: Whether queries are divided by their length.
+        key_norm: Likewise keys.
+        gates: Whether decay and beta are made of what the gates take.
+    """
+
+    query_norm: bool = False
+    key_norm: bool = False
+    gates: bool = False
+
+    @property
+    def flags(self) -> tuple[bool, bool, bool]:
+        """All of it."""
+        return self.query_norm, self.key_norm, self.gates
+
+    def __str__(self) -> str:
+        return "".join(f"_{name}" for name, is_there in zip("qkg", self.flags, strict=True) if is_there)
+
+
+@dataclass(frozen=True)
 class Token:
     """What a thread needs of one token, as stored.
 
@@ -53,10 +76,19 @@ class Recurrence:
         plan: The work of a thread.
         states: B * Hkv.
         tokens: T, a Python int where static.
+        before: What to compute of the operands first; of one token only.
     """
 
-    def __init__(self, k: Kernel, contract: LinearAttention, plan: Plan, states: Scalar, tokens: Scalar | int) -> None:
-        self.k, self.c, self.p = k, contract, plan
+    def __init__(
+        self,
+        k: Kernel,
+        contract: LinearAttention,
+        plan: Plan,
+        states: Scalar,
+        tokens: Scalar | int,
+        before: Before,
+    ) -> None:
+        self.k, self.c, self.p, self.before = k, contract, plan, before
         self.static_tokens = tokens if isinstance(tokens, int) else None
         self.tokens = Scalar.constant(tokens, "index") if isinstance(tokens, int) else tokens
         self.states = states
@@ -85,6 +117,8 @@ class Recurrence:
             sizes.append((rows, c.kv_heads * size, c.dtype, width))
         if c.beta != "none":
             sizes.append((rows, c.kv_heads if c.beta == "head" else 1, c.dtype, 1))
+        if self.before.gates:
+            sizes += [(Scalar.constant(1, "index"), c.kv_heads, "f32", 1)] * 2
         sizes.append((rows, c.out_heads * c.dv, c.dtype, p.columns))
         sizes.append((self.states, c.dk * c.dv, c.state_dtype, p.columns))
         buffers = [
@@ -95,6 +129,7 @@ class Recurrence:
         self.past = rest.pop(0) if c.has_past else None
         self.decay = rest.pop(0) if c.decay != "none" else None
         self.beta = rest.pop(0) if c.beta != "none" else None
+        self.rates = rest
 
     # ---- one state -------------------------------------------------------------------------------------------------
     def _emit_state(self, item: Scalar) -> None:
@@ -224,13 +259,16 @@ class Recurrence:
         k = self.k
         keys = [self._elements(self.key, token.key) for token in tokens]
         decays = [self._decays(token) for token in tokens]
+        queries = [[self._elements(self.query, row) for row in token.query] for token in tokens]
+        if any(self.before.flags):
+            keys, queries = self._units(keys, queries, turn)
         wide = [[k.splat(e, self.p.columns) for e in key] for key in keys]
         state = self._decayed(state, decays[0])
         updates = [k.widen(self.value, token.value) for token in tokens]
         if self.beta is not None:
             held, overlaps = self._held(state, keys, decays, turn)
             for i, token in enumerate(tokens):
-                rate = k.splat(k.widen(self.beta, token.beta[0]), self.p.columns)
+                rate = k.splat(self._rate(self.beta, token), self.p.columns)
                 for j in range(i):
                     added = k.mul(k.splat(overlaps[i, j], self.p.columns), updates[j])
                     if self.c.decay == "head":  # one after the other, as the state would be: a zero stays one
@@ -239,12 +277,11 @@ class Recurrence:
                     updates[i] = k.sub(updates[i], added)
                 updates[i] = k.mul(rate, k.sub(updates[i], held[i]))
         reads: list[ir.Value] = []
-        for i, token in enumerate(tokens):
+        for i, asked in enumerate(queries):
             state = self._decayed(state, decays[i]) if i else state
             state = [k.fma(e, updates[i], s) for e, s in zip(wide[i], state, strict=True)]
-            for row in token.query:
-                query = [k.splat(e, self.p.columns) for e in self._elements(self.query, row)]
-                reads.append(self.lanes.dot(query, state))
+            for row in asked:
+                reads.append(self.lanes.dot([k.splat(e, self.p.columns) for e in row], state))
         self._write(reads, t, turn)
         return state
 
@@ -275,7 +312,30 @@ class Recurrence:
         if self.decay is None:
             return []
         k, wide = self.k, [self.k.widen(self.decay, value) for value in token.decay]
+        if self.before.gates:
+            bias, scale = (Scalar(k.load(rate, self.head)) for rate in self.rates)
+            wide = [(scale * (Scalar(value) + bias).softplus()).value for value in wide]
         return [element for value in wide for element in k.elements(k.exp(value))]
+
+    def _rate(self, beta: Buffer, token: Token) -> ir.Value:
+        value = self.k.widen(beta, token.beta[0])
+        return Scalar(value).sigmoid().value if self.before.gates else value
+
+    def _units(
+        self, keys: list[list[ir.Value]], queries: list[list[list[ir.Value]]], turn: Scalar
+    ) -> tuple[list[list[ir.Value]], list[list[list[ir.Value]]]]:
+        """Keys and queries of length one, where they are wanted so; of length zero they stay."""
+        k, before = self.k, self.before
+        rows = [*(keys if before.key_norm else []), *(row for some in queries for row in some if before.query_norm)]
+        squares = self.lanes.sum([self.lanes.dot(row, row) for row in rows], 0, turn)
+        units: list[list[ir.Value]] = []
+        for row, square in zip(rows, squares, strict=True):
+            is_zero = Scalar(square).equals(0.0)
+            factor = k.select(is_zero, k.constant(0.0), k.rsqrt(square))
+            units.append([k.mul(e, factor) for e in row])
+        rest = iter(units)
+        keys = [next(rest) for _ in keys] if before.key_norm else keys
+        return keys, [[next(rest) for _ in some] for some in queries] if before.query_norm else queries
 
     def _decayed(self, state: Sequence[ir.Value], factors: list[ir.Value]) -> list[ir.Value]:
         if not factors:

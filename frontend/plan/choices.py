@@ -17,7 +17,7 @@ from ..targets import CompileTarget
 from .entry_points import ModulePlan
 from .report import CompileReport, NodeRow
 
-STATE_OPS = ("LinearAttention", "CausalConvWithState")
+STATE_OPS = ("LinearAttention", "GatedLinearAttention", "CausalConvWithState")
 REPORTED_OPS = (*STATE_OPS, "SelectiveScan", "Attention", "GroupQueryAttention")
 """Operators with a row a node; of the others there are too many."""
 
@@ -92,14 +92,15 @@ def _types(node: onnx.NodeProto, graph: SpecializedGraph) -> str:
 def _merge(rows: list[NodeRow], plan: ModulePlan) -> NodeRow:
     """One row a node: the strategies of all entry points where they differ."""
     if len({r.strategy for r in rows}) == 1:
-        return dataclasses.replace(rows[-1], rejected=rows[0].rejected | rows[-1].rejected)
+        reasons = [rows[-1].reason] if len({r.op for r in rows}) == 1 else list(dict.fromkeys(r.reason for r in rows))
+        return dataclasses.replace(rows[-1], reason="; ".join(reasons), rejected=rows[0].rejected | rows[-1].rejected)
     groups: dict[str, list[str]] = {}
-    reasons: dict[str, str] = {}
+    first: dict[str, str] = {}
     for row, entry in zip(rows, plan.entry_points, strict=True):
         groups.setdefault(row.strategy, []).append(entry.symbol)
-        reasons.setdefault(row.strategy, row.reason)
+        first.setdefault(row.strategy, row.reason)
     strategy = ", ".join(f"{s} ({', '.join(names)})" for s, names in groups.items())
-    reason = "; ".join(f"{s}: {r}" for s, r in reasons.items())
+    reason = "; ".join(f"{s}: {r}" for s, r in first.items())
     rejected: dict[str, str] = {}
     for row, entry in zip(rows, plan.entry_points, strict=True):
         rejected |= {f"{entry.symbol}: {s}": why for s, why in row.rejected.items()}

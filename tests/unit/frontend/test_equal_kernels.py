@@ -97,13 +97,26 @@ def test_what_writes_into_a_list_leaves_it_as_it_was(dtype: Any, tmp_path: Path)
         np.testing.assert_array_equal(y, want)
 
 
-def test_prompts_of_several_sizes_share_kernels(tmp_path: Path) -> None:
-    """Those that we write, but for the ones of few rows and the softmax layer's; products share them over sizes too."""
-    write(Shape(dtype="fp16", hidden=256, heads=2, mlp=512, vocabulary=320), tmp_path / "model.onnx")
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """The dispatches of a model of four layers, one of them of softmax attention."""
+    folder = tmp_path_factory.mktemp("layers")
+    write(Shape(dtype="fp16", hidden=256, heads=4, mlp=512, vocabulary=320), folder / "model.onnx")
     options = CompileOptions(target="vulkan", gpu_target="hopper", max_context=128, prefill_blocks=(64, 48))
-    path = tmp_path / "model.vmfb"
-    compile_model(tmp_path / "model.onnx", options, output=path)
-    rows = table(path)
+    compile_model(folder / "model.onnx", options, output=folder / "model.vmfb")
+    return table(folder / "model.vmfb")
+
+
+def test_a_step_is_few_dispatches(rows: dict[str, list[dict[str, Any]]]) -> None:
+    """Each costs beside its work: on an H100 a microsecond and more, with Vulkan three."""
+    assert len(rows["decode"]) == 45
+    layer = [row["key"] for row in rows["decode"] if "layers.1/" in row["node"]]
+    assert len(layer) == 9
+    assert not [key for key in layer if "elementwise" in key]
+
+
+def test_prompts_of_several_sizes_share_kernels(rows: dict[str, list[dict[str, Any]]]) -> None:
+    """Those that we write, but for the ones of few rows and the softmax layer's; products share them over sizes too."""
     larger, smaller = (
         {row["key"] for row in rows[name] if not re.search(r"_dispatch_|attention_fused|conv", row["key"])}
         for name in ("prefill_64", "prefill_48")
