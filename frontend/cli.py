@@ -74,7 +74,8 @@ def _states(pairs: Sequence[str]) -> dict[str, str]:
     return states
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """What the command takes."""
     parser = argparse.ArgumentParser(
         prog="linattn-compile",
         description="Compile an ONNX model with LinearAttention or CausalConvWithState with IREE.",
@@ -205,7 +206,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, or what :mod:`linattn.runtime.command` has for an error."""
-    return run_command("linattn-compile", lambda: _run(_parser().parse_args(argv)), argv)
+    return run_command("linattn-compile", lambda: _run(make_parser().parse_args(argv)), argv)
 
 
 if __name__ == "__main__":

@@ -94,14 +94,15 @@ def read_inputs(program: Program, texts: Sequence[str], ids: str | None) -> dict
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = _parser()
+    parser = make_parser()
     options = parser.parse_args(argv)
     if options.model is None and not options.list_devices:
         parser.error("the following arguments are required: MODEL")
     return options
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """What the command takes."""
     parser = argparse.ArgumentParser(
         prog="linattn-run",
         description="Runs a model compiled by linattn-compile.",

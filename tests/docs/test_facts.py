@@ -52,7 +52,7 @@ def test_families_of_gpus_are_those_that_we_know() -> None:
 def test_every_option_of_the_compiler_is_explained() -> None:
     """In the table, besides what the command says itself; what all commands have is explained once."""
     explained = text("docs/reference/cli.md").partition("## linattn-run")[0]
-    options = {name for action in compile_cli._parser()._actions for name in action.option_strings if len(name) > 2}
+    options = {name for action in compile_cli.make_parser()._actions for name in action.option_strings if len(name) > 2}
     assert not {name for name in options - {"--help"} if f"`{name}" not in explained}
 
 
@@ -118,7 +118,7 @@ def test_every_command_says_in_the_reference_what_it_takes() -> None:
     named = set(re.findall(r"<!-- help: (.+) -->", text("docs/reference/cli.md")))
     commands: set[str] = set()
     for cli in (compile_cli, run_cli, bench_cli):
-        parser = cli._parser()
+        parser = cli.make_parser()
         commands.add(parser.prog)
         for action in parser._subparsers._group_actions if parser._subparsers else []:
             commands |= {f"{parser.prog} {one}" for one in action.choices or ()}

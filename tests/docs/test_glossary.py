@@ -72,7 +72,7 @@ def options(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
 
 def test_options_are_called_as_their_arguments_in_python() -> None:
     known = [
-        {name for each in options(cli._parser()) for name in each.option_strings} for cli in (compile_cli, run_cli)
+        {name for each in options(cli.make_parser()) for name in each.option_strings} for cli in (compile_cli, run_cli)
     ]
     assert {_flag(each.name) for each in fields(CompileOptions)} <= known[0]
     arguments = set(inspect.signature(Program.load).parameters) - {"source"}
@@ -83,7 +83,7 @@ def test_a_kind_of_file_has_one_option_in_all_commands() -> None:
     """`--params` wrote what `--parameters` read."""
     names: dict[str, set[str]] = {}
     for cli in (compile_cli, run_cli, bench_cli):
-        for each in options(cli._parser()):
+        for each in options(cli.make_parser()):
             if re.fullmatch(r"FILE\.\w+", str(each.metavar)) and "--output" not in each.option_strings:
                 names.setdefault(str(each.metavar), set()).update(each.option_strings)
     assert {"FILE.irpa", "FILE.json", "FILE.png"} <= set(names)

@@ -15,9 +15,9 @@ from linattn.runtime.bench import cli as bench_cli
 from pages import PAGES, ROOT, Block, blocks, commands
 
 PARSERS = {
-    "linattn-compile": compile_cli._parser,
-    "linattn-run": run_cli._parser,
-    "linattn-bench": bench_cli._parser,
+    "linattn-compile": compile_cli.make_parser,
+    "linattn-run": run_cli.make_parser,
+    "linattn-bench": bench_cli.make_parser,
 }
 LANGUAGES = {"python", "sh", "text", "json", "mlir", "toml", "c"}
 SHELL = [block for page in PAGES for block in blocks(page) if block.language == "sh"]

@@ -151,9 +151,9 @@ def test_dry_run_names_a_node_that_is_refused(tmp_path: Path, capsys: pytest.Cap
 
 
 PARSERS: dict[str, Any] = {
-    "linattn-run": run_cli._parser,
-    "linattn-compile": compile_cli._parser,
-    "linattn-bench": bench_cli._parser,
+    "linattn-run": run_cli.make_parser,
+    "linattn-compile": compile_cli.make_parser,
+    "linattn-bench": bench_cli.make_parser,
 }
 
 
