@@ -42,6 +42,8 @@ class Target:
             of such a matrix counts in memory of 16-byte chunks, ``chunks`` (SPIR-V) or ``elements`` (NVVM). None where
             there are no such products.
         workgroup_memory: Bytes of a workgroup's memory that a kernel may use (GPU).
+        copy_memory: The same of a kernel whose threads copy to it past their registers (``cp.async``); 0 where they
+            cannot.
         max_threads: Threads of a workgroup that a kernel may use (GPU).
         matrix_units: Whether 16-bit matrix products have units of their own.
         thread_values: How much of a state a thread best holds for one token (GPU): more makes its loads wait.
@@ -59,6 +61,7 @@ class Target:
     subgroup_size: int = 0
     matrix_stride: str | None = None
     workgroup_memory: int = 16_384
+    copy_memory: int = 0
     max_threads: int = 128
     matrix_units: bool = False
     thread_values: int = 128

@@ -302,6 +302,34 @@ class Kernel:
         quiet = arith.OrIOp(high, self._integers(0x40, width)).result
         return arith.SelectOp(nan, quiet, rounded).result
 
+    def copy_chunk(self, source: Buffer, index: Scalar, target: Buffer, to: Scalar) -> None:
+        """Begin to copy a chunk to the workgroup's memory past the registers (``cp.async``, CUDA from sm_80 on)."""
+        memory, place = (self._address(target, to), self._address(source, index))
+        memory = arith.TruncIOp(ir.IntegerType.get_signless(32), memory).result
+        self._assembly("cp.async.cg.shared.global [$0], [$1], 16;", "r,l,~{memory}", memory, place)
+
+    def end_copies(self) -> None:
+        """The copies since the last call are a group."""
+        self._assembly("cp.async.commit_group;", "~{memory}")
+
+    def await_copies(self, under_way: int) -> None:
+        """Wait until no more than so many groups of this thread's copies are under way."""
+        self._assembly(f"cp.async.wait_group {under_way};", "~{memory}")
+
+    def _address(self, buffer: Buffer, index: Scalar) -> ir.Value:
+        """Of a chunk, i64."""
+        start = memref.ExtractAlignedPointerAsIndexOp(buffer.value).result
+        return (Scalar(start) + index * (4 * _CHUNK)).to("i64").value
+
+    @staticmethod
+    def _assembly(text: str, constraints: str, *operands: ir.Value) -> None:
+        attributes: dict[str, ir.Attribute] = {
+            "asm_string": ir.StringAttr.get(text),
+            "constraints": ir.StringAttr.get(constraints),
+            "has_side_effects": ir.UnitAttr.get(),
+        }
+        ir.Operation.create("llvm.inline_asm", operands=list(operands), attributes=attributes)
+
     # ---- arithmetic ------------------------------------------------------------------------------------------------
     def type(self, width: int, element: str = "f32") -> ir.Type:
         """The type of a value of ``width`` elements."""

@@ -67,30 +67,38 @@ class _Matrix:
 
     def start(self, product: Product) -> None:
         """Emit what comes before the loop."""
-        self.tile = self.k.shared_chunks(self.p.chunks_b)
+        self.memory = product.memory
         self.places = product.places(self.p.depth, self.p.columns // CHUNK)
         self.first = product.tile * (self.p.columns // CHUNK)
 
-    def load(self, step: Scalar) -> list[ir.Value]:
-        """Load this thread's part of a tile."""
-        k, p = self.k, self.p
-        loads: list[ir.Value] = []
+    def _chunks(self, step: Scalar) -> list[tuple[Scalar, Scalar]]:
+        """Where each of this thread's chunks lies in the buffer and in the tile."""
+        found: list[tuple[Scalar, Scalar]] = []
         for row, chunk in self.places:
             column = (self.first + chunk).minimum(self.across - 1)
-            loads.append(k.load(self.b, (step * p.depth + row) * self.across + column))
-        return loads
+            at = (step * self.p.depth + row) * self.across + column
+            found.append((at, row * self.p.stride_b + chunk))
+        return found
 
-    def put(self, loaded: Sequence[ir.Value], step: Scalar) -> None:
+    def load(self, step: Scalar) -> list[ir.Value]:
+        """Load this thread's part of a tile."""
+        return [self.k.load(self.b, at) for at, _ in self._chunks(step)]
+
+    def put(self, loaded: Sequence[ir.Value], step: Scalar, tile: Scalar) -> None:
         """Write that part to the workgroup's memory."""
-        del step
-        for (row, chunk), value in zip(self.places, loaded, strict=True):
-            self.k.store_as_is(value, self.tile, row * self.p.stride_b + chunk)
+        for (_, place), value in zip(self._chunks(step), loaded, strict=True):
+            self.k.store_as_is(value, self.memory, tile + place)
 
-    def matrix(self, depth: int, across: Scalar, term: int) -> ir.Value:
+    def copy(self, step: Scalar, tile: Scalar) -> None:
+        """Begin to copy that part there."""
+        for at, place in self._chunks(step):
+            self.k.copy_chunk(self.b, at, self.memory, tile + place)
+
+    def matrix(self, depth: int, across: Scalar, term: int, tile: Scalar) -> ir.Value:
         """A matrix of the tile in memory."""
         del term
-        start = across * (SIDE // CHUNK) + depth * SIDE * self.p.stride_b
-        return self.k.matrix_load("BOp", self.tile, start, self.p.stride_b * CHUNK // self.p.unit[0])
+        start = across * (SIDE // CHUNK) + (tile + depth * SIDE * self.p.stride_b)
+        return self.k.matrix_load("BOp", self.memory, start, self.p.stride_b * CHUNK // self.p.unit[0])
 
     def finish(self, sums: ir.Value, column: Scalar) -> ir.Value:
         """The sums are the result."""

@@ -1,10 +1,15 @@
 """A product on the matrix units as one GPU kernel, whatever its right factor is stored as.
 
     hal.executable.source @... {
-      a workgroup: a tile of y; scf.for %k { tiles of both factors through the workgroup's memory, the next ones under
-        way; a subgroup: 16 x 16 products, gpu.subgroup_mma_compute, sums in f32 in its registers }
+      a workgroup: a tile of y; scf.for %k { a barrier; tiles of both factors on their way to the workgroup's memory,
+        stages of which hold those of several %k; a subgroup: 16 x 16 products of the oldest stage,
+        gpu.subgroup_mma_compute, sums in f32 in its registers }
       sums through the workgroup's memory, rounded, to y
     }
+
+Where threads can copy past their registers (cp.async) there are up to four stages, and up to three tiles are under way.
+Elsewhere there are two: a step writes what the one before it has loaded, loads what the next one writes, and multiplies
+meanwhile. No value that is under way is handed from one to another: the move would wait for it.
 
 Tensor cores on CUDA and cooperative matrices on Vulkan are made of the same text. Rows of the tiles in the workgroup's
 memory are one chunk of 16 bytes longer than they need, against bank conflicts. Rows and columns beyond the end are read
@@ -17,7 +22,7 @@ each kernel that a module has, and the products of a model's prompts are of a do
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from iree.compiler import ir
@@ -42,7 +47,7 @@ REST = 2.0**-11
 _LEAST_ROWS = 9  # fewer are the business of fused_simt
 _ENOUGH_TILES = 100  # workgroups that keep a large GPU busy
 _MIN_DEPTH = 32
-_AHEAD = 2  # tiles that are under way while one is multiplied
+_STAGES = 4  # most tiles in the workgroup's memory
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,8 @@ class Plan:
         unit: f16 elements of one unit of a stride, and f32 ones.
         transposed: Whether the right factor's tile lies in memory column by column.
         terms: f16 numbers of an element of a factor; with two, the second counts 2^-11 and is what the first leaves.
+        stages: Tiles that the workgroup's memory holds.
+        copies: Whether they get there past the registers.
     """
 
     rows: int
@@ -85,6 +92,8 @@ class Plan:
     unit: tuple[int, int]
     transposed: bool
     terms: int = 1
+    stages: int = 2
+    copies: bool = False
 
     @property
     def threads(self) -> int:
@@ -93,9 +102,24 @@ class Plan:
 
     @property
     def memory(self) -> int:
-        """Chunks of the workgroup's memory: the tiles of both factors, and 16 rows of sums a subgroup."""
-        tiles = self.terms * (self.chunks_a + self.chunks_b)
-        return tiles + self.down * self.across * SIDE * self.stride_y
+        """Chunks of the workgroup's memory: the tiles of both factors, then at least 16 rows of sums a subgroup."""
+        return max(self.stages * self.stage, self.piece)
+
+    @property
+    def stage(self) -> int:
+        """Chunks of the tiles of both factors."""
+        return self.terms * (self.chunks_a + self.chunks_b)
+
+    @property
+    def piece(self) -> int:
+        """Chunks of 16 rows of sums of every subgroup."""
+        return self.down * self.across * SIDE * self.stride_y
+
+    @property
+    def pieces(self) -> int:
+        """Times 16 rows that are written at once."""
+        high, fit = self.rows // self.down // SIDE, self.memory // self.piece
+        return next(n for n in range(min(high, fit), 0, -1) if high % n == 0)
 
     @property
     def chunks_a(self) -> int:
@@ -124,29 +148,43 @@ class Plan:
 
     def __str__(self) -> str:
         terms = f"_{self.terms}terms" if self.terms > 1 else ""
-        return f"t{self.rows}x{self.columns}x{self.depth}s{self.down}x{self.across}{terms}"
+        stages = f"c{self.stages}" if self.copies else ""
+        return f"t{self.rows}x{self.columns}x{self.depth}s{self.down}x{self.across}{stages}{terms}"
 
 
 def plan_for(size: Size, target: Target, transposed: bool, terms: int = 1) -> Plan:
-    """The largest tiles of which there are enough; by measurement (H100).
+    """The largest tiles of which there are enough, and that fit; by measurement (H100).
 
     Where the right factor is transposed (packed, so that its loads are small), small tiles are deep ones. Those of two
-    terms are neither large nor deep, to fit.
+    terms are neither large nor deep.
     """
     rows, columns = size.rows or 0, size.columns
-    unit = (1, 1) if target.matrix_stride == "elements" else (CHUNK, VECTOR)
     deep = 64 if size.depth % 64 == 0 and terms == 1 else _MIN_DEPTH
     deepest = 128 if transposed and size.depth % 128 == 0 and terms == 1 else deep
-    shapes = [(128, 128, _MIN_DEPTH, 2, 4), (64, 64, deep, 2, 2)]
+    shapes = [(128, 128, _MIN_DEPTH, 2, 4), (64, 64, deep, 2, 2), (64, 64, _MIN_DEPTH, 2, 2)]
     if transposed:
-        shapes.append((64, 32, deepest, 2, 2))
+        shapes += [(64, 32, deepest, 2, 2), (64, 32, deep, 2, 2)]
     if rows < 128 or terms > 1 or target.max_threads < 8 * target.subgroup_size:
         shapes = shapes[1:]
-    if columns <= 32 or rows <= 32:
-        shapes = [(32, 32, deepest, 2, 2)]
-    plans = [Plan(*shape, target.subgroup_size, unit, transposed, terms) for shape in shapes]
-    busy = [p for p in plans if -(-rows // p.rows) * -(-columns // p.columns) >= _ENOUGH_TILES]
-    return (busy or plans[-1:])[0]
+    small = [(32, 32, deepest, 2, 2), (32, 32, _MIN_DEPTH, 2, 2)]
+    shapes = small if columns <= 32 or rows <= 32 else shapes + small[1:]
+    plans = [_plan(shape, target, transposed, terms) for shape in shapes]
+    fitting = [p for p in plans if p.memory * 16 <= _memory(p, target)] or plans[-1:]
+    busy = [p for p in fitting if -(-rows // p.rows) * -(-columns // p.columns) >= _ENOUGH_TILES]
+    return (busy or fitting[-1:])[0]
+
+
+def _plan(shape: tuple[int, int, int, int, int], target: Target, transposed: bool, terms: int) -> Plan:
+    """With as many stages as fit, where they are copied."""
+    unit = (1, 1) if target.matrix_stride == "elements" else (CHUNK, VECTOR)
+    plan = Plan(*shape, target.subgroup_size, unit, transposed, terms)
+    copied = [] if transposed else [replace(plan, stages=n, copies=True) for n in range(_STAGES, 2, -1)]
+    return next((p for p in copied if p.memory * 16 <= target.copy_memory), plan)
+
+
+def _memory(plan: Plan, target: Target) -> int:
+    """Bytes that a plan may take."""
+    return target.copy_memory if plan.copies else target.workgroup_memory
 
 
 def is_possible(size: Size, target: Target, transposed: bool, step: int, terms: int = 1) -> Legality:
@@ -167,7 +205,8 @@ def is_possible(size: Size, target: Target, transposed: bool, step: int, terms: 
         return No(f"{'?' if size.rows is None else size.rows} rows, less than {_LEAST_ROWS}")
     if size.depth % _MIN_DEPTH or size.columns % step or not size.depth:
         return No(f"K={size.depth} is not a multiple of {_MIN_DEPTH} or N={size.columns} of {step}")
-    if plan_for(size, target, transposed, terms).memory * 16 > target.workgroup_memory:
+    plan = plan_for(size, target, transposed, terms)
+    if plan.memory * 16 > _memory(plan, target):
         return No(f"tiles do not fit in {target.workgroup_memory} bytes of a workgroup")
     return Yes()
 
@@ -183,11 +222,15 @@ class RightFactor(Protocol):
         """Load this thread's part of the tile that belongs to a step of K."""
         ...
 
-    def put(self, loaded: Sequence[ir.Value], step: Scalar) -> None:
-        """Write that part to the workgroup's memory."""
+    def put(self, loaded: Sequence[ir.Value], step: Scalar, tile: Scalar) -> None:
+        """Write that part to the workgroup's memory, where the tile starts at chunk ``tile``."""
         ...
 
-    def matrix(self, depth: int, across: Scalar, term: int) -> ir.Value:
+    def copy(self, step: Scalar, tile: Scalar) -> None:
+        """Begin to copy this thread's part there past the registers."""
+        ...
+
+    def matrix(self, depth: int, across: Scalar, term: int, tile: Scalar) -> ir.Value:
         """The matrix at ``depth`` matrices down and ``across`` matrices to the right of a term's tile in memory."""
         ...
 
@@ -232,6 +275,7 @@ class Product:
     Attributes:
         thread: This thread's number in the workgroup.
         tile: Of the columns, the one that this workgroup computes.
+        memory: The workgroup's: stages, in each the terms of the left tile, then of the right one; in the end sums.
     """
 
     def __init__(
@@ -245,7 +289,7 @@ class Product:
         self.a = k.chunks(0, size.rows * size.depth * plan.terms)
         self.y = k.buffer(output, dtype, size.rows * self.vectors, VECTOR)
         self.factors = None if factors is None else k.buffer(factors, "f32", size.rows)
-        self.tile_a = k.shared_chunks(plan.chunks_a * plan.terms)
+        self.memory = k.shared_chunks(plan.memory)
         self.thread = k.thread()
 
     def emit(self) -> None:
@@ -255,7 +299,6 @@ class Product:
         row, self.tile = k.item_by(tiles)
         self.row = row * p.rows
         self.right.start(self)
-        self.sums = k.shared_chunks(p.down * p.across * SIDE * p.stride_y)
         self.subgroup, self.lane = self.thread.divide_unsigned(p.subgroup)
         self.down, self.across = self.subgroup.divide_unsigned(p.across)
         self.places_a = self.places(p.rows, p.depth // CHUNK)
@@ -266,60 +309,102 @@ class Product:
         loads = range(0, rows * chunks, self.p.threads)
         return [(self.thread + load).divide_unsigned(chunks) for load in loads]
 
-    def _load_a(self, step: Scalar) -> list[ir.Value]:
-        k, p = self.k, self.p
-        loads: list[ir.Value] = []
+    def _chunks_a(self, step: Scalar) -> list[tuple[Scalar, Scalar]]:
+        """Where each of this thread's chunks of the left tile lies in its buffer and in the tile."""
+        p = self.p
+        found: list[tuple[Scalar, Scalar]] = []
         for row, chunk in self.places_a:
             start = (self.row + row).minimum(self.size.rows - 1) * self.size.depth * p.terms
             for term in range(p.terms):
                 first = start + self.size.depth * term if term else start
-                loads.append(k.load(self.a, first + chunk + step * (p.depth // CHUNK)))
-        return loads
+                at = first + chunk + step * (p.depth // CHUNK)
+                found.append((at, row * p.stride_a + chunk + term * p.chunks_a))
+        return found
 
     def _load(self, step: Scalar) -> list[ir.Value]:
         """This thread's part of the tiles that belong to a step of K."""
-        return [*self._load_a(step), *self.right.load(step)]
+        return [*(self.k.load(self.a, at) for at, _ in self._chunks_a(step)), *self.right.load(step)]
+
+    def _put(self, loaded: Sequence[ir.Value], step: Scalar, stage: Scalar) -> None:
+        """Write it to the stage that starts at chunk ``stage``."""
+        places = self._chunks_a(step)
+        for (_, place), value in zip(places, loaded, strict=False):
+            self.k.store_as_is(value, self.memory, stage + place)
+        self.right.put(loaded[len(places) :], step, stage + self.p.terms * self.p.chunks_a)
+
+    def _copy(self, step: Scalar, stage: Scalar) -> None:
+        """Begin to copy it there."""
+        for at, place in self._chunks_a(step):
+            self.k.copy_chunk(self.a, at, self.memory, stage + place)
+        self.right.copy(step, stage + self.p.terms * self.p.chunks_a)
 
     def _products(self) -> list[ir.Value]:
         """The sums of this thread's subgroup, row after row."""
-        k, p = self.k, self.p
+        p, each = self.p, self.high * self.wide
         steps = self.size.depth.divide_unsigned(p.depth // CHUNK)[0]
-        zero = Scalar.constant(0, "index")
-        ahead = [self._load(Scalar.constant(i, "index").minimum(steps - 1)) for i in range(_AHEAD)]
-        size, count = len(ahead[0]), len(ahead[0]) * _AHEAD
-
-        def step(index: Scalar, carried: list[ir.Value]) -> list[ir.Value]:
-            loaded, later, sums = carried[:size], carried[size:count], carried[count:]
-            k.barrier()
-            for i, (row, chunk) in enumerate(self.places_a):
-                for term in range(p.terms):
-                    place = row * p.stride_a + chunk + term * p.chunks_a
-                    k.store_as_is(loaded[i * p.terms + term], self.tile_a, place)
-            self.right.put(loaded[len(self.places_a) * p.terms :], index)
-            k.barrier()
-            following = self._load((index + _AHEAD).minimum(steps - 1))
-            return [*later, *following, *self._step_products(sums)]
-
-        each = self.high * self.wide
-        initial = [*(v for loads in ahead for v in loads), *[k.matrix_zero() for _ in range(each * p.terms)]]
-        found = k.loop(zero, steps, 1, initial, step)[count:]
+        initial = [self.k.matrix_zero() for _ in range(each * p.terms)]
+        found = self._copied(steps, initial) if p.copies else self._loaded(steps, initial)
         if p.terms == 1:
             return found
-        return [k.matrix_add_scaled(a, b, REST) for a, b in zip(found[:each], found[each:], strict=True)]
+        return [self.k.matrix_add_scaled(a, b, REST) for a, b in zip(found[:each], found[each:], strict=True)]
 
-    def _step_products(self, sums: list[ir.Value]) -> list[ir.Value]:
+    def _next(self, stage: Scalar) -> Scalar:
+        """The stage after one."""
+        last = (self.p.stages - 1) * self.p.stage
+        return stage.equals(last).select(Scalar.constant(0, "index"), stage + self.p.stage)
+
+    def _loaded(self, steps: Scalar, initial: list[ir.Value]) -> list[ir.Value]:
+        """Products of tiles that pass through registers."""
+        k, zero = self.k, Scalar.constant(0, "index")
+        self._put(self._load(zero), zero, zero)
+        following = self._load(Scalar.constant(1, "index").minimum(steps - 1))
+        size = len(following)
+
+        def step(index: Scalar, carried: list[ir.Value]) -> list[ir.Value]:
+            stage, loaded, sums = Scalar(carried[0]), carried[1 : 1 + size], carried[1 + size :]
+            after, last = self._next(stage), steps - 1
+            k.barrier()
+            self._put(loaded, (index + 1).minimum(last), after)
+            later = self._load((index + 2).minimum(last))
+            return [after.value, *later, *self._step_products(sums, stage)]
+
+        return k.loop(zero, steps, 1, [zero.value, *following, *initial], step)[1 + size :]
+
+    def _copied(self, steps: Scalar, initial: list[ir.Value]) -> list[ir.Value]:
+        """Products of tiles that are copied."""
+        k, p, zero = self.k, self.p, Scalar.constant(0, "index")
+
+        def copy(step: Scalar, stage: Scalar) -> None:
+            k.when(step < steps, lambda: self._copy(step, stage))
+            k.end_copies()  # of none at the end: the count of groups tells which tiles are there
+
+        for i in range(p.stages - 1):
+            copy(Scalar.constant(i, "index"), Scalar.constant(i * p.stage, "index"))
+
+        def step(index: Scalar, carried: list[ir.Value]) -> list[ir.Value]:
+            stage, free, sums = Scalar(carried[0]), Scalar(carried[1]), carried[2:]
+            k.await_copies(p.stages - 2)
+            k.barrier()
+            copy(index + (p.stages - 1), free)
+            return [self._next(stage).value, stage.value, *self._step_products(sums, stage)]
+
+        last = Scalar.constant((p.stages - 1) * p.stage, "index")
+        return k.loop(zero, steps, 1, [zero.value, last.value, *initial], step)[2:]
+
+    def _step_products(self, sums: list[ir.Value], stage: Scalar) -> list[ir.Value]:
         k, p = self.k, self.p
         unit, chunks, each = p.unit[0], SIDE // CHUNK, self.high * self.wide
 
         def left(depth: int, term: int) -> list[ir.Value]:
-            stride, start = p.stride_a * CHUNK // unit, depth * chunks + term * p.chunks_a
+            stride, start = p.stride_a * CHUNK // unit, stage + (depth * chunks + term * p.chunks_a)
+            first = self.down * (self.high * SIDE * p.stride_a) + start
             return [
-                k.matrix_load("AOp", self.tile_a, (self.down * self.high + i) * (SIDE * p.stride_a) + start, stride)
-                for i in range(self.high)
+                k.matrix_load("AOp", self.memory, first + i * SIDE * p.stride_a, stride) for i in range(self.high)
             ]
 
         def right(depth: int, term: int) -> list[ir.Value]:
-            return [self.right.matrix(depth, self.across * self.wide + j, term) for j in range(self.wide)]
+            tile = stage + p.terms * p.chunks_a
+            return [self.right.matrix(depth, self.across * self.wide + j, term, tile) for j in range(self.wide)]
 
         def added(rows: list[ir.Value], columns: list[ir.Value], sums: list[ir.Value]) -> list[ir.Value]:
             pairs = [(a, b) for a in rows for b in columns]
@@ -334,19 +419,22 @@ class Product:
         return sums
 
     def _write(self, sums: list[ir.Value]) -> None:
-        """Sixteen rows of each subgroup at a time, through its part of the workgroup's memory."""
+        """Some rows of each subgroup at a time, through its part of the workgroup's memory."""
         k, p = self.k, self.p
-        base, width = self.subgroup * (SIDE * p.stride_y), self.wide * SIDE // VECTOR
-        for i in range(self.high):
+        rows, width = p.pieces * SIDE, self.wide * SIDE // VECTOR
+        base = self.subgroup * (rows * p.stride_y)
+        for first in range(0, self.high, p.pieces):
             k.barrier()
-            for j in range(self.wide):
-                start = base + j * (SIDE // VECTOR)
-                k.matrix_store(sums[i * self.wide + j], self.sums, start, p.stride_y * VECTOR // p.unit[1])
+            for i in range(p.pieces):
+                for j in range(self.wide):
+                    start = base + (i * SIDE * p.stride_y + j * (SIDE // VECTOR))
+                    stride = p.stride_y * VECTOR // p.unit[1]
+                    k.matrix_store(sums[(first + i) * self.wide + j], self.memory, start, stride)
             k.barrier()
-            for vector in range(0, SIDE * width, p.subgroup):
+            for vector in range(0, rows * width, p.subgroup):
                 row, place = (self.lane + vector).divide_unsigned(width)
-                value = k.load(self.sums, base + row * p.stride_y + place)
-                row = self.row + (self.down * self.high + i) * SIDE + row
+                value = k.load(self.memory, base + row * p.stride_y + place)
+                row = self.row + (self.down * self.high + first) * SIDE + row
                 column = self.tile * (p.columns // VECTOR) + self.across * width + place
                 valid = (row < self.size.rows) & (column < self.vectors)
 

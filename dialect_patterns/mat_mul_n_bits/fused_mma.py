@@ -116,8 +116,8 @@ class _Packed:
 
     def start(self, product: Product) -> None:
         """Emit what comes before the loop."""
-        k, c, p = self.k, self.c, self.p
-        self.tile = k.shared_chunks(p.chunks_b * p.terms)
+        c, p = self.c, self.p
+        self.memory = product.memory
         self._places = product.places(p.columns, self._loads)
         self._columns = [(product.tile * p.columns + column).minimum(c.columns - 1) for column, _ in self._places]
         self._size = len(self._places)
@@ -132,7 +132,7 @@ class _Packed:
             loads += self.weights.load(column, step * self._loads + place)
         return loads
 
-    def put(self, loaded: Sequence[ir.Value], step: Scalar) -> None:
+    def put(self, loaded: Sequence[ir.Value], step: Scalar, tile: Scalar) -> None:
         """Unpack that part into the workgroup's memory."""
         size = len(loaded) // self._size
         chunks = self.weights.per_load // CHUNK
@@ -142,9 +142,9 @@ class _Packed:
                 part = list(loaded[i * size : (i + 1) * size])
                 values = self.weights.dequantise(part, self._columns[i], step * self._loads + place)
                 for j in range(chunks):
-                    terms, at = values[j * CHUNK : (j + 1) * CHUNK], column * self.p.stride_b + place * chunks + j
+                    terms, at = values[j * CHUNK : (j + 1) * CHUNK], tile + (column * self.p.stride_b + place * chunks + j)
                     for term in range(self.p.terms):
-                        self.k.store_as_is(self.k.chunk_of_f16(terms), self.tile, at + term * self.p.chunks_b)
+                        self.k.store_as_is(self.k.chunk_of_f16(terms), self.memory, at + term * self.p.chunks_b)
                         terms = [rest(self.k, value) for value in terms] if term + 1 < self.p.terms else []
 
         if self._partial:
@@ -152,11 +152,15 @@ class _Packed:
         else:
             write()
 
-    def matrix(self, depth: int, across: Scalar, term: int) -> ir.Value:
+    def copy(self, step: Scalar, tile: Scalar) -> None:
+        """There is no copying what has to be unpacked."""
+        raise NotImplementedError
+
+    def matrix(self, depth: int, across: Scalar, term: int, tile: Scalar) -> ir.Value:
         """A matrix of a term's tile in memory."""
-        start = across * (SIDE * self.p.stride_b) + (depth * (SIDE // CHUNK) + term * self.p.chunks_b)
+        start = across * (SIDE * self.p.stride_b) + (tile + depth * (SIDE // CHUNK) + term * self.p.chunks_b)
         stride = self.p.stride_b * CHUNK // self.p.unit[0]
-        return self.k.matrix_load("BOp", self.tile, start, stride, transposed=True)
+        return self.k.matrix_load("BOp", self.memory, start, stride, transposed=True)
 
     def finish(self, sums: ir.Value, column: Scalar) -> ir.Value:
         """Add the bias."""
