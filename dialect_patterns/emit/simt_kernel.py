@@ -304,7 +304,7 @@ class Kernel:
 
     def copy_chunk(self, source: Buffer, index: Scalar, target: Buffer, to: Scalar) -> None:
         """Begin to copy a chunk to the workgroup's memory past the registers (``cp.async``, CUDA from sm_80 on)."""
-        memory, place = (self._address(target, to), self._address(source, index))
+        memory, place = self._address(target, to), self._address(source, index)
         memory = arith.TruncIOp(ir.IntegerType.get_signless(32), memory).result
         self._assembly("cp.async.cg.shared.global [$0], [$1], 16;", "r,l,~{memory}", memory, place)
 
@@ -318,7 +318,9 @@ class Kernel:
 
     def _address(self, buffer: Buffer, index: Scalar) -> ir.Value:
         """Of a chunk, i64."""
-        start = memref.ExtractAlignedPointerAsIndexOp(buffer.value).result
+        start = ir.Operation.create(
+            "memref.extract_aligned_pointer_as_index", results=[ir.IndexType.get()], operands=[buffer.value]
+        ).result
         return (Scalar(start) + index * (4 * _CHUNK)).to("i64").value
 
     @staticmethod
@@ -326,7 +328,7 @@ class Kernel:
         attributes: dict[str, ir.Attribute] = {
             "asm_string": ir.StringAttr.get(text),
             "constraints": ir.StringAttr.get(constraints),
-            "has_side_effects": ir.UnitAttr.get(),
+            "has_side_effects": ir.Attribute.parse("unit"),
         }
         ir.Operation.create("llvm.inline_asm", operands=list(operands), attributes=attributes)
 

@@ -398,9 +398,7 @@ class Product:
         def left(depth: int, term: int) -> list[ir.Value]:
             stride, start = p.stride_a * CHUNK // unit, stage + (depth * chunks + term * p.chunks_a)
             first = self.down * (self.high * SIDE * p.stride_a) + start
-            return [
-                k.matrix_load("AOp", self.memory, first + i * SIDE * p.stride_a, stride) for i in range(self.high)
-            ]
+            return [k.matrix_load("AOp", self.memory, first + i * SIDE * p.stride_a, stride) for i in range(self.high)]
 
         def right(depth: int, term: int) -> list[ir.Value]:
             tile = stage + p.terms * p.chunks_a

@@ -142,7 +142,8 @@ class _Packed:
                 part = list(loaded[i * size : (i + 1) * size])
                 values = self.weights.dequantise(part, self._columns[i], step * self._loads + place)
                 for j in range(chunks):
-                    terms, at = values[j * CHUNK : (j + 1) * CHUNK], tile + (column * self.p.stride_b + place * chunks + j)
+                    terms = values[j * CHUNK : (j + 1) * CHUNK]
+                    at = tile + (column * self.p.stride_b + place * chunks + j)
                     for term in range(self.p.terms):
                         self.k.store_as_is(self.k.chunk_of_f16(terms), self.memory, at + term * self.p.chunks_b)
                         terms = [rest(self.k, value) for value in terms] if term + 1 < self.p.terms else []

@@ -17,6 +17,7 @@ from linattn.dialect_patterns.draw_token.contract import DRAW_TOKEN, SETTINGS
 from linattn.dialect_patterns.emit.simt_kernel import Kernel
 from linattn.dialect_patterns.linear_attention import fused_mma_chunks
 from linattn.dialect_patterns.linear_attention.fused_simt_lanes import Lanes
+from linattn.dialect_patterns.mat_mul import fused_mma, mma_kernel
 from linattn.dialect_patterns.next_token import NEXT_TOKEN
 from linattn.dialect_patterns.node import TensorSpec
 from linattn.dialect_patterns.op import INTERNAL, LoweringOptions
@@ -111,6 +112,18 @@ def test_a_barrier_between_products_is_missed(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(matrices.ScalarMatrices, "barrier", lambda k: None if next(calls) == 15 else barrier(k))
     (first, *_) = races(attention(shape, 40, "matrices", "fused_mma_chunks", np.float16))
     assert "_chunks: " in first
+
+
+@pytest.mark.parametrize(("copies", "depth"), [(0, 96), (0, 32), (49_152, 192)])
+def test_products_on_matrix_units(copies: int, depth: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of two stages and of more; copies are there at once, so not whether their end is awaited."""
+    monkeypatch.setitem(TARGETS, "matrices", replace(GPUS["matrices"], copy_memory=copies))
+    matrices.emulate(monkeypatch, fused_mma)
+    specs = [TensorSpec((40, depth), "f16"), TensorSpec((depth, 72), "f16")]
+    sizes = {0: 40, 1: depth, 2: 72}
+    assert races(lowered("", "MatMul", 13, specs, {}, 1, "matrices"), sizes) == []
+    monkeypatch.setattr(mma_kernel.Product, "_next", lambda self, stage: stage)  # one stage for all steps
+    assert races(lowered("", "MatMul", 13, specs, {}, 1, "matrices"), sizes)
 
 
 @pytest.mark.parametrize(("device", "dtype"), [("baseline", "f32"), ("hopper", "f32"), ("hopper", "f16")])
