@@ -17,6 +17,7 @@ from ..op import LoweringContext
 from ..select import Legality, No, OtherMachine
 from ..target import Target
 from .contract import MatMul
+from .fused_simt import is_narrow
 from .mma_kernel import CHUNK, SIDE, Extent, Plan, Product, Size, is_possible, plan_for, workgroups
 
 
@@ -30,6 +31,8 @@ def is_legal(contract: MatMul, target: Target) -> Legality:
         return No(f"{contract.a} by {contract.b} is not rows times one matrix")
     if contract.a.dtype != "f16":
         return OtherMachine(f"{target.name} is not a GPU") if not target.is_gpu else No(f"{contract.a.dtype}, not f16")
+    if is_narrow(contract):
+        return No(f"{contract.columns} columns, which are faster one by one")
     return is_possible(_size(contract), target, transposed=False, step=CHUNK)
 
 

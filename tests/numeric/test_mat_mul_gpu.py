@@ -38,6 +38,9 @@ def contract(rows: int | None, depth: int, columns: int, dtype: str = "f16") -> 
         (np.float16, 3, 128, 20),
         (np.float16, 1, 96, 2560),  # wide tiles
         (ml_dtypes.bfloat16, 2, 256, 16),
+        (np.float32, 30, 64, 16),  # many rows, of few columns: blocks, the last one not full
+        (np.float16, 100, 128, 32),
+        (ml_dtypes.bfloat16, 9, 32, 4),
     ],
 )
 def test_few_rows(target: str, dtype: Any, rows: int, depth: int, columns: int) -> None:
@@ -101,6 +104,7 @@ def test_which_rows_are_tiled(target: Target, dtype: str, rows: int | None, dept
         ("vulkan", np.float32, 1, 64, (36, 4, 132)),
         ("lavapipe", np.float16, 3, 256, (1100, 16, 16, 8)),
         ("lavapipe", ml_dtypes.bfloat16, 8, 128, (20, 20)),
+        ("lavapipe", np.float16, 20, 64, (16, 16)),
     ],
 )
 def test_joined(target: str, dtype: Any, rows: int, depth: int, columns: tuple[int, ...]) -> None:
@@ -133,6 +137,7 @@ def test_selection() -> None:
     options = LoweringOptions(strategy="recurrent")  # of the state operators, not of this one
     assert choose(contract(1, 64, 64), CUDA, options).strategy == "fused_simt"
     assert choose(contract(512, 64, 64), CUDA, options).strategy == "fused_mma"
+    assert choose(contract(512, 64, 16, "f32"), CUDA, options).strategy == "fused_simt"
     left = choose(contract(512, 64, 64), TARGETS["vulkan"], options)
     assert left.strategy == "imported"
     assert {"fused_simt", "fused_mma"} <= set(left.rejected)
@@ -145,7 +150,8 @@ def test_selection() -> None:
         (contract(9, 64, 64), True),
         (contract(8, 64, 64), False),  # few rows are faster otherwise
         (contract(512, 1024, 32000), True),
-        (contract(512, 96, 8), True),
+        (contract(512, 96, 40), True),
+        (contract(512, 96, 32), False),  # few columns too
         (contract(512, 80, 64), False),
         (contract(512, 64, 12), False),
         (contract(None, 64, 64), False),
