@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from . import choose, next_token
+from . import choose, next_token, split_columns
 from .attention import group_query as group_query_attention
 from .attention import op as attention
 from .causal_conv import op as causal_conv
@@ -59,6 +59,7 @@ OPS: tuple[Op, ...] = (
     *choose.OPS,
     *next_token.OPS,
     *draw_token.OPS,
+    *split_columns.OPS,
 )
 
 

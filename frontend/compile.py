@@ -45,6 +45,7 @@ from .graph.raw_values import raw_values
 from .graph.schema import check_contracts, check_supported, domain_of, infer_types, opset_versions
 from .graph.single_token import squeezes_tokens
 from .graph.specialize import SpecializedGraph, specialize
+from .graph.split_columns import split_columns
 from .graph.state_names import Pairing
 from .graph.states import find_states
 from .graph.trailing_inputs import drop_trailing_inputs
@@ -281,6 +282,7 @@ def _plan(
         if _is_static(specialized):
             needed[entry.symbol] = held
         ranked = rank_top_k(specialized, target.capabilities)
+        ranked = split_columns(ranked, target.capabilities)
         lowering = _lowering_options(options)
         joined = join_products(ranked, versions, target.capabilities, lowering)
         graphs.append(join_gates(joined, versions, target.capabilities, lowering))

@@ -11,8 +11,8 @@ Neighbouring threads read neighbouring columns, so that a row of a tile is whole
 fast as memory is; the threads are as many as keep enough loads under way. Several products of one ``a`` are one kernel
 too (``joined.py``): a workgroup looks which of them its tile belongs to, or computes a gated pair.
 
-Many rows are blocks of 8, each read by workgroups of its own: a matrix of few columns, of a prompt's gates, comes out of
-a cache. On an H100 IREE's own products of 512 rows, K=1024 and N=16 in f32 take 130 to 250 us.
+Many rows are blocks of 8, each read by workgroups of its own: a matrix of few columns, of a prompt's gates, comes out
+of a cache. On an H100 IREE's own products of 512 rows, K=1024 and N=16 in f32 take 130 to 250 us.
 
 Legal: on GPUs, for 1 to 8 static rows, or any number where columns are few, if 4 divides K and N. Cost: b once a block
 of rows, a once a tile of columns.

@@ -13,6 +13,7 @@ _CONSTANTS = re.compile(r"constants = (\d+)")
 _BINDING = "#hal.pipeline.binding<"
 _SHARED_SPACE = 3  # of NVVM
 _ARRAY = re.compile(r"(?:array|vector)<(\d+)\s*x\s*((?:\d+\s*x\s*)*)(.*)>$")
+_OF_LAUNCH = "__dynamic_shared_memory__"
 _SCALAR = re.compile(r"[a-z]+(\d+)$")
 _VERSION = re.compile(r"vce<v(\d+)\.(\d+)")
 _CAPABILITIES = re.compile(r"\[([\w, ]*)\]")
@@ -28,7 +29,7 @@ class Kernel:
         constants: 32-bit push constants.
         sizes: Threads of a workgroup along x, y and z; empty where the target has no such.
         declared: Bytes of shared memory in the code itself.
-        asked: Those that are asked for at the launch. On CUDA, IREE asks for as many again as the code declares.
+        asked: Those that are asked for at the launch: on CUDA all.
     """
 
     name: str
@@ -95,8 +96,15 @@ def spirv_capabilities(module: ir.Operation) -> set[str]:
 
 
 def _shared_memory(code: Sequence[ir.Operation]) -> int:
-    """Bytes of a workgroup's memory that the globals of a kernel's code declare."""
+    """Bytes of a workgroup's memory that the globals of a kernel's code declare.
+
+    IREE 3.13 turns those of CUDA kernels into parts of the launch's memory; what it leaves of them is in no PTX.
+    """
     total = 0
+    if any(
+        op.name == "llvm.mlir.global" and ir.StringAttr(op.attributes["sym_name"]).value == _OF_LAUNCH for op in code
+    ):
+        return total
     for op in code:
         if op.name == "spirv.GlobalVariable":
             pointer = str(op.attributes["type"])  # !spirv.ptr<T, Workgroup>

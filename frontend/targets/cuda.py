@@ -31,7 +31,7 @@ those of 8.6, 8.9 and 12.0).
 NEWER = (88, 90, 100, 101, 103, 110, 120, 121)
 """Architectures that NVIDIA makes and IREE 3.13 does not know."""
 _DECLARED = 49_152
-_COPY_MEMORY = 98_304  # of the 101,376; in the code it is all of the launch's, none is declared
+_COPY_MEMORY = 98_304  # of the 101,376: what is under way matters more than a second workgroup on an SM
 DEFAULT = "sm_80"
 _NAMES = {
     "volta": 70, "turing": 75, "ampere": 80, "a100": 80, "ada": 89, "l4": 89, "hopper": 90, "h100": 90, "h200": 90,
@@ -68,7 +68,7 @@ def resolve(options: TargetOptions) -> CompileTarget:
             is_gpu=True,
             subgroup_size=32,
             max_threads=1024,
-            workgroup_memory=min(_DECLARED, memory // 2),  # IREE takes what the code declares once more at the launch
+            workgroup_memory=min(_DECLARED, memory // 2),  # two workgroups on an SM
             matrix_units=number >= 70,
             matrix_stride="elements" if number >= 70 else None,
             copy_memory=_COPY_MEMORY if number >= 80 else 0,

@@ -1,0 +1,81 @@
+"""SplitColumns on a Vulkan device (lavapipe in CI), bit by bit, and which Split nodes it is made of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from harness import run_op
+from linattn.dialect_patterns.target import Limits, Target
+from linattn.frontend.graph.schema import infer_types
+from linattn.frontend.graph.specialize import SpecializedGraph
+from linattn.frontend.graph.split_columns import split_columns
+from onnx import TensorProto, helper, numpy_helper
+
+GPU = Target("vulkan", is_gpu=True)
+
+
+@pytest.mark.vulkan
+@pytest.mark.xdist_group("vulkan")
+@pytest.mark.parametrize(
+    ("target", "dtype", "lead", "sizes"),
+    [
+        ("vulkan", np.float32, (1, 70), (64, 4, 32)),
+        ("vulkan", np.float32, (2, 3, 5), (12, 12)),
+        ("lavapipe", np.float16, (1, 33), (128, 8, 24, 128)),
+        ("lavapipe", ml_dtypes.bfloat16, (2, 1), (8, 16)),
+    ],
+)
+def test_parts(target: str, dtype: Any, lead: tuple[int, ...], sizes: tuple[int, ...]) -> None:
+    x = np.random.default_rng(len(sizes)).standard_normal((*lead, sum(sizes))).astype(dtype)
+    x[..., 0], x[..., -1] = np.nan, -np.inf
+    common = {"domain": "linattn", "version": 1, "num_outputs": len(sizes), "target": target}
+    got = run_op("SplitColumns", [x], {"sizes": list(sizes)}, **common)
+    for part, want in zip(got, np.split(x, np.cumsum(sizes)[:-1], axis=-1), strict=True):
+        assert part.dtype == dtype
+        assert part.tobytes() == want.tobytes()
+
+
+def kinds(
+    axis: int,
+    shape: tuple[int | str, ...],
+    sizes: tuple[int, ...],
+    target: Target = GPU,
+    elem: int = TensorProto.FLOAT16,
+) -> list[str]:
+    """What becomes of a Split."""
+    names = [f"y{i}" for i in range(len(sizes))]
+    node = helper.make_node("Split", ["x", "sizes"], names, "split", axis=axis)
+    outputs = [helper.make_tensor_value_info(name, elem, None) for name in names]
+    inputs = [helper.make_tensor_value_info("x", elem, shape)]
+    given = [numpy_helper.from_array(np.array(sizes), "sizes")]
+    model = helper.make_model(
+        helper.make_graph([node], "g", inputs, outputs, given), opset_imports=[helper.make_opsetid("", 21)]
+    )
+    before = model.SerializeToString()
+    found = split_columns(SpecializedGraph(model, infer_types(model)), target).proto
+    assert model.SerializeToString() == before
+    return [node.op_type for node in found.graph.node]
+
+
+@pytest.mark.parametrize(
+    ("axis", "shape", "sizes", "options", "made"),
+    [
+        (-1, (1, 8, 48), (32, 16), {}, True),
+        (2, (1, 8, 48), (32, 16), {}, True),
+        (1, (1, 8, 48), (4, 4), {}, False),
+        (-1, (1, 1, 48), (32, 16), {}, False),  # of one row they lie beside each other
+        (-1, (1, "tokens", 48), (32, 16), {}, False),
+        (-1, (1, 8, 48), (36, 12), {}, False),  # no whole chunks in f16
+        (-1, (1, 8, 48), (36, 12), {"elem": TensorProto.FLOAT}, True),
+        (-1, (1, 8, 48), (32, 16), {"elem": TensorProto.INT64}, False),
+        (-1, (1, 8, 48), (32, 16), {"target": Target("cpu", vector_bits=256)}, False),
+        (-1, (1, 8, 48), (16, 16, 16), {"target": Target("v", is_gpu=True, limits=Limits(bindings=3))}, False),
+    ],
+)
+def test_what_is_made_of_it(
+    axis: int, shape: tuple[int | str, ...], sizes: tuple[int, ...], options: dict[str, Any], made: bool
+) -> None:
+    assert kinds(axis, shape, sizes, **options) == ["SplitColumns" if made else "Split"]
