@@ -161,10 +161,10 @@ def plan_for(size: Size, target: Target, transposed: bool, terms: int = 1) -> Pl
     rows, columns = size.rows or 0, size.columns
     deep = 64 if size.depth % 64 == 0 and terms == 1 else _MIN_DEPTH
     deepest = 128 if transposed and size.depth % 128 == 0 and terms == 1 else deep
-    shapes = [(128, 128, _MIN_DEPTH, 2, 4), (64, 64, deep, 2, 2), (64, 64, _MIN_DEPTH, 2, 2)]
+    shapes = [(128, 128, _MIN_DEPTH, 2, 2), (64, 64, deep, 2, 2), (64, 64, _MIN_DEPTH, 2, 2)]
     if transposed:
         shapes += [(64, 32, deepest, 2, 2), (64, 32, deep, 2, 2)]
-    if rows < 128 or terms > 1 or target.max_threads < 8 * target.subgroup_size:
+    if rows < 128 or terms > 1 or target.max_threads < 4 * target.subgroup_size:
         shapes = shapes[1:]
     small = [(32, 32, deepest, 2, 2), (32, 32, _MIN_DEPTH, 2, 2)]
     shapes = small if columns <= 32 or rows <= 32 else shapes + small[1:]
