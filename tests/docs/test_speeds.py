@@ -26,6 +26,9 @@ def result(**changes: Any) -> dict[str, Any]:
     found = {"commit": "abc1234", "started": "2026-11-26T00:00:00", "machine": {"cores": 2}, "rows": rows}
     found |= {"devices": {"cpu": {"name": "a CPU"}}}
     for key, value in changes.items():
+        if key in ("weights", "prompt"):  # of all rows
+            found["rows"] = [row | {key: value} for row in found["rows"] if row["prompt"] != value]
+            continue
         (found["rows"][0] if key in rows[0] else found["devices"]["cpu"] if key == "software" else found)[key] = value
     return found
 
@@ -53,13 +56,37 @@ def test_a_row() -> None:
         ({"status": "wrong"}, "linattn is wrong"),
         ({"software": True}, "a CPU is no GPU"),
         ({"commit": "abc1234-dirty"}, "is not committed"),
-        ({"commit": None}, "is not committed"),
+        ({"commit": None}, "is not committed; --commit names that of a tree without git"),
+        ({"weights": None}, "measure the .onnx"),
+        ({"prompt": 64}, "no prompt of 512 tokens"),
     ],
 )
 def test_what_makes_no_row(change: dict[str, Any], why: str) -> None:
     rows, passed = speeds.rows_of(result(**change))
     assert (rows, len(passed)) == ([], 1)
     assert why in passed[0]
+
+
+def test_what_was_measured_elsewhere_has_the_name_and_commit_that_are_given() -> None:
+    """Of a tree without git; whatever its devices and drivers call themselves, a machine has one row for one thing."""
+    found = result(commit=None)
+    for row in found["rows"][::2]:
+        row["target"] = "vulkan"
+    found["devices"]["vulkan"] = {"name": "NVIDIA H100 80GB HBM3 (NVIDIA 580.159.04)"}
+    (row,), _ = speeds.rows_of(found, None, "1234567")
+    assert (row["machine"], row["commit"]) == ("NVIDIA H100 80GB HBM3, Vulkan", "1234567")
+    (row,), _ = speeds.rows_of(found, "H100", "1234567")
+    assert row["machine"] == "H100, Vulkan"
+    assert row["machine"] in {kept["machine"] for kept in speeds.read()}
+    (row,), _ = speeds.rows_of(result(), "a Zen 4", "1234567")
+    assert (row["machine"], row["commit"]) == ("2 cores of a Zen 4", "abc1234")
+
+
+def test_steps_are_those_after_the_prompt_that_is_shown() -> None:
+    found = result()
+    found["rows"] += [row | {"prompt": 2048, "decode": {"tokens_per_s": 1.0}} for row in found["rows"][:2]]
+    (row,), _ = speeds.rows_of(found)
+    assert (row["linattn"]["decode"], "prefill_2048" in row["linattn"]) == (562.0, True)
 
 
 def test_rows_of_other_machines_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
