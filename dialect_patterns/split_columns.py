@@ -57,9 +57,12 @@ class SplitColumns:
 
 
 def is_splittable(x: TensorSpec, sizes: Sequence[int], target: Target) -> bool:
-    """Whether the kernel is for such parts, and saves something: parts of one row are where they are already."""
+    """Whether the kernel is for such parts, and saves something.
+
+    Parts of one row are where they are already, and those of one token's heads are read where they are.
+    """
     whole = all(size > 0 and size * FLOAT_BITS[x.dtype] % _CHUNK_BITS == 0 for size in sizes)
-    known = None not in x.shape and math.prod(size or 0 for size in x.shape[:-1]) > 1
+    known = None not in x.shape and math.prod(size or 0 for size in x.shape[: -1 if x.rank < 4 else -2]) > 1
     return target.is_gpu and whole and known and 2 <= len(sizes) < target.limits.bindings
 
 

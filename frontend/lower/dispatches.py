@@ -23,7 +23,7 @@ _PRODUCT = re.compile(
     r"(?:mat_?mul|mmt4d|matvec)(?!_rows_|_amx_rows_|_n_bits_ro)\w*?_(?:(\d+(?:x\d+)+)|m(\d+)k(\d+)b\d+n(\d+))(?:_|$)"
 )
 """Sizes in the name of a product's dispatch: rows, columns, depth (and a batch). Not of those that arrange its rows."""
-_SHARED = re.compile(r"mat_mul\w*_fused_(mma|tiled)_")
+_SHARED = re.compile(r"mat_mul\w*_fused_(mma|tiled)_|mat_mul_fused_simt_\w+_nx\d+x\d+_l")
 _BY_ELEMENT = re.compile(r"_dispatch_\d+_(?:elementwise|transpose|slow_memcpy)(?:_|$)")
 """IREE's kernels that read of each operand no more elements than they write: of a table the rows that are looked up."""
 

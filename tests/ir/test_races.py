@@ -18,6 +18,7 @@ from linattn.dialect_patterns.emit.simt_kernel import Kernel
 from linattn.dialect_patterns.linear_attention import fused_mma_chunks
 from linattn.dialect_patterns.linear_attention.fused_simt_lanes import Lanes
 from linattn.dialect_patterns.mat_mul import fused_mma, mma_kernel
+from linattn.dialect_patterns.mat_mul.normed import NORMED
 from linattn.dialect_patterns.next_token import NEXT_TOKEN
 from linattn.dialect_patterns.node import TensorSpec
 from linattn.dialect_patterns.op import INTERNAL, LoweringOptions
@@ -74,6 +75,15 @@ def test_the_next_token(vocabulary: int, gpu: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Kernel, "barrier", every_second)
     if vocabulary == 2000:
         assert all(races(lowered(INTERNAL, name, 1, specs, {}, 1, gpu)) for name, specs in operators)
+
+
+def test_a_norm_and_its_products() -> None:
+    """Squares and sums share a barrier; one workgroup of them writes the row."""
+    specs = [TensorSpec((1, 1, 256), "f16"), TensorSpec((256,), "f16"), TensorSpec((1, 1, 256), "f16")]
+    specs += [TensorSpec((256, 64), "f16")] * 2
+    for gated in (0, 1):
+        attributes = {"epsilon": 1e-6, "gated": gated, "with_skip": 1, "with_sum": 1}
+        assert races(lowered(INTERNAL, NORMED, 1, specs, attributes, 3 - gated, "gpu")) == []
 
 
 def test_a_race_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

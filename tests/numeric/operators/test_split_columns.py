@@ -67,6 +67,8 @@ def kinds(
         (2, (1, 8, 48), (32, 16), {}, True),
         (1, (1, 8, 48), (4, 4), {}, False),
         (-1, (1, 1, 48), (32, 16), {}, False),  # of one row they lie beside each other
+        (-1, (1, 1, 8, 48), (32, 16), {}, False),  # of one token their readers find them
+        (-1, (1, 2, 8, 48), (32, 16), {}, True),
         (-1, (1, "tokens", 48), (32, 16), {}, False),
         (-1, (1, 8, 48), (36, 12), {}, False),  # no whole chunks in f16
         (-1, (1, 8, 48), (36, 12), {"elem": TensorProto.FLOAT}, True),
