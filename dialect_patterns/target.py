@@ -43,7 +43,7 @@ class Target:
             there are no such products.
         workgroup_memory: Bytes of a workgroup's memory that a kernel may use (GPU).
         copy_memory: The same of a kernel whose threads copy to it past their registers (``cp.async``); 0 where they
-            cannot.
+            cannot. Warps that can also have ``ldmatrix`` and ``mma.sync`` of 16 bits (CUDA, sm_80).
         max_threads: Threads of a workgroup that a kernel may use (GPU).
         matrix_units: Whether 16-bit matrix products have units of their own.
         thread_values: How much of a state a thread best holds for one token (GPU): more makes its loads wait.

@@ -48,8 +48,12 @@ def pack(k: Kernel, values: Sequence[ir.Value], dtype: str) -> ir.Value:
     return k.join(words)
 
 
-def split(k: Kernel, values: Sequence[ir.Value]) -> tuple[ir.Value, ir.Value]:
-    """Eight f32 numbers as two terms of f16, the second one times ``LOW``; a chunk of each."""
+def split(k: Kernel, values: Sequence[ir.Value], dtype: str = "f16") -> tuple[ir.Value, ir.Value]:
+    """Eight f32 numbers as two terms of 16 bits, the second one times ``LOW``; a chunk of each."""
+    if dtype != "f16":
+        first = pack(k, values, dtype)
+        rest = [k.mul(k.sub(x, y), k.constant(LOW)) for x, y in zip(values, unpack(k, first, dtype), strict=True)]
+        return first, pack(k, rest, dtype)
     high, low = [list[ir.Value]() for _ in range(2)]
     for pair in zip(values[::2], values[1::2], strict=True):
         both = k.join(pair)

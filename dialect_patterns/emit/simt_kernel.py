@@ -15,6 +15,7 @@ from typing import Any, cast
 from iree.compiler import ir
 from iree.compiler.dialects import arith, math, memref, scf, vector
 
+from .assembly import assembly
 from .builder import spec_of
 from .scalar import Scalar
 
@@ -306,15 +307,15 @@ class Kernel:
         """Begin to copy a chunk to the workgroup's memory past the registers (``cp.async``, CUDA from sm_80 on)."""
         memory, place = self._address(target, to), self._address(source, index)
         memory = arith.TruncIOp(ir.IntegerType.get_signless(32), memory).result
-        self._assembly("cp.async.cg.shared.global [$0], [$1], 16;", "r,l,~{memory}", memory, place)
+        assembly("cp.async.cg.shared.global [$0], [$1], 16;", "r,l,~{memory}", [memory, place])
 
     def end_copies(self) -> None:
         """The copies since the last call are a group."""
-        self._assembly("cp.async.commit_group;", "~{memory}")
+        assembly("cp.async.commit_group;", "~{memory}")
 
     def await_copies(self, under_way: int) -> None:
         """Wait until no more than so many groups of this thread's copies are under way."""
-        self._assembly(f"cp.async.wait_group {under_way};", "~{memory}")
+        assembly(f"cp.async.wait_group {under_way};", "~{memory}")
 
     def _address(self, buffer: Buffer, index: Scalar) -> ir.Value:
         """Of a chunk, i64."""
@@ -322,15 +323,6 @@ class Kernel:
             "memref.extract_aligned_pointer_as_index", results=[ir.IndexType.get()], operands=[buffer.value]
         ).result
         return (Scalar(start) + index * (4 * _CHUNK)).to("i64").value
-
-    @staticmethod
-    def _assembly(text: str, constraints: str, *operands: ir.Value) -> None:
-        attributes: dict[str, ir.Attribute] = {
-            "asm_string": ir.StringAttr.get(text),
-            "constraints": ir.StringAttr.get(constraints),
-            "has_side_effects": ir.Attribute.parse("unit"),
-        }
-        ir.Operation.create("llvm.inline_asm", operands=list(operands), attributes=attributes)
 
     # ---- arithmetic ------------------------------------------------------------------------------------------------
     def type(self, width: int, element: str = "f32") -> ir.Type:
@@ -400,6 +392,14 @@ class Kernel:
     def maximum(self, a: ir.Value, b: ir.Value) -> ir.Value:
         """The larger one; NaN wins."""
         return arith.MaximumFOp(a, b).result
+
+    def magnitude(self, a: ir.Value) -> ir.Value:
+        """The magnitude of a scalar."""
+        return math.AbsFOp(a).result
+
+    def bits(self, a: ir.Value) -> Scalar:
+        """The bits of a scalar, as i32."""
+        return Scalar(arith.BitcastOp(self.type(1, "i32"), a).result)
 
     def select(self, condition: Scalar, true: ir.Value, false: ir.Value) -> ir.Value:
         """``true`` where the i1 is set, else ``false``; SPIR-V before 1.4 has no select of vectors by one bit."""

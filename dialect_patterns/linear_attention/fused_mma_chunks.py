@@ -26,7 +26,7 @@ from ..select import Legality, No, OtherMachine, Yes
 from ..target import Target
 from .contract import LinearAttention, output_specs
 from .mma_chunk_factors import THREADS, MmaFactors
-from .mma_chunk_operands import CHUNK, NUMBERS, SIDE, SUBGROUP, WORDS, MmaPlan, record
+from .mma_chunk_operands import CHUNK, SIDE, SUBGROUP, WORDS, MmaPlan, record, stride_unit
 from .mma_chunk_state import MmaChunks
 from .operands import Operands, kernel_name
 
@@ -58,7 +58,7 @@ def is_legal(contract: LinearAttention, target: Target) -> Legality:
 
 def plan_for(c: LinearAttention, target: Target) -> MmaPlan:
     """Wide parts of the state where there are enough of them; they read keys and queries less often."""
-    unit = (1, 1) if target.matrix_stride == "elements" else (NUMBERS, WORDS)
+    unit = stride_unit(target)
     wide = MmaPlan(c.dk, 2 * SIDE, unit)
     groups = (c.batch or 1) * c.out_heads * (c.dv // wide.columns)
     fits = c.dv % wide.columns == 0 and wide.memory(c) <= target.workgroup_memory

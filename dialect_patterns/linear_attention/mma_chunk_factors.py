@@ -58,10 +58,13 @@ class MmaFactors:
         p: How matrices are read.
         streams: B * max(Hq, Hkv).
         tokens: T.
+        half: Type of the matrices of factors.
     """
 
-    def __init__(self, k: Kernel, c: LinearAttention, p: MmaPlan, streams: Scalar, tokens: Scalar) -> None:
-        self.k, self.c, self.p = k, c, p
+    def __init__(
+        self, k: Kernel, c: LinearAttention, p: MmaPlan, streams: Scalar, tokens: Scalar, half: str = "f16"
+    ) -> None:
+        self.k, self.c, self.p, self.half = k, c, p, half
         self.o = o = MmaOperands(k, c, tokens, streams)
         self.decay = o.numbers(c.kv_heads) if c.decay != "none" else None
         self.beta = o.numbers(c.kv_heads if c.beta == "head" else 1) if c.beta != "none" else None
@@ -247,7 +250,9 @@ class MmaFactors:
     def _invert(self) -> None:
         """(I + A)^-1 in place of A: blocks of 16 on the diagonal, then the one below; the upper one is scratch."""
         k = self.k
-        inverse = self._diagonal()
+        zeros = [k.constant(0.0)] * SIDE
+        is_first = self.part.equals(0)  # the others would only wait longer
+        inverse = k.choose(is_first, self._diagonal, lambda: zeros, [value.type for value in zeros])
         k.barrier()
         block, column = self.column.divide_unsigned(SIDE)
         corner = block * (SIDE * _STRIDE + SIDE) + column
@@ -256,7 +261,7 @@ class MmaFactors:
             for i, value in enumerate(inverse):
                 k.store(value, self.products, corner + i * _STRIDE)
 
-        k.when(self.part.equals(0), store)
+        k.when(is_first, store)
         k.barrier()
         below, upper = SIDE * _STRIDE, SIDE
         self._times(below, 0, upper)
@@ -265,7 +270,7 @@ class MmaFactors:
         k.barrier()
 
     def _diagonal(self) -> list[ir.Value]:
-        """This thread's column of a block's inverse, by substitution; all subgroups the same ones."""
+        """This thread's column of a block's inverse, by substitution."""
         k = self.k
         block, column = self.column.divide_unsigned(SIDE)
         corner = block * (SIDE * _STRIDE + SIDE)
@@ -299,11 +304,11 @@ class MmaFactors:
         def read(start: int) -> list[ir.Value]:
             return [k.load(self.products, row * _STRIDE + column + (start + e)) for e in range(NUMBERS)]
 
-        mixed = pack(k, read(self._mix), "f16")
+        mixed = pack(k, read(self._mix), self.half)
         if self.c.has_delta:
             scaled = [k.mul(value, self._number(RATE, column + e)) for e, value in enumerate(read(0))]
             solve = [k.select(column + e <= row, value, k.constant(0.0)) for e, value in enumerate(scaled)]
             self._note_unless(within(k, solve), _BAD)
-            for i, term in enumerate(split(k, solve)):
+            for i, term in enumerate(split(k, solve, self.half)):
                 k.store_as_is(term, self.output, base + self.thread + i * MATRIX)
         k.store_as_is(mixed, self.output, base + self.thread + (matrices(self.c) - 1) * MATRIX)

@@ -19,6 +19,7 @@ from iree.compiler import ir
 from ..emit.chunk_words import NUMBERS, pack, unpack
 from ..emit.scalar import Scalar
 from ..emit.simt_kernel import Buffer, Kernel
+from ..target import Target
 from .contract import LinearAttention
 
 CHUNK = 32
@@ -39,6 +40,11 @@ MATRIX = CHUNK * CHUNK // NUMBERS
 """Chunks of a matrix of factors."""
 ACROSS = CHUNK // NUMBERS
 """Chunks of one of its rows."""
+
+
+def stride_unit(target: Target) -> tuple[int, int]:
+    """``MmaPlan.unit`` of a target."""
+    return (1, 1) if target.matrix_stride == "elements" else (NUMBERS, WORDS)
 
 
 def matrices(c: LinearAttention) -> int:
@@ -168,14 +174,19 @@ class MmaOperands:
         self._next += 1
         return self.k.buffer(self._next - 1, self.c.dtype, self.all_rows * elements)
 
+    def pairs(self, dtype: str, size: Scalar) -> Buffer:
+        """The next buffer, ``size`` pairs of numbers."""
+        self._next += 1
+        return self.k.buffer(self._next - 1, dtype, size, 2)
+
     def choose(self, stream: Scalar) -> None:
         """Which stream is meant from now on."""
         c = self.c
         self.batch, self.out_head = stream.divide_unsigned(c.out_heads)
         self.head, self.reader = self.out_head.divide_unsigned(c.rows)
         self.state = self.batch * c.kv_heads + self.head
-        self._key_head = self.head.divide_unsigned(c.kv_heads // c.k_heads)[0]
-        self._query_head = self.out_head.divide_unsigned(c.out_heads // c.q_heads)[0]
+        self.key_head = self.head.divide_unsigned(c.kv_heads // c.k_heads)[0]
+        self.query_head = self.out_head.divide_unsigned(c.out_heads // c.q_heads)[0]
 
     def row(self, t: Scalar) -> Scalar:
         """The number of a token among those of all batch rows; the last one for a token after it."""
@@ -183,12 +194,12 @@ class MmaOperands:
 
     def load_key(self, t: Scalar, chunk: Scalar) -> ir.Value:
         """A chunk of the key of a token, as stored."""
-        place = self.row(t) * self.c.k_heads + self._key_head
+        place = self.row(t) * self.c.k_heads + self.key_head
         return self.k.load(self.key, place * (self.c.dk // NUMBERS) + chunk)
 
     def load_query(self, t: Scalar, chunk: Scalar) -> ir.Value:
         """A chunk of the query of a token, as stored."""
-        place = self.row(t) * self.c.q_heads + self._query_head
+        place = self.row(t) * self.c.q_heads + self.query_head
         return self.k.load(self.query, place * (self.c.dk // NUMBERS) + chunk)
 
     def as_f16(self, chunk: ir.Value) -> ir.Value:

@@ -12,7 +12,7 @@ from ..emit.builder import spec_of
 from ..op import MICROSOFT, Choice, LoweringContext, LoweringOptions, Op
 from ..select import Legality, No, Strategy, Yes, not_emitted, select
 from ..target import Target
-from . import chunked, fused_mma_chunks, fused_simd, fused_simt, fused_simt_chunks, recurrent
+from . import chunked, fused_mma_chunks, fused_simd, fused_simt, fused_simt_chunks, fused_warp_chunks, recurrent
 from .contract import LinearAttention, output_types, parse
 from .mma_crossover import least_tokens
 from .operands import prepare, present_state, refine_inputs, state_or_zeros
@@ -63,6 +63,12 @@ def _fused_simt_chunks_is_preferred(contract: LinearAttention, target: Target, o
     return Yes(f"T={tokens} in two kernels: chunks of {fused_simt_chunks.CHUNK} tokens, the state in registers")
 
 
+def _fused_warp_chunks_is_preferred(contract: LinearAttention, target: Target, options: LoweringOptions) -> Legality:
+    """Where it has been measured to be faster (``mma_crossover``)."""
+    del contract, target, options
+    return No("not measured on a GPU yet; --strategy fused_warp_chunks takes it")
+
+
 def _fused_mma_chunks_is_preferred(contract: LinearAttention, target: Target, options: LoweringOptions) -> Legality:
     """Where it has been measured to be faster (``mma_crossover``)."""
     if options.chunk_size is not None:
@@ -78,6 +84,7 @@ def _fused_mma_chunks_is_preferred(contract: LinearAttention, target: Target, op
 
 STRATEGIES = (
     Strategy("fused_simd", fused_simd.is_legal, _fused_simd_is_preferred),
+    Strategy("fused_warp_chunks", fused_warp_chunks.is_legal, _fused_warp_chunks_is_preferred),
     Strategy("fused_mma_chunks", fused_mma_chunks.is_legal, _fused_mma_chunks_is_preferred),
     Strategy("fused_simt_chunks", fused_simt_chunks.is_legal, _fused_simt_chunks_is_preferred),
     Strategy("fused_simt", fused_simt.is_legal, _fused_simt_is_preferred),
@@ -143,6 +150,8 @@ def lower(
     if isinstance(x.tokens, int) and x.tokens == 0:
         output = b.full(0.0, [x.batch, 0, c.out_heads * c.dv], c.dtype)
         results = [output, present_state(b, c, x.batch, state_or_zeros(b, c, x))]
+    elif choice.strategy == "fused_warp_chunks":
+        results = fused_warp_chunks.emit_linear_attention_fused_warp_chunks(context, c, x)
     elif choice.strategy == "fused_mma_chunks":
         results = fused_mma_chunks.emit_linear_attention_fused_mma_chunks(context, c, x)
     elif choice.strategy == "fused_simt_chunks":

@@ -1,0 +1,107 @@
+"""Strategy ``fused_warp_chunks``: chunks of 32 tokens on NVIDIA GPUs by ``mma.sync``, the state in a warp's registers.
+
+    %factors = flow.dispatch @..._factors_...[%chunks](%streams, %T, %query, %key, %decay, %beta)  all chunks at once
+    %output, %present = flow.dispatch @..._chunks_...[%streams](%streams, %T, %query, %key, %value, %past, %factors)
+
+The arithmetic of ``fused_mma_chunks``, which is its portable form; here a warp knows where its elements lie, keeps
+eight columns of the state in registers through all products and waits for no other warp, while the next chunk is being
+copied (``warp_chunk_state``). Terms are of the type of the activations, so bf16 has all the range of f32.
+
+Legal: f16 and bf16 on CUDA from sm_80 on, decays per head, a state of 64 or 128 rows whose columns divide into 16.
+Cost, a chunk of 32 tokens and 8 columns of 128 rows: 92 products of 16 x 8 x 16, one barrier.
+Source: NUMERICS sections 1, 2 (substitution, then a merge) and 5; PTX ISA, warp-level matrix instructions.
+"""
+
+from __future__ import annotations
+
+from iree.compiler import ir
+
+from ..emit.builder import Size, tensor_type
+from ..emit.scalar import Scalar
+from ..emit.simt_kernel import Group, Kernel, dispatch
+from ..emit.warp import LANES
+from ..op import LoweringContext
+from ..select import Legality, No, OtherMachine, Yes
+from ..target import Target
+from .contract import LinearAttention, output_specs
+from .mma_chunk_factors import THREADS, MmaFactors
+from .mma_chunk_operands import CHUNK, SIDE, WORDS, MmaPlan, record, stride_unit
+from .operands import Operands, kernel_name
+from .warp_chunk_state import COLUMNS, WarpChunks, WarpPlan
+
+_ROWS = 64  # of the state: eight chunks, whose places xor the token's number are eight
+_WARPS = 2
+_ENOUGH_GROUPS = 100  # workgroups that keep a large GPU busy
+
+
+def is_legal(contract: LinearAttention, target: Target) -> Legality:
+    """Where warps multiply matrices that they hold, for 16 bits."""
+    c = contract
+    if not target.is_gpu:
+        return OtherMachine(f"{target.name} is not a GPU")
+    if not target.copy_memory:
+        return No(f"{target.name} is compiled for without mma.sync of 16 bits (CUDA, sm_80)")
+    if c.dtype not in ("f16", "bf16"):
+        return No(f"{c.dtype}: terms of 16 bits would lose some of it")
+    if c.decay == "key":
+        return No("decays per key cannot be applied to sums")
+    if c.dk % _ROWS or c.dv % (_WARPS * COLUMNS):
+        return No(f"a {c.dk}x{c.dv} state does not divide into {_ROWS}x{_WARPS * COLUMNS}")
+    if plan_for(c).memory > target.copy_memory:
+        return No(f"{plan_for(c).memory} bytes of the workgroup's memory, more than {target.copy_memory}")
+    need = MmaFactors.memory(c, _factors_plan(c, target))
+    if need > target.workgroup_memory:
+        return No(f"{need} bytes of the workgroup's memory, more than {target.workgroup_memory}")
+    return Yes()
+
+
+def plan_for(c: LinearAttention) -> WarpPlan:
+    """Twice the warps in a workgroup where there are enough of those; they share keys and queries."""
+    wide = 2 * _WARPS * COLUMNS
+    is_wide = c.dv % wide == 0 and (c.batch or 1) * c.out_heads * (c.dv // wide) >= _ENOUGH_GROUPS
+    return WarpPlan(c.dk, 2 * _WARPS if is_wide else _WARPS, c.has_delta)
+
+
+def _factors_plan(c: LinearAttention, target: Target) -> MmaPlan:
+    return MmaPlan(c.dk, SIDE, stride_unit(target))
+
+
+def emit_linear_attention_fused_warp_chunks(
+    context: LoweringContext, contract: LinearAttention, x: Operands
+) -> list[ir.Value]:
+    """Emit output and present state."""
+    b, c = context.builder, contract
+    streams, tokens = b.mul(x.batch, c.out_heads), x.tokens
+    numbers = [size for size in (streams, tokens) if not isinstance(size, int)]
+    p = plan_for(c)
+
+    def sizes(k: Kernel) -> tuple[Scalar, Scalar]:
+        given = iter(range(len(numbers)))
+        first, second = (
+            Scalar.constant(size, "index") if isinstance(size, int) else k.number(next(given))
+            for size in (streams, tokens)
+        )
+        return first, second
+
+    def output(shape: list[Size], dtype: str) -> tuple[ir.RankedTensorType, list[ir.Value]]:
+        static = [size if isinstance(size, int) else None for size in shape]
+        return tensor_type(static, dtype), [size for size in shape if not isinstance(size, int)]
+
+    name = kernel_name(c, x, f"warp_{p}")
+    items = b.mul(streams, b.ceil_div(tokens, CHUNK))
+    inputs = [value for value in (x.query, x.key, x.decay, x.beta) if value is not None]
+    outputs = [output([items, record(c) * WORDS], "f32")]
+    (factors,) = dispatch(
+        f"{name}_factors", Group(THREADS, LANES), 1, b.index(items), numbers, inputs, outputs,
+        lambda k: MmaFactors(k, c, _factors_plan(c, context.target), *sizes(k), half=c.dtype).emit(),
+    )  # fmt: skip
+    result, present = output_specs(c)
+    outputs = [
+        output([x.batch, tokens, c.out_heads * c.dv], result.dtype),
+        output([x.batch, c.kv_heads, c.dk, c.dv], present.dtype),
+    ]
+    inputs = [value for value in (x.query, x.key, x.value, x.past, factors) if value is not None]
+    return dispatch(
+        f"{name}_chunks", Group(p.threads, LANES), c.dv // (p.warps * COLUMNS), b.index(streams), numbers, inputs,
+        outputs, lambda k: WarpChunks(k, c, p, *sizes(k)).emit(),
+    )  # fmt: skip

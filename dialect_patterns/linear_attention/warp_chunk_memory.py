@@ -1,0 +1,196 @@
+"""Where strategy ``fused_warp_chunks`` has the keys, queries and factors of a chunk of tokens: twice, to copy ahead.
+
+Rows lie in the workgroup's memory in chunks of 16 bytes, each at its number xor the row's, so that the eight rows of a
+matrix are in eight banks: keys, queries (:class:`WarpPlan`), then the factors as ``mma_chunk_operands`` has them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from iree.compiler import ir
+
+from ..emit.chunk_words import NUMBERS
+from ..emit.scalar import Scalar
+from ..emit.simt_kernel import Buffer
+from ..emit.warp import LANES, Warp
+from .mma_chunk_operands import ACROSS, CHUNK, MATRIX, SIDE, VECTORS, WORDS, MmaOperands, record
+
+_BYTES = 16  # of a chunk
+_ALIGNMENT = 512  # of what is addressed by xor
+_STEP = SIDE // NUMBERS * _BYTES  # from matrix to matrix along a row
+STRIPS = CHUNK // SIDE
+"""Matrices of 16 tokens in a chunk."""
+
+
+@dataclass(frozen=True)
+class WarpPlan:
+    """How a workgroup of the second kernel is made.
+
+    Attributes:
+        dk: Rows of the state.
+        warps: How many; each has eight columns.
+        delta: Whether there is ``solve``.
+    """
+
+    dk: int
+    warps: int
+    delta: bool
+
+    @property
+    def threads(self) -> int:
+        """Threads of a workgroup."""
+        return self.warps * LANES
+
+    @property
+    def vectors(self) -> int:
+        """Chunks of a key."""
+        return self.dk // NUMBERS
+
+    @property
+    def row(self) -> int:
+        """Bytes of a key."""
+        return self.vectors * _BYTES
+
+    @property
+    def queries(self) -> int:
+        """Where the queries of a chunk of tokens lie; keys are first."""
+        return CHUNK * self.row
+
+    @property
+    def matrices(self) -> int:
+        """Where the matrices of factors lie."""
+        return 2 * self.queries
+
+    @property
+    def factors(self) -> int:
+        """Chunks of the matrices of factors."""
+        return (3 if self.delta else 1) * MATRIX
+
+    @property
+    def numbers(self) -> int:
+        """Where the vectors of factors lie."""
+        return self.matrices + self.factors * _BYTES
+
+    @property
+    def stage(self) -> int:
+        """Bytes of all that a chunk of tokens is computed from."""
+        size = self.numbers + VECTORS * WORDS
+        return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+    @property
+    def memory(self) -> int:
+        """Bytes of the workgroup's memory: two stages."""
+        return 2 * self.stage + _ALIGNMENT
+
+    def __str__(self) -> str:
+        return f"c{CHUNK}w{self.warps}"
+
+
+class Staged:
+    """Copies chunks of tokens to the workgroup's memory, and reads them there.
+
+    Args:
+        warp: Emits instructions.
+        p: How a workgroup is made.
+        o: Where keys and queries are.
+        factors: Where the factors are.
+        item: The stream.
+    """
+
+    def __init__(self, warp: Warp, p: WarpPlan, o: MmaOperands, factors: Buffer, item: Scalar) -> None:
+        self.warp, self.p, self.o, self.factors, self.item = warp, p, o, factors, item
+        start = warp.shared_address()
+        self.base = (start + (_ALIGNMENT - 1)) & _int(-_ALIGNMENT)
+        self.stage = self.base
+        """Of the chunk that is being computed."""
+        row = p.row
+
+        def forward(lane: Scalar) -> Scalar:
+            return (lane & _int(15)) * row + ((lane.shift_right(4) ^ (lane & _int(7))) * _BYTES)
+
+        def backward(lane: Scalar) -> Scalar:
+            low, right = lane & _int(7), lane.shift_right(3) & _int(1)
+            return (low + lane.shift_right(4) * NUMBERS) * row + ((right ^ low) * _BYTES)
+
+        def factor(lane: Scalar) -> Scalar:
+            inside = lane.shift_right(1) & _int(3)
+            return (lane & _int(15)) * (ACROSS * _BYTES) + ((lane.shift_right(4) ^ inside) * _BYTES)
+
+        self._forward, self._backward, self._factor = (warp.by_lane(of) for of in (forward, backward, factor))
+        self.thread = warp.k.thread().to("i32")
+        self.token, part = self.thread.divide_unsigned(p.vectors)
+        self.part = part.to("i64") * _BYTES
+        self._to_row = self.token * row + ((part ^ (self.token & _int(7))) * _BYTES)
+        line, part = self.thread.divide_unsigned(ACROSS)
+        self._to_factor = line * (ACROSS * _BYTES) + ((part ^ (line.shift_right(1) & _int(3))) * _BYTES) + p.matrices
+
+    def choose(self, t: Scalar) -> Scalar:
+        """The chunk from token ``t`` on is computed from now on; where the next one goes."""
+        odd = t.divide_unsigned(CHUNK)[0].to("i32") & _int(1)
+        self.stage = self.base + odd * self.p.stage
+        return self.base + (_int(1) - odd) * self.p.stage
+
+    # ---- copies ----------------------------------------------------------------------------------------------------
+    def copy(self, t: Scalar, stage: Scalar) -> None:
+        """Begin to copy what the chunk from token ``t`` on is computed from; zeros for tokens after the last one."""
+        c, p, o, warp = self.o.c, self.p, self.o, self.warp
+        left = (o.tokens - t).to("i32")
+        row = (o.batch * o.tokens + t).to("i64") + self.token.to("i64")
+        at_once = p.threads // p.vectors  # tokens
+        for buffer, head, heads, start in (
+            (o.key, o.key_head, c.k_heads, 0), (o.query, o.query_head, c.q_heads, p.queries),
+        ):  # fmt: skip
+            source = warp.source(buffer, (row * heads + head.to("i64")) * p.row + self.part)
+            for offset in range(0, CHUNK, at_once):
+                turned = offset & 7 if at_once < NUMBERS else 0
+                to = stage + (self._to_row ^ _int(turned * _BYTES))
+                warp.copy(to, start + offset * p.row, source, offset * heads * p.row, self.token + offset < left)
+        chunk = (self.item * o.chunks + t.divide_unsigned(CHUNK)[0]).to("i64")
+        source = warp.source(self.factors, chunk * (record(c) * _BYTES) + self.thread.to("i64") * _BYTES)
+        always = left > 0
+        for offset in range(0, p.factors, p.threads):
+            warp.copy(stage + self._to_factor, offset * _BYTES, source, offset * _BYTES, always)
+        count, to = VECTORS // WORDS, stage + self.thread * _BYTES
+        for offset in range(0, count, p.threads):
+
+            def copy(offset: int = offset) -> None:
+                warp.copy(to, p.numbers + offset * _BYTES, source, (p.factors + offset) * _BYTES, always)
+
+            warp.k.when(self.thread + offset < _int(count), copy)
+
+    # ---- reads -----------------------------------------------------------------------------------------------------
+    def rows(self, start: int, strip: int, depth: int) -> list[ir.Value]:
+        """A left factor: 16 tokens of the rows from ``start`` on (:class:`WarpPlan`), 16 of their elements."""
+        offset = start + strip * SIDE * self.p.row
+        return self.warp.load_matrices(self.stage, self._forward, depth * _STEP, offset)
+
+    def columns(self, tile: int, strip: int) -> list[ir.Value]:
+        """A left factor: 16 elements of the keys, of 16 tokens."""
+        offset = strip * SIDE * self.p.row
+        return self.warp.load_matrices(self.stage, self._backward, tile * _STEP, offset, transposed=True)
+
+    def matrix(self, which: int, strip: int, depth: int) -> list[ir.Value]:
+        """A left factor: a quarter of a matrix of factors."""
+        offset = self.p.matrices + which * MATRIX * _BYTES + strip * (SIDE * ACROSS * _BYTES)
+        return self.warp.load_matrices(self.stage, self._factor, depth * _STEP, offset)
+
+    def number(self, start: int, i: Scalar | None = None) -> ir.Value:
+        """A number of the vectors of factors."""
+        address = self.stage if i is None else self.stage + i.to("i32") * WORDS
+        return self.warp.load_number(address, self.p.numbers + start * WORDS)
+
+    def column(self, token: Scalar, row: Scalar, start: int) -> list[ir.Value]:
+        """Every eighth element of a row from ``start`` on, from element ``row`` on."""
+        k, warp = self.warp.k, self.warp
+        word, upper = row.to("i32").divide_unsigned(2)
+        line, found = self.stage + token * self.p.row + word * WORDS, list[ir.Value]()
+        for part in range(self.p.vectors):
+            place = (token & _int(7)) ^ _int(part)
+            low, high = warp.parts(warp.load_word(line + place * _BYTES, start))
+            found.append(k.select(upper.equals(0), low, high))
+        return found
+
+
+def _int(value: int) -> Scalar:
+    return Scalar.constant(value, "i32")
