@@ -7,7 +7,7 @@ The arithmetic of ``fused_mma_chunks``, which is its portable form; here a warp 
 eight columns of the state in registers through all products and waits for no other warp, while the next chunk is being
 copied (``warp_chunk_state``). Terms are of the type of the activations, so bf16 has all the range of f32.
 
-Legal: f16 and bf16 on CUDA from sm_80 on, decays per head, a state of 64 or 128 rows whose columns divide into 16.
+Legal: f16 and bf16 on CUDA from sm_80 on, decays per head, a state of 64, 128 or 256 rows whose columns divide into 16.
 Cost, a chunk of 32 tokens and 8 columns of 128 rows: 92 products of 16 x 8 x 16, one barrier.
 Source: NUMERICS sections 1, 2 (substitution, then a merge) and 5; PTX ISA, warp-level matrix instructions.
 """
