@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from linattn.dialect_patterns.emit.amx_tiles import ROWS, SUMS, A, B
 from linattn.dialect_patterns.emit.kernel_text import Index, KernelText, vector_type
-from linattn.dialect_patterns.mat_mul import fused_amx, simd_pairs
+from linattn.dialect_patterns.mat_mul import fused_amx, simd_pairs, simd_unit
 from linattn.dialect_patterns.mat_mul_n_bits import fused_amx as bytes_amx
 from linattn.frontend import compile as compiling
 
@@ -33,7 +33,7 @@ def emulate(monkeypatch: pytest.MonkeyPatch, features: frozenset[str]) -> None:
 
     monkeypatch.setattr(compiling, "resolve_target", with_features)
     monkeypatch.setattr(simd_pairs, "dot", dot)
-    for kernels in (fused_amx, bytes_amx):
+    for kernels in (fused_amx, bytes_amx, simd_unit):
         monkeypatch.setattr(kernels, "AmxTiles", Tiles)
 
 
@@ -70,8 +70,8 @@ def dot_bytes(k: KernelText, a: str, b: str, total: str, *, signed: bool = False
 class Tiles:
     """The matrix unit's registers as memory on the stack."""
 
-    def __init__(self, k: KernelText, words: int = ROWS) -> None:
-        self.k, self.words = k, words
+    def __init__(self, k: KernelText, words: int = ROWS, rows: int = ROWS) -> None:
+        self.k, self.words, self.rows = k, words, rows
         self.registers = [k.alloca([ROWS, ROWS]) for _ in (*SUMS, *A, *B)]
 
     def release(self) -> None:
@@ -79,7 +79,7 @@ class Tiles:
 
     def zero(self, register: int) -> None:
         zero = self.k.constant(0.0, vector_type(ROWS))
-        self._rows(lambda i: self.k.store(zero, self.registers[register], [i, 0]))
+        self._rows(lambda i: self.k.store(zero, self.registers[register], [i, 0]), self.rows)
 
     def load(self, register: int, memref: str, indices: Sequence[Index]) -> None:
         k, words = self.k, self.words if register in A else ROWS
@@ -89,7 +89,7 @@ class Tiles:
             value = k.load(memref, self._row(indices, i), lanes, raw=True)
             k.store(k.as_type(value, vector_type(words), "vector.bitcast"), self.registers[register], [i, 0])
 
-        self._rows(row, self.words if register in B else ROWS)
+        self._rows(row, self.words if register in B else self.rows)
 
     def store(self, register: int, memref: str, indices: Sequence[Index]) -> None:
         k, dtype = self.k, self.k.element_type(memref)
@@ -98,7 +98,7 @@ class Tiles:
             value = k.load(self.registers[register], [i, 0], ROWS)
             k.store(k.as_type(value, vector_type(ROWS, dtype), "vector.bitcast"), memref, self._row(indices, i))
 
-        self._rows(row)
+        self._rows(row, self.rows)
 
     def multiply_bf16(self, total: int, a: int, b: int) -> None:
         self._multiply(total, a, b, "f32", lambda words, row, sums: dot(self.k, words, row, sums))
@@ -123,12 +123,12 @@ class Tiles:
             (sums,) = k.loop(self.words, [before], word)
             k.store(k.as_type(sums, vector_type(ROWS), "vector.bitcast"), self.registers[total], [i, 0])
 
-        self._rows(row)
+        self._rows(row, self.rows)
 
     def _row(self, indices: Sequence[Index], i: Index) -> list[Index]:
         return [*indices[:-2], self.k.add(indices[-2], i), indices[-1]]
 
-    def _rows(self, body: Callable[[str], None], count: int = ROWS) -> None:
+    def _rows(self, body: Callable[[str], None], count: int) -> None:
         def once(i: str, _: list[str]) -> list[str]:
             body(i)
             return []

@@ -28,15 +28,16 @@ class AmxTiles:
     Args:
         k: Where to.
         words: Words of a product, at most 16: of the rows of a, and rows of b.
+        rows: Rows of a and of sums, at most 16.
     """
 
-    def __init__(self, k: KernelText, words: int = ROWS) -> None:
+    def __init__(self, k: KernelText, words: int = ROWS, rows: int = ROWS) -> None:
         self.k = k
         palette = [0] * 64
         palette[0] = 1
         for register in (*SUMS, *A, *B):
             palette[16 + 2 * register] = 4 * words if register in A else ROW_BYTES
-            palette[48 + register] = words if register in B else ROWS
+            palette[48 + register] = words if register in B else rows
         config = k.alloca([64], "i8")
         values = k.op(f"arith.constant dense<{palette}> : vector<64xi8>", "vector<64xi8>")
         k.do(f"vector.store {values}, {config}[{k.index(0)}] : memref<64xi8>, vector<64xi8>")

@@ -38,9 +38,9 @@ from . import fused_simd
 from .bf16_terms import PRODUCTS, write_split_rows, write_split_weights
 from .contract import MatMul
 from .simd_edges import each, store_rows, workgroup_range
-from .simd_plan import Plan, weight_layout
+from .simd_plan import UNIT_FEATURES, Plan, weight_layout
 
-FEATURES = frozenset({"amx-tile", "amx-bf16"})
+FEATURES = UNIT_FEATURES
 _COLUMNS = 32  # of a panel
 _WORDS = 16  # of K in one product
 # By terms: words of K in a block, 20 KiB of a panel or 16 on the stack; blocks of 32 rows whose sums wait there, of the

@@ -56,7 +56,8 @@ def is_legal(contract: MatMul, target: Target) -> Legality:
 def describe(contract: MatMul, target: Target) -> str:
     """What the report says about it."""
     p = plan_for(contract, target.machines[0])
-    kind = ", pairs of bf16 in f32" if p.widened else ", bf16 in pairs" if p.pairs else ""
+    pairs = ", pairs of bf16 in f32" if p.widened else ", bf16 in pairs" if p.pairs else ""
+    kind = ", on the matrix unit" if p.unit else pairs
     return f"{rows_text(contract.rows)} by packed weights in one kernel{kind}"
 
 
@@ -100,7 +101,7 @@ def rows_kernel(contract: MatMul, p: Plan) -> Kernel:
             write_rows(k, p, rows, *memrefs)
 
     return Kernel(
-        name=f"mat_mul_rows_{dtype}_{_dim(p.rows)}x{contract.depth}_t{0 if p.direct else p.tile}{_suffix(p)}",
+        name=f"mat_mul_rows_{dtype}_{_dim(p.rows)}x{contract.depth}_t{0 if p.direct else p.tile}{suffix(p)}",
         inputs=(TensorSpec((p.rows, contract.depth), dtype),),
         outputs=(_arranged(p),),
         axes=("T_", "R_"),
@@ -124,7 +125,7 @@ def product_kernel(contract: MatMul, p: Plan, *, both: bool = False) -> Kernel:
             TiledBody(k, p, count, memrefs[-3:]).write()
 
     return Kernel(
-        name=f"mat_mul_fused_simd_{dtype}_{_dim(p.rows)}x{p.columns}x{contract.depth}_v{32 * p.lanes}{_suffix(p)}",
+        name=f"mat_mul_fused_simd_{dtype}_{_dim(p.rows)}x{p.columns}x{contract.depth}_v{32 * p.lanes}{suffix(p)}",
         inputs=(
             *(spec for spec, _ in rows),
             TensorSpec((p.layout.panels(p.columns), p.depth, p.layout.width), "i32" if p.pairs else dtype),
@@ -142,8 +143,9 @@ def _arranged(p: Plan) -> TensorSpec:
     return TensorSpec((p.tiles, p.tile * p.depth * p.parts), "i32" if p.pairs and not p.widened else "f32")
 
 
-def _suffix(p: Plan) -> str:
-    return "_widened" if p.widened else "_pairs" if p.pairs else ""
+def suffix(p: Plan) -> str:
+    """How it multiplies, in a kernel's name."""
+    return "_amx" if p.unit else "_widened" if p.widened else "_pairs" if p.pairs else ""
 
 
 def _dim(size: Dim) -> str:

@@ -11,28 +11,37 @@ from ..emit.kernel_text import Index, KernelText, vector_type
 from .simd_edges import store_rows
 from .simd_pairs import load_half, load_pairs, multiply_add, widened
 from .simd_plan import LINE, Plan
+from .simd_unit import RowUnit
 
 _AHEAD = 1024
 """Bytes of 16-bit weights that are asked for ahead: widening fills the window of instructions, and the machine sees
 less far ahead by itself. 8 % (f16) and 20 % (bf16) faster on Zen 2; with f32 it would be 10 % slower."""
 
 
-def write_direct(k: KernelText, p: Plan, memrefs: Sequence[str], group: Index | None = None) -> None:
+def write_direct(k: KernelText, p: Plan, memrefs: Sequence[str]) -> None:
     """The whole body.
 
     Args:
         k: Where to.
         p: Sizes of the product.
         memrefs: The rows [M, K], the weights [panels, K, W], and y [M, N].
-        group: Which of the product's groups of panels; None: the workgroup's number.
     """
+    group = k.op("hal.interface.workgroup.id[0] : index", "index")
+    unit = RowUnit(k, p) if p.unit else None
+    write_group(k, p, memrefs, group, unit)
+    if unit:
+        unit.release()
+
+
+def write_group(k: KernelText, p: Plan, memrefs: Sequence[str], group: Index, unit: RowUnit | None) -> None:
+    """A group of panels; ``unit`` where the matrix unit multiplies."""
     a, b, y = memrefs
-    group = k.op("hal.interface.workgroup.id[0] : index", "index") if group is None else group
     first = k.mul(group, p.group)
     end = k.add(first, p.group)
 
     def panel(index: Index, _: list[str]) -> list[str]:
-        store_rows(k, p, y, p.tile, 0, index, direct_products(k, p, a, b, index))
+        products = unit.products(p, a, b, index) if unit else direct_products(k, p, a, b, index)
+        store_rows(k, p, y, p.tile, 0, index, products)
         return []
 
     k.loop(end if p.panels % p.group == 0 else k.minimum(end, p.panels), [], panel, start=first)

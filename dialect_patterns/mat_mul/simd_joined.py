@@ -19,10 +19,11 @@ from ..node import TensorSpec
 from ..op import LoweringContext, weight_symbol
 from ..target import Target
 from .contract import MatMul
-from .fused_simd import plan_for
-from .simd_direct import direct_products, write_direct
+from .fused_simd import plan_for, suffix
+from .simd_direct import direct_products, write_group
 from .simd_edges import store_rows
 from .simd_plan import Plan
+from .simd_unit import RowUnit
 
 
 def is_direct(products: Sequence[MatMul], target: Target) -> bool:
@@ -71,24 +72,27 @@ def joined_kernel(products: Sequence[MatMul], machine: Target, gated: bool) -> K
         del batch, count
         a, weights, results = memrefs[0], memrefs[1 : 1 + len(plans)], memrefs[1 + len(plans) :]
         group = k.op("hal.interface.workgroup.id[0] : index", "index")
-        if gated:
-            _write_gated(k, p, a, weights, results[0], group)
-            return
+        unit = RowUnit(k, p) if p.unit else None
         starts = [0, *itertools.accumulate(counts)]
 
         def product(i: int) -> list[str]:
             def own() -> list[str]:
-                write_direct(k, plans[i], [a, weights[i], results[i]], k.sub(group, starts[i]))
+                write_group(k, plans[i], [a, weights[i], results[i]], k.sub(group, starts[i]), unit)
                 return []
 
             if i + 1 == len(plans):
                 return own()
             return k.when(k.less(group, starts[i + 1]), [], own, lambda: product(i + 1))
 
-        product(0)
+        if gated:
+            _write_gated(k, p, [a, *weights, results[0]], group, unit)
+        else:
+            product(0)
+        if unit:
+            unit.release()
 
     return Kernel(
-        name=name + ("_pairs" if p.pairs else ""),
+        name=name + suffix(p),
         inputs=(
             TensorSpec((p.rows, products[0].depth), dtype),
             *(
@@ -104,12 +108,16 @@ def joined_kernel(products: Sequence[MatMul], machine: Target, gated: bool) -> K
     )
 
 
-def _write_gated(k: KernelText, p: Plan, a: str, weights: Sequence[str], y: str, group: str) -> None:
+def _write_gated(k: KernelText, p: Plan, memrefs: Sequence[str], group: str, unit: RowUnit | None) -> None:
+    a, *weights, y = memrefs
     first = k.mul(group, p.group)
     end = k.add(first, p.group)
 
     def panel(index: Index, _: list[str]) -> list[str]:
-        gates, ups = (direct_products(k, p, a, weight, index) for weight in weights)
+        gates, ups = (
+            unit.products(p, a, weight, index) if unit else direct_products(k, p, a, weight, index)
+            for weight in weights
+        )
         store_rows(k, p, y, p.tile, 0, index, [_gate(k, p, gate, up) for gate, up in zip(gates, ups, strict=True)])
         return []
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
+from ..emit.amx_tiles import ROWS
 from ..emit.workers import slowest_share
 from ..target import Target
 from .simd_layout import Layout, PairLayout, layout
@@ -15,6 +16,9 @@ VECTORS = 2
 
 LINE = 64
 """Bytes of a cache line."""
+
+UNIT_FEATURES = frozenset({"amx-tile", "amx-bf16"})
+"""Of CPUs with a unit that multiplies matrices of bf16."""
 
 _ROWS = 6  # of a tile of two vectors each, in 16 registers
 _ROWS_OF_LINES = 2  # that have registers for vectors of whole lines of the shared layout
@@ -47,6 +51,7 @@ class Plan:
         pairs: Whether pairs of bf16 are multiplied.
         half: Whether the last of these is an element alone.
         widened: Whether they are taken apart, and multiplied in f32.
+        unit: Whether the CPU's matrix unit multiplies them, see ``simd_unit``.
     """
 
     rows: int | None
@@ -63,6 +68,7 @@ class Plan:
     pairs: bool = False
     half: bool = False
     widened: bool = False
+    unit: bool = False
 
     @property
     def parts(self) -> int:
@@ -123,6 +129,9 @@ def plan(rows: int | None, elements: int, columns: int, target: Target, packed: 
     widened = pairs and not half and not has_fast_dot(target)
     width = lanes * VECTORS
     panels = -(-columns // width)
+    if rows is not None and rows < ROWS and pairs and elements % (2 * ROWS) == 0 and target.features >= UNIT_FEATURES:
+        group = _group(panels, depth * width * 4)
+        return Plan(rows, depth, columns, lanes, rows, depth, group, ROWS, 0, packed, VECTORS, pairs, unit=True)
     most = 12 if target.vector_bits >= 512 else _ROWS  # with two vectors each, most of 32 or 16 registers
     if rows is not None and rows <= most:
         vectors = max(VECTORS, packed.width // lanes) if rows <= _ROWS_OF_LINES else VECTORS

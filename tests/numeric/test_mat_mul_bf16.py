@@ -32,6 +32,12 @@ UNIT = [
     *((64, 128, columns) for columns in (1, 16, 31, 32, 64, 100)),
     (400, 704, 72),
 ]
+# Fewer rows than a register has, the last of them too.
+FEW = [
+    *((rows, 64, 40) for rows in (1, 2, 8, 12, 13, 15)),
+    *((1, depth, 33) for depth in (32, 352, 1056)),
+    *((3, 128, columns) for columns in (1, 16, 31, 32, 100)),
+]
 PAIRED = [*SHAPES, (9, 65, 20), (1, 77, 40), (2, 31, 9), (1, 1, 3), (13, 1, 5)]
 # Those of pairs that are not for the matrix unit.
 EVEN = [s for s in PAIRED if s[1] % 2 == 0 and (s[0] < 16 or s[1] % 32)] + [(5, 34, 70), (40, 130, 33), (26, 1058, 40)]
@@ -46,10 +52,11 @@ AMX_CPU = Target("cpu", vector_bits=512, features=AMX)
         (PAIRS, PAIRED, b"mat_mul_fused_simd", BF16),
         (SLOW_PAIRS, EVEN, b"mat_mul_fused_simd", BF16),
         (AMX, UNIT, b"mat_mul_fused_amx", BF16),
+        (AMX, FEW, b"_v512_amx", BF16),
         (AMX, UNIT, b"mat_mul_fused_amx", np.float16),
         (AMX, UNIT, b"mat_mul_fused_amx", np.float32),
     ],
-    ids=["avx512_bf16", "widened", "amx", "amx-f16", "amx-f32"],
+    ids=["avx512_bf16", "widened", "amx", "amx-few", "amx-f16", "amx-f32"],
 )
 def test_products(
     how: str,
@@ -155,6 +162,7 @@ def test_choice(rows: int | None, depth: int, dtype: str, target: Target, strate
     ("bits", "features", "reason"),
     [
         (512, PAIRS, ", bf16 in pairs"),
+        (512, AMX, ", on the matrix unit"),
         (512, SLOW_PAIRS, ", pairs of bf16 in f32"),
         (128, frozenset({"bf16"}), ", bf16 in pairs"),
         (256, PAIRS, ""),
