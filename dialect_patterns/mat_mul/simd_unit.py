@@ -2,7 +2,8 @@
 
     sums [2 registers of M x 16] += a [M x 32] * b [2 of 32 x 16 columns]       M up to 15
 
-The unit takes weights as they lie, 1 KiB an instruction: nothing is widened, and the core waits for memory alone.
+The unit takes weights as they lie, 1 KiB an instruction: nothing is widened, and the core waits for memory alone. On 2
+cores of a Sapphire Rapids one row reads 22.6 GB/s (pairs taken apart 16.4), eight rows 20.7 (8.3).
 Subnormal bf16 count as zero, as for many rows.
 """
 

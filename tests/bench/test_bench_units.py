@@ -64,7 +64,7 @@ def bits(features: str, rounds: bool = True) -> list[str]:
         (product, ("sapphirerapids", "f16"), "amx-bf16, 3 products for one"),
         (product, ("sapphirerapids", "f32"), "amx-bf16, 3 products for one"),
         (product, ("znver4", "bf16"), "avx512_bf16"),
-        (product, ("sapphirerapids", "bf16", 8), "f32, 512 bits"),
+        (product, ("sapphirerapids", "bf16", 8), "amx-bf16"),
         (product, ("znver4", "f16"), "f32, 512 bits"),
         (product, ("znver4", "f32", 1), "f32, 512 bits"),
         (product, ("x86-64-v3", "bf16"), "f32, 256 bits"),
