@@ -18,6 +18,7 @@ from .linear_attention import gated as gated_linear_attention
 from .linear_attention import op as linear_attention
 from .mat_mul import joined, normed
 from .mat_mul import op as mat_mul
+from .mat_mul_n_bits import joined as joined_mat_mul_n_bits
 from .mat_mul_n_bits import op as mat_mul_n_bits
 from .norms import (
     gated_rms_norm,
@@ -47,6 +48,7 @@ OPS: tuple[Op, ...] = (
     *lp_normalization.OPS,
     *m_rotary_embedding.OPS,
     *mat_mul_n_bits.OPS,
+    *joined_mat_mul_n_bits.OPS,
     *rotary_embedding.OPS,
     *simplified_layer_normalization.OPS,
     *skip_simplified_layer_normalization.OPS,

@@ -33,6 +33,7 @@ from .graph.index_bounds import index_bounds
 from .graph.inline_functions import inline_functions
 from .graph.join_gates import join_gates
 from .graph.join_norms import join_norms
+from .graph.join_packed_products import join_packed_products
 from .graph.join_products import join_products
 from .graph.last_position import LEAST_TOKENS, keep_last
 from .graph.masked_experts import raise_masked_experts
@@ -286,7 +287,8 @@ def _plan(
         ranked = split_columns(ranked, target.capabilities)
         lowering = _lowering_options(options)
         joined = join_products(ranked, versions, target.capabilities, lowering)
-        gated = join_gates(joined, versions, target.capabilities, lowering)
+        packed = join_packed_products(joined, versions, target.capabilities, lowering)
+        gated = join_gates(packed, versions, target.capabilities, lowering)
         graphs.append(join_norms(gated, versions, target.capabilities, lowering))
     bounds = index_bounds(graphs, [spec.name for spec in plan.inputs])
     inputs = tuple(dataclasses.replace(spec, bounds=bounds.get(spec.name)) for spec in plan.inputs)

@@ -1,18 +1,21 @@
-"""An RMS norm becomes part of the kernel of the products that read it, for one row on GPUs.
+"""An RMS norm becomes part of the kernels of the products that read it, for one row on GPUs.
 
 A step has two norms a layer, each a dispatch that does next to nothing, and with a residual the sum before it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import onnx
 from linattn.dialect_patterns.mat_mul import joined, normed
 from linattn.dialect_patterns.mat_mul.contract import MatMul
 from linattn.dialect_patterns.mat_mul.joined import Products
+from linattn.dialect_patterns.mat_mul_n_bits import joined as packed
+from linattn.dialect_patterns.mat_mul_n_bits.contract import MatMulNBits
+from linattn.dialect_patterns.mat_mul_n_bits.joined import NBitsProducts
 from linattn.dialect_patterns.node import TensorSpec
 from linattn.dialect_patterns.norms.rms_normalization import RMSNormalization
 from linattn.dialect_patterns.norms.simplified_layer_normalization import SimplifiedLayerNormalization
@@ -21,10 +24,13 @@ from linattn.dialect_patterns.op import INTERNAL, LoweringOptions
 from linattn.dialect_patterns.target import Target
 
 from .internal import import_internal
-from .schema import check_contracts, spec_of_type
+from .join_packed_products import joined_node
+from .schema import attributes_of, check_contracts, spec_of_type
 from .specialize import SpecializedGraph
 
 _SKIP, _BIAS, _SUM = 1, 3, 3
+_MOST_READERS = 2
+"""Kernels that compute the norm anew, rather than one more that all of them wait for."""
 
 
 @dataclass(frozen=True)
@@ -70,40 +76,71 @@ def join_norms(
         for name in dict.fromkeys(node.input):
             readers.setdefault(name, []).append(node)
     gone: set[str] = set()
+    nodes: list[onnx.NodeProto] = []
     for node in model.graph.node:
-        norm = _norm(node, contracts.get(node.name), graph)
-        after = readers.get(node.output[0], [])
-        if norm is None or len(after) != 1 or node.output[0] in kept:
+        if node.name in gone:
             continue
-        (reader,) = after
-        products = _products(contracts.get(reader.name))
-        ours = products and reader.input[0] == node.output[0] and all(name in weights for name in reader.input[1:])
-        with_sum = norm.total in readers or norm.total in kept
-        results = [*reader.output, *([norm.total] if with_sum else [])]
-        if (
-            not ours
-            or node.output[0] in reader.input[1:]
-            or not normed.can_join(products, len(results), target, options)
-        ):
-            continue
-        attributes: dict[str, Any] = {
-            normed.GATED: int(reader.op_type == joined.GATED),
-            normed.EPSILON: norm.epsilon,
-            normed.WITH_SKIP: int(bool(norm.skip)),
-            normed.WITH_SUM: int(with_sum),
-        }
-        inputs = [norm.x, norm.gamma, *([norm.skip] if norm.skip else []), *reader.input[1:]]
-        gone.add(reader.name)
-        node.CopyFrom(onnx.helper.make_node(normed.NORMED, inputs, results, reader.name, domain=INTERNAL, **attributes))
-    left = [node for node in model.graph.node if node.name not in gone or node.op_type == normed.NORMED]
+        norm, y = _norm(node, contracts.get(node.name), graph), node.output[0]
+        after = readers.get(y, [])
+        made: list[onnx.NodeProto | None] = [None]
+        if norm is not None and 0 < len(after) <= _MOST_READERS and y not in kept:
+            with_sum = norm.total in readers or norm.total in kept
+            parts = [replace(norm, total=norm.total if with_sum and i == 0 else "") for i in range(len(after))]
+            made = [
+                _joined(part, y, reader, contracts.get(reader.name), _Where(weights, target, options))
+                for part, reader in zip(parts, after, strict=True)
+            ]
+        found = [one for one in made if one is not None]
+        if len(found) == len(made):
+            nodes += found
+            gone |= {reader.name for reader in after}
+        else:
+            nodes.append(node)
     del model.graph.node[:]
-    model.graph.node.extend(left)
+    model.graph.node.extend(nodes)
     return SpecializedGraph(model, graph.types)
 
 
-def _products(contract: Any) -> Sequence[MatMul]:
-    """What a node multiplies its first input with; nothing if it is no such node."""
-    return contract.products if isinstance(contract, Products) else [contract] if isinstance(contract, MatMul) else []
+@dataclass(frozen=True)
+class _Where:
+    """For what is compiled, and what is known there."""
+
+    weights: set[str]
+    target: Target
+    options: LoweringOptions
+
+
+def _joined(norm: _Norm, y: str, reader: onnx.NodeProto, contract: Any, where: _Where) -> onnx.NodeProto | None:
+    """The node for a norm and what multiplies its result ``y``; None where there is no such kernel."""
+    names = [name for name in reader.input[1:] if name]
+    if reader.input[0] != y or not all(name in where.weights for name in names):
+        return None
+    outputs = [*reader.output, *([norm.total] if norm.total else [])]
+    before = [norm.x, norm.gamma, *([norm.skip] if norm.skip else [])]
+    attributes: dict[str, Any] = {
+        normed.EPSILON: norm.epsilon,
+        normed.WITH_SKIP: int(bool(norm.skip)),
+        normed.WITH_SUM: int(bool(norm.total)),
+    }
+    if isinstance(contract, MatMulNBits | NBitsProducts):
+        given = contract if isinstance(contract, NBitsProducts) else NBitsProducts((contract,))
+        whole = replace(
+            given, with_norm=True, with_skip=bool(norm.skip), with_sum=bool(norm.total), epsilon=norm.epsilon
+        )
+        if given.with_norm or not packed.can_join(whole, where.target, where.options):
+            return None
+        plain = reader if isinstance(contract, NBitsProducts) else joined_node([reader], [contract], [], gated=False)
+        attributes = {**attributes_of(plain), **attributes, packed.WITH_NORM: 1}
+        return onnx.helper.make_node(
+            packed.JOINED_N_BITS, [*before, *plain.input[1:]], outputs, reader.name, domain=INTERNAL, **attributes
+        )
+    products = contract.products if isinstance(contract, Products) else [contract]
+    if not all(isinstance(product, MatMul) for product in products):
+        return None
+    if not normed.can_join(products, len(outputs), where.target, where.options):
+        return None
+    attributes[normed.GATED] = int(reader.op_type == joined.GATED)
+    return onnx.helper.make_node(normed.NORMED, [*before, *names], outputs, reader.name, domain=INTERNAL, **attributes)
 
 
 def _norm(node: onnx.NodeProto, contract: Any, graph: SpecializedGraph) -> _Norm | None:

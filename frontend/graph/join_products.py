@@ -41,9 +41,9 @@ def join_products(
         if is_product and is_joinable(contracts[node.name], target, options):
             products.setdefault(node.input[0], []).append(node)
     for nodes in products.values():
-        for some in _groups(nodes, most_products(target)):
+        for some in groups_of(nodes, most_products(target)):
             found = [contracts[node.name] for node in some]
-            tail = _gated(model.graph, some)
+            tail = gated_tail(model.graph, some)
             if tail and can_join(found, True, target, options):
                 gate = tail[0].input[0] if tail[0].op_type == "Sigmoid" else ""
                 ordered = sorted(some, key=lambda node: node.output[0] != gate)
@@ -53,14 +53,14 @@ def join_products(
     return SpecializedGraph(model, graph.types)
 
 
-def _groups(nodes: Sequence[onnx.NodeProto], most: int) -> list[Sequence[onnx.NodeProto]]:
+def groups_of(nodes: Sequence[onnx.NodeProto], most: int) -> list[Sequence[onnx.NodeProto]]:
     """The nodes in as few groups of at most that many as will do, of equal sizes as far as they go."""
     count = -(-len(nodes) // most)
     bounds = [len(nodes) * i // count for i in range(count + 1)]
     return [nodes[start:stop] for start, stop in itertools.pairwise(bounds)]
 
 
-def _gated(graph: onnx.GraphProto, products: Sequence[onnx.NodeProto]) -> list[onnx.NodeProto]:
+def gated_tail(graph: onnx.GraphProto, products: Sequence[onnx.NodeProto]) -> list[onnx.NodeProto]:
     """The nodes that make silu(gate) * up of two products, in order; none where something else reads a part of it."""
     outputs = {value.name for value in graph.output}
 
@@ -95,9 +95,14 @@ def _replace(
     outputs: Sequence[str],
 ) -> None:
     """Put one node where the first of the products was; every input of it is known there."""
-    names = [node.name for node in gone]
     inputs = [products[0].input[0], *(node.input[1] for node in products)]
     node = onnx.helper.make_node(op_type, inputs, outputs, f"{products[0].name}.joined", domain=INTERNAL)
+    put_in_place(graph, node, gone)
+
+
+def put_in_place(graph: onnx.GraphProto, node: onnx.NodeProto, gone: Sequence[onnx.NodeProto]) -> None:
+    """Put a node where the first of those was that it stands for."""
+    names = [other.name for other in gone]
     place = next(i for i, other in enumerate(graph.node) if other.name in names)
     kept = [other for other in graph.node if other.name not in names]
     kept.insert(place, node)

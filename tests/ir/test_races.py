@@ -19,6 +19,7 @@ from linattn.dialect_patterns.linear_attention import fused_mma_chunks
 from linattn.dialect_patterns.linear_attention.fused_simt_lanes import Lanes
 from linattn.dialect_patterns.mat_mul import fused_mma, mma_kernel
 from linattn.dialect_patterns.mat_mul.normed import NORMED
+from linattn.dialect_patterns.mat_mul_n_bits.joined import JOINED_N_BITS
 from linattn.dialect_patterns.next_token import NEXT_TOKEN
 from linattn.dialect_patterns.node import TensorSpec
 from linattn.dialect_patterns.op import INTERNAL, LoweringOptions
@@ -84,6 +85,16 @@ def test_a_norm_and_its_products() -> None:
     for gated in (0, 1):
         attributes = {"epsilon": 1e-6, "gated": gated, "with_skip": 1, "with_sum": 1}
         assert races(lowered(INTERNAL, NORMED, 1, specs, attributes, 3 - gated, "gpu")) == []
+
+
+def test_a_norm_and_its_products_by_packed_weights() -> None:
+    specs = [TensorSpec((1, 1, 1024), "f32"), TensorSpec((1024,), "f32"), TensorSpec((1, 1, 1024), "f32")]
+    specs += [TensorSpec((64, 32, 16), "i8"), TensorSpec((64, 32), "f32")] * 2
+    attributes = {"K": 1024, "bits": 4, "block_size": 32, "accuracy_level": 4, "columns": [64, 64], "epsilon": 1e-6}
+    attributes |= {"with_norm": 1, "with_skip": 1, "with_sum": 1}
+    for gated in (0, 1):
+        module = lowered(INTERNAL, JOINED_N_BITS, 1, specs, attributes | {"gated": gated}, 3 - gated, "gpu")
+        assert races(module) == []
 
 
 def test_a_race_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
