@@ -8,40 +8,27 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
-import onnx
 import pytest
 from linattn.frontend import CompileOptions, compile_model
 from linattn.runtime import Program, Session, TargetError
 from linattn.runtime.cpu import machine_architecture
-from onnx import TensorProto, helper, numpy_helper
 
+from tests import bytes_and_pairs
 from tests.conftest import MODELS, ROOT
-from tests.onnx_runtime import run_onnx_runtime
-from tests.tolerances import BENIGN, MODEL_LOGITS, relative_norm
+from tests.tolerances import MODEL_LOGITS, relative_norm
 
 pytestmark = pytest.mark.slow
 AARCH64 = ROOT / "build" / "aarch64"
 # Blocks of 8 tokens and single ones. In int4, where activations are rounded to bytes, two CPUs differ by a hundredth as
 # soon as one rounding flips (tolerances.INT4_OWN_NOISE): not in so short a prompt.
-LENGTHS = {"genai-fp32-cpu": 65, "mobius-f32-default": 65, "genai-int4-cpu": 5}
+LENGTHS = {"genai-fp32-cpu": 65, "genai-int4-cpu": 5}
 INT4_MODEL = "genai-int4-cpu"
 CPU = "cortex-a76"
 """qemu's CPU and the compiler's: an instruction that this one does not have ends the emulated process."""
 STEPS = 8
 FORM = {"prefill_blocks": (8,), "max_context": 128}
 
-# Products around tiles of rows, blocks and panels: MatMulNBits as (bits, block, zero points, K, N, rows), with
-# activations in bytes; MatMul in bf16 as (rows, K, N).
-BYTES = [
-    *((4, 32, True, 160, 41, rows) for rows in (1, 3, 5, 70)),
-    (4, 64, False, 150, 12, 9),
-    (2, 32, True, 96, 16, 6),
-    (8, 32, True, 96, 17, 1),
-    (8, 128, False, 300, 8, 7),
-]
-PAIRS = [(1, 64, 9), (5, 65, 20), (7, 256, 48), (40, 130, 33)]
 UNITS = {"+dotprod": (b"_dotprod_v128", b"bf16_7x48x256_v128"), "+dotprod,+i8mm,+bf16": (b"_i8mm_v128", b"_v128_pairs")}
 
 # Runs in there: all products of modules, inputs and outputs in files.
@@ -160,7 +147,7 @@ def test_tokens_are_equal(modules: dict[str, Path], tmp_path: Path) -> None:
 
 def test_an_older_cpu_is_told(modules: dict[str, Path], tmp_path: Path) -> None:
     """Cortex-A53 has no dot products; the emulated process lives to say so. Here it is another architecture."""
-    module = modules["mobius-f32-default"]
+    module = modules["genai-fp32-cpu"]
     (result,) = emulated("cortex-a53", tmp_path, [[1]], [module])
     assert "a CPU without dotprod, fullfp16, lse, rcpc, rdm; compile with" in str(result["error"])
     if machine_architecture() == "x86_64":
@@ -168,63 +155,10 @@ def test_an_older_cpu_is_told(modules: dict[str, Path], tmp_path: Path) -> None:
             Program.load(module)
 
 
-def products() -> onnx.ModelProto:
-    """A model of all products, inputs and outputs in f32."""
-    random = np.random.default_rng(0)
-    nodes, inputs, outputs, weights = [], [], [], dict[str, np.ndarray]()
-    for i, (bits, block, zeros, depth, columns, rows) in enumerate(BYTES):
-        blocks = -(-depth // block)
-        weights[f"w{i}"] = random.integers(0, 256, (columns, blocks, block * bits // 8)).astype(np.uint8)
-        weights[f"s{i}"] = (0.1 * random.standard_normal((columns, blocks))).astype(np.float32)
-        if zeros:
-            weights[f"z{i}"] = random.integers(0, 256, (columns, -(-blocks * bits // 8))).astype(np.uint8)
-        sizes = {"K": depth, "N": columns, "bits": bits, "block_size": block, "accuracy_level": 4}
-        names = [f"a{i}", f"w{i}", f"s{i}", *([f"z{i}"] if zeros else [])]
-        nodes.append(helper.make_node("MatMulNBits", names, [f"y{i}"], domain="com.microsoft", **sizes))
-        inputs.append(helper.make_tensor_value_info(f"a{i}", TensorProto.FLOAT, [rows, depth]))
-        outputs.append(helper.make_tensor_value_info(f"y{i}", TensorProto.FLOAT, [rows, columns]))
-    for rows, depth, columns in PAIRS:
-        i = len(outputs)
-        weights[f"w{i}"] = random.standard_normal((depth, columns)).astype(ml_dtypes.bfloat16)
-        nodes += [
-            helper.make_node("Cast", [f"a{i}"], [f"b{i}"], to=TensorProto.BFLOAT16),
-            helper.make_node("MatMul", [f"b{i}", f"w{i}"], [f"c{i}"]),
-            helper.make_node("Cast", [f"c{i}"], [f"y{i}"], to=TensorProto.FLOAT),
-        ]
-        inputs.append(helper.make_tensor_value_info(f"a{i}", TensorProto.FLOAT, [rows, depth]))
-        outputs.append(helper.make_tensor_value_info(f"y{i}", TensorProto.FLOAT, [rows, columns]))
-    constants = [numpy_helper.from_array(value, name) for name, value in weights.items()]
-    graph = helper.make_graph(nodes, "products", inputs, outputs, constants)
-    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
-    return helper.make_model(graph, opset_imports=opsets, ir_version=10)
-
-
-def expected(model: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """ONNX Runtime's MatMulNBits, and products of bf16 in float64."""
-    weights = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
-    found: dict[str, np.ndarray] = {}
-    for node in model.graph.node:
-        if node.op_type == "MatMulNBits":
-            given = [feeds[node.input[0]], *(weights[name] for name in node.input[1:])]
-            sizes = {a.name: a.i for a in node.attribute}
-            (found[node.output[0]],) = run_onnx_runtime(
-                "MatMulNBits", given, sizes, domain="com.microsoft", constants=range(1, len(given))
-            )
-        elif node.op_type == "MatMul":
-            i = node.output[0][1:]
-            a = feeds[f"a{i}"].astype(ml_dtypes.bfloat16).astype(np.float64)
-            found[f"y{i}"] = a @ weights[f"w{i}"].astype(np.float64)
-    return found
-
-
 def test_products_by_the_units_that_are_named(tmp_path: Path) -> None:
     """Sums of bytes are exact, so that two instructions for them give the same bits."""
-    model = products()
-    feeds = {
-        spec.name: np.random.default_rng(i).standard_normal([d.dim_value for d in spec.type.tensor_type.shape.dim])
-        for i, spec in enumerate(model.graph.input)
-    }
-    feeds = {name: value.astype(np.float32) for name, value in feeds.items()}
+    model = bytes_and_pairs.products()
+    feeds = bytes_and_pairs.feeds_of(model)
     np.savez(tmp_path / "in.npz", **feeds)  # type: ignore[arg-type]
     files = {features: tmp_path / f"{i}.vmfb" for i, features in enumerate(UNITS)}
     for features, file in files.items():
@@ -233,9 +167,7 @@ def test_products_by_the_units_that_are_named(tmp_path: Path) -> None:
         assert all(kernel in file.read_bytes() for kernel in UNITS[features])
     in_emulator("max", tmp_path, MULTIPLY, str(tmp_path / "in.npz"), *map(str, files.values()))
     results = [np.load(f"{file}.npz") for file in files.values()]
-    for i, (name, wanted) in enumerate(expected(model, feeds).items()):
-        dtype = "float32" if i < len(BYTES) else "bfloat16"
-        for result in results:
-            assert np.abs(result[name] - wanted).max() / np.abs(wanted).max() < BENIGN[dtype], name
-        if i < len(BYTES):
-            np.testing.assert_array_equal(*(result[name] for result in results), err_msg=name)
+    for result in results:
+        bytes_and_pairs.check(result, model, feeds)
+    for i in range(len(bytes_and_pairs.BYTES)):
+        np.testing.assert_array_equal(*(result[f"y{i}"] for result in results), err_msg=f"y{i}")

@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import onnx
+import onnx.backend.test.case.node.causal_conv_with_state
+import onnx.backend.test.case.node.linear_attention  # makes its cases; a loader of all operators' takes seven seconds
 import pytest
 from linattn.frontend.lower.onnx_backend import LinattnBackend
-from onnx.backend.test.loader import load_model_tests
+from onnx.backend.test.case.node import _NodeTestCases
 from onnx.backend.test.runner import Runner
 
 CASES = {
     case.name: case
-    for case in load_model_tests(kind="node")
+    for case in _NodeTestCases
     if case.name.startswith(("test_linear_attention_", "test_causal_conv_with_state_"))
 }
 # Those that end in _expanded have ONNX's own function bodies in place of the operators: a Scan, or plain operators.

@@ -15,11 +15,11 @@ from linattn.frontend.targets.cpu_levels import LEVELS
 from linattn.runtime import Program
 from onnx import numpy_helper
 
+from tests import bytes_and_pairs
 from tests.conftest import MODELS
 from tests.cpu_levels import NAMES, forced, level_named
-from tests.e2e.test_exported_models import check, expected, prefill
+from tests.e2e.test_exported_models import check, prefill
 from tests.numeric import test_mat_mul as products
-from tests.tolerances import INT4_OWN_NOISE, MODEL_LOGITS, relative_norm
 
 FOLDER = Path(mkdtemp(prefix="linattn-portable-"))
 
@@ -44,13 +44,6 @@ class TestExportedModels:
         for length in (5, 65):
             check("genai-fp32-cpu", load("genai-fp32-cpu", level), length, 32)
 
-    @pytest.mark.parametrize("level", NAMES)
-    def test_int4(self, level: str) -> None:
-        run = load("genai-int4-cpu", level)
-        for length, limit in ((5, MODEL_LOGITS["int4"]), (65, INT4_OWN_NOISE)):
-            logits = prefill(run, length)
-            assert relative_norm(logits, expected("genai-int4-cpu")[f"logits_{length}"]) < limit
-
     def test_each_level_has_code_of_its_own(self) -> None:
         """In f32, where only the order of sums differs: so the three are really taken."""
         levels = [prefill(load("genai-fp32-cpu", name), 65) for name in NAMES]
@@ -58,10 +51,9 @@ class TestExportedModels:
             for other in levels[:i]:
                 assert not np.array_equal(logits, other)
 
-    @pytest.mark.parametrize("name", ["genai-fp32-cpu", "genai-int4-cpu"])
-    def test_weights_are_stored_once(self, name: str) -> None:
-        module, weights = compiled(name)
-        model = onnx.load(MODELS / name / "model.onnx")
+    def test_weights_are_stored_once(self) -> None:
+        module, weights = compiled("genai-fp32-cpu")
+        model = onnx.load(MODELS / "genai-fp32-cpu" / "model.onnx")
         size = sum(numpy_helper.to_array(tensor).nbytes for tensor in model.graph.initializer)
         assert weights.stat().st_size < 1.1 * size
         assert len(module) < 3_000_000
@@ -90,12 +82,26 @@ class TestProducts:
         products.check(Program.load(forced(module, level_named(level))), proto, [*SHAPES], dtype)
 
     @pytest.mark.parametrize("level", NAMES)
+    def test_quantised(self, level: str) -> None:
+        """Of 2, 4 and 8 bits, by bytes; and of bf16, whose units levels have or not."""
+        model, module = quantised()
+        feeds = bytes_and_pairs.feeds_of(model)
+        found = Program.load(forced(module, level_named(level))).run(feeds)
+        bytes_and_pairs.check(found, model, feeds)
+
+    @pytest.mark.parametrize("level", NAMES)
     def test_open_rows(self, level: str) -> None:
         kinds = [(0, 300, 33), (0, 520, 64)]
         model = products.build(kinds, np.float32, "rows")
         run = Program.load(forced(open_rows(model.SerializeToString()), level_named(level)))
         for rows in (1, 5, 6, 13, 200):
             products.check(run, model, [(rows, *kind[1:]) for kind in kinds], np.float32)
+
+
+@cache
+def quantised() -> tuple[onnx.ModelProto, bytes]:
+    model = bytes_and_pairs.products()
+    return model, compile_model(model, CompileOptions(cpu_features="portable")).module
 
 
 @cache

@@ -83,7 +83,7 @@ def test_poisoned_memory(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     device = program(target).device
     with allocations(monkeypatch, poison=True):
         session = program(target).session(window=2)
-        for turn in range(3):
+        for turn in range(2):
             run(session, 0, 20)
             forks = [session.fork(), program(target).session(session.snapshot(), window=1)]
             for one in (session, *forks):
@@ -93,7 +93,7 @@ def test_poisoned_memory(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
                         fill_with_nan(device, array)
                 got = np.concatenate([got, steps(one, 24, 6)], 1)
                 np.testing.assert_array_equal(got, expected(target)[:, :10])
-            if turn == 1:
+            if turn == 0:
                 session.rollback(2)
                 np.testing.assert_array_equal(steps(session, 28, 4), expected(target)[:, 8:12])
             session.reset()
@@ -133,20 +133,20 @@ def test_rollback_of_the_whole_last_call(target: str) -> None:
     np.testing.assert_array_equal(steps(session, 20, 4), expected(target)[:, :4])
 
 
-@TARGETS
-def test_fifty_forks_of_a_prompt(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No more memory than one prompt and fifty continuations of their own; each continues by itself."""
+@pytest.mark.parametrize(("target", "count"), [("cpu", 50), pytest.param("vulkan", 9, marks=pytest.mark.vulkan)])
+def test_many_forks_of_a_prompt(target: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more memory than one prompt and so many continuations of their own; each continues by itself."""
     with allocations(monkeypatch) as own:
         run(program(target).session(), 0, 1)  # what a session takes for itself: states, and one set to write to
     with allocations(monkeypatch) as prompt:
         session = program(target).session()
         run(session, 0, 200)
     with allocations(monkeypatch) as forked:
-        forks = [session.fork() for _ in range(50)]
+        forks = [session.fork() for _ in range(count)]
         assert forked == []
         logits = [run(fork, 200 + i % 8, 201 + i % 8) for i, fork in enumerate(forks)]
-    assert sum(prompt) + sum(forked) <= 1.2 * (sum(prompt) + 50 * sum(own))
-    for i in (0, 7, 49):
+    assert sum(prompt) + sum(forked) <= 1.2 * (sum(prompt) + count * sum(own))
+    for i in (0, 7, count - 1):
         alone = program(target).session()
         run(alone, 0, 200)
         np.testing.assert_array_equal(logits[i], run(alone, 200 + i % 8, 201 + i % 8))

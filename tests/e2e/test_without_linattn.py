@@ -23,7 +23,7 @@ PROMPT = [72, 101, 108, 108, 111, 33, 10, 72]
 IREE_SOURCE = os.environ.get("IREE_SOURCE", "")
 
 
-@pytest.fixture(scope="module", params=["tiny_hybrid", "genai-fp32-cpu", "mobius-f32-default"])
+@pytest.fixture(scope="module", params=["tiny_hybrid", "genai-fp32-cpu"])
 def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a module of plain functions and the compiler's report, as the sample writes them."""
     folder = tmp_path_factory.mktemp("plain")
