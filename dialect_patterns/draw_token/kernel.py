@@ -5,7 +5,8 @@
 Top-k and top-p are a least logit each: the largest one such that at least k logits, or as much of the probability as is
 wanted, are not below it. It is found by bisection; each round ends at a logit that is there, so that a few rounds are
 enough, and drops what is below the bound that it has. What is looked through again is therefore soon a small part of
-the row. Of the logits that equal the bound of top-p those with the smallest ids are kept, as many as are needed.
+the row; and where a GPU is asked for top-k, a look at the threads' shares of the row tells what may be among the k
+(``shares.py``). Of the logits that equal the bound of top-p those with the smallest ids are kept, as many as needed.
 
 The token is found by bisection over the ids. Nothing is sorted, and no memory is shared but for sums.
 
@@ -21,9 +22,10 @@ from iree.compiler import ir
 from ..emit.builder import Builder, tensor_type
 from ..emit.scalar import Scalar
 from ..emit.simt_kernel import Kernel, dispatch
-from ..emit.workgroup import RowShape, Workgroup, load_i64, row_shape, store_i64
+from ..emit.workgroup import Kind, RowShape, Workgroup, load_i64, row_shape, store_i64
 from ..target import Target
 from .contract import FURTHEST, SETTINGS, DrawToken
+from .shares import low_enough
 
 _NAN, _NONE = -1, -2
 _BEYOND = 3e38
@@ -71,17 +73,20 @@ class _Draw:
         self.first, self.stop = index(0, "index"), index(shape.strips, "index")
         values = [k.load(settings, self.row * SETTINGS + i) for i in range(6)]
         self.temperature, self.top_k, self.top_p, self.min_p, self.reach, self.random = values
-        self.most = k.constant(0.0)
+        self.most = self.shares = k.constant(0.0)
 
     def emit(self) -> None:
         """Emit everything."""
         k, w, i32 = self.k, self.w, [ir.IntegerType.get_signless(32)]
 
-        def look(strip: Scalar) -> list[ir.Value]:
+        def look(strip: Scalar, count: ir.Value) -> tuple[list[ir.Value], ir.Value]:
             x = self.load(strip)
-            return [x, w.where(w.is_nan(x), 1.0, 0.0)]
+            return [x, w.where(w.is_nan(x), 1.0, 0.0)], count
 
-        self.most, nan = w.over(["max", "max"], self.first, self.stop, look)
+        kinds: list[Kind] = ["max", "max"]
+        found, _ = w.of_own(kinds, w.thread, self.stop, w.threads, look)
+        self.shares = found[0]
+        self.most, nan = w.together(kinds, found)
         finite = w.both(w.compare(self.most, "OLT", k.constant(float("inf"))),
                         w.compare(self.most, "OGT", k.constant(float("-inf"))))  # fmt: skip
 
@@ -165,6 +170,22 @@ class _Draw:
         Where fewer than the wanted k are within reach, it is all of them.
         """
         k, w = self.k, self.w
+        if w.is_one:
+            total, least, count = self.by_reach()
+            return total, least, count
+        low, is_enough = low_enough(w, self.shares, self.most, self.temperature, self.top_k)
+        types = [low.type, low.type, ir.IndexType.get()]
+
+        def above() -> list[ir.Value]:
+            total, least, _, count = self.within(low)
+            return [total, least, count]
+
+        total, least, count = k.choose(Scalar(is_enough), above, self.by_reach, types)
+        return total, least, count
+
+    def by_reach(self) -> list[ir.Value]:
+        """The same by the setting alone."""
+        k, w = self.k, self.w
         zero, furthest = k.constant(0.0), k.constant(FURTHEST)
         enough = w.join("max", self.top_k, k.constant(1.0))
 
@@ -174,16 +195,15 @@ class _Draw:
         def look(carried: list[ir.Value]) -> list[ir.Value]:
             reach = carried[0]
             further = w.where(w.compare(reach, "OLT", furthest), furthest, -1.0)
-            return [further, *self.within(k.mul(reach, self.temperature))]
+            return [further, *self.within(k.sub(self.most, k.mul(reach, self.temperature)))]
 
         initial = [self.reach, zero, zero, zero, self.first.value]
         _, total, least, _, count = w.repeat(initial, is_short, look)
-        return total, least, count
+        return [total, least, count]
 
-    def within(self, reach: ir.Value) -> list[ir.Value]:
-        """Of what is not further than this below the largest logit: what all weigh, the least, how many, strips."""
-        k, w = self.k, self.w
-        bound = k.sub(self.most, reach)
+    def within(self, bound: ir.Value) -> list[ir.Value]:
+        """What all logits weigh, and of those that are not below a bound the least, how many, strips that are kept."""
+        w = self.w
 
         def look(strip: Scalar, count: ir.Value) -> tuple[list[ir.Value], ir.Value]:
             x = self.load(strip)

@@ -267,6 +267,18 @@ class Workgroup:
             step: From one to the next.
             body: Given one and the number, a vector for each value and the next number.
         """
+        values, count = self.of_own(kinds, start, stop, step, body)
+        return self.together(kinds, values), count
+
+    def of_own(
+        self,
+        kinds: Sequence[Kind],
+        start: Scalar,
+        stop: Scalar,
+        step: int,
+        body: Callable[[Scalar, ir.Value], tuple[Sequence[ir.Value], ir.Value]],
+    ) -> tuple[list[ir.Value], ir.Value]:
+        """What `over_own` joins, before it is joined over threads and the elements of vectors."""
         sums = [i for i, kind in enumerate(kinds) if kind == "add" and self.is_one]
 
         def look(at: Scalar, carried: list[ir.Value]) -> list[ir.Value]:
@@ -280,7 +292,7 @@ class Workgroup:
 
         initial = [self.all(NEUTRAL[kind]) for kind in kinds] + [self.all(0.0)] * len(sums)
         count, *values = self.k.loop(start, stop, step, [Scalar.constant(0, "index").value, *initial], look)
-        return self.together(kinds, values[: len(kinds)]), count
+        return values[: len(kinds)], count
 
     def _exactly(self, total: ir.Value, value: ir.Value, lost: ir.Value) -> tuple[ir.Value, ir.Value]:
         """A sum and what its rounding has lost (Kahan 1965): one thread adds up thousands of probabilities."""
