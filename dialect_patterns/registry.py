@@ -16,7 +16,7 @@ from .gather_columns import op as gather_columns
 from .linear_attention import gate as linear_attention_gate
 from .linear_attention import gated as gated_linear_attention
 from .linear_attention import op as linear_attention
-from .mat_mul import joined, normed
+from .mat_mul import head_normed, joined, normed
 from .mat_mul import op as mat_mul
 from .mat_mul_n_bits import joined as joined_mat_mul_n_bits
 from .mat_mul_n_bits import op as mat_mul_n_bits
@@ -59,6 +59,7 @@ OPS: tuple[Op, ...] = (
     *mat_mul.OPS,
     *joined.OPS,
     *normed.OPS,
+    *head_normed.OPS,
     *choose.OPS,
     *next_token.OPS,
     *draw_token.OPS,

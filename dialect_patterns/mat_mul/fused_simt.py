@@ -33,6 +33,7 @@ from ..op import LoweringContext
 from ..select import Legality, No, OtherMachine, Yes
 from ..target import Target
 from .contract import MatMul
+from .head_norm import HeadNorm
 from .simt_products import MAX_ROWS, WIDTH, Norm, Plan, ProductsKernel
 
 _FEW_COLUMNS = 32
@@ -95,7 +96,7 @@ def emit_products(
     a: ir.Value,
     weights: Sequence[ir.Value],
     gated: bool,
-    norm: Norm | None = None,
+    norm: Norm | HeadNorm | None = None,
 ) -> list[ir.Value]:
     """Emit products of one ``a`` as one kernel.
 

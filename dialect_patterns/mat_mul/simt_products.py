@@ -9,6 +9,7 @@ from iree.compiler import ir
 
 from ..emit.scalar import Scalar
 from ..emit.simt_kernel import Buffer, Kernel
+from .head_norm import HeadNorm, load_left
 
 WIDTH = 4
 """Columns of a thread, rows of a group."""
@@ -107,12 +108,13 @@ class ProductsKernel:
     given: int | None
     depth: int
     p: Plan
-    norm: Norm | None
+    norm: Norm | HeadNorm | None
 
     def __post_init__(self) -> None:
         self.rows = MAX_ROWS if self.given is None else self.given  # of a workgroup
         self.count = self.k.number(0) if self.given is None else Scalar.constant(self.given, "index")
         self.first = self.k.item() * MAX_ROWS if self.given is None else None
+        self.rms = self.norm if isinstance(self.norm, Norm) else None
 
     def emit(self, columns: Sequence[int], tiles: Sequence[int], gated: bool) -> None:
         """Emit everything.
@@ -125,7 +127,8 @@ class ProductsKernel:
         k, p = self.k, self.p
         row, lists = self.count * (self.depth // WIDTH), [] if self.norm is None else self.norm.operands
         sizes = [(row, WIDTH), *((self._number(self.depth * n // WIDTH), WIDTH) for n in columns)]
-        sizes += [(row if i else self._number(self.depth // WIDTH), WIDTH) for i in range(len(lists))]
+        first = self._number((self.norm.size if isinstance(self.norm, HeadNorm) else self.depth) // WIDTH)
+        sizes += [(row if i else first, WIDTH) for i in range(len(lists))]
         sizes += [(self.count * n, 1) for n in columns[: len(tiles)]]
         with_sum = self.norm is not None and self.norm.with_sum
         sizes += [(row, WIDTH)] if with_sum else []
@@ -135,7 +138,7 @@ class ProductsKernel:
         self.lists, y = buffers[: len(lists)], buffers[len(lists) :]
         self.across, self.lane = k.thread().divide_unsigned(p.lanes)
         self.scratch = k.shared(p.partial * self.rows * p.tile * (2 if gated else 1))
-        self.squares = k.shared(p.partial * self.rows) if self.norm is not None else None
+        self.squares = k.shared(p.partial * self.rows) if self.rms is not None else None
         tile = k.tile()
         if with_sum:
             k.when(tile.equals(sum(tiles)), lambda: self._write_sum(y[-1]))
@@ -180,8 +183,10 @@ class ProductsKernel:
             k.when(place < size, write)
 
     def _left(self, place: Scalar) -> Callable[[], ir.Value]:
-        """Loads a vector of ``a``, with what is added; returns what widens it."""
+        """Loads a vector of ``a``, with what is added, or all that makes it; returns what widens it."""
         k, lists = self.k, [self.a, *self.lists[1:]]
+        if isinstance(self.norm, HeadNorm):
+            return load_left(k, self.norm, self.a, self.lists, place, self.p.subgroup)
         stored = [k.load(one, place) for one in lists]
 
         def widen() -> ir.Value:
@@ -202,7 +207,7 @@ class ProductsKernel:
             inputs = [
                 [self._left(place + self._row(m) * (self.depth // WIDTH)) for m in range(self.rows)] for place in places
             ]
-            scales = [k.load(self.lists[0], place) for place in places] if self.norm is not None else [None] * unroll
+            scales = [k.load(self.lists[0], place) for place in places] if self.rms is not None else [None] * unroll
             sums, squares = list(carried[: self.rows]), list(carried[self.rows :])
             for four, given, scale in zip(weights, inputs, scales, strict=True):
                 wide = [k.widen(b, weight) for weight in four]
@@ -215,7 +220,7 @@ class ProductsKernel:
                         sums[m] = k.fma(k.splat(factor, WIDTH), weight, sums[m])
             return [*sums, *squares]
 
-        zero = [k.constant(0.0, WIDTH)] * (self.rows if self.norm is None else 2 * self.rows)
+        zero = [k.constant(0.0, WIDTH)] * (self.rows if self.rms is None else 2 * self.rows)
         start = Scalar.constant(0, "index")
         if groups == unroll:
             found = step(start, zero)
@@ -294,11 +299,11 @@ class ProductsKernel:
 
     def _inverse(self, row: Scalar) -> ir.Value | None:
         """With a norm 1 / sqrt(mean square + epsilon) of a row."""
-        if self.norm is None or self.squares is None:
+        if self.rms is None or self.squares is None:
             return None
         k = self.k
         mean = k.mul(self._total(row, self.rows, self.squares), k.constant(1.0 / self.depth))
-        return k.rsqrt(k.add(mean, k.constant(self.norm.epsilon)))
+        return k.rsqrt(k.add(mean, k.constant(self.rms.epsilon)))
 
     def _scaled(self, value: ir.Value, factor: ir.Value | None) -> ir.Value:
         return value if factor is None else self.k.mul(value, factor)

@@ -26,6 +26,7 @@ from iree.compiler import ir
 
 from ..emit.builder import spec_of, tensor_type
 from ..emit.simt_kernel import Group, Kernel, dispatch
+from ..mat_mul.head_norm import HeadNorm
 from ..mat_mul.simt_products import Norm
 from ..op import LoweringContext
 from ..select import Legality, No, OtherMachine, rows_text
@@ -91,7 +92,7 @@ def emit_products(
     operands: Sequence[Operands],
     *,
     gated: bool,
-    norm: Norm | None = None,
+    norm: Norm | HeadNorm | None = None,
 ) -> list[ir.Value]:
     """Emit products of one A as one kernel.
 

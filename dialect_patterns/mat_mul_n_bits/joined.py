@@ -1,10 +1,11 @@
 """Products of one left operand by packed weights as one kernel: nodes that the frontend makes of MatMulNBits nodes.
 
-    linattn.JoinedMatMulNBits(A, [gamma, [skip,]] B_1, scales_1, [zero_points_1,] [bias_1,] ...) -> (A B_1, ..., [sum])
-                                                                                silu(A B_1) * (A B_2), where gated
+    linattn.JoinedMatMulNBits(A, [gamma, [skip,]] [scale, gate,] B_1, scales_1, [zero_points_1,] [bias_1,] ...)
+        -> (A B_1, ..., [sum]), or where gated silu(A B_1) * (A B_2)
 
 With gamma it is the RMS norm of A (+ skip) that is multiplied, as in ``mat_mul.normed``: its division comes after the
-products, and does not change which whole numbers the blocks of A are rounded to but for the last bit.
+products, and does not change which whole numbers the blocks of A are rounded to but for the last bit. With scale and
+gate it is GatedRMSNorm's result.
 
 Legal: where ``fused_simt`` is what each product gets, for one row, if they are alike but for their columns; a norm on
 GPUs with subgroup operations, of whole blocks. Source: ONNX Runtime 1.32, schema MatMulNBits-1.
@@ -18,6 +19,7 @@ from typing import TypeVar
 
 from iree.compiler import ir
 
+from ..mat_mul.head_norm import HeadNorm
 from ..mat_mul.simt_products import Norm
 from ..node import Node, TensorSpec
 from ..op import INTERNAL, MICROSOFT, Choice, LoweringContext, LoweringOptions, Op
@@ -35,7 +37,8 @@ JOINED_N_BITS = "JoinedMatMulNBits"
 COLUMNS, WITH_ZEROS, WITH_BIAS = "columns", "with_zeros", "with_bias"
 """Attributes: N of each product; whether each has zero points, a bias. Further ones are those of MatMulNBits."""
 GATED, EPSILON, WITH_NORM, WITH_SKIP, WITH_SUM = "gated", "epsilon", "with_norm", "with_skip", "with_sum"
-"""Attributes, as of ``mat_mul.normed``."""
+HEAD, MULTIPLIES = "head", "multiplies_gate"
+"""Attributes, as of ``mat_mul.normed``; a head's elements where it is a gated norm by heads."""
 _NODE_INPUTS = 6
 _ZEROS, _BIAS = 3, 5
 _MOST = 8
@@ -53,6 +56,8 @@ class NBitsProducts:
         with_skip: Whether something is added before it.
         with_sum: Whether that sum is wanted.
         epsilon: Of the norm.
+        head: Elements of a head, where instead the gated norm of A by heads is multiplied; 0: it is not.
+        multiplies_gate: As of GatedRMSNorm.
     """
 
     products: tuple[MatMulNBits, ...]
@@ -61,6 +66,13 @@ class NBitsProducts:
     with_skip: bool = False
     with_sum: bool = False
     epsilon: float = 0.0
+    head: int = 0
+    multiplies_gate: bool = False
+
+    @property
+    def before(self) -> int:
+        """Inputs between A and the weights."""
+        return 2 if self.head else self.with_norm + self.with_skip
 
     @property
     def per_product(self) -> int:
@@ -73,7 +85,7 @@ def can_join(contract: NBitsProducts, target: Target, options: LoweringOptions) 
     """Whether there is such a kernel."""
     c, products = contract.products[0], contract.products
     results = (1 if contract.gated else len(products)) + contract.with_sum
-    buffers = 1 + contract.with_norm + contract.with_skip + len(products) * contract.per_product + results
+    buffers = 1 + contract.before + len(products) * contract.per_product + results
     if not target.is_gpu or c.rows != 1 or len(products) > _MOST or buffers > target.limits.bindings:
         return False
     if any(op.choose(product, target, options).strategy != "fused_simt" for product in products):
@@ -82,7 +94,7 @@ def can_join(contract: NBitsProducts, target: Target, options: LoweringOptions) 
         return False
     if contract.gated and [product.columns for product in products] != [c.columns] * 2:
         return False
-    return not contract.with_norm or _takes_norm(contract, target)
+    return not (contract.with_norm or contract.head) or _takes_norm(contract, target)
 
 
 def _takes_norm(contract: NBitsProducts, target: Target) -> bool:
@@ -90,7 +102,9 @@ def _takes_norm(contract: NBitsProducts, target: Target) -> bool:
     plan = plan_for(max(contract.products, key=lambda product: product.columns), target)
     c = contract.products[0]
     whole = c.depth % c.block_size == 0 and c.row_words % plan.across == 0
-    return plan.subgroup > 0 and whole and (rounds_itself(c, plan) or not c.rounds_a)
+    words = contract.head // c.per_word
+    inside = words & (words - 1) == 0 and words <= plan.shuffled and contract.head % c.per_word == 0
+    return plan.subgroup > 0 and whole and inside and (rounds_itself(c, plan) or not c.rounds_a)
 
 
 def parse(node: Node) -> NBitsProducts:
@@ -99,14 +113,16 @@ def parse(node: Node) -> NBitsProducts:
     zeros, bias, columns = node.attr(WITH_ZEROS, 0), node.attr(WITH_BIAS, 0), node.attr(COLUMNS, list[int]())
     with_norm, with_skip, with_sum = (bool(node.attr(name, 0)) for name in (WITH_NORM, WITH_SKIP, WITH_SUM))
     common = {name: node.attributes[name] for name in ("K", "bits", "block_size", "accuracy_level")}
-    start, products = 1 + with_norm + with_skip, list[MatMulNBits]()
+    head = node.attr(HEAD, 0)
+    start, products = 1 + (2 if head else with_norm + with_skip), list[MatMulNBits]()
     for count in columns:
         specs = _apart(given[start:], bool(zeros), bool(bias))
         start += 2 + zeros + bias
         own = {**common, "N": count}
         products.append(parse_product(replace(node, domain=MICROSOFT, inputs=(given[0], *specs), attributes=own)))
     gated, epsilon = bool(node.attr(GATED, 0)), node.attr(EPSILON, 0.0)
-    return NBitsProducts(tuple(products), gated, with_norm, with_skip, with_sum, epsilon)
+    multiplies = bool(node.attr(MULTIPLIES, 0))
+    return NBitsProducts(tuple(products), gated, with_norm, with_skip, with_sum, epsilon, head, multiplies)
 
 
 def _apart(given: Sequence[_T | None], zeros: bool, bias: bool) -> list[_T | None]:
@@ -132,7 +148,8 @@ def choose(contract: NBitsProducts, target: Target, options: LoweringOptions) ->
     count = len(contract.products)
     what = "a gated pair" if contract.gated else "a product" if count == 1 else f"{count} products"
     rounded = ", A rounded on the way" if contract.products[0].rounds_a else ""
-    what = f"the norm of {rows_text(1)} and {what} of it" if contract.with_norm else f"{what} of {rows_text(1)}"
+    norm = "the gated norm" if contract.head else "the norm" if contract.with_norm else ""
+    what = f"{norm} of {rows_text(1)} and {what} of it" if norm else f"{what} of {rows_text(1)}"
     return Choice("fused_simt", f"{what} in one kernel that reads each weight once{rounded}")
 
 
@@ -145,6 +162,8 @@ def lower(context: LoweringContext, contract: NBitsProducts, operands: Sequence[
     if c.with_norm:
         gamma, skip = rest.pop(0), rest.pop(0) if c.with_skip else None
         norm = Norm(gamma, skip, c.epsilon, c.with_sum)
+    elif c.head:
+        norm = HeadNorm(rest.pop(0), rest.pop(0), c.head, c.epsilon, c.multiplies_gate)
     size, first = c.per_product, c.products[0]
     apart = [
         prepare(b, product, [a, *_apart(rest[i * size :], first.zero_points != "default", first.with_bias)])

@@ -10,6 +10,7 @@ from iree.compiler import ir
 
 from ..emit.scalar import Scalar
 from ..emit.simt_kernel import Buffer, Kernel
+from ..mat_mul.head_norm import HeadNorm, gated, inverse_of
 from ..mat_mul.simt_products import Norm
 from .contract import MatMulNBits
 from .rounded_simt import inverse_and_step, largest_of, round_even
@@ -80,9 +81,12 @@ class ProductsKernel:
         norm: What is done with A first.
     """
 
-    def __init__(self, k: Kernel, products: Sequence[MatMulNBits], dtype: str, plan: Plan, norm: Norm | None) -> None:
+    def __init__(
+        self, k: Kernel, products: Sequence[MatMulNBits], dtype: str, plan: Plan, norm: Norm | HeadNorm | None
+    ) -> None:
         c = products[0]
         self.k, self.c, self.p, self.rows, self.norm = k, c, plan, c.rows or 0, norm
+        self.rms = norm if isinstance(norm, Norm) else None
         self._products = products
         self._rounds = rounds_itself(c, plan)
         row = _count(self.rows * c.padded_depth // _VECTOR)
@@ -91,7 +95,8 @@ class ProductsKernel:
             self._weights.append(PackedWeights(k, product, 1, binding))
             binding = self._weights[-1].output
         given = 0 if norm is None else len(norm.operands)
-        self._lists = [k.buffer(binding + i, c.a.dtype, row, _VECTOR) for i in range(given)]
+        first = _count((norm.size if isinstance(norm, HeadNorm) else c.depth) // _VECTOR)
+        self._lists = [k.buffer(binding + i, c.a.dtype, row if i else first, _VECTOR) for i in range(given)]
         self._results, self._row = binding + given, row
 
     def emit(self, gated: bool) -> None:
@@ -102,7 +107,7 @@ class ProductsKernel:
         y = [k.buffer(self._results + i, self.c.a.dtype, _count(self.rows * n)) for i, n in enumerate(counts)]
         self._group, self._lane = k.thread().divide_unsigned(p.across)
         self._scratch = k.shared(p.partial * self.rows * p.tile * len(sets[0])) if p.partial > 1 else None
-        self._squares = k.shared(p.partial) if p.partial > 1 and self.norm is not None else None
+        self._squares = k.shared(p.partial) if p.partial > 1 and self.rms is not None else None
         bounds = [0, *itertools.accumulate(-(-count // p.tile) for count in counts)]
         tile, with_sum = k.tile(), self.norm is not None and self.norm.with_sum
         for weights, result, count, (first, stop) in zip(sets, y, counts, itertools.pairwise(bounds), strict=True):
@@ -128,7 +133,7 @@ class ProductsKernel:
         if count % p.tile:  # threads beyond the last column compute it again and write nothing
             self._columns = [column.minimum(count - 1) for column in self._columns]
         sums = self._sums()
-        squares = [] if self.norm is None else [self._across(sums.pop())]
+        squares = [] if self.rms is None else [self._across(sums.pop())]
         sums = self._shuffled([*sums, *squares])
         squares = [sums.pop()] if squares else []
         if self._scratch is None:
@@ -149,7 +154,7 @@ class ProductsKernel:
 
     def _added(self, place: Scalar) -> Callable[[], ir.Value]:
         """Loads a vector of A, with what is added; returns what widens it."""
-        k, lists = self.k, [self._a, *self._lists[1:]]
+        k, lists = self.k, [self._a, *(self._lists[1:] if self.rms is not None else [])]
         stored = [k.load(one, place) for one in lists]
 
         def widen() -> ir.Value:
@@ -168,7 +173,7 @@ class ProductsKernel:
         k, p = self.k, self.p
         steps = -(-self.c.row_words // p.across)
         sums = [k.constant(0.0)] * (len(self._now) * self.rows * p.columns)
-        sums += [k.constant(0.0, _VECTOR)] if self.norm is not None else []
+        sums += [k.constant(0.0, _VECTOR)] if self.rms is not None else []
         whole = steps // p.unroll * p.unroll
         if whole == p.unroll:
             sums = self._step(_count(0), p.unroll, sums)
@@ -190,11 +195,14 @@ class ProductsKernel:
             for place in places
         ]
         scales = [
-            [k.load(self._lists[0], place * vectors + i) for i in range(vectors)] if self._lists else []
+            [k.load(self._lists[0], place * vectors + i) for i in range(vectors)] if self.rms is not None else []
             for place in places
         ]
-        for place, fits, loads, given, scale in zip(places, valid, weights, inputs, scales, strict=True):
+        heads = [self._head(place, vectors) for place in places]
+        for place, fits, loads, given, scale, head in zip(places, valid, weights, inputs, scales, heads, strict=True):
             wide = [[widen() for widen in one] for one in given]
+            if head is not None:
+                wide = [head(wide[0])]
             if scale:
                 for vector in wide[0]:
                     sums[-1] = k.fma(vector, vector, sums[-1])
@@ -207,6 +215,28 @@ class ProductsKernel:
             else:
                 sums = self._add(sums, rows, None, loads, place, fits)
         return sums
+
+    def _head(self, place: Scalar, vectors: int) -> Callable[[list[ir.Value]], list[ir.Value]] | None:
+        """With a norm by heads: loads what a word of A takes beside; returns what computes with it."""
+        k, norm = self.k, self.norm
+        if not isinstance(norm, HeadNorm):
+            return None
+        words = norm.size // self.c.per_word
+        inside = place.divide_unsigned(words)[1]
+        scales = [k.load(self._lists[0], inside * vectors + i) for i in range(vectors)]
+        gates = [k.load(self._lists[1], place * vectors + i) for i in range(vectors)]
+
+        def compute(word: list[ir.Value]) -> list[ir.Value]:
+            squares = k.constant(0.0, _VECTOR)
+            for vector in word:
+                squares = k.fma(vector, vector, squares)
+            inverse, found = inverse_of(k, norm, squares, words), list[ir.Value]()
+            for vector, scale, gate in zip(word, scales, gates, strict=True):
+                wide = k.widen(self._lists[0], scale), k.widen(self._lists[1], gate)
+                found.append(gated(k, norm, vector, inverse, *wide))
+            return found
+
+        return compute
 
     def _rounded(self, values: list[ir.Value]) -> tuple[list[ir.Value], ir.Value]:
         """This thread's elements of a row as whole numbers, and what they count; see ``rounded``."""
@@ -260,11 +290,11 @@ class ProductsKernel:
 
     def _inverse(self, squares: Sequence[ir.Value]) -> ir.Value | None:
         """With a norm 1 / sqrt(mean square + epsilon), of the squares of all of a row."""
-        if self.norm is None:
+        if self.rms is None:
             return None
         k = self.k
         mean = k.mul(squares[0], k.constant(1.0 / self.c.depth))
-        return k.rsqrt(k.add(mean, k.constant(self.norm.epsilon)))
+        return k.rsqrt(k.add(mean, k.constant(self.rms.epsilon)))
 
     def _write_own(self, sums: list[ir.Value], first: Scalar, inverse: ir.Value | None) -> None:
         """Where all sums of a thread are whole: the first of those that have the same writes them."""

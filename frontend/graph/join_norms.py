@@ -10,13 +10,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import onnx
-from linattn.dialect_patterns.mat_mul import joined, normed
+from linattn.dialect_patterns.mat_mul import head_normed, joined, normed
 from linattn.dialect_patterns.mat_mul.contract import MatMul
 from linattn.dialect_patterns.mat_mul.joined import Products
 from linattn.dialect_patterns.mat_mul_n_bits import joined as packed
 from linattn.dialect_patterns.mat_mul_n_bits.contract import MatMulNBits
 from linattn.dialect_patterns.mat_mul_n_bits.joined import NBitsProducts
 from linattn.dialect_patterns.node import TensorSpec
+from linattn.dialect_patterns.norms.gated_rms_norm import GatedRMSNorm
 from linattn.dialect_patterns.norms.rms_normalization import RMSNormalization
 from linattn.dialect_patterns.norms.simplified_layer_normalization import SimplifiedLayerNormalization
 from linattn.dialect_patterns.norms.skip_simplified_layer_normalization import SkipSimplifiedLayerNormalization
@@ -83,11 +84,15 @@ def join_norms(
         norm, y = _norm(node, contracts.get(node.name), graph), node.output[0]
         after = readers.get(y, [])
         made: list[onnx.NodeProto | None] = [None]
+        where = _Where(weights, target, options)
+        gated = contracts.get(node.name)
+        if isinstance(gated, GatedRMSNorm) and len(after) == 1 and y not in kept:
+            made = [_head_joined(node, gated, after[0], contracts.get(after[0].name), where)]
         if norm is not None and 0 < len(after) <= _MOST_READERS and y not in kept:
             with_sum = norm.total in readers or norm.total in kept
             parts = [replace(norm, total=norm.total if with_sum and i == 0 else "") for i in range(len(after))]
             made = [
-                _joined(part, y, reader, contracts.get(reader.name), _Where(weights, target, options))
+                _joined(part, y, reader, contracts.get(reader.name), where)
                 for part, reader in zip(parts, after, strict=True)
             ]
         found = [one for one in made if one is not None]
@@ -141,6 +146,29 @@ def _joined(norm: _Norm, y: str, reader: onnx.NodeProto, contract: Any, where: _
         return None
     attributes[normed.GATED] = int(reader.op_type == joined.GATED)
     return onnx.helper.make_node(normed.NORMED, [*before, *names], outputs, reader.name, domain=INTERNAL, **attributes)
+
+
+def _head_joined(
+    node: onnx.NodeProto, norm: GatedRMSNorm, reader: onnx.NodeProto, contract: Any, where: _Where
+) -> onnx.NodeProto | None:
+    """The node for a gated norm by heads and the product of its result; None where there is no such kernel."""
+    names = [name for name in reader.input[1:] if name]
+    if reader.input[0] != node.output[0] or not all(name in where.weights for name in names):
+        return None
+    attributes: dict[str, Any] = {"epsilon": norm.epsilon, "multiplies_gate": int(norm.multiplies_gate)}
+    if isinstance(contract, MatMulNBits):
+        whole = NBitsProducts((contract,), epsilon=norm.epsilon, head=norm.group)
+        if not packed.can_join(whole, where.target, where.options):
+            return None
+        plain = joined_node([reader], [contract], [], gated=False)
+        attributes |= {**attributes_of(plain), packed.HEAD: norm.group}
+        kind, names = packed.JOINED_N_BITS, list(plain.input[1:])
+    elif isinstance(contract, MatMul) and head_normed.can_join(contract, norm.group, where.target, where.options):
+        kind = head_normed.HEAD_NORMED
+    else:
+        return None
+    inputs, outputs = [*node.input, *names], list(reader.output)
+    return onnx.helper.make_node(kind, inputs, outputs, reader.name, domain=INTERNAL, **attributes)
 
 
 def _norm(node: onnx.NodeProto, contract: Any, graph: SpecializedGraph) -> _Norm | None:

@@ -51,6 +51,36 @@ def test_norm_and_products(
 
 @pytest.mark.vulkan
 @pytest.mark.xdist_group("vulkan")
+@pytest.mark.parametrize(
+    ("dtype", "heads", "size", "columns", "silu"),
+    [
+        (F16, 4, 128, 36, True),  # a head of more vectors than a subgroup has threads
+        (np.float32, 3, 64, 40, False),
+        (BF16, 16, 8, 20, True),  # two vectors a head
+    ],
+    ids=str,
+)
+def test_gated_norm_by_heads_and_a_product(dtype: Any, heads: int, size: int, columns: int, silu: bool) -> None:
+    rng = np.random.default_rng(size)
+    x, gate = ((rng.standard_normal((1, 1, heads * size)) * 3).astype(dtype) for _ in range(2))
+    gate[0, 0, :2] = -100, 100
+    scale, weight = (
+        rng.uniform(0.5, 2, size).astype(dtype),
+        (rng.standard_normal((heads * size, columns))).astype(dtype),
+    )
+    attributes = {"epsilon": 0.25, "multiplies_gate": int(silu)}
+    what = {"domain": "linattn", "version": 1, "target": "lavapipe"}
+    (got,) = run_op("HeadNormedMatMul", [x, scale, gate, weight], attributes, **what)
+    apart, z = x.astype(np.float64).reshape(heads, size), gate.astype(np.float64).ravel()
+    norm = apart / np.sqrt(np.mean(apart**2, -1, keepdims=True) + 0.25) * scale.astype(np.float64)
+    opened = (z if silu else 1) * (1 + np.tanh(z / 2)) / 2
+    assert got.dtype == dtype
+    want = (norm.ravel() * opened) @ weight.astype(np.float64)
+    assert error(got[0, 0], want) <= BENIGN[np.dtype(dtype).name]
+
+
+@pytest.mark.vulkan
+@pytest.mark.xdist_group("vulkan")
 def test_rows_of_zeros_and_of_what_is_no_number() -> None:
     """The former are zeros; an infinity among others makes NaN, as it does apart."""
     gamma, weight = np.ones(64, np.float32), np.eye(64, dtype=np.float32)

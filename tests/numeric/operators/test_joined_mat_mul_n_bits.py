@@ -80,6 +80,31 @@ def test_products(
         assert relative_error(y, right) <= TOLERANCE[np.dtype(dtype).name]
 
 
+@pytest.mark.vulkan
+@pytest.mark.xdist_group("vulkan")
+@pytest.mark.parametrize(
+    ("dtype", "bits", "block", "accuracy", "size"),
+    [(np.float32, 4, 32, 4, 64), (F16, 8, 32, 0, 32), (np.float32, 2, 32, 0, 128)],
+    ids=str,
+)
+def test_gated_norm_by_heads_and_a_product(dtype: Any, bits: int, block: int, accuracy: int, size: int) -> None:
+    rng, depth = np.random.default_rng(size), 1024
+    a, gate = ((rng.standard_normal((1, 1, depth)) * 3).astype(dtype) for _ in range(2))
+    scale, own = rng.uniform(0.5, 2, size).astype(dtype), shape_attributes(depth, block, bits, accuracy, 44)
+    inputs = operands(own, (1, 1), dtype=dtype)[1:3]
+    inputs[1] = (np.asarray(inputs[1], np.float32) * 0.3).astype(dtype)
+    attributes = {name: own[name] for name in ("K", "bits", "block_size", "accuracy_level")} | {"columns": [44]}
+    attributes |= {"head": size, "epsilon": 0.5, "multiplies_gate": 1}
+    what = {"domain": "linattn", "version": 1, "target": "lavapipe"}
+    (got,) = run_op("JoinedMatMulNBits", [a, scale, gate, *inputs], attributes, **what)
+    apart, z = a.astype(np.float64).reshape(-1, size), gate.astype(np.float64)
+    norm = apart / np.sqrt(np.mean(apart**2, -1, keepdims=True) + 0.5) * scale.astype(np.float64)
+    left = (norm.reshape(1, 1, depth) * z / (1 + np.exp(-z))).astype(np.float32)
+    (want,) = run_onnx_runtime(OP, [left, *map(widen, inputs)], own, domain=MICROSOFT, version=1, constants=[1, 2])
+    assert got.dtype == dtype
+    assert relative_error(got, want) <= TOLERANCE[np.dtype(dtype).name]
+
+
 def graph(rows: int = 1, block: int = 32, other: str = "") -> SpecializedGraph:
     """A norm, two products of it and a small one, and a gated pair of another norm."""
     nodes, weights = [], {"gamma": np.ones(64, np.float32), "w": np.ones((64, 16), np.float32)}

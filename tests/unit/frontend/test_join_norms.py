@@ -97,3 +97,39 @@ def test_left_alone(source: SpecializedGraph, target: Target) -> None:
     nodes = joined(source, target)
     assert nodes[0].op_type == source.proto.graph.node[0].op_type
     assert "NormedMatMul" not in [node.op_type for node in nodes]
+
+
+def after_heads(outputs: tuple[str, ...] = ("y",), heads: int = 4, size: int = 128) -> SpecializedGraph:
+    """What follows LinearAttention: a gated norm by heads and a product."""
+    nodes = [
+        helper.make_node("GatedRMSNorm", ["x", "scale", "z"], ["norm"], "norm", domain=MICROSOFT, epsilon=0.5),
+        helper.make_node("MatMul", ["norm", "w"], ["y"], "out"),
+    ]
+    lists = [numpy_helper.from_array(np.ones(size, np.float32), "scale")]
+    lists.append(numpy_helper.from_array(np.ones((heads * size, 64), np.float32), "w"))
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 1, heads * size]) for name in "xz"]
+    results = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs]
+    imports = [helper.make_opsetid("", 23), helper.make_opsetid(MICROSOFT, 1)]
+    model = helper.make_model(helper.make_graph(nodes, "g", values, results, lists), opset_imports=imports)
+    return SpecializedGraph(model, infer_types(model))
+
+
+def test_a_gated_norm_by_heads() -> None:
+    (node,) = joined(after_heads())
+    assert (node.op_type, list(node.input), list(node.output)) == ("HeadNormedMatMul", ["x", "scale", "z", "w"], ["y"])
+    assert attributes(node) == {"epsilon": 0.5, "multiplies_gate": 1}
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        (after_heads(("y", "norm")), GPU),
+        (after_heads(heads=16, size=12), GPU),  # no power of two
+        (after_heads(heads=64, size=4), GPU),  # several heads a subgroup
+        (after_heads(), Target("vulkan", is_gpu=True)),
+        (after_heads(), Target("cpu", vector_bits=256)),
+    ],
+    ids=lambda value: value.name if isinstance(value, Target) else "",
+)
+def test_a_gated_norm_is_left_alone(source: SpecializedGraph, target: Target) -> None:
+    assert [node.op_type for node in joined(source, target)] == ["GatedRMSNorm", "MatMul"]
