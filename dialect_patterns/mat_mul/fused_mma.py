@@ -97,7 +97,7 @@ class _Matrix:
         for at, place in self._chunks(step):
             self.k.copy_chunk(self.b, at, self.memory, tile + place)
 
-    def matrix(self, depth: int, across: Scalar, term: int, tile: Scalar) -> ir.Value:
+    def matrix(self, depth: Scalar, across: Scalar, term: int, tile: Scalar) -> ir.Value:
         """A matrix of the tile in memory."""
         del term
         start = across * (SIDE // CHUNK) + (tile + depth * SIDE * self.p.stride_b)

@@ -79,6 +79,7 @@ class Plan:
         unit: f16 elements of one unit of a stride, and f32 ones.
         transposed: Whether the right factor's tile lies in memory column by column.
         terms: f16 numbers of an element of a factor; with two, the second counts 2^-11 and is what the first leaves.
+        along: Subgroups along K, each of which multiplies its part of every tile.
         stages: Tiles that the workgroup's memory holds.
         copies: Whether they get there past the registers.
     """
@@ -92,13 +93,14 @@ class Plan:
     unit: tuple[int, int]
     transposed: bool
     terms: int = 1
+    along: int = 1
     stages: int = 2
     copies: bool = False
 
     @property
     def threads(self) -> int:
         """Threads of a workgroup."""
-        return self.subgroup * self.down * self.across
+        return self.subgroup * self.along * self.down * self.across
 
     @property
     def memory(self) -> int:
@@ -113,7 +115,7 @@ class Plan:
     @property
     def piece(self) -> int:
         """Chunks of 16 rows of sums of every subgroup."""
-        return self.down * self.across * SIDE * self.stride_y
+        return self.along * self.down * self.across * SIDE * self.stride_y
 
     @property
     def pieces(self) -> int:
@@ -149,7 +151,8 @@ class Plan:
     def __str__(self) -> str:
         terms = f"_{self.terms}terms" if self.terms > 1 else ""
         stages = f"c{self.stages}" if self.copies else ""
-        return f"t{self.rows}x{self.columns}x{self.depth}s{self.down}x{self.across}{stages}{terms}"
+        along = f"x{self.along}" if self.along > 1 else ""
+        return f"t{self.rows}x{self.columns}x{self.depth}s{self.down}x{self.across}{along}{stages}{terms}"
 
 
 def plan_for(size: Size, target: Target, transposed: bool, terms: int = 1) -> Plan:
@@ -230,7 +233,7 @@ class RightFactor(Protocol):
         """Begin to copy this thread's part there past the registers."""
         ...
 
-    def matrix(self, depth: int, across: Scalar, term: int, tile: Scalar) -> ir.Value:
+    def matrix(self, depth: Scalar, across: Scalar, term: int, tile: Scalar) -> ir.Value:
         """The matrix at ``depth`` matrices down and ``across`` matrices to the right of a term's tile in memory."""
         ...
 
@@ -300,7 +303,8 @@ class Product:
         self.row = row * p.rows
         self.right.start(self)
         self.subgroup, self.lane = self.thread.divide_unsigned(p.subgroup)
-        self.down, self.across = self.subgroup.divide_unsigned(p.across)
+        self.along, place = self.subgroup.divide_unsigned(p.down * p.across)
+        self.down, self.across = place.divide_unsigned(p.across)
         self.places_a = self.places(p.rows, p.depth // CHUNK)
         self._write(self._products())
 
@@ -395,12 +399,12 @@ class Product:
         k, p = self.k, self.p
         unit, chunks, each = p.unit[0], SIDE // CHUNK, self.high * self.wide
 
-        def left(depth: int, term: int) -> list[ir.Value]:
-            stride, start = p.stride_a * CHUNK // unit, stage + (depth * chunks + term * p.chunks_a)
+        def left(depth: Scalar, term: int) -> list[ir.Value]:
+            stride, start = p.stride_a * CHUNK // unit, stage + depth * chunks + term * p.chunks_a
             first = self.down * (self.high * SIDE * p.stride_a) + start
             return [k.matrix_load("AOp", self.memory, first + i * SIDE * p.stride_a, stride) for i in range(self.high)]
 
-        def right(depth: int, term: int) -> list[ir.Value]:
+        def right(depth: Scalar, term: int) -> list[ir.Value]:
             tile = stage + p.terms * p.chunks_a
             return [self.right.matrix(depth, self.across * self.wide + j, term, tile) for j in range(self.wide)]
 
@@ -408,7 +412,8 @@ class Product:
             pairs = [(a, b) for a in rows for b in columns]
             return [k.matrix_multiply_add(a, b, s) for (a, b), s in zip(pairs, sums, strict=True)]
 
-        for depth in range(p.depth // SIDE):
+        for part in range(0, p.depth // SIDE, p.along):
+            depth = Scalar.constant(part, "index") if p.along == 1 else self.along + part
             first, others = left(depth, 0), right(depth, 0)
             sums[:each] = added(first, others, sums[:each])
             if p.terms > 1:  # the product of both second terms is below the last bit
@@ -420,7 +425,8 @@ class Product:
         """Some rows of each subgroup at a time, through its part of the workgroup's memory."""
         k, p = self.k, self.p
         rows, width = p.pieces * SIDE, self.wide * SIDE // VECTOR
-        base = self.subgroup * (rows * p.stride_y)
+        size = rows * p.stride_y
+        base, place = self.subgroup * size, (self.down * p.across + self.across) * size
         for first in range(0, self.high, p.pieces):
             k.barrier()
             for i in range(p.pieces):
@@ -429,11 +435,15 @@ class Product:
                     stride = p.stride_y * VECTOR // p.unit[1]
                     k.matrix_store(sums[(first + i) * self.wide + j], self.memory, start, stride)
             k.barrier()
-            for vector in range(0, rows * width, p.subgroup):
-                row, place = (self.lane + vector).divide_unsigned(width)
-                value = k.load(self.memory, base + row * p.stride_y + place)
+            for vector in range(0, rows * width, p.subgroup * p.along):
+                inside = self.lane + self.along * p.subgroup + vector
+                row, column = inside.divide_unsigned(width)
+                at = place + row * p.stride_y + column
+                value = k.load(self.memory, at)
+                for other in range(1, p.along):
+                    value = k.add(value, k.load(self.memory, at + other * p.down * p.across * size))
                 row = self.row + (self.down * self.high + first) * SIDE + row
-                column = self.tile * (p.columns // VECTOR) + self.across * width + place
+                column = self.tile * (p.columns // VECTOR) + self.across * width + column
                 valid = (row < self.size.rows) & (column < self.vectors)
 
                 def write(value: ir.Value = value, row: Scalar = row, column: Scalar = column) -> None:

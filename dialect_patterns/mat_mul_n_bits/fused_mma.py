@@ -157,7 +157,7 @@ class _Packed:
         """There is no copying what has to be unpacked."""
         raise NotImplementedError
 
-    def matrix(self, depth: int, across: Scalar, term: int, tile: Scalar) -> ir.Value:
+    def matrix(self, depth: Scalar, across: Scalar, term: int, tile: Scalar) -> ir.Value:
         """A matrix of a term's tile in memory."""
         start = across * (SIDE * self.p.stride_b) + (tile + depth * (SIDE // CHUNK) + term * self.p.chunks_b)
         stride = self.p.stride_b * CHUNK // self.p.unit[0]

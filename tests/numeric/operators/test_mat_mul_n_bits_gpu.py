@@ -172,23 +172,27 @@ class TestMatrixUnits:
             assert error(got[0, row], want[0, row]) <= BENIGN["float32"], row
 
     @pytest.mark.parametrize(
-        ("copies", "depth", "tokens", "columns"),
+        ("copies", "depth", "tokens", "columns", "along"),
         [
-            (False, 96, 40, 72),
-            (False, 32, 9, 40),  # one step: what comes after it is read again
-            (False, 64, 130, 136),  # the largest tiles, whose sums go out in parts
-            (True, 32, 40, 72),  # fewer steps than stages
-            (True, 224, 40, 40),
+            (False, 96, 40, 72, 1),
+            (False, 32, 40, 40, 2),  # one step: what comes after it is read again
+            (False, 64, 130, 136, 1),  # the largest tiles, whose sums go out in parts
+            (True, 32, 40, 72, 1),  # fewer steps than stages
+            (True, 192, 40, 40, 4),
         ],
     )
-    def test_f16_weights(self, copies: bool, depth: int, tokens: int, columns: int, monkeypatch: pytest.MonkeyPatch):
-        """Tiles through registers, and past them; rows and columns that do not fill the last tile."""
+    def test_f16_weights(
+        self, copies: bool, depth: int, tokens: int, columns: int, along: int, monkeypatch: pytest.MonkeyPatch
+    ):
+        """Tiles through registers, and past them; rows and columns that do not fill the last tile; K cut in parts."""
         target = replace(matrices.TARGET, copy_memory=32_768 if copies else 0)
         monkeypatch.setitem(TARGETS, "lavapipe", target)
         monkeypatch.setattr(mma_kernel, "_ENOUGH_TILES", 1)
         rng = np.random.default_rng(depth)
         a, b = (rng.standard_normal(size).astype(np.float16) for size in ((1, tokens, depth), (depth, columns)))
-        assert plain_mma.plan_for(mma_kernel.Size(tokens, depth, columns), target, transposed=False).copies == copies
+        plan = plain_mma.plan_for(mma_kernel.Size(tokens, depth, columns), target, transposed=False)
+        assert plan.copies == copies
+        monkeypatch.setattr(plain_mma, "plan_for", lambda *size, **given: replace(plan, along=along))
         (got,) = run_op("MatMul", [a, b], version=13, target="lavapipe")
         assert error(got, a.astype(np.float64) @ b.astype(np.float64)) <= BENIGN["float16"]
 
