@@ -178,7 +178,7 @@ class TestMatrixUnits:
             (False, 32, 40, 40, 2),  # one step: what comes after it is read again
             (False, 64, 130, 136, 1),  # the largest tiles, whose sums go out in parts
             (True, 32, 40, 72, 1),  # fewer steps than stages
-            (True, 192, 40, 40, 4),
+            (True, 192, 40, 40, 2),
         ],
     )
     def test_f16_weights(
