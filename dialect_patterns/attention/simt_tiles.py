@@ -25,16 +25,17 @@ from dataclasses import dataclass
 
 from iree.compiler import ir
 
-from ..emit.builder import Builder, Size, spec_of, tensor_type
+from ..emit.builder import Builder, Size
 from ..emit.scalar import Scalar
-from ..emit.simt_kernel import MAX_GROUPS, Buffer, Group, Kernel, dispatch
-from ..node import TensorSpec
+from ..emit.simt_kernel import MAX_GROUPS, Buffer, Group, Kernel
 from ..select import Legality, No, OtherMachine, Yes
 from ..target import Target
 from .core import AttentionShape
 from .simt_bias import Bias
 from .simt_call import WIDTH, Call, why_not_by_position
-from .simt_join import LOWEST, emit_join, sink_of_row
+from .simt_dispatch import Tiled, emit_tiled
+from .simt_join import LOWEST, sink_of_row
+from .simt_window import Window
 
 _THREADS = 128
 _QUERIES = 32  # rows of a workgroup
@@ -46,8 +47,6 @@ _SHARE = 4  # threads that share a row of scores
 _LEAST_GROUPS, _MOST_GROUPS = 4, 16  # threads along the columns of the values
 _UNROLL = 4  # keys whose values are under way
 _MAX_SIZE = 512
-_ENOUGH_GROUPS = 128  # workgroups that keep a large GPU busy
-_PART_KEYS = 128  # of the capacity, at least, for each part
 
 
 def is_legal(shape: AttentionShape, target: Target) -> Legality:
@@ -80,27 +79,14 @@ def emit_attention_fused_simt_tiles(
     bias: ir.Value | None,
 ) -> ir.Value:  # fmt: skip
     """[B, Hq, T, dv] from q [B, Hq, T, dk] and the cache k, v [B, Hkv, S, d]; query i sees the keys up to first + i."""
-    c = Call.of(q, k, v, scale, softcap, left, bias)
-    heads, result = c.batch * c.kv_heads, spec_of(q).dtype
-    blocks = -(-c.rows // _QUERIES)
-    parts = max(1, min(_ENOUGH_GROUPS // (heads * blocks), c.keys // _PART_KEYS))
-    q = b.cast(q, c.dtype)
-    numbers = [] if isinstance(first, int) else [first]
 
-    def body(kernel: Kernel) -> None:
-        given = Scalar.constant(first, "index") if isinstance(first, int) else kernel.number(0)
-        _Tiles(kernel, c, given, parts, sink_type, result).emit()
+    def body(kernel: Kernel, call: Tiled, given: Scalar) -> None:
+        _Tiles(kernel, call.c, given, call).emit()
 
-    sink_type = spec_of(sink).dtype if sink is not None and parts == 1 else ""
-    inputs = [q, k, v, *([bias] if bias is not None else []), *([sink] if sink is not None and sink_type else [])]
-    lead = (f"at{first}_" if isinstance(first, int) else "") + (f"sink{sink_type}_" if sink_type else "")
-    name = f"attention_fused_simt_tiles_{lead}{c}_p{parts}_{result}"
-    y = TensorSpec(c.shape, result)
-    specs = [y] if parts == 1 else [TensorSpec((heads, parts, c.rows, size), "f32") for size in (2, c.dv)]
-    outputs: list[tuple[ir.RankedTensorType, list[ir.Value]]] = [(tensor_type(s.shape, s.dtype), []) for s in specs]
-    group = Group(_THREADS, 0)
-    found = dispatch(name, group, blocks * parts, b.index(heads), numbers, inputs, outputs, body)
-    return found[0] if parts == 1 else emit_join(b, target, c, parts, found, sink, y)
+    return emit_tiled(
+        "fused_simt_tiles", Group(_THREADS, 0), _QUERIES, body, b, target, q, k, v,
+        first=first, scale=scale, softcap=softcap, left=left, sink=sink, bias=bias,
+    )  # fmt: skip
 
 
 @dataclass
@@ -110,9 +96,7 @@ class _Tiles:
     k: Kernel
     c: Call
     first: Scalar
-    parts: int
-    sink_type: str  # of the sinks that come in memory, if they do
-    result: str
+    call: Tiled
 
     def emit(self) -> None:
         """Emit everything."""
@@ -127,10 +111,9 @@ class _Tiles:
         self.values = k.buffer(2, c.value_dtype, count(heads * c.keys * c.dv // WIDTH), WIDTH)
         self.head = k.item()
         self.bias = None if c.bias_dims is None else Bias(k, c, 3, self.head)
-        self.sink_binding = 3 if self.bias is None else 4
-        outputs = self.sink_binding + bool(self.sink_type)
+        self.parts, self.sink_type, outputs = self.call.parts, self.call.sink_type, self.call.output
         if self.parts == 1:
-            self.output = k.buffer(outputs, self.result, count(heads * c.rows * c.dv // WIDTH), WIDTH)
+            self.output = k.buffer(outputs, self.call.result, count(heads * c.rows * c.dv // WIDTH), WIDTH)
         else:
             self.stats = k.buffer(outputs, "f32", count(heads * self.parts * c.rows * 2))
             self.output = k.buffer(outputs + 1, "f32", count(heads * self.parts * c.rows * c.dv // WIDTH), WIDTH)
@@ -152,14 +135,9 @@ class _Tiles:
 
     def _run(self) -> None:
         k, c = self.k, self.c
-        begin, end = self._range()
-        self.last = end - 1
-        place, stop = begin, end
-        if self.parts > 1:
-            tiles = (end - begin + (_KEYS - 1)).divide_unsigned(_KEYS)[0]
-            each = (tiles + (self.parts - 1)).divide_unsigned(self.parts)[0] * _KEYS
-            place = begin + self.part * each
-            stop = (place + each).minimum(end)
+        self.window = Window(c, self.first, self.start, _QUERIES, _KEYS)
+        self.last = self.window.last
+        place, stop = self.window.part(self.part, self.parts)
 
         def tile(place: Scalar, carried: list[ir.Value]) -> list[ir.Value]:
             self._write_scores(place, self._products(place))
@@ -169,7 +147,7 @@ class _Tiles:
         initial = [k.constant(LOWEST), k.constant(0.0)]
         if self.sink_type:  # as a key that is seen first, whose value is zero
             row = (self.start + self.own).minimum(c.rows - 1)
-            initial = [sink_of_row(k, c, self.sink_type, self.sink_binding, self.head, row), k.constant(1.0)]
+            initial = [sink_of_row(k, c, self.sink_type, self.call.sink, self.head, row), k.constant(1.0)]
         initial += [k.constant(0.0, WIDTH)] * (self.out_rows * self.loads)
         top, total, *mixed = k.loop(place, stop, _KEYS, initial, tile)
         if self.parts > 1:
@@ -182,17 +160,6 @@ class _Tiles:
         shares = [k.div(k.constant(1.0), total) for total in sums]
         scaled = [k.mul(value, k.splat(shares[i // self.loads], WIDTH)) for i, value in enumerate(mixed)]
         self._write_rows(scaled, self.head * c.rows)
-
-    def _range(self) -> tuple[Scalar, Scalar]:
-        """The keys that some row of this workgroup sees; its rows are tokens of one query head or of several."""
-        c = self.c
-        token = self.start.divide_unsigned(c.tokens)[1]
-        inside = token + _QUERIES <= Scalar.constant(c.tokens, "index")
-        end = self.first + (token + _QUERIES).minimum(c.tokens)
-        if c.left is None:
-            return Scalar.constant(0, "index"), end
-        lowest = inside.select(token, Scalar.constant(0, "index"))
-        return (self.first + lowest - c.left).maximum(0).divide_unsigned(_KEYS)[0] * _KEYS, end
 
     def _out_rows(self) -> list[Scalar]:
         """The rows of the outputs that this thread holds a part of, in the workgroup."""
@@ -292,24 +259,9 @@ class _Tiles:
             if self.bias is not None:
                 row, at = (self.start + line).minimum(c.rows - 1), (place + key).minimum(self.last)
                 score = self.bias.added(score, row, at)
-            seen = self._sees(line, place + key)
+            seen = self.window.sees(line, place + key)
             k.store(k.select(seen, score, k.constant(float("-inf"))), self.scores, line * (_KEYS + 1) + key)
         k.barrier()
-
-    def _sees(self, line: Scalar, key: Scalar) -> Scalar:
-        """Whether a row of this workgroup sees a key."""
-        query = self.first + (self.start + line).divide_unsigned(self.c.tokens)[1]
-        seen = (key <= query) & (key <= self.last)
-        return seen if self.c.left is None else seen & (query <= key + self.c.left)
-
-    def _all_seen(self, place: Scalar) -> Scalar:
-        """Whether all rows of this workgroup see all keys of a tile."""
-        c = self.c
-        token = self.start.divide_unsigned(c.tokens)[1]
-        inside = token + _QUERIES <= Scalar.constant(c.tokens, "index")
-        lowest = self.first + inside.select(token, Scalar.constant(0, "index"))
-        seen = place + (_KEYS - 1) <= lowest
-        return seen if c.left is None else seen & (self.last <= place + c.left)
 
     def _softmax(self, top: ir.Value, total: ir.Value) -> tuple[ir.Value, ir.Value]:
         """Scores to weights; the next maximum and sum of this thread's row."""
@@ -377,4 +329,4 @@ class _Tiles:
             return all_keys(guarded=True)
         # A hidden key weighs 0, and 0 times NaN or inf is NaN: they are left out where not all rows see all keys.
         types = [value.type for value in held]
-        return k.choose(self._all_seen(place), lambda: all_keys(guarded=False), lambda: all_keys(guarded=True), types)
+        return k.choose(self.window.all_seen(place), lambda: all_keys(guarded=False), lambda: all_keys(guarded=True), types)

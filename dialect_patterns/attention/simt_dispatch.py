@@ -1,0 +1,92 @@
+"""The dispatch of GPU kernels that go over the keys tile by tile: their operands, and the join of parts of the keys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from iree.compiler import ir
+
+from ..emit.builder import Builder, Size, spec_of, tensor_type
+from ..emit.scalar import Scalar
+from ..emit.simt_kernel import Group, Kernel, dispatch
+from ..node import TensorSpec
+from ..target import Target
+from .simt_call import Call
+from .simt_join import emit_join
+
+_ENOUGH_GROUPS = 128  # workgroups that keep a large GPU busy
+_PART_KEYS = 128  # of the capacity, at least, for each part
+
+
+@dataclass(frozen=True)
+class Tiled:
+    """A call as such a kernel has it: bindings of queries, keys, values, bias and sinks where there are, then results.
+
+    Attributes:
+        c: What is computed.
+        parts: Workgroups of a block of rows, each for a part of the keys.
+        sink_type: Of the sinks that come in memory, if they do.
+        result: Element type of the outputs.
+    """
+
+    c: Call
+    parts: int
+    sink_type: str
+    result: str
+
+    @property
+    def sink(self) -> int:
+        """Binding of the sinks."""
+        return 3 if self.c.bias_dims is None else 4
+
+    @property
+    def output(self) -> int:
+        """Binding of the first result: the outputs, or maxima and sums of the parts and then their weighted values."""
+        return self.sink + bool(self.sink_type)
+
+
+def emit_tiled(
+    kind: str, group: Group, rows: int, body: Callable[[Kernel, Tiled, Scalar], None],
+    b: Builder, target: Target, q: ir.Value, k: ir.Value, v: ir.Value, *,
+    first: Size, scale: float, softcap: float, left: int | None, sink: ir.Value | None,
+    bias: ir.Value | None,
+) -> ir.Value:  # fmt: skip
+    """[B, Hq, T, dv] from q [B, Hq, T, dk] and the cache k, v [B, Hkv, S, d]; query i sees the keys up to first + i.
+
+    Args:
+        kind: The kernel's word.
+        group: Its threads.
+        rows: Rows of a key head (its query heads and their tokens) of a workgroup.
+        body: Emits it, of the call and the position of the first query.
+        b: The builder.
+        target: To compile for.
+        q: Queries.
+        k: Keys.
+        v: Values.
+        first: Position of the first query.
+        scale: Factor on q . k.
+        softcap: c in c * tanh(s / c), 0 for none.
+        left: How many keys before its own position a query sees, None for all.
+        sink: What the softmax of each query head sees beside its keys [Hq], or None.
+        bias: What a mask adds to scores, or None.
+    """
+    c = Call.of(q, k, v, scale, softcap, left, bias)
+    heads, result = c.batch * c.kv_heads, spec_of(q).dtype
+    blocks = -(-c.rows // rows)
+    parts = max(1, min(_ENOUGH_GROUPS // (heads * blocks), c.keys // _PART_KEYS))
+    call = Tiled(c, parts, spec_of(sink).dtype if sink is not None and parts == 1 else "", result)
+
+    def emit(kernel: Kernel) -> None:
+        body(kernel, call, Scalar.constant(first, "index") if isinstance(first, int) else kernel.number(0))
+
+    inputs = [b.cast(q, c.dtype), k, v, *([] if bias is None else [bias])]
+    inputs += [sink] if sink is not None and call.sink_type else []
+    lead = (f"at{first}_" if isinstance(first, int) else "") + (f"sink{call.sink_type}_" if call.sink_type else "")
+    y = TensorSpec(c.shape, result)
+    specs = [y] if parts == 1 else [TensorSpec((heads, parts, c.rows, size), "f32") for size in (2, c.dv)]
+    outputs: list[tuple[ir.RankedTensorType, list[ir.Value]]] = [(tensor_type(s.shape, s.dtype), []) for s in specs]
+    numbers = [] if isinstance(first, int) else [first]
+    name = f"attention_{kind}_{lead}{c}_p{parts}_{result}"
+    found = dispatch(name, group, blocks * parts, b.index(heads), numbers, inputs, outputs, emit)
+    return found[0] if parts == 1 else emit_join(b, target, c, parts, found, sink, y)
