@@ -97,6 +97,17 @@ class ScalarMatrices(Kernel):
         pairs = zip(self._done(a), self._done(b), strict=True)
         return _Sums(self.fma(y, self.constant(factor), x) for x, y in pairs)
 
+    def matrix_load_sums(self, buffer: Buffer, start: Scalar, stride: int) -> Any:
+        row, half = self._place()
+        chunks = [self.load(buffer, start + row * stride + half * 2 + i) for i in range(2)]
+        return _Sums(value for chunk in chunks for value in self.elements(chunk))
+
+    def matrix_add(self, a: Any, b: Any) -> Any:
+        return _Sums(self.add(x, y) for x, y in zip(self._done(a), self._done(b), strict=True))
+
+    def matrix_multiply(self, a: Any, b: Any) -> Any:
+        return _Sums(self.mul(x, y) for x, y in zip(self._done(a), self._done(b), strict=True))
+
     def matrix_store(self, sums: Any, buffer: Buffer, start: Scalar, stride: int) -> None:
         row, half = self._place()
         sums = self._done(sums)

@@ -66,6 +66,7 @@ class AttentionShape:
         causal: Whether query i sees no key after ``first + i``, ``first`` the same for all rows of the batch, and there
             is a key at each such position.
         dtype: Element type of the keys.
+        value_dtype: Of the values, where it is another one.
     """
 
     heads: Heads
@@ -74,6 +75,7 @@ class AttentionShape:
     masked: bool
     causal: bool
     dtype: str
+    value_dtype: str = ""
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,9 @@ class Attention:
         # Queries after the last key would have the kernels that go by position read behind the keys.
         has_keys = self.length is not None and self.new_keys is not None and self.length <= self.new_keys
         causal = self.right == 0 and not self.ragged and has_keys
-        return core.AttentionShape(self.heads, self.length, self.rows, self.masked, causal, self.dtype)
+        return core.AttentionShape(
+            self.heads, self.length, self.rows, self.masked, causal, self.dtype, self.value_dtype
+        )
 
 
 def _parse_heads(node: Node, q: TensorSpec, k: TensorSpec, v: TensorSpec) -> core.Heads:

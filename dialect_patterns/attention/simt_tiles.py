@@ -329,4 +329,6 @@ class _Tiles:
             return all_keys(guarded=True)
         # A hidden key weighs 0, and 0 times NaN or inf is NaN: they are left out where not all rows see all keys.
         types = [value.type for value in held]
-        return k.choose(self.window.all_seen(place), lambda: all_keys(guarded=False), lambda: all_keys(guarded=True), types)
+        return k.choose(
+            self.window.all_seen(place), lambda: all_keys(guarded=False), lambda: all_keys(guarded=True), types
+        )

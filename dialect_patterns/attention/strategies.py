@@ -11,6 +11,8 @@ from ..op import Choice, LoweringContext, LoweringOptions
 from ..select import Legality, No, Strategy, Yes, always, not_emitted, select, wherever_legal
 from ..target import Target
 from .core import AttentionShape, Visibility, as_bias, emit_attention, join_heads, split_heads
+from .fused_mma import emit_attention_fused_mma
+from .fused_mma import is_legal as mma_is_legal
 from .fused_simd import emit_attention_fused_simd
 from .fused_simd import is_legal as simd_is_legal
 from .fused_simt import emit_attention_fused_simt
@@ -30,11 +32,16 @@ def _tiles_are_preferred(shape: AttentionShape, target: Target, options: Lowerin
 STRATEGIES = (
     Strategy("fused_simd", simd_is_legal, wherever_legal("one kernel over the keys that are seen")),
     Strategy("fused_simt", simt_is_legal, wherever_legal("two kernels over the filled rows")),
+    Strategy("fused_mma", mma_is_legal, wherever_legal("one kernel on the matrix units over tiles of the keys seen")),
     Strategy("fused_simt_tiles", tiles_is_legal, _tiles_are_preferred),
     Strategy("linalg", always, wherever_legal("portable, over all rows")),
 )
 
-GPU_KERNELS = {"fused_simt": emit_attention_fused_simt, "fused_simt_tiles": emit_attention_fused_simt_tiles}
+GPU_KERNELS = {
+    "fused_simt": emit_attention_fused_simt,
+    "fused_mma": emit_attention_fused_mma,
+    "fused_simt_tiles": emit_attention_fused_simt_tiles,
+}
 
 
 def choose(shape: AttentionShape, where: str, target: Target) -> Choice:

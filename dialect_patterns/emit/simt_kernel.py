@@ -447,20 +447,33 @@ class Kernel:
             "gpu.subgroup_mma_compute", results=[self.matrix_type("COp")], operands=[a, b, c]
         ).result
 
+    def matrix_load_sums(self, buffer: Buffer, start: Scalar, stride: int) -> ir.Value:
+        """Sums that lie in a buffer of chunks as :meth:`matrix_store` writes them."""
+        attributes = {"leadDimension": ir.IntegerAttr.get(ir.IndexType.get(), stride)}
+        operands = [buffer.value, start.value]
+        return ir.Operation.create(
+            "gpu.subgroup_mma_load_matrix", results=[self.matrix_type("COp")], operands=operands, attributes=attributes
+        ).result
+
     def matrix_add_scaled(self, a: ir.Value, b: ir.Value, factor: float) -> ir.Value:
         """The sums ``a + factor b``."""
-        sums = self.matrix_type("COp")
+        operands, sums = [self.constant(factor)], self.matrix_type("COp")
+        factors = ir.Operation.create("gpu.subgroup_mma_constant_matrix", results=[sums], operands=operands).result
+        return self.matrix_add(a, self.matrix_multiply(b, factors))
 
-        def elementwise(name: str, x: ir.Value, y: ir.Value) -> ir.Value:
-            operation = {"opType": ir.Attribute.parse(f"#gpu<mma_element_wise<{name}>>")}
-            return ir.Operation.create(
-                "gpu.subgroup_mma_elementwise", results=[sums], operands=[x, y], attributes=operation
-            ).result
+    def matrix_add(self, a: ir.Value, b: ir.Value) -> ir.Value:
+        """The sums ``a + b``."""
+        return self._matrix_elementwise("addf", a, b)
 
-        factors = ir.Operation.create(
-            "gpu.subgroup_mma_constant_matrix", results=[sums], operands=[self.constant(factor)]
+    def matrix_multiply(self, a: ir.Value, b: ir.Value) -> ir.Value:
+        """The products of the elements of two matrices of sums."""
+        return self._matrix_elementwise("mulf", a, b)
+
+    def _matrix_elementwise(self, name: str, a: ir.Value, b: ir.Value) -> ir.Value:
+        operation = {"opType": ir.Attribute.parse(f"#gpu<mma_element_wise<{name}>>")}
+        return ir.Operation.create(
+            "gpu.subgroup_mma_elementwise", results=[self.matrix_type("COp")], operands=[a, b], attributes=operation
         ).result
-        return elementwise("addf", a, elementwise("mulf", b, factors))
 
     def matrix_store(self, sums: ir.Value, buffer: Buffer, start: Scalar, stride: int) -> None:
         """Write sums as f32 to a buffer of chunks (see :meth:`matrix_load`), or of f32, which are the unit then."""

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import harness
+import matrices
 import numpy as np
 import pytest
 from attention_runs import CapacityRun, error, to_device, to_host
 from harness import DTYPES
+from linattn.dialect_patterns.attention import fused_mma
 from linattn.dialect_patterns.node import TensorSpec
 from races import races_in
 
@@ -35,22 +38,49 @@ def attention(
 @pytest.mark.parametrize(
     ("kernel", "dtype", "batch", "heads", "tokens", "size", "rows", "attributes", "positions"),
     [
-        ("parts", np.float32, 1, (4, 2), 1, 64, 300, {}, (0, 1, 63, 299)),
-        ("parts", np.float16, 2, (8, 2), 2, 32, 128, {}, (0, 5, 126)),
-        ("parts", np.float16, 1, (8, 2), 1, 256, 1024, {"local_window_size": 17, "softcap": 20.0}, (0, 5, 900)),
-        ("parts", np.float32, 1, (2, 2), 5, 12, 33, {"local_window_size": 3}, (0, 28)),
-        ("tiles", np.float32, 1, (4, 2), 64, 64, 300, {}, (0, 1, 63, 236)),
-        ("tiles", np.float16, 2, (8, 2), 33, 32, 128, {}, (0, 5, 95)),
-        ("tiles", np.float32, 1, (4, 1), 70, 256, 512, {"local_window_size": 17, "softcap": 20.0}, (0, 5, 401)),
-        ("tiles", np.float32, 1, (2, 2), 9, 80, 40, {"local_window_size": 3}, (0, 31)),
-        ("tiles", np.float32, 1, (4, 1), 8, 32, 1024, {}, (0, 130, 1016)),
-        ("tiles", np.float32, 1, (2, 1), 40, 32, 512, {"local_window_size": 200}, (0, 30, 472)),
+        ("fused_simt_parts", np.float32, 1, (4, 2), 1, 64, 300, {}, (0, 1, 63, 299)),
+        ("fused_simt_parts", np.float16, 2, (8, 2), 2, 32, 128, {}, (0, 5, 126)),
+        (
+            "fused_simt_parts",
+            np.float16,
+            1,
+            (8, 2),
+            1,
+            256,
+            1024,
+            {"local_window_size": 17, "softcap": 20.0},
+            (0, 5, 900),
+        ),
+        ("fused_simt_parts", np.float32, 1, (2, 2), 5, 12, 33, {"local_window_size": 3}, (0, 28)),
+        ("fused_simt_tiles", np.float32, 1, (4, 2), 64, 64, 300, {}, (0, 1, 63, 236)),
+        ("fused_simt_tiles", np.float16, 2, (8, 2), 33, 32, 128, {}, (0, 5, 95)),
+        (
+            "fused_simt_tiles",
+            np.float32,
+            1,
+            (4, 1),
+            70,
+            256,
+            512,
+            {"local_window_size": 17, "softcap": 20.0},
+            (0, 5, 401),
+        ),
+        ("fused_simt_tiles", np.float32, 1, (2, 2), 9, 80, 40, {"local_window_size": 3}, (0, 31)),
+        ("fused_simt_tiles", np.float32, 1, (4, 1), 8, 32, 1024, {}, (0, 130, 1016)),
+        ("fused_simt_tiles", np.float32, 1, (2, 1), 40, 32, 512, {"local_window_size": 200}, (0, 30, 472)),
+        ("fused_mma", np.float16, 1, (4, 2), 64, 64, 300, {}, (0, 1, 63, 236)),
+        ("fused_mma", np.float16, 2, (4, 2), 33, 32, 128, {"softcap": 20.0}, (0, 5, 95)),
+        ("fused_mma", np.float16, 1, (2, 1), 40, 96, 512, {"local_window_size": 200}, (0, 30, 472)),
+        ("fused_mma", np.float16, 1, (4, 1), 8, 32, 1024, {}, (0, 130, 1016)),  # parts of the keys
     ],
 )
 def test_positions(
     kernel: str, dtype: Any, batch: int, heads: tuple[int, int], tokens: int, size: int, rows: int,
-    attributes: dict[str, Any], positions: tuple[int, ...],
+    attributes: dict[str, Any], positions: tuple[int, ...], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
+    if kernel == "fused_mma":
+        monkeypatch.setitem(harness.TARGETS, TARGET, matrices.TARGET)
+        matrices.emulate(monkeypatch, fused_mma)
     rng = np.random.default_rng(rows)
     count, kv = heads
     q, k, v = (rng.standard_normal((batch, tokens, h * size)).astype(dtype) for h in (count, kv, kv))
@@ -60,7 +90,7 @@ def test_positions(
     inputs = [q, k, v, *past, np.zeros(batch, np.int32), np.zeros((), np.int32)]
     given = {"num_heads": count, "kv_num_heads": kv, **attributes}
     run = CapacityRun("GroupQueryAttention", "com.microsoft", 1, inputs, outputs, given, (3, 4), TARGET)
-    assert f"attention_fused_simt_{kernel}" in run.lowered
+    assert f"attention_{kernel}" in run.lowered
     assert races_in(run.lowered) == []
     for first in positions:
         caches = [to_device(cache, TARGET) for cache in past]
