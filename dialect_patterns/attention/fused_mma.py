@@ -167,6 +167,12 @@ def emit_attention_fused_mma(
     )  # fmt: skip
 
 
+def _halves(word: Scalar) -> list[tuple[int, Scalar]]:
+    """Of the two f16 of a word the mask of the other one, and whether it is no number: drivers compute x - x as 0."""
+    masks = ((-(1 << 16), _EXPONENTS), (0xFFFF, _EXPONENTS << 16))
+    return [(rest, (word & exponent).equals(exponent)) for rest, exponent in masks]
+
+
 @dataclass
 class _Matrices:
     """Emits the kernel of 32 rows and one part of the keys."""
@@ -281,12 +287,10 @@ class _Matrices:
         def numbers() -> list[ir.Value]:
             kept, odd = list[ir.Value](), None
             for chunk in chunks:
-                words = [Scalar(arith.BitcastOp(k.type(1, "i32"), word).result) for word in k.elements(chunk)]
                 found: list[ir.Value] = []
-                for word in words:
-                    for half in (_EXPONENTS, _EXPONENTS << 16):
-                        is_odd = (word & half).equals(half)
-                        word = is_odd.select(word & (-(1 << 16) if half == _EXPONENTS else 0xFFFF), word)
+                for word in self._words(chunk):
+                    for rest, is_odd in _halves(word):
+                        word = is_odd.select(word & rest, word)
                         odd = is_odd if odd is None else odd | is_odd
                     found.append(arith.BitcastOp(k.type(1), word.value).result)
                 kept.append(k.join(found))
@@ -299,6 +303,10 @@ class _Matrices:
             numbers()
         else:
             k.choose(self.window.all_seen(place), as_they_are, numbers, [])
+
+    def _words(self, chunk: ir.Value) -> list[Scalar]:
+        """The bits of a chunk."""
+        return [Scalar(arith.BitcastOp(self.k.type(1, "i32"), word).result) for word in self.k.elements(chunk)]
 
     # ---- a tile ----------------------------------------------------------------------------------------------------
     def _write_products(self) -> None:
@@ -398,13 +406,13 @@ class _Matrices:
                 for i, value in enumerate(four[:-1]):
                     weight = k.select(inside.equals(i), value, weight)
                 at_row = (place + index).minimum(self.window.last) + self.head * c.keys
-                values = unpack(k, k.load(self.values, at_row * (c.dv // _CHUNK) + chunk), "f16")
-                seen = Scalar(weight).equals(0.0)
-                found: list[ir.Value] = []
-                for value, total in zip(values, sums, strict=True):
-                    rest = Scalar(k.sub(value, value)).equals(0.0)  # NaN of what is no number
-                    found.append(k.select(seen | rest, total, k.add(total, k.mul(value, weight))))
-                return found
+                values = k.load(self.values, at_row * (c.dv // _CHUNK) + chunk)
+                odd = [is_odd for word in self._words(values) for _, is_odd in _halves(word)]
+                seen = Scalar(weight) > 0.0
+                return [
+                    k.select(seen & is_odd, k.add(total, k.mul(value, weight)), total)
+                    for value, is_odd, total in zip(unpack(k, values, "f16"), odd, sums, strict=True)
+                ]
 
             stop = Scalar.constant(_KEYS, "index")
             sums = k.loop(Scalar.constant(0, "index"), stop, 1, [k.constant(0.0)] * _CHUNK, key)

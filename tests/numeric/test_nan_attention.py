@@ -7,10 +7,12 @@ from functools import cached_property
 from typing import Any
 
 import harness
+import matrices
 import numpy as np
 import pytest
 from harness import WIDTHS
 from iree.compiler.api import Session
+from linattn.dialect_patterns.attention import fused_mma
 from linattn.dialect_patterns.node import TensorSpec
 from operators.attention_runs import CapacityRun, load, to_device, to_host
 
@@ -31,6 +33,7 @@ class Case:
         cache: None without a past; "growing", or "capacity": of fixed capacity.
         mask: None, or the type of a mask that hides every fifth key before a query and all after it.
         window: How many keys before its own position a query sees, None for all.
+        dtype: Of queries, keys and values; f16 on lavapipe is that of the matrix units, which are emulated.
     """
 
     op: str
@@ -39,6 +42,12 @@ class Case:
     cache: str = ""
     mask: str = ""
     window: int | None = None
+    dtype: Any = np.float32
+
+    @property
+    def on_units(self) -> bool:
+        """Whether it is one for the matrix units."""
+        return self.dtype == np.float16
 
     @property
     def first(self) -> int:
@@ -85,7 +94,7 @@ class Case:
         rng = np.random.default_rng(self.tokens)
 
         def normal(*shape: int) -> np.ndarray:
-            return rng.standard_normal(shape).astype(np.float32)
+            return rng.standard_normal(shape).astype(self.dtype)
 
         new = [normal(B, self.tokens, n * D) for n in (HQ, HKV, HKV)]
         past_rows = {"": 0, "growing": self.first, "capacity": CAPACITY}[self.cache]
@@ -97,7 +106,7 @@ class Case:
         if self.cache == "capacity":  # the mask has the new keys after the capacity
             own = seen[:, self.first : self.first + self.tokens]
             seen = np.concatenate([seen & (np.arange(CAPACITY) < self.first), own], 1)
-        mask = seen if self.mask == "bool" else np.where(seen, 0, -np.inf).astype(np.float32)
+        mask = seen if self.mask == "bool" else np.where(seen, 0, -np.inf).astype(self.dtype)
         return [*new, mask if self.mask else None, *(past if self.cache else [])]
 
     def compiled(self) -> Any:
@@ -105,10 +114,11 @@ class Case:
         domain, version = ("com.microsoft", 1) if self.op == "GroupQueryAttention" else ("", 25)
         inputs = self.inputs()
         if self.cache == "capacity":
-            cache = TensorSpec((B, HKV, CAPACITY, D), "f32")
-            outputs = [TensorSpec((B, self.tokens, HQ * D), "f32"), cache, cache]
+            dtype = harness.DTYPES[np.dtype(self.dtype).name]
+            cache = TensorSpec((B, HKV, CAPACITY, D), dtype)
+            outputs = [TensorSpec((B, self.tokens, HQ * D), dtype), cache, cache]
             run = CapacityRun(self.op, domain, version, inputs, outputs, self.attributes, self.pasts, self.target)
-            assert "attention_fused" in run.lowered
+            assert ("attention_fused_mma" if self.on_units else "attention_fused") in run.lowered
 
             def step(given: Inputs) -> np.ndarray:
                 caches = [to_device(given[i], self.target) for i in self.pasts]
@@ -121,12 +131,12 @@ class Case:
         module = harness.lowered(
             domain, self.op, version, specs, self.attributes, 3, self.target, context=session.context
         )
-        assert "attention_fused" in str(module)
+        assert ("attention_fused_mma" if self.on_units else "attention_fused") in str(module)
         function = load(harness.compile_module(module, session, self.target), self.target)
 
         def call(given: Inputs) -> np.ndarray:
             y = function(*[to_device(a, self.target) for a in given if a is not None])[0]
-            return to_host(y, self.target, np.dtype(np.float32)).reshape(B, self.tokens, HQ, D)
+            return to_host(y, self.target, np.dtype(self.dtype)).reshape(B, self.tokens, HQ, D)
 
         return call
 
@@ -148,18 +158,23 @@ CASES += [(width, kind) for width in WIDTHS for kind in (LONG, MASKED)]
 
 def name(case: Case) -> str:
     window = "" if case.window is None else f"w{case.window}"
-    return "-".join(filter(None, (case.target, case.op, str(case.tokens), case.cache, case.mask, window)))
+    target = "units" if case.on_units else case.target
+    return "-".join(filter(None, (target, case.op, str(case.tokens), case.cache, case.mask, window)))
 
 
 ALL = [Case(kind[0], target, *kind[1:]) for target, kind in CASES]
+ALL += [Case(kind[0], "lavapipe", *kind[1:], dtype=np.float16) for kind in (PROMPT, LONG, ON_GPU[3])]
 VULKAN = pytest.mark.vulkan
 
 
 @pytest.mark.parametrize(
     "case", [pytest.param(c, id=name(c), marks=VULKAN if c.target == "lavapipe" else ()) for c in ALL]
 )
-def test_attention(case: Case) -> None:
+def test_attention(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last key head of batch row 1 gets the value, in one row of the keys or of the values."""
+    if case.on_units:
+        monkeypatch.setitem(harness.TARGETS, case.target, matrices.TARGET)
+        matrices.emulate(monkeypatch, fused_mma)
     inputs, run = case.inputs(), case.compiled()
     clean = run(inputs)
     assert np.isfinite(clean).all()
