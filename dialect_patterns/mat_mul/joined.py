@@ -7,7 +7,7 @@ A decode step is many small products, and each dispatch costs beside its work: m
 half a one of a CPU thread by itself. Weights stay as they are, since other entry points read them one by one. Rounding:
 sums in f32, rounded once, at the end.
 
-Legal: where ``fused_simt`` is what every one of the products gets, or ``fused_simd`` with few rows.
+Legal: where ``fused_simt`` is what every one of the products gets, or ``fused_mma``, or ``fused_simd`` with few rows.
 """
 
 from __future__ import annotations
@@ -21,13 +21,17 @@ from ..node import Node, TensorSpec
 from ..op import INTERNAL, Choice, LoweringContext, LoweringOptions, Op
 from ..select import rows_text
 from ..target import Target
-from . import op, simd_joined
+from . import fused_mma, fused_simt, op, simd_joined
 from .contract import MatMul
 from .contract import output_types as product_types
-from .fused_simt import emit_products
 
 JOINED, GATED = "JoinedMatMul", "GatedMatMul"
 _MOST = 8
+_EMITTERS = {
+    "fused_simt": fused_simt.emit_products,
+    "fused_mma": fused_mma.emit_products,
+    "fused_simd": simd_joined.emit_products,
+}
 
 
 @dataclass(frozen=True)
@@ -48,17 +52,21 @@ def most_products(target: Target) -> int:
     return min(_MOST, (target.limits.bindings - 1) // 2)
 
 
-def is_joinable(product: MatMul, target: Target, options: LoweringOptions) -> bool:
-    """Whether a product may be part of such a kernel."""
+def joining(product: MatMul, target: Target, options: LoweringOptions) -> str:
+    """The strategy of the kernels that a product may be part of, none if it may not."""
     strategy = op.choose(product, target, options).strategy
-    return strategy == "fused_simt" or (strategy == "fused_simd" and simd_joined.is_direct([product], target))
+    direct = strategy == "fused_simd" and simd_joined.is_direct([product], target)
+    return strategy if strategy in _EMITTERS and (direct or strategy != "fused_simd") else ""
 
 
 def can_join(products: Sequence[MatMul], gated: bool, target: Target, options: LoweringOptions) -> bool:
     """Whether products that share their left operand may be one kernel."""
     equal = len({product.columns for product in products}) == 1
-    every = all(is_joinable(product, target, options) for product in products)
-    return every and 2 <= len(products) <= most_products(target) and (equal or not gated)
+    kinds = {joining(product, target, options) for product in products}
+    alike = len(kinds) == 1 and "" not in kinds
+    if kinds == {"fused_mma"} and not fused_mma.can_join(products, gated, target):
+        return False
+    return alike and 2 <= len(products) <= most_products(target) and (equal or not gated)
 
 
 def parse(node: Node) -> Products:
@@ -78,14 +86,15 @@ def choose(contract: Products, target: Target, options: LoweringOptions) -> Choi
     """There is one way."""
     what = "a gated pair" if contract.gated else f"{len(contract.products)} products"
     rows = rows_text(contract.products[0].rows)
-    strategy = "fused_simt" if target.is_gpu else "fused_simd"
-    return Choice(strategy, f"{what} of {rows} in one kernel that reads each weight once")
+    strategy = joining(contract.products[0], target, options)
+    how = "on the matrix units" if strategy == "fused_mma" else "that reads each weight once"
+    return Choice(strategy, f"{what} of {rows} in one kernel {how}")
 
 
 def lower(context: LoweringContext, contract: Products, operands: Sequence[ir.Value | None]) -> list[ir.Value]:
     """Emit the node."""
     a, *weights = [value for value in operands if value is not None]
-    emit = emit_products if context.target.is_gpu else simd_joined.emit_products
+    emit = _EMITTERS[choose(contract, context.target, context.options).strategy]
     return emit(context, contract.products, a, weights, contract.gated)
 
 

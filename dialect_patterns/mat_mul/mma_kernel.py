@@ -21,197 +21,18 @@ each kernel that a module has, and the products of a model's prompts are of a do
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from iree.compiler import ir
 
 from ..emit.scalar import Scalar
-from ..emit.simt_kernel import Kernel
-from ..select import Legality, No, OtherMachine, Yes
-from ..target import Target
-
-SIDE = 16
-"""Rows and columns of a matrix."""
-
-CHUNK = 8
-"""Elements of f16 in a chunk of 16 bytes."""
-
-VECTOR = 4
-"""Elements of f32 in a chunk; columns of one store."""
+from ..emit.simt_kernel import Buffer, Kernel
+from .mma_plan import CHUNK, SIDE, VECTOR, Plan
 
 REST = 2.0**-11
 """What the second term of an element counts: that which the first, of 11 bits, has left fills its own 11 then."""
-
-_LEAST_ROWS = 9  # fewer are the business of fused_simt
-_ENOUGH_TILES = 100  # workgroups that keep a large GPU busy
-_MIN_DEPTH = 32
-_STAGES = 4  # most tiles in the workgroup's memory
-
-
-@dataclass(frozen=True)
-class Size:
-    """Of a product.
-
-    Attributes:
-        rows: M; None where open.
-        depth: K.
-        columns: N.
-    """
-
-    rows: int | None
-    depth: int
-    columns: int
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How the product is cut.
-
-    Attributes:
-        rows: Of a workgroup's tile.
-        columns: Of a workgroup's tile.
-        depth: K at once.
-        down: Subgroups along the rows.
-        across: Subgroups along the columns.
-        subgroup: Threads of a subgroup.
-        unit: f16 elements of one unit of a stride, and f32 ones.
-        transposed: Whether the right factor's tile lies in memory column by column.
-        terms: f16 numbers of an element of a factor; with two, the second counts 2^-11 and is what the first leaves.
-        along: Subgroups along K, each of which multiplies its part of every tile.
-        stages: Tiles that the workgroup's memory holds.
-        copies: Whether they get there past the registers.
-    """
-
-    rows: int
-    columns: int
-    depth: int
-    down: int
-    across: int
-    subgroup: int
-    unit: tuple[int, int]
-    transposed: bool
-    terms: int = 1
-    along: int = 1
-    stages: int = 2
-    copies: bool = False
-
-    @property
-    def threads(self) -> int:
-        """Threads of a workgroup."""
-        return self.subgroup * self.along * self.down * self.across
-
-    @property
-    def memory(self) -> int:
-        """Chunks of the workgroup's memory: the tiles of both factors, then at least 16 rows of sums a subgroup."""
-        return max(self.stages * self.stage, self.piece)
-
-    @property
-    def stage(self) -> int:
-        """Chunks of the tiles of both factors."""
-        return self.terms * (self.chunks_a + self.chunks_b)
-
-    @property
-    def piece(self) -> int:
-        """Chunks of 16 rows of sums of every subgroup."""
-        return self.along * self.down * self.across * SIDE * self.stride_y
-
-    @property
-    def pieces(self) -> int:
-        """Times 16 rows that are written at once."""
-        high, fit = self.rows // self.down // SIDE, self.memory // self.piece
-        return next(n for n in range(min(high, fit), 0, -1) if high % n == 0)
-
-    @property
-    def chunks_a(self) -> int:
-        """Chunks of the left tile, of one term."""
-        return self.rows * self.stride_a
-
-    @property
-    def stride_a(self) -> int:
-        """Chunks from row to row of the left tile."""
-        return self.depth // CHUNK + 1
-
-    @property
-    def stride_b(self) -> int:
-        """Chunks from row to row of the right tile, from column to column where it is transposed."""
-        return (self.depth if self.transposed else self.columns) // CHUNK + 1
-
-    @property
-    def chunks_b(self) -> int:
-        """Chunks of the right tile, of one term."""
-        return (self.columns if self.transposed else self.depth) * self.stride_b
-
-    @property
-    def stride_y(self) -> int:
-        """Chunks from row to row of a subgroup's sums."""
-        return self.columns // self.across // VECTOR + 1
-
-    def __str__(self) -> str:
-        terms = f"_{self.terms}terms" if self.terms > 1 else ""
-        stages = f"c{self.stages}" if self.copies else ""
-        along = f"x{self.along}" if self.along > 1 else ""
-        return f"t{self.rows}x{self.columns}x{self.depth}s{self.down}x{self.across}{along}{stages}{terms}"
-
-
-def plan_for(size: Size, target: Target, transposed: bool, terms: int = 1) -> Plan:
-    """The largest tiles of which there are enough, and that fit; by measurement (H100).
-
-    Where the right factor is transposed (packed, so that its loads are small), small tiles are deep ones. Those of two
-    terms are neither large nor deep.
-    """
-    rows, columns = size.rows or 0, size.columns
-    deep = 64 if size.depth % 64 == 0 and terms == 1 else _MIN_DEPTH
-    deepest = 128 if transposed and size.depth % 128 == 0 and terms == 1 else deep
-    shapes = [(128, 128, _MIN_DEPTH, 2, 2), (64, 64, deep, 2, 2), (64, 64, _MIN_DEPTH, 2, 2)]
-    if transposed:
-        shapes += [(64, 32, deepest, 2, 2), (64, 32, deep, 2, 2)]
-    if rows < 128 or terms > 1 or target.max_threads < 4 * target.subgroup_size:
-        shapes = shapes[1:]
-    small = [(32, 32, deepest, 2, 2), (32, 32, _MIN_DEPTH, 2, 2)]
-    shapes = small if columns <= 32 or rows <= 32 else shapes + small[1:]
-    plans = [_plan(shape, target, transposed, terms) for shape in shapes]
-    fitting = [p for p in plans if p.memory * 16 <= _memory(p, target)] or plans[-1:]
-    busy = [p for p in fitting if -(-rows // p.rows) * -(-columns // p.columns) >= _ENOUGH_TILES]
-    return (busy or fitting[-1:])[0]
-
-
-def _plan(shape: tuple[int, int, int, int, int], target: Target, transposed: bool, terms: int) -> Plan:
-    """With as many stages as fit, where they are copied."""
-    unit = (1, 1) if target.matrix_stride == "elements" else (CHUNK, VECTOR)
-    plan = Plan(*shape, target.subgroup_size, unit, transposed, terms)
-    copied = [] if transposed else [replace(plan, stages=n, copies=True) for n in range(_STAGES, 2, -1)]
-    return next((p for p in copied if p.memory * 16 <= target.copy_memory), plan)
-
-
-def _memory(plan: Plan, target: Target) -> int:
-    """Bytes that a plan may take."""
-    return target.copy_memory if plan.copies else target.workgroup_memory
-
-
-def is_possible(size: Size, target: Target, transposed: bool, step: int, terms: int = 1) -> Legality:
-    """Whether a target multiplies such matrices.
-
-    Args:
-        size: Of the product.
-        target: The machine.
-        transposed: See :class:`Plan`.
-        step: What must divide the columns.
-        terms: See :class:`Plan`.
-    """
-    if not target.is_gpu:
-        return OtherMachine(f"{target.name} is not a GPU")
-    if target.matrix_stride is None or target.subgroup_size < SIDE:
-        return No(f"{target.name} is compiled for without products of 16x16 matrices")
-    if size.rows is None or size.rows < _LEAST_ROWS:
-        return No(f"{'?' if size.rows is None else size.rows} rows, less than {_LEAST_ROWS}")
-    if size.depth % _MIN_DEPTH or size.columns % step or not size.depth:
-        return No(f"K={size.depth} is not a multiple of {_MIN_DEPTH} or N={size.columns} of {step}")
-    plan = plan_for(size, target, transposed, terms)
-    if plan.memory * 16 > _memory(plan, target):
-        return No(f"tiles do not fit in {target.workgroup_memory} bytes of a workgroup")
-    return Yes()
 
 
 class RightFactor(Protocol):
@@ -237,8 +58,8 @@ class RightFactor(Protocol):
         """The matrix at ``depth`` matrices down and ``across`` matrices to the right of a term's tile in memory."""
         ...
 
-    def finish(self, sums: ir.Value, column: Scalar) -> ir.Value:
-        """What becomes of four sums from column ``4 * column`` on."""
+    def finish(self, sums: list[ir.Value], column: Scalar) -> ir.Value:
+        """What becomes of four sums from column ``4 * column`` on; of four gates and what they are for, if gated."""
         ...
 
 
@@ -249,35 +70,45 @@ class Extent:
     Attributes:
         rows: M.
         depth: Chunks of a row of the left factor: K / 8.
-        columns: N.
+        columns: N of each result.
     """
 
     rows: Scalar
     depth: Scalar
-    columns: Scalar
+    columns: tuple[Scalar, ...]
 
 
-def workgroups(size: Size, plan: Plan) -> int:
-    """Of a whole product: as many items, of one tile each."""
-    assert size.rows is not None
-    return -(-size.rows // plan.rows) * -(-size.columns // plan.columns)
+@dataclass(frozen=True)
+class Part:
+    """A product of those that share their left factor.
+
+    Attributes:
+        start: Number of its first tile of columns.
+        chosen: Whether this workgroup's tile is one of it; None where there is one product.
+    """
+
+    start: Scalar
+    chosen: Scalar | None
 
 
 class Product:
     """Emits the kernel: buffer 0 is the left factor, f16 [M, K]; of two terms [M, 2 K], one after the other in a row.
+
+    Products of one left factor are one kernel; which of them a workgroup computes is the same for all of its threads.
 
     Args:
         k: Emits instructions.
         size: Of the product.
         plan: How it is cut.
         right: The right factor.
-        output: Binding of the result [M, N].
+        output: Binding of the first result [M, N].
         dtype: Its type.
         factors: Binding of what each row of the result is to be multiplied by, f32 [M]; None for nothing.
 
     Attributes:
         thread: This thread's number in the workgroup.
-        tile: Of the columns, the one that this workgroup computes.
+        tile: Of the columns of its product, the one that this workgroup computes.
+        parts: The products.
         memory: The workgroup's: stages, in each the terms of the left tile, then of the right one; in the end sums.
     """
 
@@ -288,9 +119,9 @@ class Product:
         self.k, self.size, self.p, self.right = k, size, plan, right
         self.high = plan.rows // plan.down // SIDE  # matrices of a subgroup
         self.wide = plan.columns // plan.across // SIDE
-        self.vectors = size.columns.divide_unsigned(VECTOR)[0]
+        self.vectors = [columns.divide_unsigned(VECTOR)[0] for columns in size.columns]
         self.a = k.chunks(0, size.rows * size.depth * plan.terms)
-        self.y = k.buffer(output, dtype, size.rows * self.vectors, VECTOR)
+        self.y = [k.buffer(output + i, dtype, size.rows * n, VECTOR) for i, n in enumerate(self.vectors)]
         self.factors = None if factors is None else k.buffer(factors, "f32", size.rows)
         self.memory = k.shared_chunks(plan.memory)
         self.thread = k.thread()
@@ -298,15 +129,38 @@ class Product:
     def emit(self) -> None:
         """Emit everything."""
         k, p = self.k, self.p
-        tiles = (self.size.columns + (p.columns - 1)).divide_unsigned(p.columns)[0]
-        row, self.tile = k.item_by(tiles)
-        self.row = row * p.rows
+        counts = [(columns + (p.width - 1)).divide_unsigned(p.width)[0] for columns in self.size.columns]
+        total = counts[0]
+        for count in counts[1:]:
+            total = total + count
+        row, self.tile = k.item_by(total)
+        self.row, self.parts = row * p.rows, [Part(Scalar.constant(0, "index"), None)]
+        if len(counts) > 1:
+            self._choose(counts)
         self.right.start(self)
         self.subgroup, self.lane = self.thread.divide_unsigned(p.subgroup)
         self.along, place = self.subgroup.divide_unsigned(p.down * p.across)
         self.down, self.across = place.divide_unsigned(p.across)
         self.places_a = self.places(p.rows, p.depth // CHUNK)
         self._write(self._products())
+
+    def _choose(self, counts: Sequence[Scalar]) -> None:
+        """Which product a tile is of."""
+        self.parts.clear()
+        start = Scalar.constant(0, "index")
+        for count in counts:
+            chosen = (self.tile >= start) & (self.tile < start + count)
+            self.parts.append(Part(start, chosen))
+            start = start + count
+        self.tile = self.tile - self.chosen([part.start for part in self.parts])
+
+    def chosen(self, values: Sequence[Scalar]) -> Scalar:
+        """Of a value for each product that of the one which this workgroup computes."""
+        found = values[-1]
+        for part, value in zip(self.parts[:-1], values, strict=False):
+            assert part.chosen is not None
+            found = part.chosen.select(value, found)
+        return found
 
     def places(self, rows: int, chunks: int) -> list[tuple[Scalar, Scalar]]:
         """Row and chunk of each of this thread's loads of a tile."""
@@ -435,20 +289,37 @@ class Product:
                     stride = p.stride_y * VECTOR // p.unit[1]
                     k.matrix_store(sums[(first + i) * self.wide + j], self.memory, start, stride)
             k.barrier()
-            for vector in range(0, rows * width, p.subgroup * p.along):
-                inside = self.lane + self.along * p.subgroup + vector
-                row, column = inside.divide_unsigned(width)
-                at = place + row * p.stride_y + column
+            for values, row, column in self._found(rows, width, size, place):
+                self._store(values, self.row + (self.down * self.high + first) * SIDE + row, column)
+
+    def _found(
+        self, rows: int, width: int, size: int, place: Scalar
+    ) -> Iterator[tuple[list[ir.Value], Scalar, Scalar]]:
+        """Sums in the workgroup's memory, with their row there and their column; gates come with what they are for."""
+        k, p = self.k, self.p
+        pairs = 2 if p.gated else 1
+        helpers, number = p.along * pairs, self.along * pairs + (self.across if p.gated else 0)
+        for vector in range(0, rows * width, p.subgroup * helpers):
+            row, column = (self.lane + number * p.subgroup + vector).divide_unsigned(width)
+            found: list[ir.Value] = []
+            for half in range(pairs):
+                at = row * p.stride_y + column + (self.down * (p.across * size) + half * size if p.gated else place)
                 value = k.load(self.memory, at)
                 for other in range(1, p.along):
                     value = k.add(value, k.load(self.memory, at + other * p.down * p.across * size))
-                row = self.row + (self.down * self.high + first) * SIDE + row
-                column = self.tile * (p.columns // VECTOR) + self.across * width + column
-                valid = (row < self.size.rows) & (column < self.vectors)
+                found.append(value)
+            yield found, row, self.tile * (p.width // VECTOR) + (0 if p.gated else self.across * width) + column
 
-                def write(value: ir.Value = value, row: Scalar = row, column: Scalar = column) -> None:
-                    if self.factors is not None:
-                        value = k.mul(value, k.splat(k.load(self.factors, row), VECTOR))
-                    k.store(self.right.finish(value, column), self.y, row * self.vectors + column)
+    def _store(self, values: list[ir.Value], row: Scalar, column: Scalar) -> None:
+        k = self.k
+        for part, y, vectors in zip(self.parts, self.y, self.vectors, strict=True):
+            valid = (row < self.size.rows) & (column < vectors)
 
-                k.when(valid, write)
+            def write(y: Buffer = y, vectors: Scalar = vectors) -> None:
+                found = values
+                if self.factors is not None:
+                    factor = k.splat(k.load(self.factors, row), VECTOR)
+                    found = [k.mul(value, factor) for value in values]
+                k.store(self.right.finish(found, column), y, row * vectors + column)
+
+            k.when(valid if part.chosen is None else valid & part.chosen, write)

@@ -28,7 +28,8 @@ from iree.compiler import ir
 from ..emit.builder import tensor_type
 from ..emit.scalar import Scalar
 from ..emit.simt_kernel import Group, Kernel, dispatch
-from ..mat_mul.mma_kernel import CHUNK, SIDE, VECTOR, Extent, Plan, Product, Size, is_possible, plan_for, workgroups
+from ..mat_mul.mma_kernel import Extent, Product
+from ..mat_mul.mma_plan import CHUNK, SIDE, VECTOR, Plan, Size, is_possible, plan_for
 from ..op import LoweringContext
 from ..select import Legality, No, OtherMachine, rows_text
 from ..target import Target
@@ -81,7 +82,7 @@ def emit_mat_mul_n_bits_fused_mma(context: LoweringContext, contract: MatMulNBit
     def body(k: Kernel) -> None:
         right = _Packed(k, c, plan)
         depth, columns = (Scalar.constant(n, "index") for n in (size.depth // CHUNK, size.columns))
-        extent, last = Extent(k.number(0), depth, columns), right.weights.output
+        extent, last = Extent(k.number(0), depth, (columns,)), right.weights.output
         Product(k, extent, plan, right, last + split, dtype, last if split else None).emit()
 
     outputs: list[tuple[ir.RankedTensorType, list[ir.Value]]] = [(tensor_type((c.rows, c.columns), dtype), [])]
@@ -89,7 +90,7 @@ def emit_mat_mul_n_bits_fused_mma(context: LoweringContext, contract: MatMulNBit
     a, factors = emit_a(b, c, x.a, dtype), list[ir.Value]()
     if split:
         a, *factors = emit_split(b, a)
-    inputs, items = [a, *bound(c, x), *factors], b.index(workgroups(size, plan))
+    inputs, items = [a, *bound(c, x), *factors], b.index(plan.workgroups(c.rows, [c.columns]))
     group = Group(plan.threads, plan.subgroup)
     return dispatch(name, group, 1, items, [b.index(c.rows)], inputs, outputs, body)[0]
 
@@ -163,9 +164,9 @@ class _Packed:
         stride = self.p.stride_b * CHUNK // self.p.unit[0]
         return self.k.matrix_load("BOp", self.memory, start, stride, transposed=True)
 
-    def finish(self, sums: ir.Value, column: Scalar) -> ir.Value:
+    def finish(self, sums: list[ir.Value], column: Scalar) -> ir.Value:
         """Add the bias."""
         if not self.c.with_bias:
-            return sums
+            return sums[0]
         bias = [self.weights.bias(column * VECTOR + i) for i in range(VECTOR)]
-        return self.k.add(sums, self.k.join(bias))
+        return self.k.add(sums[0], self.k.join(bias))

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 
 import onnx
-from linattn.dialect_patterns.mat_mul.joined import GATED, JOINED, can_join, is_joinable, most_products
+from linattn.dialect_patterns.mat_mul.joined import GATED, JOINED, can_join, joining, most_products
 from linattn.dialect_patterns.op import INTERNAL, LoweringOptions
 from linattn.dialect_patterns.target import Target
 
@@ -35,11 +35,12 @@ def join_products(
     import_internal(model)
     contracts = check_contracts(model.graph, graph.types, versions)
     weights = {tensor.name for tensor in model.graph.initializer}
-    products: dict[str, list[onnx.NodeProto]] = {}
+    products: dict[tuple[str, str], list[onnx.NodeProto]] = {}
     for node in model.graph.node:
         is_product = node.op_type == "MatMul" and domain_of(node) == "" and node.input[1] in weights
-        if is_product and is_joinable(contracts[node.name], target, options):
-            products.setdefault(node.input[0], []).append(node)
+        kind = joining(contracts[node.name], target, options) if is_product else ""
+        if kind:
+            products.setdefault((node.input[0], kind), []).append(node)
     for nodes in products.values():
         for some in groups_of(nodes, most_products(target)):
             found = [contracts[node.name] for node in some]

@@ -18,7 +18,7 @@ from iree.compiler import ir
 from iree.compiler.api import Session
 from linattn.dialect_patterns.emit import tiled_product
 from linattn.dialect_patterns.mat_mul import fused_mma as plain_mma
-from linattn.dialect_patterns.mat_mul import mma_kernel
+from linattn.dialect_patterns.mat_mul import mma_plan
 from linattn.dialect_patterns.mat_mul_n_bits import fused_mma, fused_simt, fused_tiled
 from linattn.dialect_patterns.mat_mul_n_bits.contract import MatMulNBits
 from linattn.dialect_patterns.mat_mul_n_bits.op import choose, parse
@@ -132,7 +132,7 @@ class TestMatrixUnits:
         self, enough: int, bits: int, block: int, zeros: str, depth: int, columns: int, tokens: int, accuracy: int,
         monkeypatch: pytest.MonkeyPatch,
     ):  # fmt: skip
-        monkeypatch.setattr(mma_kernel, "_ENOUGH_TILES", enough)
+        monkeypatch.setattr(mma_plan, "_ENOUGH_TILES", enough)
         attributes = shape_attributes(depth, block, bits, accuracy, columns)
         inputs = operands(attributes, (1, tokens), zeros=zeros, bias=tokens != 70, dtype=np.float16)
         check(attributes, inputs, target="lavapipe")
@@ -151,7 +151,7 @@ class TestMatrixUnits:
     ):  # fmt: skip
         """As exact as f32, each row for itself: large, tiny, with an outlier, of zeros; a NaN stays in its own."""
         monkeypatch.setitem(TARGETS, "lavapipe", replace(matrices.TARGET, fast_math=True))
-        monkeypatch.setattr(mma_kernel, "_ENOUGH_TILES", enough)
+        monkeypatch.setattr(mma_plan, "_ENOUGH_TILES", enough)
         attributes = shape_attributes(depth, block, bits, accuracy, columns)
         inputs = operands(attributes, (1, tokens), zeros=zeros, bias=tokens == 20)
         if accuracy:  # whose rounding depends on a block's largest value
@@ -187,14 +187,41 @@ class TestMatrixUnits:
         """Tiles through registers, and past them; rows and columns that do not fill the last tile; K cut in parts."""
         target = replace(matrices.TARGET, copy_memory=32_768 if copies else 0)
         monkeypatch.setitem(TARGETS, "lavapipe", target)
-        monkeypatch.setattr(mma_kernel, "_ENOUGH_TILES", 1)
+        monkeypatch.setattr(mma_plan, "_ENOUGH_TILES", 1)
         rng = np.random.default_rng(depth)
         a, b = (rng.standard_normal(size).astype(np.float16) for size in ((1, tokens, depth), (depth, columns)))
-        plan = plain_mma.plan_for(mma_kernel.Size(tokens, depth, columns), target, transposed=False)
+        plan = plain_mma.plan_for(mma_plan.Size(tokens, depth, columns), target, transposed=False)
         assert plan.copies == copies
         monkeypatch.setattr(plain_mma, "plan_for", lambda *size, **given: replace(plan, along=along))
         (got,) = run_op("MatMul", [a, b], version=13, target="lavapipe")
         assert error(got, a.astype(np.float64) @ b.astype(np.float64)) <= BENIGN["float16"]
+
+    @pytest.mark.parametrize(
+        ("copies", "cut"), [(0, {}), (32_768, {"rows": 32, "columns": 64, "depth": 64, "along": 2, "stages": 2})]
+    )
+    @pytest.mark.parametrize("gated", [False, True])
+    def test_products_of_one_value(
+        self, gated: bool, copies: int, cut: dict[str, int], monkeypatch: pytest.MonkeyPatch
+    ):
+        """Joined, each of columns that do not fill its last tile; and silu(gate) * up, whose gates go far out."""
+        target = replace(matrices.TARGET, copy_memory=copies)
+        monkeypatch.setitem(TARGETS, "lavapipe", target)
+        plan = mma_plan.plan_for
+        monkeypatch.setattr(plain_mma, "plan_for", lambda *size, **given: replace(plan(*size, **given), **cut))
+        rng = np.random.default_rng(copies)
+        columns = (72, 72) if gated else (40, 136, 72)
+        a = (rng.standard_normal((1, 70, 64)) * 0.3).astype(np.float16)
+        b = [(rng.standard_normal((64, count)) * 0.3).astype(np.float16) for count in columns]
+        b[0][:, 0] = -300 * np.sign(a[0, 0])
+        common: dict[str, Any] = {"domain": "linattn", "version": 1, "target": "lavapipe"}
+        want = [a.astype(np.float64) @ weight.astype(np.float64) for weight in b]
+        if gated:
+            got = run_op("GatedMatMul", [a, *b], num_outputs=1, **common)
+            want = [want[0] * (1 + np.tanh(want[0] / 2)) / 2 * want[1]]
+        else:
+            got = run_op("JoinedMatMul", [a, *b], num_outputs=len(b), **common)
+        for one, other in zip(got, want, strict=True):
+            assert error(one, other) <= BENIGN["float16"]
 
 
 @pytest.mark.parametrize(
