@@ -97,8 +97,12 @@ class ScalarMatrices(Kernel):
         pairs = zip(self._done(a), self._done(b), strict=True)
         return _Sums(self.fma(y, self.constant(factor), x) for x, y in pairs)
 
-    def matrix_load_sums(self, buffer: Buffer, start: Scalar, stride: int) -> Any:
+    def matrix_load_sums(self, buffer: Buffer, start: Scalar, stride: int, transposed: bool = False) -> Any:
         row, half = self._place()
+        if transposed:
+            chunk, inside = row.divide_unsigned(4)
+            columns = [self.load(buffer, start + (half * _CHUNK + i) * stride + chunk) for i in range(_CHUNK)]
+            return _Sums(vector.ExtractOp(four, [inside.value], [_DYNAMIC]).result for four in columns)
         chunks = [self.load(buffer, start + row * stride + half * 2 + i) for i in range(2)]
         return _Sums(value for chunk in chunks for value in self.elements(chunk))
 

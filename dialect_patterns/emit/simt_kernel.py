@@ -447,9 +447,11 @@ class Kernel:
             "gpu.subgroup_mma_compute", results=[self.matrix_type("COp")], operands=[a, b, c]
         ).result
 
-    def matrix_load_sums(self, buffer: Buffer, start: Scalar, stride: int) -> ir.Value:
-        """Sums that lie in a buffer of chunks as :meth:`matrix_store` writes them."""
-        attributes = {"leadDimension": ir.IntegerAttr.get(ir.IndexType.get(), stride)}
+    def matrix_load_sums(self, buffer: Buffer, start: Scalar, stride: int, transposed: bool = False) -> ir.Value:
+        """Sums that lie in a buffer of chunks as :meth:`matrix_store` writes them, or column by column."""
+        attributes: dict[str, ir.Attribute] = {"leadDimension": ir.IntegerAttr.get(ir.IndexType.get(), stride)}
+        if transposed:
+            attributes["transpose"] = ir.Attribute.parse("unit")
         operands = [buffer.value, start.value]
         return ir.Operation.create(
             "gpu.subgroup_mma_load_matrix", results=[self.matrix_type("COp")], operands=operands, attributes=attributes

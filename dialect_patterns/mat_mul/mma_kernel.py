@@ -29,7 +29,7 @@ from iree.compiler import ir
 
 from ..emit.scalar import Scalar
 from ..emit.simt_kernel import Buffer, Kernel
-from .mma_plan import CHUNK, SIDE, VECTOR, Plan
+from .mma_plan import CHUNK, FACTOR, SIDE, VECTOR, Plan
 
 REST = 2.0**-11
 """What the second term of an element counts: that which the first, of 11 bits, has left fills its own 11 then."""
@@ -250,6 +250,29 @@ class Product:
         return k.loop(zero, steps, 1, [zero.value, last.value, *initial], step)[2:]
 
     def _step_products(self, sums: list[ir.Value], stage: Scalar) -> list[ir.Value]:
+        if not self.p.scaled:
+            return self._added(sums, stage)
+        k, stride = self.k, FACTOR * VECTOR // self.p.unit[1]
+        start = stage + self.p.factors
+
+        def factors(first: Scalar, count: int, place: int, transposed: bool) -> list[ir.Value]:
+            at = first * (count * SIDE * FACTOR) + (start + place)
+            return [
+                k.matrix_load_sums(self.memory, at + i * SIDE * FACTOR, stride, transposed=transposed)
+                for i in range(count)
+            ]
+
+        rows = factors(self.down, self.high, 0, False)
+        columns = factors(self.across, self.wide, self.p.rows * FACTOR, True)
+        found = self._added([k.matrix_zero() for _ in sums], stage)
+        pairs = [(row, column) for row in rows for column in columns]
+        return [
+            k.matrix_add(total, k.matrix_multiply(k.matrix_multiply(value, row), column))
+            for total, value, (row, column) in zip(sums, found, pairs, strict=True)
+        ]
+
+    def _added(self, sums: list[ir.Value], stage: Scalar) -> list[ir.Value]:
+        """The sums with the products of a stage."""
         k, p = self.k, self.p
         unit, chunks, each = p.unit[0], SIDE // CHUNK, self.high * self.wide
 
@@ -262,17 +285,17 @@ class Product:
             tile = stage + p.terms * p.chunks_a
             return [self.right.matrix(depth, self.across * self.wide + j, term, tile) for j in range(self.wide)]
 
-        def added(rows: list[ir.Value], columns: list[ir.Value], sums: list[ir.Value]) -> list[ir.Value]:
+        def more(rows: list[ir.Value], columns: list[ir.Value], sums: list[ir.Value]) -> list[ir.Value]:
             pairs = [(a, b) for a in rows for b in columns]
             return [k.matrix_multiply_add(a, b, s) for (a, b), s in zip(pairs, sums, strict=True)]
 
         for part in range(0, p.depth // SIDE, p.along):
             depth = Scalar.constant(part, "index") if p.along == 1 else self.along + part
             first, others = left(depth, 0), right(depth, 0)
-            sums[:each] = added(first, others, sums[:each])
+            sums[:each] = more(first, others, sums[:each])
             if p.terms > 1:  # the product of both second terms is below the last bit
-                sums[each:] = added(left(depth, 1), others, sums[each:])
-                sums[each:] = added(first, right(depth, 1), sums[each:])
+                sums[each:] = more(left(depth, 1), others, sums[each:])
+                sums[each:] = more(first, right(depth, 1), sums[each:])
         return sums
 
     def _write(self, sums: list[ir.Value]) -> None:

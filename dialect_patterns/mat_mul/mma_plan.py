@@ -14,6 +14,9 @@ SIDE = 16
 CHUNK = 8
 """Elements of f16 in a chunk of 16 bytes."""
 
+FACTOR = SIDE // 4 + 1
+"""Chunks of a factor."""
+
 VECTOR = 4
 """Elements of f32 in a chunk; columns of one store."""
 
@@ -54,6 +57,7 @@ class Plan:
         terms: f16 numbers of an element of a factor; with two, the second counts 2^-11 and is what the first leaves.
         along: Subgroups along K, each of which multiplies its part of every tile.
         gated: Whether half of the columns are gates, and a result silu(gate) * up.
+        scaled: Whether the products of each step count what its rows and columns of factors say.
         stages: Tiles that the workgroup's memory holds.
         copies: Whether they get there past the registers.
     """
@@ -69,6 +73,7 @@ class Plan:
     terms: int = 1
     along: int = 1
     gated: bool = False
+    scaled: bool = False
     stages: int = 2
     copies: bool = False
 
@@ -99,7 +104,12 @@ class Plan:
 
     @property
     def stage(self) -> int:
-        """Chunks of the tiles of both factors."""
+        """Chunks of the tiles of both factors, and of what their rows and columns count."""
+        return self.factors + ((self.rows + self.columns) * FACTOR if self.scaled else 0)
+
+    @property
+    def factors(self) -> int:
+        """Where the rows' factors start, then the columns': 16 times each, and a chunk against bank conflicts."""
         return self.terms * (self.chunks_a + self.chunks_b)
 
     @property
@@ -142,15 +152,17 @@ class Plan:
         terms = f"_{self.terms}terms" if self.terms > 1 else ""
         stages = f"c{self.stages}" if self.copies else ""
         along = f"x{self.along}" if self.along > 1 else ""
-        gated = "g" if self.gated else ""
-        return f"{gated}t{self.rows}x{self.columns}x{self.depth}s{self.down}x{self.across}{along}{stages}{terms}"
+        kind = "g" if self.gated else "w" if self.scaled else ""
+        return f"{kind}t{self.rows}x{self.columns}x{self.depth}s{self.down}x{self.across}{along}{stages}{terms}"
 
 
-def plan_for(size: Size, target: Target, transposed: bool, terms: int = 1, *, gated: bool = False) -> Plan:
+def plan_for(
+    size: Size, target: Target, transposed: bool, terms: int = 1, *, gated: bool = False, scaled: bool = False
+) -> Plan:
     """The largest tiles of which there are enough, and that fit; by measurement (H100).
 
     Where the right factor is transposed (packed, so that its loads are small), small tiles are deep ones. Those of two
-    terms are neither large nor deep.
+    terms, or of factors a step, are neither large nor deep.
 
     Args:
         size: Of the product; of a gated pair the columns of both.
@@ -158,21 +170,24 @@ def plan_for(size: Size, target: Target, transposed: bool, terms: int = 1, *, ga
         transposed: See :class:`Plan`.
         terms: See :class:`Plan`.
         gated: See :class:`Plan`.
+        scaled: See :class:`Plan`.
     """
     rows, columns = size.rows or 0, size.columns
-    deep = 64 if size.depth % 64 == 0 and terms == 1 else _MIN_DEPTH
-    deepest = 128 if transposed and size.depth % 128 == 0 and terms == 1 else deep
+    is_plain = terms == 1 and not scaled
+    deep = 64 if size.depth % 64 == 0 and is_plain else _MIN_DEPTH
+    deepest = 128 if transposed and size.depth % 128 == 0 and is_plain else deep
     shapes = [(128, 128, _MIN_DEPTH, 2, 2), (64, 64, deep, 2, 2), (64, 64, _MIN_DEPTH, 2, 2)]
     if transposed:
         shapes += [(64, 32, deepest, 2, 2), (64, 32, deep, 2, 2)]
-    if rows < 128 or terms > 1 or target.max_threads < 4 * target.subgroup_size:
+    if rows < 128 or not is_plain or target.max_threads < 4 * target.subgroup_size:
         shapes = shapes[1:]
     small = [(32, 32, deepest, 2, 2), (32, 32, _MIN_DEPTH, 2, 2)]
     if not gated:  # which has no columns for all threads there
         shapes = small if columns <= 32 or rows <= 32 else shapes + small[1:]
     unit = (1, 1) if target.matrix_stride == "elements" else (CHUNK, VECTOR)
     plans = [
-        _staged(Plan(*shape, target.subgroup_size, unit, transposed, terms, gated=gated), target) for shape in shapes
+        _staged(Plan(*shape, target.subgroup_size, unit, transposed, terms, gated=gated, scaled=scaled), target)
+        for shape in shapes
     ]
     fitting = [p for p in plans if fits(p, target)] or plans[-1:]
     busy = [p for p in fitting if -(-rows // p.rows) * -(-columns // p.columns) >= _ENOUGH_TILES]
@@ -190,7 +205,9 @@ def fits(plan: Plan, target: Target) -> bool:
     return plan.is_shared and plan.memory * 16 <= (target.copy_memory if plan.copies else target.workgroup_memory)
 
 
-def is_possible(size: Size, target: Target, transposed: bool, step: int, terms: int = 1) -> Legality:
+def is_possible(
+    size: Size, target: Target, transposed: bool, step: int, terms: int = 1, *, scaled: bool = False
+) -> Legality:
     """Whether a target multiplies such matrices.
 
     Args:
@@ -199,6 +216,7 @@ def is_possible(size: Size, target: Target, transposed: bool, step: int, terms: 
         transposed: See :class:`Plan`.
         step: What must divide the columns.
         terms: See :class:`Plan`.
+        scaled: See :class:`Plan`.
     """
     if not target.is_gpu:
         return OtherMachine(f"{target.name} is not a GPU")
@@ -208,6 +226,6 @@ def is_possible(size: Size, target: Target, transposed: bool, step: int, terms: 
         return No(f"{'?' if size.rows is None else size.rows} rows, less than {_LEAST_ROWS}")
     if size.depth % _MIN_DEPTH or size.columns % step or not size.depth:
         return No(f"K={size.depth} is not a multiple of {_MIN_DEPTH} or N={size.columns} of {step}")
-    if not fits(plan_for(size, target, transposed, terms), target):
+    if not fits(plan_for(size, target, transposed, terms, scaled=scaled), target):
         return No(f"tiles do not fit in {target.workgroup_memory} bytes of a workgroup")
     return Yes()

@@ -13,8 +13,12 @@ unpacked weights; of the products of terms the three largest count. With ``--mat
 NaN, and it has run on no GPU. By operations it takes three times the f16 product, where f32 has a 15th of its rate on
 an H100, half on a GeForce.
 
-Legal: f16, and f32 so, on GPUs with such products, for 9 static rows or more, if 32 divides K in whole blocks and 4
-divides N.
+Where ``accuracy_level`` 4 has f32 or bf16 rounded and blocks are of 32 or more, both factors are whole numbers that f16
+holds, whatever the math: A's rounded ones, with a step for each block, and the weights less their zero points. Their
+products are exact; those of 32 K are multiplied by the scales of their row and their column and added to the sums.
+
+Legal: f16, and f32 and bf16 so, on GPUs with such products, for 9 static rows or more, if 32 divides K in whole blocks
+and 4 divides N.
 Cost: that of the f16 product, less the reads, plus about 4 instructions a weight and row of tiles. On an H100 (CUDA)
 64 and 512 rows, K=1024 to N=3584, take 7.2 and 26.6 us; the portable form, which writes the weights first, 33 and 56.
 """
@@ -29,22 +33,31 @@ from ..emit.builder import tensor_type
 from ..emit.scalar import Scalar
 from ..emit.simt_kernel import Group, Kernel, dispatch
 from ..mat_mul.mma_kernel import Extent, Product
-from ..mat_mul.mma_plan import CHUNK, SIDE, VECTOR, Plan, Size, is_possible, plan_for
+from ..mat_mul.mma_plan import CHUNK, FACTOR, SIDE, VECTOR, Plan, Size, is_possible, plan_for
 from ..op import LoweringContext
 from ..select import Legality, No, OtherMachine, rows_text
 from ..target import Target
 from .contract import MatMulNBits
 from .operands import Operands
-from .rounded_simt import emit_a
+from .rounded_simt import emit_a, emit_whole
 from .simt_weights import PackedWeights, bound, readable
 from .split_rows import emit_split, rest
 
 _MAX_WIDTH = 4  # words of a load
-_TERMS = {"f16": 1, "f32": 2}
+_STEP = 32  # K of a step where factors are whole numbers
 
 
 def _size(contract: MatMulNBits) -> Size:
     return Size(contract.rows, contract.padded_depth, contract.columns)
+
+
+def _is_whole(contract: MatMulNBits) -> bool:
+    """Whether both factors are whole numbers, with a scale for each block of whole steps of K; f16 has its own way."""
+    return contract.rounds_a and contract.a.dtype != "f16" and contract.block_size % _STEP == 0
+
+
+def _terms(contract: MatMulNBits) -> int:
+    return 2 if contract.a.dtype == "f32" and not _is_whole(contract) else 1
 
 
 def is_legal(contract: MatMulNBits, target: Target) -> Legality:
@@ -54,42 +67,47 @@ def is_legal(contract: MatMulNBits, target: Target) -> Legality:
         return words
     if not target.is_gpu:
         return OtherMachine(f"{target.name} is not a GPU")
-    if contract.a.dtype not in _TERMS:
-        return No(f"{contract.a.dtype}, neither f16 nor f32")
-    if contract.a.dtype == "f32" and not target.fast_math:
+    whole, terms = _is_whole(contract), _terms(contract)
+    if contract.a.dtype == "bf16" and not whole:
+        return No("bf16, neither f16 nor f32")
+    if terms > 1 and not target.fast_math:
         return No("f32, which --math fast takes as two terms of f16")
-    return is_possible(_size(contract), target, transposed=True, step=VECTOR, terms=_TERMS[contract.a.dtype])
+    return is_possible(_size(contract), target, transposed=True, step=VECTOR, terms=terms, scaled=whole)
 
 
 def describe(contract: MatMulNBits, target: Target) -> str:
     """What the report says about it."""
     plan = _plan(contract, target)
-    terms = " as two terms of f16" if plan.terms > 1 else ""
-    return f"{rows_text(contract.rows)} on the matrix units{terms}, tiles of {plan.rows}x{plan.columns}"
+    how = " as two terms of f16" if plan.terms > 1 else " as whole numbers" if plan.scaled else ""
+    return f"{rows_text(contract.rows)} on the matrix units{how}, tiles of {plan.rows}x{plan.columns}"
 
 
 def _plan(contract: MatMulNBits, target: Target) -> Plan:
-    return plan_for(_size(contract), target, transposed=True, terms=_TERMS[contract.a.dtype])
+    size, terms = _size(contract), _terms(contract)
+    return plan_for(size, target, transposed=True, terms=terms, scaled=_is_whole(contract))
 
 
 def emit_mat_mul_n_bits_fused_mma(context: LoweringContext, contract: MatMulNBits, x: Operands) -> ir.Value:
     """Emit the product [M, N]."""
     c, b, size = contract, context.builder, _size(contract)
     plan, dtype = _plan(contract, context.target), contract.a.dtype
-    split = plan.terms > 1
+    split, more = plan.terms > 1, plan.terms > 1 or plan.scaled
     assert c.rows is not None
 
     def body(k: Kernel) -> None:
-        right = _Packed(k, c, plan)
+        right = _Scaled(k, c, plan) if plan.scaled else _Packed(k, c, plan)
         depth, columns = (Scalar.constant(n, "index") for n in (size.depth // CHUNK, size.columns))
         extent, last = Extent(k.number(0), depth, (columns,)), right.weights.output
-        Product(k, extent, plan, right, last + split, dtype, last if split else None).emit()
+        Product(k, extent, plan, right, last + more, dtype, last if split else None).emit()
 
     outputs: list[tuple[ir.RankedTensorType, list[ir.Value]]] = [(tensor_type((c.rows, c.columns), dtype), [])]
     name = f"mat_mul_n_bits_fused_mma_{c.key}_nx{c.depth}x{c.columns}_{plan}"
-    a, factors = emit_a(b, c, x.a, dtype), list[ir.Value]()
-    if split:
-        a, *factors = emit_split(b, a)
+    if plan.scaled:
+        a, *factors = emit_whole(b, c, x.a)
+    elif split:
+        a, *factors = emit_split(b, emit_a(b, c, x.a, dtype))
+    else:
+        a, factors = emit_a(b, c, x.a, dtype), list[ir.Value]()
     inputs, items = [a, *bound(c, x), *factors], b.index(plan.workgroups(c.rows, [c.columns]))
     group = Group(plan.threads, plan.subgroup)
     return dispatch(name, group, 1, items, [b.index(c.rows)], inputs, outputs, body)[0]
@@ -141,7 +159,7 @@ class _Packed:
         def write() -> None:
             for i, (column, place) in enumerate(self._places):
                 part = list(loaded[i * size : (i + 1) * size])
-                values = self.weights.dequantise(part, self._columns[i], step * self._loads + place)
+                values = self._numbers(part, self._columns[i], step * self._loads + place)
                 for j in range(chunks):
                     terms = values[j * CHUNK : (j + 1) * CHUNK]
                     at = tile + (column * self.p.stride_b + place * chunks + j)
@@ -153,6 +171,10 @@ class _Packed:
             self.k.when(self._takes_part, write)
         else:
             write()
+
+    def _numbers(self, loads: list[ir.Value], column: Scalar, place: Scalar) -> list[ir.Value]:
+        """The weights that were loaded."""
+        return self.weights.dequantise(loads, column, place)
 
     def copy(self, step: Scalar, tile: Scalar) -> None:
         """There is no copying what has to be unpacked."""
@@ -170,3 +192,45 @@ class _Packed:
             return sums[0]
         bias = [self.weights.bias(column * VECTOR + i) for i in range(VECTOR)]
         return self.k.add(sums[0], self.k.join(bias))
+
+
+class _Scaled(_Packed):
+    """The same as whole numbers, with the scales of a step's rows and columns in the workgroup's memory."""
+
+    def start(self, product: Product) -> None:
+        """Emit what comes before the loop."""
+        super().start(product)
+        k, c, p = self.k, self.c, self.p
+        self._steps = k.buffer(self.weights.output, "f32", product.size.rows * c.blocks)
+        rows = [thread.divide_unsigned(SIDE // VECTOR) for thread in self._turns(product, p.rows)]
+        columns = [thread.divide_unsigned(SIDE // VECTOR) for thread in self._turns(product, p.columns)]
+        self._row_spots = [((product.row + row).minimum(product.size.rows - 1), row, part) for row, part in rows]
+        self._column_spots = [
+            ((product.tile * p.columns + column).minimum(c.columns - 1), column, part) for column, part in columns
+        ]
+
+    def _turns(self, product: Product, count: int) -> list[Scalar]:
+        """Numbers of this thread's chunks of so many factors, the last one again where there are too few."""
+        total = count * (SIDE // VECTOR)
+        return [(product.thread + i).minimum(total - 1) for i in range(0, total, self.p.threads)]
+
+    def load(self, step: Scalar) -> list[ir.Value]:
+        """Load this thread's part of a tile, and of the scales."""
+        block = step.divide_unsigned(self.c.block_size // self.p.depth)[0]
+        rows = [self.k.load(self._steps, row * self.c.blocks + block) for row, _, _ in self._row_spots]
+        columns = [self.weights.load_scale(column, block) for column, _, _ in self._column_spots]
+        return [*rows, *columns, *super().load(step)]
+
+    def put(self, loaded: Sequence[ir.Value], step: Scalar, tile: Scalar) -> None:
+        """Write that part to the workgroup's memory."""
+        k, p, count = self.k, self.p, len(self._row_spots)
+        scales = [*loaded[:count], *(self.weights.scale(s) for s in loaded[count : count + len(self._column_spots)])]
+        start = tile + p.terms * p.chunks_b
+        spots = [(row, part, 0) for _, row, part in self._row_spots]
+        spots += [(column, part, p.rows * FACTOR) for _, column, part in self._column_spots]
+        for (line, part, first), scale in zip(spots, scales, strict=True):
+            k.store_as_is(k.splat(scale, VECTOR), self.memory, line * FACTOR + part + (start + first))
+        super().put(loaded[len(spots) :], step, tile)
+
+    def _numbers(self, loads: list[ir.Value], column: Scalar, place: Scalar) -> list[ir.Value]:
+        return self.weights.whole(loads, column, place)

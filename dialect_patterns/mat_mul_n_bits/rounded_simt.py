@@ -49,7 +49,11 @@ def emit_a(b: Builder, contract: MatMulNBits, a: ir.Value, dtype: str) -> ir.Val
         given = k.buffer(0, source, blocks * vectors, _VECTOR)
         result = k.buffer(1, dtype, blocks * vectors, _VECTOR)
         block = k.item() * _THREADS + k.thread()
-        k.when(block < blocks, lambda: _round_block(k, given, result, block * vectors, vectors))
+
+        def write() -> None:
+            _round_block(k, given, result, block * vectors, vectors)
+
+        k.when(block < blocks, write)
 
     numbers = [] if isinstance(rows, int) else [rows]
     outputs: list[tuple[ir.RankedTensorType, list[ir.Value]]] = [
@@ -61,7 +65,36 @@ def emit_a(b: Builder, contract: MatMulNBits, a: ir.Value, dtype: str) -> ir.Val
     return dispatch(name, Group(_THREADS, 0), 1, items, numbers, [a], outputs, body)[0]
 
 
-def _round_block(k: Kernel, given: Buffer, result: Buffer, start: Scalar, vectors: int) -> None:
+def emit_whole(b: Builder, contract: MatMulNBits, a: ir.Value) -> list[ir.Value]:
+    """``a`` [M, K] rounded to whole numbers of a step for each block: f16 [M, blocks * block size], f32 [M, blocks]."""
+    c, a = contract, b.pad_end(a, 1, contract.padded_depth)
+    source, rows = spec_of(a).dtype, contract.rows
+    assert rows is not None
+
+    def body(k: Kernel) -> None:
+        blocks, vectors = k.number(0) * c.blocks, c.block_size // _VECTOR
+        given = k.buffer(0, source, blocks * vectors, _VECTOR)
+        result, steps = k.buffer(1, "f16", blocks * vectors, _VECTOR), k.buffer(2, "f32", blocks)
+        block = k.item() * _THREADS + k.thread()
+
+        def write() -> None:
+            k.store(_round_block(k, given, result, block * vectors, vectors, whole=True), steps, block)
+
+        k.when(block < blocks, write)
+
+    outputs: list[tuple[ir.RankedTensorType, list[ir.Value]]] = [
+        (tensor_type((rows, c.padded_depth), "f16"), []),
+        (tensor_type((rows, c.blocks), "f32"), []),
+    ]
+    items = b.index(-(-rows * c.blocks // _THREADS))
+    name = f"mat_mul_n_bits_rounded_{source}_whole_b{c.block_size}_nx{c.padded_depth}"
+    return dispatch(name, Group(_THREADS, 0), 1, items, [b.index(rows)], [a], outputs, body)
+
+
+def _round_block(
+    k: Kernel, given: Buffer, result: Buffer, start: Scalar, vectors: int, *, whole: bool = False
+) -> ir.Value:
+    """Write a block's rounded elements, whole numbers of steps if so wanted; returns the step."""
     share = min(vectors, _KEPT)
 
     def load(at: Scalar) -> list[list[ir.Value]]:
@@ -73,15 +106,17 @@ def _round_block(k: Kernel, given: Buffer, result: Buffer, start: Scalar, vector
 
     def write(values: list[list[ir.Value]], at: Scalar, inverse: ir.Value, step: ir.Value) -> None:
         for i, vector in enumerate(values):
-            rounded = [k.mul(round_even(k, k.mul(e, inverse)), step) for e in vector]
+            rounded = [round_even(k, k.mul(e, inverse)) for e in vector]
+            rounded = rounded if whole else [k.mul(number, step) for number in rounded]
             k.store(k.join(rounded), result, start + at + i)
 
     zero = Scalar.constant(0, "index")
     if share == vectors:
         values = load(zero)
         most = largest_of(k.constant(0.0), [e for vector in values for e in vector])
-        write(values, zero, *inverse_and_step(k, most))
-        return
+        inverse, step = inverse_and_step(k, most)
+        write(values, zero, inverse, step)
+        return step
     stop = Scalar.constant(vectors, "index")
     (most,) = k.loop(zero, stop, share, [k.constant(0.0)], largest)
     inverse, step = inverse_and_step(k, most)
@@ -91,6 +126,7 @@ def _round_block(k: Kernel, given: Buffer, result: Buffer, start: Scalar, vector
         return carried
 
     k.loop(zero, stop, share, [], again)
+    return step
 
 
 def largest_of(so_far: ir.Value, values: Sequence[ir.Value]) -> ir.Value:

@@ -125,6 +125,22 @@ class PackedWeights:
             parts.append(Part(values, k.widen(self._scales, scales[i]), offset))
         return parts
 
+    def whole(self, loads: list[ir.Value], column: Scalar, place: Scalar) -> list[ir.Value]:
+        """The weights that :meth:`load` loaded without their scales, f32: whole numbers where zero points are."""
+        return [
+            value if part.offset is None else self.k.sub(value, part.offset)
+            for part in self.unpack(loads, column, place)
+            for value in part.values
+        ]
+
+    def load_scale(self, column: Scalar, block: Scalar) -> ir.Value:
+        """The scale of a column's block, as stored."""
+        return self.k.load(self._scales, column * self.c.blocks + block)
+
+    def scale(self, stored: ir.Value) -> ir.Value:
+        """What that is in f32."""
+        return self.k.widen(self._scales, stored)
+
     def dequantise(self, loads: list[ir.Value], column: Scalar, place: Scalar) -> list[ir.Value]:
         """The weights that :meth:`load` loaded, f32."""
         k = self.k

@@ -172,6 +172,30 @@ class TestMatrixUnits:
             assert error(got[0, row], want[0, row]) <= BENIGN["float32"], row
 
     @pytest.mark.parametrize(
+        ("dtype", "bits", "block", "zeros", "depth", "columns", "tokens"),
+        [
+            (np.float32, 4, 32, "", 96, 72, 70),
+            (np.float32, 4, 128, "packed", 200, 40, 20),  # a block of several steps, the last one not full
+            (np.float32, 8, 32, "packed", 96, 36, 12),
+            (np.float32, 2, 64, "packed", 128, 40, 9),
+            (ml_dtypes.bfloat16, 4, 64, "packed", 128, 44, 33),
+        ],
+    )
+    def test_whole_numbers(
+        self, dtype: Any, bits: int, block: int, zeros: str, depth: int, columns: int, tokens: int,
+        monkeypatch: pytest.MonkeyPatch,
+    ):  # fmt: skip
+        """A rounded to int8 by the packed weights, exact in f16; scales of rows and columns after each step."""
+        attributes = shape_attributes(depth, block, bits, 4, columns)
+        inputs = operands(attributes, (1, tokens), zeros=zeros, bias=tokens == 20, dtype=dtype)
+        inputs[0][0, 0, :block] = 0.0  # a block without a largest value
+        case = contract(tokens, depth, columns, dtype, block, 4, zeros)
+        assert (
+            fused_mma.describe(replace(case, bits=bits), matrices.TARGET).partition(", ")[0].endswith("whole numbers")
+        )
+        check(attributes, inputs, target="lavapipe")
+
+    @pytest.mark.parametrize(
         ("copies", "depth", "tokens", "columns", "along"),
         [
             (False, 96, 40, 72, 1),
@@ -231,6 +255,9 @@ class TestMatrixUnits:
         (contract(8, dtype=np.float16), CUDA, "fused_simt"),
         (contract(9, dtype=np.float16), CUDA, "fused_mma"),
         (contract(9), CUDA, "fused_tiled"),
+        (contract(9, accuracy=4), CUDA, "fused_mma"),
+        (contract(9, accuracy=4, block=16), CUDA, "fused_tiled"),
+        (contract(9, accuracy=4, dtype=ml_dtypes.bfloat16), CUDA, "fused_mma"),
         (contract(9), replace(CUDA, fast_math=True), "fused_mma"),
         (contract(9, dtype=ml_dtypes.bfloat16), replace(CUDA, fast_math=True), "fused_tiled"),
         (contract(None, dtype=np.float16), CUDA, "fused_tiled"),
@@ -283,13 +310,13 @@ def test_plans_fit(target: Target, depth: int, columns: int) -> None:
         (2, np.float16, False, 1),
         (40, np.float32, False, 2),
         (40, np.float16, False, 2),
-        (40, np.float32, True, 3),  # in terms of f16, too
+        (40, np.float32, True, 2),  # in terms of f16, which are one of its own too
     ],
 )
 def test_compiles_for_cuda(rows: int, dtype: Any, fast: bool, dispatches: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One dispatch where A is not rounded in one of its own; nothing is run."""
     monkeypatch.setitem(TARGETS, "cuda", replace(CUDA, fast_math=fast))
-    attributes = shape_attributes(128, 32, 4, 4, 96)
+    attributes = shape_attributes(128, 32, 4, 0 if fast else 4, 96)
     specs = [spec(a) for a in operands(attributes, (1, rows), zeros="packed", bias=True, dtype=dtype)]
     session = Session()
     session.set_flags("--iree-hal-target-device=cuda", "--iree-cuda-target=sm_89", "--iree-input-type=none")
