@@ -10,8 +10,7 @@ is a dispatch before.
 f32 are two terms of f16, x = x1 + 2^-11 x2, of rows of A that a dispatch before divides by a power of two, and of the
 unpacked weights; of the products of terms the three largest count. With ``--math fast`` only: it is as exact as f32
 (5e-7 of the largest element, K=1024 and 3584; rounding A and B once leaves 3e-4), but an inf in a row makes all of it
-NaN, and it has run on no GPU. By operations it takes three times the f16 product, where f32 has a 15th of its rate on
-an H100, half on a GeForce.
+NaN. By operations it takes three times the f16 product, where f32 has a 15th of its rate on an H100, half on a GeForce.
 
 Where ``accuracy_level`` 4 has f32 or bf16 rounded and blocks are of 32 or more, both factors are whole numbers that f16
 holds, whatever the math: A's rounded ones, with a step for each block, and the weights less their zero points. Their
