@@ -154,16 +154,16 @@ def is_legal(shape: AttentionShape, target: Target) -> Legality:
 def emit_attention_fused_mma(
     b: Builder, target: Target, q: ir.Value, k: ir.Value, v: ir.Value, *,
     first: Size, scale: float, softcap: float, left: int | None, sink: ir.Value | None,
-    bias: ir.Value | None,
+    bias: ir.Value | None, heads: int | None,
 ) -> ir.Value:  # fmt: skip
-    """[B, Hq, T, dv] from q [B, Hq, T, dk] and the cache k, v [B, Hkv, S, d]; query i sees the keys up to first + i."""
+    """As :func:`~.simt_dispatch.emit_tiled`, whose parameters these are."""
 
     def body(kernel: Kernel, call: Tiled, given: Scalar) -> None:
         _Matrices(kernel, call, given, _places(call.c.dk, call.c.dv, target)).emit()
 
     return emit_tiled(
         "fused_mma", Group(_THREADS, _SUBGROUP), _QUERIES, body, b, target, q, k, v,
-        first=first, scale=scale, softcap=softcap, left=left, sink=sink, bias=bias,
+        first=first, scale=scale, softcap=softcap, left=left, sink=sink, bias=bias, heads=heads,
     )  # fmt: skip
 
 
@@ -216,10 +216,9 @@ class _Matrices:
 
     def _run(self) -> None:
         k, c, call = self.k, self.c, self.call
-        final = Scalar.constant(c.rows - 1, "index")
-        for (line, chunk), value in zip(
-            self._spots(c.dk), self._fetch(self.query, c.rows, self.start, c.dk, final), strict=True
-        ):
+        for line, chunk in self._spots(c.dk):
+            row = self._row((self.start + line).minimum(c.rows - 1))
+            value = k.load(self.query, row * (c.dk // _CHUNK) + chunk)
             k.store_as_is(value, self.memory, line * self.at.stride_q + chunk)
         place, stop = self.window.part(self.part, call.parts)
         keys = self._fetch_keys(place)
@@ -259,6 +258,16 @@ class _Matrices:
             (self.k.thread() + i).minimum(_KEYS * across - 1).divide_unsigned(across)
             for i in range(0, _KEYS * across, _THREADS)
         ]
+
+    def _row(self, row: Scalar) -> Scalar:
+        """Where a row of this key head is among all queries, or outputs."""
+        c = self.c
+        if not self.call.flat:
+            return self.head * c.rows + row
+        (batch, key_head), (member, token) = (
+            self.head.divide_unsigned(c.kv_heads), row.divide_unsigned(c.tokens),
+        )  # fmt: skip
+        return (batch * c.tokens + token) * (c.kv_heads * c.group) + key_head * c.group + member
 
     def _fetch(self, buffer: Buffer, rows: int, row: Scalar, size: int, bound: Scalar) -> list[ir.Value]:
         """This thread's chunks of 32 rows of this head's ``rows``, none beyond ``bound``."""
@@ -454,8 +463,9 @@ class _Matrices:
         for first in range(0, _QUERIES * across, _THREADS):
             line, column = (k.thread() + first).divide_unsigned(across)
             row, value = self.start + line, k.load(self.memory, line * at.stride_o + column)
+            place = self._row(row) if call.parts == 1 else base + row
 
-            def write(value: ir.Value = value, row: Scalar = row, column: Scalar = column) -> None:
-                k.store(value, self.output, (base + row) * across + column)
+            def write(value: ir.Value = value, place: Scalar = place, column: Scalar = column) -> None:
+                k.store(value, self.output, place * across + column)
 
             k.when(row < c.rows, write)

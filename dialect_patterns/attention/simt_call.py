@@ -52,10 +52,23 @@ class Call:
 
     @staticmethod
     def of(
-        q: ir.Value, k: ir.Value, v: ir.Value, scale: float, softcap: float, left: int | None, bias: ir.Value | None
-    ) -> Call:
-        """The call for q [B, Hq, T, dk], the cache k, v [B, Hkv, S, d] and a bias as aligned, all sizes static."""
-        batch, q_heads, tokens, dk = (size or 0 for size in spec_of(q).shape)
+        q: ir.Value, k: ir.Value, v: ir.Value, scale: float, softcap: float, left: int | None, bias: ir.Value | None,
+        heads: int | None = None,
+    ) -> Call:  # fmt: skip
+        """The call for q [B, Hq, T, dk], the cache k, v [B, Hkv, S, d] and a bias as aligned, all sizes static.
+
+        Args:
+            q: Queries; [B, T, Hq * dk] where ``heads`` is given.
+            k: Keys.
+            v: Values.
+            scale: See :class:`Call`.
+            softcap: See :class:`Call`.
+            left: See :class:`Call`.
+            bias: What a mask adds to scores, or None.
+            heads: Hq, where the queries' shape does not tell.
+        """
+        sizes = [size or 0 for size in spec_of(q).shape]
+        batch, q_heads, tokens, dk = sizes if heads is None else (sizes[0], heads, sizes[1], sizes[2] // heads)
         kv_heads, keys, dv = (size or 0 for size in spec_of(v).shape[1:])
         types = spec_of(k).dtype, spec_of(v).dtype
         dims = None if bias is None else bias_dims(bias)

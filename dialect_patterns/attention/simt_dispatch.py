@@ -12,6 +12,7 @@ from ..emit.scalar import Scalar
 from ..emit.simt_kernel import Group, Kernel, dispatch
 from ..node import TensorSpec
 from ..target import Target
+from .core import join_heads
 from .simt_call import Call
 from .simt_join import emit_join
 
@@ -28,12 +29,14 @@ class Tiled:
         parts: Workgroups of a block of rows, each for a part of the keys.
         sink_type: Of the sinks that come in memory, if they do.
         result: Element type of the outputs.
+        flat: Whether queries are [B, T, Hq * dk], and the outputs of one part [B, T, Hq * dv].
     """
 
     c: Call
     parts: int
     sink_type: str
     result: str
+    flat: bool = False
 
     @property
     def sink(self) -> int:
@@ -50,7 +53,7 @@ def emit_tiled(
     kind: str, group: Group, rows: int, body: Callable[[Kernel, Tiled, Scalar], None],
     b: Builder, target: Target, q: ir.Value, k: ir.Value, v: ir.Value, *,
     first: Size, scale: float, softcap: float, left: int | None, sink: ir.Value | None,
-    bias: ir.Value | None,
+    bias: ir.Value | None, heads: int | None = None,
 ) -> ir.Value:  # fmt: skip
     """[B, Hq, T, dv] from q [B, Hq, T, dk] and the cache k, v [B, Hkv, S, d]; query i sees the keys up to first + i.
 
@@ -70,12 +73,13 @@ def emit_tiled(
         left: How many keys before its own position a query sees, None for all.
         sink: What the softmax of each query head sees beside its keys [Hq], or None.
         bias: What a mask adds to scores, or None.
+        heads: Hq of queries [B, T, Hq * dk], whose result is [B, T, Hq * dv]; None for others.
     """
-    c = Call.of(q, k, v, scale, softcap, left, bias)
-    heads, result = c.batch * c.kv_heads, spec_of(q).dtype
+    c, flat = Call.of(q, k, v, scale, softcap, left, bias, heads), heads is not None
+    key_heads, result = c.batch * c.kv_heads, spec_of(q).dtype
     blocks = -(-c.rows // rows)
-    parts = max(1, min(_ENOUGH_GROUPS // (heads * blocks), c.keys // _PART_KEYS))
-    call = Tiled(c, parts, spec_of(sink).dtype if sink is not None and parts == 1 else "", result)
+    parts = max(1, min(_ENOUGH_GROUPS // (key_heads * blocks), c.keys // _PART_KEYS))
+    call = Tiled(c, parts, spec_of(sink).dtype if sink is not None and parts == 1 else "", result, flat)
 
     def emit(kernel: Kernel) -> None:
         body(kernel, call, Scalar.constant(first, "index") if isinstance(first, int) else kernel.number(0))
@@ -83,10 +87,15 @@ def emit_tiled(
     inputs = [b.cast(q, c.dtype), k, v, *([] if bias is None else [bias])]
     inputs += [sink] if sink is not None and call.sink_type else []
     lead = (f"at{first}_" if isinstance(first, int) else "") + (f"sink{call.sink_type}_" if call.sink_type else "")
+    lead += "flat_" if flat else ""
     y = TensorSpec(c.shape, result)
-    specs = [y] if parts == 1 else [TensorSpec((heads, parts, c.rows, size), "f32") for size in (2, c.dv)]
+    whole = TensorSpec((c.batch, c.tokens, c.kv_heads * c.group * c.dv), result) if flat else y
+    specs = [whole] if parts == 1 else [TensorSpec((key_heads, parts, c.rows, size), "f32") for size in (2, c.dv)]
     outputs: list[tuple[ir.RankedTensorType, list[ir.Value]]] = [(tensor_type(s.shape, s.dtype), []) for s in specs]
     numbers = [] if isinstance(first, int) else [first]
     name = f"attention_{kind}_{lead}{c}_p{parts}_{result}"
-    found = dispatch(name, group, blocks * parts, b.index(heads), numbers, inputs, outputs, emit)
-    return found[0] if parts == 1 else emit_join(b, target, c, parts, found, sink, y)
+    found = dispatch(name, group, blocks * parts, b.index(key_heads), numbers, inputs, outputs, emit)
+    if parts == 1:
+        return found[0]
+    y = emit_join(b, target, c, parts, found, sink, y)
+    return join_heads(b, y) if flat else y

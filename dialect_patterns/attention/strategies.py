@@ -37,11 +37,7 @@ STRATEGIES = (
     Strategy("linalg", always, wherever_legal("portable, over all rows")),
 )
 
-GPU_KERNELS = {
-    "fused_simt": emit_attention_fused_simt,
-    "fused_mma": emit_attention_fused_mma,
-    "fused_simt_tiles": emit_attention_fused_simt_tiles,
-}
+GPU_KERNELS = {"fused_simt": emit_attention_fused_simt, "fused_simt_tiles": emit_attention_fused_simt_tiles}
 
 
 def choose(shape: AttentionShape, where: str, target: Target) -> Choice:
@@ -93,6 +89,11 @@ def emit_softmax_attention(
             scale=scale, softcap=softcap, visibility=visibility, mask=mask, sink=sink,
         )  # fmt: skip
         return y if flat else split_heads(b, y, heads.q)
+    if strategy == "fused_mma":
+        return emit_attention_fused_mma(
+            b, target, q, k, v, first=visibility.first, scale=scale, softcap=softcap, left=visibility.left, sink=sink,
+            bias=None if mask is None else as_bias(b, mask), heads=heads.q if flat else None,
+        )  # fmt: skip
     q = split_heads(b, q, heads.q) if flat else q
     if strategy in GPU_KERNELS:
         y = GPU_KERNELS[strategy](
