@@ -1,4 +1,4 @@
-"""Strategy ``fused_simt``: convolution and state update as one GPU kernel, a thread for each element written.
+"""Strategy ``fused_simt``: convolution and state update as one GPU kernel, a thread for one element written or some.
 
     padded  = concat(past_state, input)                     never stored: a tap reads the one or the other
     y_t     = act(bias + sum_j w_j * padded_{t + j * dilation})
@@ -10,6 +10,9 @@
 The first B * C * T threads write the output in the order it has in memory, the others the state, as stored. Either
 layout is a pair of strides. Open B and T are numbers of the dispatch. Where the node's input is a transpose of
 [B, T, C], the kernel takes that and leaves its output so, and the transposes around the node vanish.
+
+Where the channels lie side by side a thread writes 4 of them for 8 tokens, and keeps what their taps share: a prompt's
+input is read 11/8 times, in loads of 4 (one element a thread took 18 us for 512 tokens of 6144 channels on an H100).
 
 Legal: on GPUs, for up to 32 taps. Cost per element: k loads, of which all but one hit the cache, and k multiply-adds.
 Source: ONNX schema CausalConvWithState-27.
@@ -32,6 +35,8 @@ from .direct import Operands
 
 _THREADS = 128
 _MAX_TAPS = 32
+_VECTOR = 4  # channels of a thread that writes several
+_TOKENS = 8  # of such a thread
 
 
 def is_legal(contract: CausalConv, target: Target) -> Legality:
@@ -79,17 +84,27 @@ def emit_causal_conv_fused_simt(
             Scalar.constant(size, "index") if isinstance(size, int) else k.number(next(given))
             for size in (batch, x.tokens)
         ]
-        _Convolution(k, c, known[0], known[1], past is not None, rows or c.channels_last).emit()
+        kernel = _Vectors if wide else _Convolution
+        kernel(k, c, known[0], known[1], past is not None, rows or c.channels_last).emit()
 
-    name = _name(c, batch, x.tokens, past) + ("_rows" if rows else "")
-    results = dispatch(name, Group(_THREADS, 0), 1, _groups(b, c, batch, x.tokens), numbers,
-                       inputs, outputs, body)  # fmt: skip
+    wide = (rows or c.channels_last) and x.tokens != 1 and _is_wide(c)
+    name = _name(c, batch, x.tokens, past) + ("_rows" if rows else "") + ("_wide" if wide else "")
+    groups = _groups(b, c, batch, x.tokens, wide=wide)
+    results = dispatch(name, Group(_THREADS, 0), 1, groups, numbers, inputs, outputs, body)
     return results if c.state_length else [*results, x.past]
 
 
-def _groups(b: Builder, c: CausalConv, batch: Size, tokens: Size) -> ir.Value:
-    """Workgroups for one thread an element of the outputs."""
-    elements = b.mul(batch, b.mul(b.add(tokens, c.state_length), c.channels))
+def _is_wide(c: CausalConv) -> bool:
+    """Whether a thread can write several channels and tokens."""
+    return c.channels % _VECTOR == 0 and c.state_length <= _TOKENS
+
+
+def _groups(b: Builder, c: CausalConv, batch: Size, tokens: Size, *, wide: bool) -> ir.Value:
+    """Workgroups for one thread an element of the outputs, or some of them, and of the state."""
+    written: Size = b.mul(tokens, c.channels)
+    if wide:
+        written = b.mul(b.floordiv(b.add(tokens, _TOKENS - 1), _TOKENS), c.channels // _VECTOR)
+    elements = b.mul(batch, b.add(written, c.state_length * c.channels))
     return b.index(b.floordiv(b.add(elements, _THREADS - 1), _THREADS))
 
 
@@ -207,3 +222,68 @@ class _Convolution:
             [k.stored_zero(present).type],
         )
         k.store_as_is(value, present, element)
+
+
+class _Vectors(_Convolution):
+    """Four channels and eight tokens a thread, for channels that lie side by side."""
+
+    def emit(self) -> None:
+        """Emit everything."""
+        k, c, dtype = self.k, self.c, self.c.input.dtype
+        vectors, count = c.channels // _VECTOR, self.batch * self.tokens * c.channels
+        states = self.batch * (c.channels * c.state_length)
+        self.input = k.buffer(0, dtype, count)
+        self.vectors = k.buffer(0, dtype, self.batch * self.tokens * vectors, _VECTOR)
+        self.weight = k.buffer(1, dtype, Scalar.constant(c.channels * c.kernel, "index"))
+        self.bias = k.buffer(2, dtype, Scalar.constant(vectors, "index"), _VECTOR) if c.has_bias else None
+        binding = 2 + c.has_bias
+        self.past = k.buffer(binding, dtype, states) if self.has_past and c.state_length else None
+        binding += self.past is not None
+        output = k.buffer(binding, dtype, self.batch * self.tokens * vectors, _VECTOR)
+        blocks = (self.tokens + (_TOKENS - 1)).divide_unsigned(_TOKENS)[0]
+        element, written = k.item() * _THREADS + k.thread(), self.batch * blocks * vectors
+        rest, vector = element.divide_unsigned(vectors)
+        batch, block = rest.divide_unsigned(blocks)
+        # Code of its own for the first tokens: Mesa's lavapipe (22.3) gets a sum over values of branches wrong.
+        for is_first in (True, False):
+            here = block.equals(0) if is_first else block > 0
+            k.when(
+                (element < written) & here,
+                lambda is_first=is_first: self._emit_block(batch, block, vector, output, is_first=is_first),
+            )
+        if c.state_length:
+            present, state = k.buffer(binding + 1, dtype, states), element - written
+            k.when((element >= written) & (state < states), lambda: self._emit_state(state, present))
+
+    def _emit_block(self, batch: Scalar, block: Scalar, vector: Scalar, output: Buffer, *, is_first: bool) -> None:
+        k, c, length = self.k, self.c, self.c.state_length
+        first, row = block * _TOKENS, batch * self.tokens
+        channels = [vector * _VECTOR + i for i in range(_VECTOR)]
+        window: list[ir.Value] = []
+        for place in range(length + _TOKENS):
+            if is_first and place < length:
+                at = Scalar.constant(place, "index")
+                window.append(k.join([k.widen(self.input, self._load_past(batch, ch, at)) for ch in channels]))
+                continue
+            position = (first + place - length).minimum(self.tokens - 1)
+            stored = k.load(self.vectors, (row + position) * (c.channels // _VECTOR) + vector)
+            window.append(k.widen(self.vectors, stored))
+        taps = [
+            k.join([k.widen(self.weight, k.load(self.weight, ch * c.kernel + j)) for ch in channels])
+            for j in range(c.kernel)
+        ]
+        bias = None if self.bias is None else k.widen(self.bias, k.load(self.bias, vector))
+        for t in range(_TOKENS):
+            total = bias
+            for j, weight in enumerate(taps):
+                value = window[t + j * c.dilation]
+                total = k.mul(value, weight) if total is None else k.fma(value, weight, total)
+            assert total is not None
+            if c.activation == "silu":
+                total = k.div(total, k.add(k.exp(k.neg(total)), k.constant(1.0, _VECTOR)))
+            token, result = first + t, total
+
+            def write(token: Scalar = token, result: ir.Value = result) -> None:
+                k.store(result, output, (row + token) * (c.channels // _VECTOR) + vector)
+
+            k.when(token < self.tokens, write)
