@@ -27,6 +27,7 @@ import iree.runtime.flags as _untyped_flags  # pyright: ignore[reportMissingType
 import numpy as np
 from numpy.typing import NDArray
 
+from .cuda_context import ThreadContext
 from .drivers import (
     CPU_DRIVERS,
     DEVICE_URIS,
@@ -148,7 +149,7 @@ class Device(Owned):
 
     _copy_hint = "open_device returns the one there is"
 
-    def __init__(self, uri: str, hal_device: Any, description: str) -> None:
+    def __init__(self, uri: str, hal_device: Any, description: str, context: ThreadContext | None = None) -> None:
         self.uri = uri
         self.description = description
         self.pid = os.getpid()
@@ -156,6 +157,7 @@ class Device(Owned):
         """Whether it runs on CPU worker threads of the process."""
         self.has_queue = uri.partition("://")[0] not in CPU_DRIVERS
         """Whether it goes on by itself while the host does something else."""
+        self._context = context
         self._hal_device = hal_device
         self._hal_allocator: Any = hal_device.allocator
         self._staging: Any = None
@@ -170,18 +172,28 @@ class Device(Owned):
 
     @property
     def hal_device(self) -> Any:
-        """IREE's device, in the process that opened it.
+        """IREE's device, in the process that opened it; whoever takes it may use it in this thread.
 
         Raises:
             TargetError: This process was forked from that one.
         """
-        check_process(self.pid, self.uri)
+        self.enter()
         return self._hal_device
 
     @property
     def _allocator(self) -> Any:
-        check_process(self.pid, self.uri)
+        self.enter()
         return self._hal_allocator
+
+    def enter(self) -> None:
+        """Makes the device usable in this thread; what comes from `hal_device` is.
+
+        Raises:
+            TargetError: This process was forked from the one that opened it, or the driver refuses.
+        """
+        check_process(self.pid, self.uri)
+        if self._context is not None:
+            self._context.make_current()
 
     def __repr__(self) -> str:
         return f"Device({self.uri!r}, {self.description!r})"
@@ -513,10 +525,14 @@ def _open(uri: str, driver: str, path: str) -> Device:
         raise _missing(uri, driver, found, error) from error
     if driver in CPU_DRIVERS:
         return Device(uri, hal_device, f"{os.cpu_count()} CPU threads")
-    name = dict(found).get((default or uri) if uri == driver else uri, uri)
+    listed = (default or uri) if uri == driver else uri
+    name = dict(found).get(listed, uri)
     if "llvmpipe" in name:
         _make_nice(_threads() - threads)
-    device = _open_devices[uri] = Device(uri, hal_device, name)
+    context = None
+    if driver == "cuda":
+        context = ThreadContext(next((i for i, (known, _) in enumerate(found) if known == listed), 0))
+    device = _open_devices[uri] = Device(uri, hal_device, name, context)
     return device
 
 

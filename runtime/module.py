@@ -339,12 +339,14 @@ class Module(Owned):
         if alone:
             self._alone.invoke(self.functions[function], packed, results)
         elif self.device.driver in CPU_DRIVERS or f"{function}$async" not in self.functions:
+            self.device.enter()
             self._context.invoke(self.functions[function], packed, results)
         else:
             self._wait(self._submit(function, packed, results))
 
     def _submit(self, function: str, packed: Any, results: Any) -> Submitted:
         """Calls without waiting; the device takes one call after the other, whoever submits them."""
+        self.device.enter()
         if self._semaphore is None:
             self._semaphore, self._submitted = self.device.hal_device.create_semaphore(0), 0
         semaphore, value = self._semaphore, self._submitted + 1
