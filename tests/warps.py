@@ -1,4 +1,4 @@
-"""What a warp does by its own instructions, by scalar code through the workgroup's memory: one warp a workgroup."""
+"""What a warp does by its own instructions, by scalar code through the workgroup's memory."""
 
 from __future__ import annotations
 
@@ -39,9 +39,10 @@ class EmulatedWarp(Warp):
         super().__init__(k, half, memory)
         size = ir.ShapedType(memory.value.type).get_dim_size(0)
         self.words = k.shared(4 * size)  # instead of ``memory``: a load of a word is one load
-        self.scratch = k.shared(_WORDS * LANES)
+        self.scratch = k.shared(_WORDS * k.group.threads)
         self.thread = k.thread()
-        self.row, self.place = self.thread.divide_unsigned(4)
+        self.start = self.thread - self.thread.divide_unsigned(LANES)[1]  # the warp's first thread
+        self.row, self.place = self.thread.divide_unsigned(LANES)[1].divide_unsigned(4)
 
     # ---- memory ----------------------------------------------------------------------------------------------------
     def shared_address(self) -> Scalar:
@@ -65,6 +66,9 @@ class EmulatedWarp(Warp):
     def wait(self) -> None:
         pass
 
+    def meet(self, group: Scalar, warps: int) -> None:
+        self.k.barrier()
+
     @staticmethod
     def _index(address: Scalar, size: int) -> Scalar:
         return address.to("index").divide_unsigned(size)[0]
@@ -84,10 +88,14 @@ class EmulatedWarp(Warp):
         k = self.k
         assert len(words) <= _WORDS
         for i, word in enumerate(words):
-            k.store(arith.BitcastOp(k.type(1), word).result, self.scratch, self.thread + i * LANES)
+            k.store(arith.BitcastOp(k.type(1), word).result, self.scratch, self.thread + i * self.k.group.threads)
         k.barrier()
 
-    def _seen(self, place: Scalar) -> ir.Value:
+    def _seen(self, lane: Scalar, word: Scalar | int = 0) -> ir.Value:
+        """A word of a lane of this warp."""
+        if isinstance(word, int):
+            word = Scalar.constant(word, "index")
+        place = word * self.k.group.threads + self.start + lane
         return self.k.bits(self.k.load(self.scratch, place)).value
 
     @staticmethod
@@ -144,8 +152,8 @@ class EmulatedWarp(Warp):
                     factors.append(self._word(*halves))
                 else:
                     factors.append(self.load_word(row(matrix + self.row) + pair.to("i32") * 4))
-            start = term * (2 * LANES) + upper * LANES + self.place * 8 + pair
-            a, b = ([self.parts(x) for x in two] for two in (factors, [self._seen(start + 4 * e) for e in range(2)]))
+            rights = [self._seen(self.place * 8 + pair + 4 * e, term * 2 + upper) for e in range(2)]
+            a, b = ([self.parts(x) for x in two] for two in (factors, rights))
             for e in range(4):
                 for x, y in zip(a[e // 2], b[e % 2], strict=True):
                     found[e] = k.fma(x, y, found[e])
@@ -161,8 +169,8 @@ class EmulatedWarp(Warp):
         column, upper = self.row.divide_unsigned(2)
         found: list[ir.Value] = []
         for i in range(len(words)):
-            places = [self.place * 8 + column + (4 * e + i * LANES) for e in range(2)]
-            found.append(self._word(*(self._half(self._seen(place), upper) for place in places)))
+            seen = [self._seen(self.place * 8 + column + 4 * e, i) for e in range(2)]
+            found.append(self._word(*(self._half(word, upper) for word in seen)))
         self.k.barrier()
         return found
 
@@ -190,7 +198,7 @@ class EmulatedWarp(Warp):
         self._show([self.k.bits(value).value])
         found = self.k.constant(0.0)
         for i in range(8):
-            found = self.k.add(found, self.k.load(self.scratch, self.place + 4 * i))
+            found = self.k.add(found, self.k.from_bits(Scalar(self._seen(self.place + 4 * i))))
         self.k.barrier()
         return found
 

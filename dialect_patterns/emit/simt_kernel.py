@@ -381,6 +381,12 @@ class Kernel:
         """Euler's number to the power of each element."""
         return math.ExpOp(a).result
 
+    def decay(self, log: ir.Value) -> ir.Value:
+        """:meth:`exp` of each element, NaN of NaN, where NVIDIA's Vulkan driver gives a number."""
+        pairs = zip(self.elements(log), self.elements(self.exp(log)), strict=True)
+        magnitude, infinity = Scalar.constant((1 << 31) - 1, "i32"), Scalar.constant(0x7F800000, "i32")
+        return self.join([self.select((self.bits(x) & magnitude) > infinity, x, found) for x, found in pairs])
+
     def rsqrt(self, a: ir.Value) -> ir.Value:
         """1 / sqrt of each element."""
         return math.RsqrtOp(a).result
@@ -400,6 +406,10 @@ class Kernel:
     def bits(self, a: ir.Value) -> Scalar:
         """The bits of a scalar, as i32."""
         return Scalar(arith.BitcastOp(self.type(1, "i32"), a).result)
+
+    def from_bits(self, bits: Scalar) -> ir.Value:
+        """The f32 with these bits."""
+        return arith.BitcastOp(self.type(1), bits.value).result
 
     def select(self, condition: Scalar, true: ir.Value, false: ir.Value) -> ir.Value:
         """``true`` where the i1 is set, else ``false``; SPIR-V before 1.4 has no select of vectors by one bit."""

@@ -90,6 +90,11 @@ class Warp:
         """Wait for this thread's copies; others' are there after a barrier."""
         assembly("cp.async.wait_all;", "~{memory}")
 
+    def meet(self, group: Scalar, warps: int) -> None:
+        """Wait for the warps of a group, and what they wrote to the workgroup's memory."""
+        number = (group + 1).to("i32")  # 0 is the workgroup's
+        assembly(f"bar.sync $0, {warps * LANES};", "r,~{memory}", [number.value])
+
     def load_word(self, address: Scalar, offset: int = 0) -> ir.Value:
         """A word of the workgroup's memory."""
         text = f"ld.shared.b32 $0, [$1 + {offset}];"

@@ -30,7 +30,9 @@ from .operands import Operands, kernel_name
 from .warp_chunk_state import COLUMNS, WarpChunks, WarpPlan
 
 _ROWS = 64  # of the state: eight chunks, whose places xor the token's number are eight
-_WARPS = 2
+_GROUPS = 2  # of eight columns, in a workgroup
+_WARPS = 8
+_SMALL = 128  # rows, of which twice a chunk leaves memory for what eight warps tell each other
 _ENOUGH_GROUPS = 100  # workgroups that keep a large GPU busy
 
 
@@ -45,10 +47,11 @@ def is_legal(contract: LinearAttention, target: Target) -> Legality:
         return No(f"{c.dtype}: terms of 16 bits would lose some of it")
     if c.decay == "key":
         return No("decays per key cannot be applied to sums")
-    if c.dk % _ROWS or c.dv % (_WARPS * COLUMNS):
-        return No(f"a {c.dk}x{c.dv} state does not divide into {_ROWS}x{_WARPS * COLUMNS}")
-    if plan_for(c).memory > target.copy_memory:
-        return No(f"{plan_for(c).memory} bytes of the workgroup's memory, more than {target.copy_memory}")
+    if c.dk % _ROWS or c.dv % (_GROUPS * COLUMNS):
+        return No(f"a {c.dk}x{c.dv} state does not divide into {_ROWS}x{_GROUPS * COLUMNS}")
+    need = plan_for(c).all_memory
+    if need > target.copy_memory:
+        return No(f"{need} bytes of the workgroup's memory, more than {target.copy_memory}")
     need = MmaFactors.memory(c, _factors_plan(c, target))
     if need > target.workgroup_memory:
         return No(f"{need} bytes of the workgroup's memory, more than {target.workgroup_memory}")
@@ -56,10 +59,13 @@ def is_legal(contract: LinearAttention, target: Target) -> Legality:
 
 
 def plan_for(c: LinearAttention) -> WarpPlan:
-    """Twice the warps in a workgroup where there are enough of those; they share keys and queries."""
-    wide = 2 * _WARPS * COLUMNS
+    """Twice the columns in a workgroup where there are enough of those; they share keys and queries."""
+    if c.dk > _SMALL:
+        return WarpPlan(c.dk, _GROUPS, 2, c.has_delta)
+    wide = 2 * _GROUPS * COLUMNS
     is_wide = c.dv % wide == 0 and (c.batch or 1) * c.out_heads * (c.dv // wide) >= _ENOUGH_GROUPS
-    return WarpPlan(c.dk, 2 * _WARPS if is_wide else _WARPS, c.has_delta)
+    groups = 2 * _GROUPS if is_wide else _GROUPS
+    return WarpPlan(c.dk, groups, _WARPS // groups, c.has_delta)
 
 
 def _factors_plan(c: LinearAttention, target: Target) -> MmaPlan:
@@ -102,6 +108,6 @@ def emit_linear_attention_fused_warp_chunks(
     ]
     inputs = [value for value in (x.query, x.key, x.value, x.past, factors) if value is not None]
     return dispatch(
-        f"{name}_chunks", Group(p.threads, LANES), c.dv // (p.warps * COLUMNS), b.index(streams), numbers, inputs,
+        f"{name}_chunks", Group(p.threads, LANES), c.dv // (p.groups * COLUMNS), b.index(streams), numbers, inputs,
         outputs, lambda k: WarpChunks(k, c, p, *sizes(k)).emit(),
     )  # fmt: skip

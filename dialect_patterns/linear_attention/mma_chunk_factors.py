@@ -102,13 +102,12 @@ class MmaFactors:
         self._multiply()
         k.barrier()
         self._spans()
-        k.when(self.thread.equals(0), self._prefixes)
         k.barrier()
+        k.when(self.thread.equals(THREADS - 1), self._prefixes)  # while the first subgroup substitutes
         if self.c.has_delta:
             self._invert()
         self._write_matrices(item * record(self.c))
-        if self.c.has_delta:
-            k.barrier()
+        k.barrier()
         k.when(self.thread.equals(0), self._judge)
         k.barrier()
         place = self.thread.minimum(VECTORS // WORDS - 1)
@@ -159,7 +158,7 @@ class MmaFactors:
             value = then(k.widen(buffer, k.load(buffer, place)))
             return k.select(inside, value, k.constant(beyond))
 
-        self._put(k.constant(1.0) if self.decay is None else gate(self.decay, own, 1.0, k.exp), DECAY, i)
+        self._put(k.constant(1.0) if self.decay is None else gate(self.decay, own, 1.0, k.decay), DECAY, i)
         rate = k.constant(0.0)
         if self.beta is not None:
             place = own if c.beta == "head" else o.row(t)

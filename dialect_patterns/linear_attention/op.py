@@ -14,6 +14,7 @@ from ..select import Legality, No, Strategy, Yes, not_emitted, select
 from ..target import Target
 from . import chunked, fused_mma_chunks, fused_simd, fused_simt, fused_simt_chunks, fused_warp_chunks, recurrent
 from .contract import LinearAttention, output_types, parse
+from .mma_chunk_operands import CHUNK
 from .mma_crossover import least_tokens
 from .operands import prepare, present_state, refine_inputs, state_or_zeros
 
@@ -63,23 +64,26 @@ def _fused_simt_chunks_is_preferred(contract: LinearAttention, target: Target, o
     return Yes(f"T={tokens} in two kernels: chunks of {fused_simt_chunks.CHUNK} tokens, the state in registers")
 
 
-def _fused_warp_chunks_is_preferred(contract: LinearAttention, target: Target, options: LoweringOptions) -> Legality:
-    """Where it has been measured to be faster (``mma_crossover``)."""
-    del contract, target, options
-    return No("not measured on a GPU yet; --strategy fused_warp_chunks takes it")
-
-
-def _fused_mma_chunks_is_preferred(contract: LinearAttention, target: Target, options: LoweringOptions) -> Legality:
+def _from_measured_tokens(contract: LinearAttention, options: LoweringOptions, kind: str | None, how: str) -> Legality:
     """Where it has been measured to be faster (``mma_crossover``)."""
     if options.chunk_size is not None:
         return No(f"chunks of {options.chunk_size} tokens are asked for")
-    least = least_tokens(target.matrix_stride, (contract.batch or 1) * contract.out_heads)
+    least = least_tokens(kind, (contract.batch or 1) * contract.out_heads)
     if least is None:
-        return No("not measured on a GPU yet; --strategy fused_mma_chunks takes it")
+        return No("not measured for so few heads")
     if contract.tokens is not None and contract.tokens < least:
         return No(f"T={contract.tokens} is less than {least} tokens")
     tokens = "?" if contract.tokens is None else contract.tokens
-    return Yes(f"T={tokens} in two kernels: chunks of {fused_mma_chunks.CHUNK} tokens on the matrix units")
+    return Yes(f"T={tokens} in two kernels: chunks of {CHUNK} tokens on the matrix units{how}")
+
+
+def _fused_warp_chunks_is_preferred(contract: LinearAttention, target: Target, options: LoweringOptions) -> Legality:
+    del target
+    return _from_measured_tokens(contract, options, "warps", ", the state in warps' registers")
+
+
+def _fused_mma_chunks_is_preferred(contract: LinearAttention, target: Target, options: LoweringOptions) -> Legality:
+    return _from_measured_tokens(contract, options, target.matrix_stride, "")
 
 
 STRATEGIES = (

@@ -21,6 +21,8 @@ _ALIGNMENT = 512  # of what is addressed by xor
 _STEP = SIDE // NUMBERS * _BYTES  # from matrix to matrix along a row
 STRIPS = CHUNK // SIDE
 """Matrices of 16 tokens in a chunk."""
+TOLD = 2 * STRIPS
+"""Chunks of a lane's sums: of keys and the state, and of queries and the state."""
 
 
 @dataclass(frozen=True)
@@ -29,18 +31,25 @@ class WarpPlan:
 
     Attributes:
         dk: Rows of the state.
-        warps: How many; each has eight columns.
+        groups: How many times eight columns it has.
+        parts: How many warps share those, each with as many of the rows: 2 or 4.
         delta: Whether there is ``solve``.
     """
 
     dk: int
-    warps: int
+    groups: int
+    parts: int
     delta: bool
 
     @property
     def threads(self) -> int:
         """Threads of a workgroup."""
-        return self.warps * LANES
+        return self.groups * self.parts * LANES
+
+    @property
+    def tiles(self) -> int:
+        """Matrices of 16 rows that a warp has of the state."""
+        return self.dk // SIDE // self.parts
 
     @property
     def vectors(self) -> int:
@@ -83,8 +92,18 @@ class WarpPlan:
         """Bytes of the workgroup's memory: two stages."""
         return 2 * self.stage + _ALIGNMENT
 
+    @property
+    def slots(self) -> int:
+        """Chunks that warps tell each other their sums in: first those of a chunk of tokens, then those of one."""
+        return self.groups * self.parts * LANES * (TOLD + 1)
+
+    @property
+    def all_memory(self) -> int:
+        """Bytes of both."""
+        return self.memory + self.slots * _BYTES
+
     def __str__(self) -> str:
-        return f"c{CHUNK}w{self.warps}"
+        return f"c{CHUNK}g{self.groups}p{self.parts}"
 
 
 class Staged:
@@ -96,22 +115,25 @@ class Staged:
         o: Where keys and queries are.
         factors: Where the factors are.
         item: The stream.
+        part: Which of the state's rows this warp has.
     """
 
-    def __init__(self, warp: Warp, p: WarpPlan, o: MmaOperands, factors: Buffer, item: Scalar) -> None:
+    def __init__(self, warp: Warp, p: WarpPlan, o: MmaOperands, factors: Buffer, item: Scalar, part: Scalar) -> None:
         self.warp, self.p, self.o, self.factors, self.item = warp, p, o, factors, item
         start = warp.shared_address()
         self.base = (start + (_ALIGNMENT - 1)) & _int(-_ALIGNMENT)
         self.stage = self.base
         """Of the chunk that is being computed."""
         row = p.row
+        self._first = part.to("i32") * (p.tiles * SIDE // NUMBERS)  # chunk of this warp's rows
 
         def forward(lane: Scalar) -> Scalar:
-            return (lane & _int(15)) * row + ((lane.shift_right(4) ^ (lane & _int(7))) * _BYTES)
+            column = self._first ^ lane.shift_right(4) ^ (lane & _int(7))
+            return (lane & _int(15)) * row + column * _BYTES
 
         def backward(lane: Scalar) -> Scalar:
             low, right = lane & _int(7), lane.shift_right(3) & _int(1)
-            return (low + lane.shift_right(4) * NUMBERS) * row + ((right ^ low) * _BYTES)
+            return (low + lane.shift_right(4) * NUMBERS) * row + ((self._first ^ right ^ low) * _BYTES)
 
         def factor(lane: Scalar) -> Scalar:
             inside = lane.shift_right(1) & _int(3)
@@ -149,44 +171,54 @@ class Staged:
         chunk = (self.item * o.chunks + t.divide_unsigned(CHUNK)[0]).to("i64")
         source = warp.source(self.factors, chunk * (record(c) * _BYTES) + self.thread.to("i64") * _BYTES)
         always = left > 0
-        for offset in range(0, p.factors, p.threads):
-            warp.copy(stage + self._to_factor, offset * _BYTES, source, offset * _BYTES, always)
-        count, to = VECTORS // WORDS, stage + self.thread * _BYTES
-        for offset in range(0, count, p.threads):
 
-            def copy(offset: int = offset) -> None:
-                warp.copy(to, p.numbers + offset * _BYTES, source, (p.factors + offset) * _BYTES, always)
+        def some(count: int, to: Scalar, to_offset: int, start: int) -> None:
+            """Chunks from ``start`` on, one a thread."""
+            for offset in range(0, count, p.threads):
 
-            warp.k.when(self.thread + offset < _int(count), copy)
+                def copy(offset: int = offset) -> None:
+                    warp.copy(to, to_offset + offset * _BYTES, source, (start + offset) * _BYTES, always)
+
+                if offset + p.threads <= count:
+                    copy()
+                else:
+                    warp.k.when(self.thread < _int(count - offset), copy)
+
+        some(p.factors, stage + self._to_factor, 0, 0)
+        some(VECTORS // WORDS, stage + self.thread * _BYTES, p.numbers, p.factors)
 
     # ---- reads -----------------------------------------------------------------------------------------------------
     def rows(self, start: int, strip: int, depth: int) -> list[ir.Value]:
-        """A left factor: 16 tokens of the rows from ``start`` on (:class:`WarpPlan`), 16 of their elements."""
+        """A left factor: 16 tokens of the rows from ``start`` on (:class:`WarpPlan`), 16 of this warp's elements."""
         offset = start + strip * SIDE * self.p.row
         return self.warp.load_matrices(self.stage, self._forward, depth * _STEP, offset)
 
     def columns(self, tile: int, strip: int) -> list[ir.Value]:
-        """A left factor: 16 elements of the keys, of 16 tokens."""
+        """A left factor: 16 of this warp's elements of the keys, of 16 tokens."""
         offset = strip * SIDE * self.p.row
         return self.warp.load_matrices(self.stage, self._backward, tile * _STEP, offset, transposed=True)
 
-    def matrix(self, which: int, strip: int, depth: int) -> list[ir.Value]:
+    def matrix(self, which: int, strip: int | Scalar, depth: int) -> list[ir.Value]:
         """A left factor: a quarter of a matrix of factors."""
-        offset = self.p.matrices + which * MATRIX * _BYTES + strip * (SIDE * ACROSS * _BYTES)
-        return self.warp.load_matrices(self.stage, self._factor, depth * _STEP, offset)
+        start, offset, size = self.stage, self.p.matrices + which * MATRIX * _BYTES, SIDE * ACROSS * _BYTES
+        if isinstance(strip, Scalar):
+            start = start + strip * size
+        else:
+            offset += strip * size
+        return self.warp.load_matrices(start, self._factor, depth * _STEP, offset)
 
     def number(self, start: int, i: Scalar | None = None) -> ir.Value:
-        """A number of the vectors of factors."""
+        """A number of the vectors of factors, the ``i``-th from ``start`` on."""
         address = self.stage if i is None else self.stage + i.to("i32") * WORDS
         return self.warp.load_number(address, self.p.numbers + start * WORDS)
 
     def column(self, token: Scalar, row: Scalar, start: int) -> list[ir.Value]:
-        """Every eighth element of a row from ``start`` on, from element ``row`` on."""
+        """Every eighth of this warp's elements of a row from ``start`` on, from element ``row`` on."""
         k, warp = self.warp.k, self.warp
         word, upper = row.to("i32").divide_unsigned(2)
         line, found = self.stage + token * self.p.row + word * WORDS, list[ir.Value]()
-        for part in range(self.p.vectors):
-            place = (token & _int(7)) ^ _int(part)
+        for part in range(self.p.tiles * SIDE // NUMBERS):
+            place = (token & _int(7)) ^ self._first ^ _int(part)
             low, high = warp.parts(warp.load_word(line + place * _BYTES, start))
             found.append(k.select(upper.equals(0), low, high))
         return found

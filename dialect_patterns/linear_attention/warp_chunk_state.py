@@ -35,7 +35,7 @@ from .mma_chunk_operands import (
     matrices,
     record,
 )
-from .warp_chunk_memory import STRIPS, Staged, WarpPlan
+from .warp_chunk_memory import STRIPS, TOLD, Staged, WarpPlan
 from .warp_chunk_steps import Steps
 
 COLUMNS = 8
@@ -65,23 +65,25 @@ class WarpChunks:
         self.factors = o.buffer(streams * o.chunks * record(c))
         self.output = o.pairs(c.dtype, o.all_rows * (c.out_heads * c.dv // 2))
         self.present = o.pairs(c.state_dtype, state)
-        self.tiles = c.dk // SIDE
-        """Matrices of sums that make up the columns of the state."""
 
     def emit(self) -> None:
         """Emit everything."""
         k, p, item = self.k, self.p, self.k.item()
         self.warp = Warp(k, self.c.dtype, k.shared_chunks(p.memory // (4 * WORDS)))
+        self.slots = k.shared_chunks(p.slots)
         k.when(item < self.streams, lambda: self._stream(item))
 
     def _stream(self, item: Scalar) -> None:
         k, p, o = self.k, self.p, self.o
         o.choose(item)
-        warp, lane = k.thread().divide_unsigned(LANES)
-        self.row, self.place = lane.divide_unsigned(WORDS)  # g and t
-        self.pair = (k.tile() * p.warps + warp) * (COLUMNS // 2) + self.place
+        warp, self.lane = k.thread().divide_unsigned(LANES)
+        self.row, self.place = self.lane.divide_unsigned(WORDS)  # g and t
+        self.group, self.part = warp.divide_unsigned(p.parts)
+        self.pair = (k.tile() * p.groups + self.group) * (COLUMNS // 2) + self.place
         """This lane's pair of columns."""
-        self.staged = Staged(self.warp, p, o, self.factors, item)
+        self.strip, self.upper = self.part.divide_unsigned(p.parts // STRIPS)
+        """Which tokens of a chunk this warp writes the outputs of: a matrix's, or half of one's."""
+        self.staged = Staged(self.warp, p, o, self.factors, item, self.part)
         self.steps = Steps(self)
         state = [value for place in self._state_places() for value in self._past(place)]
         types = [value.type for value in state]
@@ -96,8 +98,9 @@ class WarpChunks:
     # ---- the state -------------------------------------------------------------------------------------------------
     def _state_places(self) -> list[Scalar]:
         """Where this lane's pairs lie, matrix by matrix."""
-        first = self.o.state * self.c.dk + self.row
-        return [(first + i) * (self.c.dv // 2) + self.pair for i in range(0, self.c.dk, NUMBERS)]
+        rows = self.p.tiles * SIDE
+        first = self.o.state * self.c.dk + self.part * rows + self.row
+        return [(first + i) * (self.c.dv // 2) + self.pair for i in range(0, rows, NUMBERS)]
 
     def _past(self, place: Scalar) -> list[ir.Value]:
         k = self.k
@@ -149,19 +152,22 @@ class WarpChunks:
         k, warp = self.k, self.warp
         values = [part for stored in loaded for part in self.value_parts(stored)]
         high, low = self._factors_of(state)
-        before = [self.staged.number(PRE, self.row + i) for i in range(0, CHUNK, NUMBERS)]
-        (seen,) = self._times_state(self.p.queries, high)
+        told = _values(warp, *self._times_state(self.p.queries, high))
         if self.c.has_delta:
-            held = self._join(*self._times_state(0, high, low))
+            told = [*self._join(*self._times_state(0, high, low)), *told]
+            self._tell(told)
+            before = [self.staged.number(PRE + i, self.row) for i in range(0, CHUNK, NUMBERS)]
+            held = [value for strip in range(STRIPS) for value in self._told(strip)]
             pairs = zip(values, held, strict=True)
             rest = [k.sub(value, k.mul(before[i // 2], known)) for i, (value, known) in enumerate(pairs)]
             largest = self._magnitude(rest)
             updates = self._solve(rest)
         else:
-            largest = self._magnitude(_values(warp, seen))
+            self._tell(told)
+            largest = self._magnitude([value for strip in range(STRIPS) for value in self._told(strip)])
             last = [t + (self.row + i) < self.tokens for i in range(0, CHUNK, NUMBERS)]
             updates = [k.select(last[i // 2], value, k.constant(0.0)) for i, value in enumerate(values)]
-        factors = [self.staged.number(REST, self.row + i) for i in range(0, CHUNK, NUMBERS)]
+        factors = [self.staged.number(REST + i, self.row) for i in range(0, CHUNK, NUMBERS)]
         weighted = [k.mul(factors[i // 2], value) for i, value in enumerate(updates)]
         largest = k.maximum(largest, self._magnitude([*updates, *weighted]))
         bound = LARGEST if self.c.dtype == "f16" else _ANY_FINITE
@@ -171,7 +177,7 @@ class WarpChunks:
         following = self._next(state, weighted)  # before it is known whether it is wanted
 
         def finish() -> list[ir.Value]:
-            self._write(t, before, seen, updates)
+            self._write(t, updates)
             return following
 
         return k.choose(ordinary, finish, lambda: self.steps.emit(t, state), types)
@@ -209,7 +215,7 @@ class WarpChunks:
         """Keys or queries, from there on, times the state's terms: of each, two matrices of 16 tokens."""
         warp = self.warp
         sums = [[warp.zero() for _ in range(STRIPS)] for _ in terms]
-        for depth in range(self.tiles):
+        for depth in range(self.p.tiles):
             for strip in range(STRIPS):
                 left = self.staged.rows(start, strip, depth)
                 for found, factors in zip(sums, terms, strict=True):
@@ -235,21 +241,64 @@ class WarpChunks:
                 low[strip] = warp.multiply_add(small, first[depth], low[strip])
         return self._join(high, low)
 
-    def _write(self, t: Scalar, before: Sequence[ir.Value], seen: Sequence[Sums], updates: Sequence[ir.Value]) -> None:
-        """The outputs of the chunk."""
+    # ---- what the warps with the same columns tell each other -----------------------------------------------------
+    def _slot(self, part: Scalar | int, chunk: Scalar | int) -> Scalar:
+        warp = self.group * self.p.parts + part
+        if isinstance(chunk, int):
+            chunk = Scalar.constant(chunk, "index")
+        return (chunk * (self.p.groups * self.p.parts) + warp) * LANES + self.lane
+
+    def _tell(self, values: Sequence[ir.Value]) -> None:
+        """Sums over this warp's rows, for :meth:`_told`."""
+        k = self.k
+        for i in range(0, len(values), WORDS):
+            k.store_as_is(k.join(values[i : i + WORDS]), self.slots, self._slot(self.part, i // WORDS))
+        self.warp.meet(self.group, self.p.parts)
+
+    def _told(self, chunk: Scalar | int) -> list[ir.Value]:
+        """Four sums over all rows, to the last bit the same in all warps."""
+        k = self.k
+        parts = [k.load(self.slots, self._slot(part, chunk)) for part in range(self.p.parts)]
+        total = parts[0]
+        for part in parts[1:]:
+            total = k.add(total, part)
+        return k.elements(total)
+
+    def over_rows(self, values: Sequence[ir.Value], turn: Scalar) -> list[ir.Value]:
+        """The sums of two numbers a lane over all rows of their columns.
+
+        Args:
+            values: The numbers.
+            turn: 1, then 0, then 1 and so on: told in two places, they need not be waited for twice.
+        """
+        k, chunk = self.k, turn * TOLD
+        sums = [self.warp.add_rows(value) for value in values]
+        k.store_as_is(k.join([*sums, *sums]), self.slots, self._slot(self.part, chunk))
+        self.warp.meet(self.group, self.p.parts)
+        return self._told(chunk)[:2]
+
+    # ---- outputs, and the next state -------------------------------------------------------------------------------
+    def _write(self, t: Scalar, updates: Sequence[ir.Value]) -> None:
+        """The outputs of this warp's tokens of the chunk."""
         k, warp = self.k, self.warp
         right = self._once(updates)
-        mixed = [warp.zero() for _ in range(STRIPS)]
-        for strip in range(STRIPS):
-            for depth in range(strip + 1):
-                left = self.staged.matrix(matrices(self.c) - 1, strip, depth)
-                mixed[strip] = warp.multiply_add(left, right[depth], mixed[strip])
-        pairs = zip(_values(warp, seen), _values(warp, mixed), strict=True)
-        values = [k.fma(before[i // 2], old, new) for i, (old, new) in enumerate(pairs)]
-        for i in range(CHUNK // NUMBERS):
-            token = t + (self.row + i * NUMBERS)
-            pair = values[2 * i : 2 * i + 2]
-            k.when(token < self.tokens, lambda token=token, pair=pair: self.write_output(token, pair))
+        mixed = warp.zero()
+        for depth in range(STRIPS):
+            left = self.staged.matrix(matrices(self.c) - 1, self.strip.to("i32"), depth)
+            mixed = warp.multiply_add(left, right[depth], mixed)
+        seen = self._told(self.strip + (STRIPS if self.c.has_delta else 0))
+        pairs = list(zip(seen, warp.values(mixed), strict=True))
+        halves = [pairs[:2], pairs[2:]]
+        if self.p.parts > STRIPS:
+            first, second = ([value for pair in half for value in pair] for half in halves)
+            chosen = [k.select(self.upper.equals(0), a, b) for a, b in zip(first, second, strict=True)]
+            halves = [[(chosen[0], chosen[1]), (chosen[2], chosen[3])]]
+        for i, half in enumerate(halves):
+            place = self.strip * SIDE + (self.upper + i) * NUMBERS + self.row
+            before = self.staged.number(PRE, place)
+            values = [k.fma(before, old, new) for old, new in half]
+            token = t + place
+            k.when(token < self.tokens, lambda token=token, values=values: self.write_output(token, values))
 
     def _next(self, state: Sequence[ir.Value], weighted: Sequence[ir.Value]) -> list[ir.Value]:
         """The next state."""
@@ -257,7 +306,7 @@ class WarpChunks:
         high, low = self._factors_of(weighted)
         total, factor = self.staged.number(TOTAL), k.constant(1 / LOW)
         found: list[ir.Value] = []
-        for tile in range(self.tiles):
+        for tile in range(self.p.tiles):
             left = [self.staged.columns(tile, strip) for strip in range(STRIPS)]
             small = warp.zero()
             for i in range(STRIPS):

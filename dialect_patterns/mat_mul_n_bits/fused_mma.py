@@ -40,7 +40,7 @@ from .contract import MatMulNBits
 from .operands import Operands
 from .rounded_simt import emit_a, emit_whole
 from .simt_weights import PackedWeights, bound, readable
-from .split_rows import emit_split, rest
+from .split_rows import emit_split, two_terms
 
 _MAX_WIDTH = 4  # words of a load
 _STEP = 32  # K of a step where factors are whole numbers
@@ -160,11 +160,11 @@ class _Packed:
                 part = list(loaded[i * size : (i + 1) * size])
                 values = self._numbers(part, self._columns[i], step * self._loads + place)
                 for j in range(chunks):
-                    terms = values[j * CHUNK : (j + 1) * CHUNK]
+                    numbers = values[j * CHUNK : (j + 1) * CHUNK]
+                    terms = two_terms(self.k, numbers) if self.p.terms > 1 else (numbers,)
                     at = tile + (column * self.p.stride_b + place * chunks + j)
-                    for term in range(self.p.terms):
-                        self.k.store_as_is(self.k.chunk_of_f16(terms), self.memory, at + term * self.p.chunks_b)
-                        terms = [rest(self.k, value) for value in terms] if term + 1 < self.p.terms else []
+                    for term, kept in enumerate(terms):
+                        self.k.store_as_is(self.k.chunk_of_f16(kept), self.memory, at + term * self.p.chunks_b)
 
         if self._partial:
             self.k.when(self._takes_part, write)

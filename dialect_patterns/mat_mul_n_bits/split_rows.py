@@ -8,10 +8,13 @@ is 2^-36 of the row's largest one is lost.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from iree.compiler import ir
 from iree.compiler.dialects import arith
 
 from ..emit.builder import Builder, spec_of, tensor_type
+from ..emit.chunk_words import first_term
 from ..emit.scalar import Scalar
 from ..emit.simt_kernel import Group, Kernel, dispatch
 from ..mat_mul.mma_kernel import REST
@@ -38,10 +41,11 @@ def emit_split(b: Builder, a: ir.Value) -> list[ir.Value]:
     return dispatch(name, Group(_THREADS, 0), 1, index, [index], [a], outputs, body)
 
 
-def rest(k: Kernel, value: ir.Value) -> ir.Value:
-    """The second term of an f32, in f32."""
-    half = arith.TruncFOp(k.type(1, "f16"), value).result
-    return k.mul(k.sub(value, arith.ExtFOp(k.type(1), half).result), k.constant(1 / REST))
+def two_terms(k: Kernel, values: Sequence[ir.Value]) -> tuple[list[ir.Value], list[ir.Value]]:
+    """The two terms of each f32, in f32; the first is one that f16 holds."""
+    first = [first_term(k, value) for value in values]
+    rest = [k.mul(k.sub(value, kept), k.constant(1 / REST)) for value, kept in zip(values, first, strict=True)]
+    return first, rest
 
 
 def _split(k: Kernel, rows: Scalar, vectors: int) -> None:
@@ -69,8 +73,8 @@ def _split(k: Kernel, rows: Scalar, vectors: int) -> None:
     k.when(thread.equals(0), lambda: k.store(factor, factors, row))
 
     def write(at: Scalar, carried: list[ir.Value]) -> list[ir.Value]:
-        first = [k.mul(value, inverse) for value in k.elements(k.load(given, row * vectors + at))]
-        for term, numbers in enumerate((first, [rest(k, value) for value in first])):
+        divided = [k.mul(value, inverse) for value in k.elements(k.load(given, row * vectors + at))]
+        for term, numbers in enumerate(two_terms(k, divided)):
             k.store(k.join(numbers), terms, row * (2 * vectors) + term * vectors + at)
         return carried
 

@@ -134,22 +134,32 @@ def test_reasons_against_matrix_units(change: dict[str, Any], dtype: Any, target
 
 
 def test_matrix_units_are_taken_where_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By streams and tokens; until there are data the report says how to get them."""
-    contract = contract_of(Shape(q_heads=2, dk=64, dv=64), 40, np.float16)
-    plain = choose(contract, MATRICES, OPTIONS)
-    assert plain.strategy == "fused_simt_chunks"
-    assert plain.rejected["fused_mma_chunks"] == "not measured on a GPU yet; --strategy fused_mma_chunks takes it"
+    """By streams and tokens; the form of warps first, where they are told to copy."""
+    contract, few = (contract_of(Shape(q_heads=n, dk=64, dv=64), 40, np.float16) for n in (4, 2))
     assert choose(contract, MATRICES, LoweringOptions("fused_mma_chunks")).reason == "asked for"
     monkeypatch.setitem(FASTER_FROM, "elements", ((2, 64), (4, 32)))
-    assert choose(contract, MATRICES, OPTIONS).rejected["fused_mma_chunks"] == "T=40 is less than 64 tokens"
-    more = contract_of(Shape(q_heads=4, k_heads=4, kv_heads=4, dk=64, dv=64), 40, np.float16)
-    assert choose(more, MATRICES, OPTIONS).strategy == "fused_mma_chunks"
+    assert choose(few, MATRICES, OPTIONS).rejected["fused_mma_chunks"] == "T=40 is less than 64 tokens"
+    assert choose(contract, MATRICES, OPTIONS).strategy == "fused_mma_chunks"
     assert least_tokens("elements", 1) is None
+    monkeypatch.setitem(FASTER_FROM, "warps", ((4, 32),))
+    warps = replace(MATRICES, copy_memory=98_304)
+    assert choose(contract, warps, OPTIONS).strategy == "fused_warp_chunks"
+    assert choose(few, warps, OPTIONS).rejected["fused_warp_chunks"] == "not measured for so few heads"
+    assert "fused_warp_chunks" in choose(contract, replace(warps, copy_memory=0), OPTIONS).rejected
 
 
-@pytest.mark.parametrize(("target", "arch"), [("cuda", "sm_80"), ("vulkan", "hopper")])
+@pytest.mark.parametrize(
+    ("target", "arch", "strategy"),
+    [
+        ("cuda", "sm_80", "fused_mma_chunks"),
+        ("cuda", "sm_80", "fused_warp_chunks"),
+        ("vulkan", "hopper", "fused_mma_chunks"),
+    ],
+)
 @pytest.mark.parametrize(("rule", "dtype"), [("gated_delta", np.float16), ("linear", ml_dtypes.bfloat16)])
-def test_matrix_units_compile(target: str, arch: str, rule: str, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_matrix_units_compile(
+    target: str, arch: str, strategy: str, rule: str, dtype: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With the real ones, for open and static sizes."""
     resolved = resolve_target(target, TargetOptions(gpu_target=arch))
     monkeypatch.setitem(TARGETS, "real", resolved.capabilities)
@@ -159,7 +169,7 @@ def test_matrix_units_compile(target: str, arch: str, rule: str, dtype: Any, mon
     session = Session()
     session.set_flags(*resolved.flags, "--iree-input-type=none")
     inputs = linear_attention(shape, 1, 40, dtype=dtype)
-    options = LoweringOptions("fused_mma_chunks")
+    options = LoweringOptions(strategy)
     specs = specs_of("LinearAttention", inputs, rule == "linear")
     module = lowered("", "LinearAttention", 27, specs, shape.attributes, 2, "real", options, session.context)
     ops = count(module)

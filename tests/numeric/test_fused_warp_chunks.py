@@ -35,12 +35,13 @@ GATED = Shape("gated", q_heads=1, k_heads=1, kv_heads=2, dk=64, dv=8)
 def _emulated() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         device = vulkan.device_attribute("lavapipe", replace(LAVAPIPE, workgroup_memory=MEMORY))
-        patch.setitem(TARGETS, TARGET, replace(matrices.TARGET, workgroup_memory=MEMORY, copy_memory=MEMORY))
+        patch.setitem(TARGETS, TARGET, replace(matrices.TARGET, workgroup_memory=MEMORY, copy_memory=2 * MEMORY))
         patch.setitem(DEVICE_ATTRIBUTES, TARGET, device)
         patch.setitem(DRIVERS, TARGET, "vulkan")
         patch.setitem(FLAGS, TARGET, [])
         patch.setattr(fused_warp_chunks, "_ENOUGH_GROUPS", 1 << 30)
-        patch.setattr(fused_warp_chunks, "_WARPS", 1)
+        patch.setattr(fused_warp_chunks, "_GROUPS", 1)
+        patch.setattr(fused_warp_chunks, "_WARPS", 2)
         patch.setattr(warp_chunk_state, "Warp", warps.EmulatedWarp)
         matrices.emulate(patch, fused_warp_chunks)
         yield
