@@ -20,6 +20,7 @@ from typing import TypeVar
 from iree.compiler import ir
 
 from ..mat_mul.head_norm import HeadNorm
+from ..mat_mul.normed import MOST_COLUMNS
 from ..mat_mul.simt_products import Norm
 from ..node import Node, TensorSpec
 from ..op import INTERNAL, MICROSOFT, Choice, LoweringContext, LoweringOptions, Op
@@ -101,6 +102,8 @@ def _takes_norm(contract: NBitsProducts, target: Target) -> bool:
     """Whether the kernel of the products adds up squares too."""
     plan = plan_for(max(contract.products, key=lambda product: product.columns), target)
     c = contract.products[0]
+    if sum(product.columns for product in contract.products) > MOST_COLUMNS:
+        return False
     whole = c.depth % c.block_size == 0 and c.row_words % plan.across == 0
     words = contract.head // c.per_word
     inside = words & (words - 1) == 0 and words <= plan.shuffled and contract.head % c.per_word == 0

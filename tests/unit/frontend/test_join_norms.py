@@ -133,3 +133,11 @@ def test_a_gated_norm_by_heads() -> None:
 )
 def test_a_gated_norm_is_left_alone(source: SpecializedGraph, target: Target) -> None:
     assert [node.op_type for node in joined(source, target)] == ["GatedRMSNorm", "MatMul"]
+
+
+@pytest.mark.parametrize(("columns", "made"), [(16_384, "NormedMatMul"), (16_388, "MatMul")])
+def test_the_logits_of_a_large_vocabulary_leave_their_norm_alone(columns: int, made: str) -> None:
+    source = graph(PLAIN[0], products=1)
+    (weight,) = [tensor for tensor in source.proto.graph.initializer if tensor.name == "w0"]
+    weight.CopyFrom(numpy_helper.from_array(np.ones((DEPTH, columns), np.float32), "w0"))
+    assert joined(SpecializedGraph(source.proto, infer_types(source.proto)))[-1].op_type == made
