@@ -15,9 +15,12 @@ from linattn.dialect_patterns.emit.amx_tiles import ROWS, SUMS, A, B
 from linattn.dialect_patterns.emit.kernel_text import Index, KernelText, vector_type
 from linattn.dialect_patterns.mat_mul import fused_amx, simd_pairs, simd_unit
 from linattn.dialect_patterns.mat_mul_n_bits import fused_amx as bytes_amx
+from linattn.dialect_patterns.mat_mul_n_bits import fused_amx_bf16 as bits_amx
 from linattn.frontend import compile as compiling
 
 PAIRS = frozenset({"avx512bf16"})
+STACK = "--iree-llvmcpu-stack-allocation-limit=262144"
+"""What kernels with emulated registers take beside what those with real ones do."""
 AMX = PAIRS | fused_amx.FEATURES | bytes_amx.FEATURES
 
 
@@ -29,11 +32,11 @@ def emulate(monkeypatch: pytest.MonkeyPatch, features: frozenset[str]) -> None:
         target = resolve(*given)
         machine = target.capabilities
         machine = replace(machine, vector_bits=512, features=machine.features | features)
-        return replace(target, capabilities=machine)
+        return replace(target, capabilities=machine, flags=(*target.flags, STACK))
 
     monkeypatch.setattr(compiling, "resolve_target", with_features)
     monkeypatch.setattr(simd_pairs, "dot", dot)
-    for kernels in (fused_amx, bytes_amx, simd_unit):
+    for kernels in (fused_amx, bytes_amx, bits_amx, simd_unit):
         monkeypatch.setattr(kernels, "AmxTiles", Tiles)
 
 

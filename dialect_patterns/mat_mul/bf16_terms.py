@@ -13,11 +13,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from ..emit.kernel_text import Index, KernelText
+from ..emit.kernel_text import Index, KernelText, vector_type
 from .simd_plan import Plan
 
-PRODUCTS = ((0, 0), (0, 1), (1, 0))
-"""Which terms are multiplied, in an order that changes one side at a time."""
+PRODUCTS = ((0, 1), (0, 0), (1, 0))
+"""Which terms are multiplied, in an order that changes one side at a time and takes none up again."""
 
 _UPPER = -65536
 _HALF = 0x8000
@@ -37,23 +37,32 @@ def split(k: KernelText, x: str, dtype: str) -> tuple[str, str]:
     floats = k.types[x]
     ints, mask = re.sub("f32", "i32", floats), re.sub("f32", "i1", floats)
     upper = k.constant(_UPPER, ints)
-
-    def rounded(bits: str) -> str:
-        """To the next bf16; the largest numbers, inf and NaN to the next one nearer to zero, not to inf or -0."""
-        magnitude = k.andi(bits, k.constant(~_SIGN, ints))
-        small = k.op(f"arith.cmpi ult, {magnitude}, {k.constant(_LARGE, ints)} : {ints}", mask)
-        half = k.select(small, k.constant(_HALF, ints), k.constant(0, ints))
-        return k.andi(k.addi(bits, half), upper)
-
-    bits = k.as_type(x, ints, "arith.bitcast")
-    high = rounded(bits) if dtype == "f32" else k.andi(bits, upper)
+    high = rounded(k, x) if dtype == "f32" else k.andi(k.as_type(x, ints, "arith.bitcast"), upper)
     value = k.as_type(high, floats, "arith.bitcast")
     rest = k.as_type(k.subf(x, value), ints, "arith.bitcast")
     if dtype == "f32":
-        return high, rounded(rest)
+        return high, _rounded_bits(k, rest)
     same = k.op(f"arith.cmpf oeq, {x}, {value} : {floats}", mask)
     least = k.op(f"arith.ori {k.andi(high, k.constant(_SIGN, ints))}, {k.constant(_LEAST, ints)} : {ints}", ints)
     return high, k.select(same, least, k.andi(rest, upper))
+
+
+def rounded(k: KernelText, x: str) -> str:
+    """The bits of a vector of f32 in bf16, in the upper half of i32.
+
+    To the next one; the largest numbers, inf and NaN to the next one nearer to zero, not to inf or -0.
+    """
+    return _rounded_bits(k, k.as_type(x, re.sub("f32", "i32", k.types[x]), "arith.bitcast"))
+
+
+def _rounded_bits(k: KernelText, bits: str) -> str:
+    ints = k.types[bits]
+    magnitude = k.andi(bits, k.constant(~_SIGN, ints))
+    small = k.op(
+        f"arith.cmpi ult, {magnitude}, {k.constant(_LARGE, ints)} : {ints}", re.sub("i32", "i1", ints)
+    )  # fmt: skip
+    half = k.select(small, k.constant(_HALF, ints), k.constant(0, ints))
+    return k.andi(k.addi(bits, half), k.constant(_UPPER, ints))
 
 
 def pair(k: KernelText, first: str, second: str) -> str:
@@ -62,30 +71,24 @@ def pair(k: KernelText, first: str, second: str) -> str:
     return k.op(f"arith.ori {words}, {second} : {k.types[words]}", k.types[words])
 
 
-def write_split_rows(k: KernelText, row: Index, depth: int, lanes: int, source: str, target: str) -> None:
-    """Take a row of f16 or f32 apart.
+def split_words(k: KernelText, source: str, place: Sequence[Index], words: int, terms: int) -> list[str]:
+    """Numbers of a row in the words of each term, two after the other in one.
 
     Args:
         k: Where to.
-        row: Which.
-        depth: K, a multiple of two vectors.
-        lanes: Of a vector.
-        source: Memref [M, K].
-        target: Memref of pairs [2, M, K / 2], i32.
+        source: Memref of bf16, f16 or f32.
+        place: The first of twice as many numbers as words.
+        words: As many as a vector has lanes.
+        terms: Two; one of bf16 themselves, and of what is rounded to them.
     """
-    dtype = k.element_type(source)
-
-    def move(at: str, _: list[str]) -> list[str]:
-        vectors = [k.load(source, [row, k.add(at, half * lanes)], lanes) for half in range(2)]
-        even, odd = ([*range(parity, 2 * lanes, 2)] for parity in range(2))
-        first, second = vectors
-        parts = [split(k, k.shuffle(first, second, order), dtype) for order in (even, odd)]
-        terms = zip(*parts, strict=True)
-        for term, (first, second) in enumerate(terms):
-            k.store(pair(k, first, second), target, [term, row, k.div(at, 2)])
-        return []
-
-    k.loop(depth, [], move, step=2 * lanes)
+    dtype, (row, first) = k.element_type(source), place
+    if dtype == "bf16":
+        return [k.as_type(k.load(source, place, 2 * words, raw=True), vector_type(words, "i32"), "vector.bitcast")]
+    low, high = (k.load(source, [row, k.add(first, half * words)], words) for half in range(2))
+    even, odd = (k.shuffle(low, high, range(parity, 2 * words, 2)) for parity in range(2))
+    if terms == 1:
+        return [pair(k, rounded(k, even), rounded(k, odd))]
+    return [pair(k, *both) for both in zip(*(split(k, x, dtype) for x in (even, odd)), strict=True)]
 
 
 def write_split_weights(

@@ -88,8 +88,15 @@ JOINED = [(1, 258, (33, 4, 100)), (2, 64, (16, 17)), (6, 131, (9, 40, 8, 8))]
 GATED = [(1, 258, 72), (3, 65, 33)]
 
 
-def build_joined(dtype: type) -> tuple[onnx.ModelProto, dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Products that share what they multiply, and gated pairs, as a graph has them; its inputs and outputs."""
+def build_joined(
+    dtype: type, depths: int | None = None
+) -> tuple[onnx.ModelProto, dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Products that share what they multiply, and gated pairs, as a graph has them; its inputs and outputs.
+
+    Args:
+        dtype: Of everything.
+        depths: K of all, None: several.
+    """
     element, random = helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), np.random.default_rng(5)
     nodes, weights = list[onnx.NodeProto](), list[onnx.TensorProto]()
     feeds, expected = dict[str, np.ndarray](), dict[str, np.ndarray]()
@@ -102,10 +109,12 @@ def build_joined(dtype: type) -> tuple[onnx.ModelProto, dict[str, np.ndarray], d
         nodes.append(helper.make_node("MatMul", [x, f"{y}.weight"], [y], y))
         return feeds[x][0].astype(np.float64) @ values.astype(np.float64)
 
-    for i, (rows, depth, some) in enumerate(JOINED):
+    for i, (rows, own, some) in enumerate(JOINED):
+        depth = depths or own
         feeds[f"x{i}"] = random.standard_normal((1, rows, depth)).astype(dtype)
         expected |= {f"y{i}.{n}": product(f"x{i}", depth, count, f"y{i}.{n}")[None] for n, count in enumerate(some)}
-    for i, (rows, depth, columns) in enumerate(GATED):
+    for i, (rows, own, columns) in enumerate(GATED):
+        depth = depths or own
         feeds[f"z{i}"] = (random.standard_normal((1, rows, depth)) * 0.3).astype(dtype)
         up, gate = product(f"z{i}", depth, columns, f"up{i}"), product(f"z{i}", depth, columns, f"gate{i}")
         nodes.append(helper.make_node("Sigmoid", [f"gate{i}"], [f"sigmoid{i}"], f"sigmoid{i}"))

@@ -9,7 +9,6 @@ import ml_dtypes
 import numpy as np
 import onnx
 import pytest
-from linattn.dialect_patterns.mat_mul import fused_amx
 from linattn.dialect_patterns.mat_mul.contract import MatMul
 from linattn.dialect_patterns.mat_mul.op import choose
 from linattn.dialect_patterns.mat_mul.simd_layout import PairLayout
@@ -19,10 +18,11 @@ from linattn.dialect_patterns.target import Target
 from linattn.frontend.cli import main
 from linattn.frontend.compile import CompileOptions, compile_model
 from linattn.runtime import Program
-from test_mat_mul import SHAPES, build, check, inputs_of
+from test_mat_mul import SHAPES, build, build_joined, check, inputs_of
 
 from tests.emulated_cpu import AMX, PAIRS, emulate
 from tests.harness import HOST
+from tests.tolerances import BENIGN, error
 
 BF16 = ml_dtypes.bfloat16
 # Rows around registers of 16, blocks of 32 and chunks of 6 of these; K around blocks of 320; N around panels of 32.
@@ -80,11 +80,21 @@ def test_products(
     check(Program.load(compiled.module), model, shapes, dtype)
 
 
+def test_products_of_one_value_are_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the matrix unit too, gated pairs among them."""
+    emulate(monkeypatch, AMX)
+    model, feeds, expected = build_joined(BF16, depths=64)
+    compiled = compile_model(model, CompileOptions())
+    assert compiled.module.count(b"_v512_amx") >= len(feeds)
+    found = Program.load(compiled.module).run(feeds)
+    for name, right in expected.items():
+        assert error(found[name], right) <= BENIGN["bfloat16"], name
+
+
 @pytest.mark.parametrize("dtype", [BF16, np.float16], ids=["bf16", "f16"])
 def test_open_rows(dtype: type, monkeypatch: pytest.MonkeyPatch) -> None:
     """The number of rows is known at run time only: none of the unit's registers may be full."""
     emulate(monkeypatch, AMX)
-    monkeypatch.setitem(fused_amx._CHUNK, 2, 1)  # the emulated registers are on the stack too
     kinds = [(0, 352, 33)]
     model = build(kinds, dtype, "rows")
     compiled = compile_model(model, CompileOptions())

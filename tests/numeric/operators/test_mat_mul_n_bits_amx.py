@@ -17,7 +17,7 @@ from linattn.dialect_patterns.op import LoweringOptions
 from linattn.dialect_patterns.target import Target
 from test_mat_mul_n_bits import check, operands, shape_attributes
 
-from tests.emulated_cpu import AMX, Tiles
+from tests.emulated_cpu import AMX, STACK, Tiles
 
 UNIT = replace(HOST, vector_bits=512, features=HOST.features | AMX)
 
@@ -29,7 +29,7 @@ def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
             pytest.skip(f"emulated only: this CPU lacks {', '.join(sorted(AMX - HOST.features))}")
         return "cpu"
     monkeypatch.setattr(fused_amx, "AmxTiles", Tiles)
-    flags = [*FLAGS["cpu"], "--iree-llvmcpu-stack-allocation-limit=65536"]  # the registers are there too
+    flags = [*FLAGS["cpu"], STACK]
     for table, value in ((TARGETS, UNIT), (FLAGS, flags), (DRIVERS, "cpu")):
         monkeypatch.setitem(table, "emulated", value)
     return "emulated"

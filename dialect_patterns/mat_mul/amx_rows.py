@@ -1,0 +1,93 @@
+"""Rows as the matrix unit (AMX) takes them: the contents of its registers, one after the other in memory.
+
+    [terms, M / 16, K / 32, 16 rows, 16 words of two bf16]
+
+Where rows lie, those of a register would be kilobytes apart and share a few lines of the first-level cache. f16 and f32
+are taken apart into bf16 terms as they are arranged, or rounded to one. There are whole blocks of 32 rows; nothing is
+written beyond the last row, and what is there is computed with, but its products are of no row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from iree.compiler import ir
+
+from ..emit.amx_tiles import ROWS
+from ..emit.builder import Builder, Size
+from ..emit.dispatch import Kernel, dispatch
+from ..emit.kernel_text import Index, KernelText
+from ..node import Dim, TensorSpec
+from .bf16_terms import split_words
+from .simd_edges import each, workgroup_range
+
+WORDS = 16
+"""Words of a row in a register."""
+AXES = "_R___"
+"""The letters of the arranged rows' dimensions, as in ``Kernel.axes``."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows [M, K] of bf16, f16 or f32, K a multiple of 32.
+
+    Attributes:
+        count: M, None where open.
+        depth: K.
+        dtype: Of their elements.
+        terms: bf16 of each number: one of bf16 itself or what is rounded to it, else two.
+    """
+
+    count: Dim
+    depth: int
+    dtype: str
+    terms: int
+
+    @property
+    def arranged(self) -> TensorSpec:
+        """What they become."""
+        blocks = None if self.count is None else 2 * -(-self.count // (2 * ROWS))
+        return TensorSpec((self.terms, blocks, self.depth // (2 * WORDS), ROWS, WORDS), "i32")
+
+
+def blocks_of(build: Builder, rows: Size) -> Size:
+    """How many times 16 the arranged rows are."""
+    return build.mul(build.floordiv(build.add(rows, 2 * ROWS - 1), 2 * ROWS), 2)
+
+
+def arrange(build: Builder, rows: Rows, a: ir.Value) -> ir.Value:
+    """The arranged rows of ``a`` [M, K]."""
+    count = build.dim(a, 0)
+    return dispatch(build, rows_kernel(rows), [a], count, count, blocks_of(build, count))[0]
+
+
+def rows_kernel(rows: Rows) -> Kernel:
+    """The kernel that arranges them, 16 a workgroup."""
+
+    def write(k: KernelText, batch: Index, count: Index, memrefs: Sequence[str]) -> None:
+        del batch
+        source, target = memrefs
+        first, own = workgroup_range(k, "1", ROWS, count if rows.count is None else rows.count)
+        block = k.div(first, ROWS)
+
+        def step(number: Index) -> None:
+            def row(i: Index) -> None:
+                place = [k.add(first, i), k.mul(number, 2 * WORDS)]
+                for term, words in enumerate(split_words(k, source, place, WORDS, rows.terms)):
+                    k.store(words, target, [term, block, number, i, 0])
+
+            each(k, own, 1, row)
+
+        each(k, rows.depth // (2 * WORDS), 1, step)
+
+    count = "x" if rows.count is None else rows.count
+    return Kernel(
+        name=f"mat_mul_amx_rows_{rows.dtype}_{count}x{rows.depth}_in{rows.terms}",
+        inputs=(TensorSpec((rows.count, rows.depth), rows.dtype),),
+        outputs=(rows.arranged,),
+        axes=("T_", AXES),
+        workgroups=(1, 1),
+        write=write,
+        share=ROWS,
+    )
