@@ -11,7 +11,7 @@ the visible keys, keys and values once for some 8 query rows of a key head.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from iree.compiler import ir
@@ -67,6 +67,8 @@ def emit_attention_fused_simd(
     visibility: Visibility,
     mask: ir.Value | None = None,
     sink: ir.Value | None = None,
+    rows: int | None = None,
+    kernel_of: Callable[[Plan, Sequence[TensorSpec], Sequence[str], TensorSpec], Kernel] | None = None,
 ) -> ir.Value:
     """Attention of ``q`` over the visible rows of ``k`` and ``v``; a query that sees no key gives zeros.
 
@@ -82,6 +84,8 @@ def emit_attention_fused_simd(
         visibility: Which keys are visible by position.
         mask: From :func:`~.core.align_mask`, or None.
         sink: What the softmax of each query head sees beside its keys [Hq], or None.
+        rows: Query rows of a workgroup; None: as many as suit vectors.
+        kernel_of: Makes the kernel; None: that of vectors.
 
     Returns:
         [B, T, Hq * dv] of the type of ``q``.
@@ -97,7 +101,7 @@ def emit_attention_fused_simd(
         kv_heads=heads.kv,
         dk=heads.dk,
         dv=heads.dv,
-        rows=_rows(heads, length),
+        rows=rows or _rows(heads, length),
         lanes=_MIN_LANES,
         scale=scale,
         softcap=softcap,
@@ -125,8 +129,10 @@ def emit_attention_fused_simd(
         axes.append(("B" if shared.bias_dims[0] else "_") + "__T")
     output = TensorSpec((spec_of(q).shape[0], length, heads.q * heads.dv), spec_of(q).dtype)
 
+    make_kernel = kernel_of or attention_kernel
+
     def make(machine: Target) -> Kernel:
-        return attention_kernel(replace(shared, lanes=_lanes(heads, machine)), specs, axes, output)
+        return make_kernel(replace(shared, lanes=_lanes(heads, machine)), specs, axes, output)
 
     kernel = for_machines(target, make)
     return dispatch(b, kernel, operands, batch, b.dim(k, 2))[0]

@@ -15,24 +15,14 @@ behind it is ever read.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from ..emit.kernel_text import Index, KernelText, vector_type
 from .simd_plan import KEYS, Plan
+from .simd_seen import Row, Seen, capped
 from .simd_values import Mix
 
 _KEYS_OF_SCORES = 2
 _LOWEST = -3.4028234663852886e38  # the lowest finite f32
-
-
-@dataclass(frozen=True)
-class _Row:
-    """One query row: its token and query head, and the keys it sees, all indices."""
-
-    token: Index
-    head: Index
-    low: str
-    high: str
 
 
 class Body:
@@ -56,46 +46,12 @@ class Body:
         steps = ", ".join(map(str, range(p.lanes)))
         self.steps = k.op(f"arith.constant dense<[{steps}]> : vector<{p.lanes}xi32>", f"vector<{p.lanes}xi32>")
 
-    # ---- which keys ------------------------------------------------------------------------------------------------
-    def _signed(self, name: str, a: Index, b: Index) -> str:
-        k = self.k
-        return k.op(f"arith.{name} {k.index(a)}, {k.index(b)} : index", "index")
-
-    def _bound(self, memref: str) -> str:
-        """A bound of this batch row, an index."""
-        k = self.k
-        value = k.op(f"memref.load {memref}[{k.index(self.batch)}] : {k.types[memref]}", "i32")
-        return k.op(f"arith.index_cast {value} : i32 to index", "index")
-
-    def _rows(self) -> list[_Row]:
-        k, p = self.k, self.p
-        last = p.tokens * p.group - 1
-        start = k.mul(self.tile, p.rows)
-        end = k.index(self.keys)
-        if self.limit is not None:
-            end = self._signed("maxsi", self._signed("minsi", end, self._bound(self.limit)), 0)
-        first: Index | None = self._bound(self.first) if self.first is not None else p.first
-        rows: list[_Row] = []
-        for i in range(p.rows):
-            m = k.minimum(k.add(start, i), last)
-            token = k.div(m, p.group)
-            head = k.add(k.mul(self.head, p.group), k.rem(m, p.group))
-            low, high = k.index(0), end
-            if p.left is not None or p.right is not None:
-                assert first is not None
-                own = k.add(first, token)
-                if p.left is not None:
-                    low = self._signed("maxsi", k.sub(own, p.left), 0)
-                if p.right is not None:
-                    high = self._signed("maxsi", self._signed("minsi", end, k.add(own, p.right + 1)), 0)
-            rows.append(_Row(token, head, low, high))
-        return rows
-
     # ---- the whole -------------------------------------------------------------------------------------------------
     def write(self) -> None:
         """The whole body."""
         k, p = self.k, self.p
-        rows = self._rows()
+        place = (self.batch, self.head, self.tile)
+        rows = Seen(k, p, self.keys, place, self.first, self.limit).rows()
         zero = k.constant(0.0, vector_type(p.lanes))
         scale = k.constant(p.scale, vector_type(p.lanes))
 
@@ -169,7 +125,7 @@ class Body:
 
         self._each(count, _KEYS_OF_SCORES, pair)
 
-    def _soften(self, i: int, row: _Row, start: str, highest: str, total: str) -> list[str]:
+    def _soften(self, i: int, row: Row, start: str, highest: str, total: str) -> list[str]:
         """Scores of a row to weights; the sums so far to the new maximum. Returns maximum and total."""
         k, p = self.k, self.p
         lanes, vector = p.lanes, vector_type(p.lanes)
@@ -191,7 +147,7 @@ class Body:
         def score(j: str, carried: list[str]) -> list[str]:
             value = k.load(self.scores, [i, j], lanes)
             if p.softcap:
-                value = self._capped(value)
+                value = capped(k, p, value)
             if self.bias is not None:
                 bias = self._bias(row, k.add(start, j))
                 hides = k.op(f"arith.cmpf oeq, {bias}, {infinity} : {vector}", vector_type(lanes, "i1"))
@@ -218,15 +174,7 @@ class Body:
         return [peak, total]
 
     # ---- parts of a score ------------------------------------------------------------------------------------------
-    def _capped(self, value: str) -> str:
-        """The capped value: c * tanh(s / c) = c - 2 c / (1 + exp(2 s / c))."""
-        k, p = self.k, self.p
-        vector = vector_type(p.lanes)
-        cap, twice = k.constant(p.softcap, vector), k.constant(2.0 * p.softcap, vector)
-        power = k.exp(k.mulf(value, k.constant(2.0 / p.softcap, vector)))
-        return k.subf(cap, k.divf(twice, k.addf(k.constant(1.0, vector), power)))
-
-    def _bias(self, row: _Row, key: Index) -> str:
+    def _bias(self, row: Row, key: Index) -> str:
         """The bias of some keys; those behind the last are read as keys before it, and hidden later."""
         k, p = self.k, self.p
         assert self.bias is not None

@@ -10,6 +10,7 @@ from ..emit.wide_bf16 import narrowed, widened
 from ..op import Choice, LoweringContext, LoweringOptions
 from ..select import Legality, No, Strategy, Yes, always, not_emitted, select, wherever_legal
 from ..target import Target
+from . import fused_amx
 from .core import AttentionShape, Visibility, as_bias, emit_attention, join_heads, split_heads
 from .fused_mma import emit_attention_fused_mma
 from .fused_mma import is_legal as mma_is_legal
@@ -30,6 +31,9 @@ def _tiles_are_preferred(shape: AttentionShape, target: Target, options: Lowerin
 
 
 STRATEGIES = (
+    Strategy(
+        "fused_amx", fused_amx.is_legal, wherever_legal("one kernel over the keys that are seen, on the matrix unit")
+    ),
     Strategy("fused_simd", simd_is_legal, wherever_legal("one kernel over the keys that are seen")),
     Strategy("fused_simt", simt_is_legal, wherever_legal("two kernels over the filled rows")),
     Strategy("fused_mma", mma_is_legal, wherever_legal("one kernel on the matrix units over tiles of the keys seen")),
@@ -83,10 +87,12 @@ def emit_softmax_attention(
     """
     b, target, heads = context.builder, context.target, shape.heads
     strategy = choose(shape, where, target).strategy
-    if strategy == "fused_simd":
+    if strategy in ("fused_simd", "fused_amx"):
+        rows, kernel_of = (fused_amx.UNIT_ROWS, fused_amx.kernel) if strategy == "fused_amx" else (None, None)
         y = emit_attention_fused_simd(
             b, target, q if flat else join_heads(b, q), k, v, heads,
             scale=scale, softcap=softcap, visibility=visibility, mask=mask, sink=sink,
+            rows=rows, kernel_of=kernel_of,
         )  # fmt: skip
         return y if flat else split_heads(b, y, heads.q)
     if strategy == "fused_mma":
