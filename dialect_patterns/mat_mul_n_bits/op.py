@@ -9,7 +9,7 @@ from iree.compiler import ir
 from ..op import MICROSOFT, Choice, LoweringContext, LoweringOptions, Op
 from ..select import Legality, Strategy, Yes, select, wherever_legal
 from ..target import Target
-from . import dequantised, fused_amx, fused_mma, fused_simd, fused_simt, fused_tiled
+from . import dequantised, fused_amx, fused_amx_bf16, fused_mma, fused_simd, fused_simt, fused_tiled
 from .contract import MatMulNBits, output_types, parse
 from .operands import prepare
 
@@ -27,6 +27,7 @@ def _described(
 
 
 STRATEGIES = (
+    Strategy("fused_amx_bf16", fused_amx_bf16.is_legal, _described(fused_amx_bf16.describe)),
     Strategy("fused_amx", fused_amx.is_legal, _described(fused_amx.describe)),
     Strategy("fused_simd", fused_simd.is_legal, _described(fused_simd.describe)),
     Strategy("fused_mma", fused_mma.is_legal, _described(fused_mma.describe)),
@@ -40,6 +41,7 @@ STRATEGIES = (
 )
 
 _EMITTERS = {
+    "fused_amx_bf16": fused_amx_bf16.emit_mat_mul_n_bits_fused_amx_bf16,
     "fused_amx": fused_amx.emit_mat_mul_n_bits_fused_amx,
     "fused_simd": fused_simd.emit_mat_mul_n_bits_fused_simd,
     "fused_mma": fused_mma.emit_mat_mul_n_bits_fused_mma,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import product
 
+from ..emit.amx_tiles import STACK_BYTES
 from ..emit.workers import slowest_share
 from ..target import Target
 from .contract import MatMulNBits
@@ -19,7 +20,9 @@ _STACK_BYTES = 28 * 1024  # IREE refuses kernels with more than 32 KiB
 _DIRECT_ROWS = 4
 _ROW_BLOCK = 64  # about
 _AMX_STACK_BYTES = 30 * 1024
+_REST_BYTES = 8 * 1024  # of a stack, for all but weights and sums
 _AMX_ROW_BLOCKS = (128, 64, 32, 16)
+_AMX_BF16_ROW_BLOCKS = (512, 256, 128, 64, 32)
 _AMX_COUNTED = (2, 1)  # with the products of the next ones about as many instructions as a core has under way
 _SLAB_BYTES = 19 * 1024
 _MAX_COLUMNS = 512  # of a workgroup
@@ -135,6 +138,22 @@ def amx_plan(contract: MatMulNBits, target: Target) -> Plan | str:
             columns = _workgroup_columns(c, lanes * vectors, -(-(c.rows or 1) // row_block))
             return Plan(instruction, lanes, vectors, rows, row_block, slab, columns, counted)
     return f"a block of {c.block_size} weights of {lanes * vectors} columns does not fit on the stack"
+
+
+def amx_bf16_plan(contract: MatMulNBits) -> Plan | str:
+    """The sizes for the matrix unit where it multiplies bf16; or why there are none."""
+    c, tile, zeros = contract, 2 * AMX_LANES, contract.zero_points != "default"
+    if c.columns < tile:
+        return f"N={c.columns} is less than the {tile} columns of the matrix unit"
+    block_bytes = tile * (2 * c.block_size + (8 if zeros else 4))
+    for row_block in _AMX_BF16_ROW_BLOCKS:
+        most = (STACK_BYTES - _REST_BYTES - 4 * tile * row_block) // block_bytes
+        if most > 0 and (row_block < 2 * (c.rows or row_block) or row_block == _AMX_BF16_ROW_BLOCKS[-1]):
+            slab = _slab(c.blocks, max(1, most - most % CHUNK))
+            if slab <= most:
+                columns = _workgroup_columns(c, tile, -(-(c.rows or 1) // row_block))
+                return Plan(None, AMX_LANES, 2, AMX_LANES, row_block, slab, columns)
+    return f"a block of {c.block_size} weights of {tile} columns does not fit on the stack"
 
 
 def _register_tile(instruction: DotInstruction | None) -> tuple[int, int]:

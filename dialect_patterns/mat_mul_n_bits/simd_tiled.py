@@ -47,12 +47,16 @@ class TiledBody:
         )
         self.floats = None if p.instruction else FloatProducts(k, c, p, arranged[0])
         self.parts = len(self.bytes.fields) if self.bytes else c.per_word
-        unpacked = "i32" if self.bytes else "f32"
-        self.unpacked = k.alloca([p.slab * c.block_words * self.parts, p.tile], unpacked)
+        self.unpacked = self._stack_for_weights()
         self.scales = k.alloca([p.slab, p.tile])
         self.zeros = k.alloca([p.slab, p.tile]) if zeros else None
         self.sums = k.alloca([p.row_block, p.tile])
         self.first, self.count = self._rows_of_workgroup()
+
+    def _stack_for_weights(self) -> str:
+        """Memref of unpacked weights on the stack."""
+        rows = self.p.slab * self.c.block_words * self.parts
+        return self.k.alloca([rows, self.p.tile], "i32" if self.bytes else "f32")
 
     def _rows_of_workgroup(self) -> tuple[Index, Index]:
         """First and number of this workgroup's rows."""
@@ -141,16 +145,18 @@ class TiledBody:
             block = k.div(at, c.block_words)
             for i, word in enumerate(self.columns.words(start, k.add(first, at), count)):
                 own = [k.add(block, i // c.block_words), lane]
-                if self.bytes is not None:
-                    parts = self._byte_fields(word, own)
-                else:
-                    assert self.floats is not None
-                    zero = k.load(self.zeros, own, p.lanes) if self.zeros else None
-                    scale = k.load(self.scales, own, p.lanes)
-                    parts = [k.mulf(w, scale) for w in self.floats.unpack(word, zero)]
-                place = k.mul(k.add(at, i), self.parts)
+                parts = self._float_fields(word, own) if self.bytes is None else self._byte_fields(word, own)
+                place = k.mul(k.add(at, i), len(parts))
                 for j, part in enumerate(parts):
                     k.store(part, self.unpacked, [k.add(place, j), lane])
+
+    def _float_fields(self, word: str, own: Sequence[Index]) -> list[str]:
+        """The weights of a vector of words; ``own`` is where the stack has what is their block's."""
+        k, p = self.k, self.p
+        assert self.floats is not None
+        zero = k.load(self.zeros, own, p.lanes) if self.zeros else None
+        scale = k.load(self.scales, own, p.lanes)
+        return [k.mulf(w, scale) for w in self.floats.unpack(word, zero)]
 
     def _byte_fields(self, word: str, own: Sequence[Index]) -> list[str]:
         """A vector of words with a weight a byte; ``own`` is where the stack has what is their block's."""

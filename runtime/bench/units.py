@@ -37,6 +37,7 @@ _BYTES = "mat_mul_n_bits_fused_simd_.*_"
 _OWN = "(?:^|_)(?:mat_?mul|matvec|mmt4d|batch_matmul|vecmat)"
 CPU_UNITS = (
     # 512 (bytes 1024) multiply-adds a cycle beside 32: two f32 vectors of 16 lanes.
+    Unit("amx-bf16", 16, "mat_mul_n_bits_fused_amx_bf16_"),
     Unit("amx-int8", 32, "mat_mul_n_bits_fused_amx_"),
     Unit("amx-bf16", 16, "mat_mul_fused_(?:amx_bf16_|simd_bf16_.*_amx)"),
     Unit("amx-bf16, 3 products for one", 16 / 3, "mat_mul_fused_amx_(?:f16|f32)_"),

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 from linattn.dialect_patterns.machines import for_machines
 from linattn.dialect_patterns.mat_mul import fused_amx, fused_simd
+from linattn.dialect_patterns.mat_mul.amx_rows import rows_kernel
 from linattn.dialect_patterns.mat_mul.contract import MatMul
 from linattn.dialect_patterns.mat_mul_n_bits import fused_amx as bits_amx
+from linattn.dialect_patterns.mat_mul_n_bits import fused_amx_bf16 as bits_amx_bf16
 from linattn.dialect_patterns.mat_mul_n_bits import fused_simd as bits_simd
 from linattn.dialect_patterns.mat_mul_n_bits.contract import MatMulNBits
 from linattn.dialect_patterns.mat_mul_n_bits.simd_plan import amx_plan, plan
@@ -38,14 +40,16 @@ def product(features: str, dtype: str, rows: int = ROWS) -> list[str]:
         p = fused_simd.plan_for(c, target)
         return [fused_simd.rows_kernel(c, p).name, fused_simd.product_kernel(c, p).name]
     t = fused_amx.tiling(c)
-    names = [fused_amx.rows_kernel(c, t).name] if t.terms > 1 else []
-    return [*names, fused_amx.product_kernel(c, fused_simd.plan_for(c, target), t).name]
+    plan_of = fused_simd.plan_for(c, target)
+    return [rows_kernel(fused_amx.rows_of(c, t)).name, fused_amx.product_kernel(c, plan_of, t).name]
 
 
 def bits(features: str, rounds: bool = True) -> list[str]:
     """The names of the kernels of a MatMulNBits."""
     target = machine(features).capabilities
     c = MatMulNBits("m", TensorSpec((ROWS, DEPTH), "f32"), COLUMNS, DEPTH, 4, 32, "default", False, rounds)
+    if target.features >= fused_amx.FEATURES and not rounds:
+        return [rows_kernel(bits_amx_bf16.rows_of(c)).name, bits_amx_bf16.product_kernel(c).name]
     if bits_amx.is_legal(c, target) == bits_simd.Yes():
         p: Any = amx_plan(c, target)
         return [bits_simd.rows_kernel(c, p).name, bits_amx.product_kernel(c, p).name]
@@ -70,6 +74,7 @@ def bits(features: str, rounds: bool = True) -> list[str]:
         (product, ("x86-64-v3", "bf16"), "f32, 256 bits"),
         (product, ("x86-64-v2", "f32"), "f32, 128 bits"),
         (bits, ("sapphirerapids",), "amx-int8"),
+        (bits, ("sapphirerapids", False), "amx-bf16"),
         (bits, ("znver4",), "avx512_vnni"),
         (bits, ("x86-64-v4",), "avx512bw, bytes"),
         (bits, ("alderlake",), "avx_vnni"),

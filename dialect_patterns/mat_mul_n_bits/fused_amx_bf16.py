@@ -1,0 +1,153 @@
+"""Strategy ``fused_amx_bf16``: many rows by packed weights as products of bf16 on the CPU's matrix unit.
+
+    %tiles = flow.dispatch @mat_mul_amx_rows_...(%a)           A in bf16, as of ``mat_mul.fused_amx``
+    %y     = flow.dispatch @mat_mul_n_bits_fused_amx_bf16_...(%tiles, %words, %scales)
+
+    for each panel of 32 columns:  for each slab of blocks along K:      weights times scales to the stack, in bf16
+      for each 32 rows:
+        sums [2 x 2 registers of 16 x 16] += a [2 registers of 16 rows x 32] * b [2 of 32 x 16 columns]
+
+Sums in f32 go through the blocks of a slab in the unit's registers, where ``fused_amx`` counts each block's by itself.
+Rounded to bf16 are A and weights times scales: 0.24 % from the exact product of normal numbers (K = 1024, blocks of
+32), where A in int8 with a step a block is 0.53 % off.
+
+Legal: on CPUs with AMX, from 16 rows on, where whole blocks of 32 or more make K; for A in bf16 that stays as it is,
+and with --math fast where A may be rounded to int8. Cost: weights unpacked once for each chunk of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from iree.compiler import ir
+
+from ..emit.amx_tiles import ROWS, SUMS, A, AmxTiles, B
+from ..emit.dispatch import Kernel, dispatch
+from ..emit.kernel_text import Index, KernelText
+from ..mat_mul.amx_rows import AXES, WORDS, Rows, arrange, blocks_of
+from ..mat_mul.bf16_terms import pair, rounded
+from ..mat_mul.simd_plan import UNIT_FEATURES
+from ..op import LoweringContext
+from ..select import Legality, No, OtherMachine, Yes, rows_text
+from ..target import Target
+from . import fused_simd
+from .contract import MatMulNBits
+from .operands import Operands
+from .simd_plan import Plan, amx_bf16_plan
+from .simd_tiled import TiledBody
+
+_LEAST_BLOCK, _MOST_BLOCK = 32, 64
+
+
+def is_legal(contract: MatMulNBits, target: Target) -> Legality:
+    """Where the machine has the unit, rows and blocks fill it, and A may be bf16."""
+    c = contract
+    if not target.features >= UNIT_FEATURES or target.vector_bits != 512:
+        return OtherMachine("no matrix unit for bf16")
+    if c.rounds_a and not target.fast_math:
+        return No("A is rounded to int8 (accuracy_level 4), bf16 only with --math fast")
+    if not c.rounds_a and c.a.dtype != "bf16":
+        return No(f"A is {c.a.dtype}, and stays as it is")
+    if c.rows is not None and c.rows < ROWS:
+        return No(f"{rows_text(c.rows)}, from {ROWS} on the matrix unit is worth its start")
+    if c.rounds_a and c.block_size > _MOST_BLOCK:
+        return No(f"blocks of {c.block_size}, which are faster in int8")
+    if c.block_size < _LEAST_BLOCK or c.depth % c.block_size:
+        return No(f"K={c.depth} is not of whole blocks of {_LEAST_BLOCK} or more")
+    found = amx_bf16_plan(c)
+    return No(found) if isinstance(found, str) else Yes()
+
+
+def describe(contract: MatMulNBits, target: Target) -> str:
+    """What the report says about it."""
+    del target
+    return f"products of bf16 on the CPU's matrix unit, {_plan(contract).row_block} rows with unpacked tiles"
+
+
+def _plan(contract: MatMulNBits) -> Plan:
+    found = amx_bf16_plan(contract)
+    assert isinstance(found, Plan)
+    return found
+
+
+def emit_mat_mul_n_bits_fused_amx_bf16(context: LoweringContext, contract: MatMulNBits, x: Operands) -> ir.Value:
+    """Emit the product [M, N]."""
+    b, c = context.builder, contract
+    rows = b.dim(x.a, 0)
+    tiles = arrange(b, rows_of(c), x.a)
+    weights = [value for value in (x.words, x.scales, x.zeros, x.bias) if value is not None]
+    return dispatch(b, product_kernel(c), [tiles, *weights], rows, rows, blocks_of(b, rows))[0]
+
+
+def rows_of(contract: MatMulNBits) -> Rows:
+    """The rows, as they are arranged."""
+    return Rows(contract.rows, contract.depth, contract.a.dtype, terms=1)
+
+
+def product_kernel(contract: MatMulNBits) -> Kernel:
+    """The kernel of the product by the arranged rows."""
+    c, p = contract, _plan(contract)
+    base = fused_simd.product_kernel(c, p)
+
+    def write(k: KernelText, groups: Index, rows: Index, memrefs: Sequence[str]) -> None:
+        del groups
+        Bf16Body(k, c, p, rows, memrefs).write()
+
+    return replace(
+        base,
+        name=base.name.replace("_fused_simd_", "_fused_amx_bf16_"),
+        inputs=(rows_of(c).arranged, *base.inputs[1:]),
+        axes=(AXES, *base.axes[1:]),
+        write=write,
+    )
+
+
+class Bf16Body(TiledBody):
+    """The body of ``simd_tiled`` with the products of 32 rows on the matrix unit; see there for the arguments."""
+
+    def __init__(
+        self, k: KernelText, c: MatMulNBits, p: Plan, rows: Index, memrefs: Sequence[str], before: Index = 0
+    ) -> None:
+        super().__init__(k, c, p, rows, memrefs, before)
+        self.unit, self.tiles = AmxTiles(k), memrefs[0]
+
+    def write(self) -> None:
+        """The whole body."""
+        super().write()
+        self.unit.release()
+
+    def _stack_for_weights(self) -> str:
+        return self.k.alloca([self.p.slab * self.c.block_size // 2, self.p.tile], "i32")
+
+    def _float_fields(self, word: str, own: Sequence[Index]) -> list[str]:
+        values = [rounded(self.k, value) for value in super()._float_fields(word, own)]
+        return [pair(self.k, *values[i : i + 2]) for i in range(0, len(values), 2)]
+
+    def _all_rows(self, block: Index, blocks: Index) -> None:
+        """All rows times the unpacked weights, 32 at a time."""
+        k, unit, steps = self.k, self.unit, self.c.block_size // (2 * WORDS)
+        first, count = k.mul(block, steps), k.mul(blocks, steps)
+        start = k.div(self.first, ROWS)
+
+        def one(row: str, _: list[str]) -> list[str]:
+            places = [[k.add(row, register // 2 * ROWS), register % 2 * ROWS] for register in SUMS]
+            for register, place in zip(SUMS, places, strict=True):
+                unit.load(register, self.sums, place)
+
+            def step(at: Index, _: list[str]) -> list[str]:
+                for half, register in enumerate(A):
+                    own = k.add(k.add(start, k.div(row, ROWS)), half)
+                    unit.load(register, self.tiles, [0, own, k.add(first, at), 0, 0])
+                for half, register in enumerate(B):
+                    unit.load(register, self.unpacked, [k.mul(at, WORDS), half * ROWS])
+                for register in SUMS:
+                    unit.multiply_bf16(register, A[register // 2], B[register % 2])
+                return []
+
+            k.loop(count, [], step)
+            for register, place in zip(SUMS, places, strict=True):
+                unit.store(register, self.sums, place)
+            return []
+
+        k.loop(self.count, [], one, step=2 * ROWS)
