@@ -1,11 +1,17 @@
-"""Split along the last axis becomes a node of our own where the target has one kernel for all of its parts."""
+"""Split along the last axis becomes a node of our own where the target has one kernel for all of its parts.
+
+Parts that only their heads' Euclidean norm is read of (and a factor) are divided by it there.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import onnx
 from linattn.dialect_patterns.node import FLOATS
 from linattn.dialect_patterns.op import INTERNAL
-from linattn.dialect_patterns.split_columns import SPLIT_COLUMNS, is_splittable
+from linattn.dialect_patterns.split_columns import SPLIT_COLUMNS, can_divide, is_splittable
 from linattn.dialect_patterns.target import Target
 
 from .internal import import_internal
@@ -26,13 +32,86 @@ def split_columns(graph: SpecializedGraph, target: Target) -> SpecializedGraph:
     model = onnx.ModelProto()
     model.CopyFrom(graph.proto)
     import_internal(model)
+    chains = _Chains(model.graph, graph.types)
+    gone: set[str] = set()
     for node in model.graph.node:
         if sizes := found.get(node.name):
+            x, norms = spec_of_type(graph.types[node.input[0]]), [chains.norm(name) for name in node.output]
+            heads = [norm.head if norm is not None else 0 for norm in norms]
+            if x is None or not any(heads) or not can_divide(x, heads, target):
+                norms, heads = [None] * len(norms), [0] * len(norms)
+            outputs = [name if norm is None else norm.result for name, norm in zip(node.output, norms, strict=True)]
+            factors = [1.0 if norm is None else norm.factor for norm in norms]
+            gone.update(name for norm in norms if norm is not None for name in norm.nodes)
             made = onnx.helper.make_node(
-                SPLIT_COLUMNS, node.input[:1], node.output, node.name, domain=INTERNAL, sizes=sizes
-            )
+                SPLIT_COLUMNS, node.input[:1], outputs, node.name, domain=INTERNAL, sizes=sizes, heads=heads,
+                factors=factors,
+            )  # fmt: skip
             node.CopyFrom(made)
+    kept = [node for node in model.graph.node if node.name not in gone]
+    del model.graph.node[:]
+    model.graph.node.extend(kept)
     return SpecializedGraph(model, graph.types)
+
+
+@dataclass(frozen=True)
+class _Norm:
+    """What becomes of a part.
+
+    Attributes:
+        head: Columns that are divided by their norm together.
+        factor: What they are multiplied by then.
+        result: Name of the value.
+        nodes: Names of the nodes that make it.
+    """
+
+    head: int
+    factor: float
+    result: str
+    nodes: tuple[str, ...]
+
+
+class _Chains:
+    """Finds the nodes behind a value."""
+
+    def __init__(self, graph: onnx.GraphProto, types: Mapping[str, onnx.TypeProto]) -> None:
+        self._types, self._outputs = types, {value.name for value in graph.output}
+        self._constants = {tensor.name: tensor for tensor in graph.initializer}
+        self._readers: dict[str, list[onnx.NodeProto]] = {}
+        for node in graph.node:
+            for name in node.input:
+                self._readers.setdefault(name, []).append(node)
+
+    def norm(self, name: str) -> _Norm | None:
+        """The norm that is all that is read of a part, if it is one of its heads."""
+        apart = self._reader(name, "Reshape")
+        norm = None if apart is None else self._reader(apart.output[0], "LpNormalization")
+        flat = None if norm is None else self._reader(norm.output[0], "Reshape")
+        if apart is None or norm is None or flat is None:
+            return None
+        shape, given = spec_of_type(self._types.get(apart.output[0])), attributes_of(norm)
+        same = spec_of_type(self._types.get(name)) == spec_of_type(self._types.get(flat.output[0]))
+        if shape is None or given.get("axis", -1) not in (-1, shape.rank - 1) or given.get("p", 2) != 2 or not same:
+            return None
+        nodes, result, factor = [apart, norm, flat], flat.output[0], 1.0
+        times = self._reader(result, "Mul")
+        for other in () if times is None else times.input:
+            tensor = self._constants.get(other)
+            if tensor is None or tensor.data_location == onnx.TensorProto.EXTERNAL or len(tensor.dims) > shape.rank - 1:
+                continue
+            values = onnx.numpy_helper.to_array(tensor)
+            if values.size == 1:
+                factor = float(values.item())
+        if times is not None and factor != 1.0:
+            nodes, result = [*nodes, times], times.output[0]
+        return _Norm(shape.shape[-1] or 0, factor, result, tuple(node.name for node in nodes))
+
+    def _reader(self, name: str, op_type: str) -> onnx.NodeProto | None:
+        """The only node that reads a value, if it is of that kind."""
+        readers = self._readers.get(name, [])
+        if len(readers) != 1 or name in self._outputs or readers[0].op_type != op_type or domain_of(readers[0]) != "":
+            return None
+        return readers[0]
 
 
 def _sizes(node: onnx.NodeProto, graph: SpecializedGraph, target: Target) -> list[int]:

@@ -13,6 +13,7 @@ from linattn.frontend.graph.schema import infer_types
 from linattn.frontend.graph.specialize import SpecializedGraph
 from linattn.frontend.graph.split_columns import split_columns
 from onnx import TensorProto, helper, numpy_helper
+from tolerances import BENIGN, error
 
 GPU = Target("vulkan", is_gpu=True)
 
@@ -36,6 +37,34 @@ def test_parts(target: str, dtype: Any, lead: tuple[int, ...], sizes: tuple[int,
     for part, want in zip(got, np.split(x, np.cumsum(sizes)[:-1], axis=-1), strict=True):
         assert part.dtype == dtype
         assert part.tobytes() == want.tobytes()
+
+
+@pytest.mark.vulkan
+@pytest.mark.xdist_group("vulkan")
+@pytest.mark.parametrize(
+    ("dtype", "rows", "sizes", "heads", "factors"),
+    [
+        (np.float32, 33, (64, 32, 64), (32, 0, 32), (0.125, 1.0, 1.0)),
+        (np.float16, 70, (128, 64, 64), (64, 64, 0), (1.0, -3.0, 1.0)),
+        (ml_dtypes.bfloat16, 5, (16, 16), (0, 8), (1.0, 1.0)),
+    ],
+)
+def test_parts_over_the_norms_of_their_heads(
+    dtype: Any, rows: int, sizes: tuple[int, ...], heads: tuple[int, ...], factors: tuple[float, ...]
+) -> None:
+    x = np.random.default_rng(rows).standard_normal((1, rows, sum(sizes))).astype(dtype)
+    x[0, 1] = 0
+    given = {"sizes": list(sizes), "heads": list(heads), "factors": list(factors)}
+    common = {"domain": "linattn", "version": 1, "num_outputs": len(sizes), "target": "lavapipe"}
+    got = run_op("SplitColumns", [x], given, **common)
+    for part, want, head, factor in zip(got, np.split(x, np.cumsum(sizes)[:-1], axis=-1), heads, factors, strict=True):
+        if head:
+            apart = want.astype(np.float64).reshape(rows, -1, head)
+            norm = np.linalg.norm(apart, axis=-1, keepdims=True)
+            want = (apart / np.where(norm, norm, 1) * factor).reshape(want.shape)
+            assert error(part, want) <= BENIGN[np.dtype(dtype).name]
+        else:
+            assert part.tobytes() == want.tobytes()
 
 
 def kinds(
@@ -81,3 +110,36 @@ def test_what_is_made_of_it(
     axis: int, shape: tuple[int | str, ...], sizes: tuple[int, ...], options: dict[str, Any], made: bool
 ) -> None:
     assert kinds(axis, shape, sizes, **options) == ["SplitColumns" if made else "Split"]
+
+
+@pytest.mark.parametrize(
+    ("elsewhere", "axis", "factor", "heads"),
+    [("", -1, 0.25, [16, 0]), ("", 3, 0.0, [16, 0]), ("y0", -1, 0.25, [0, 0]), ("normed", -1, 0.25, [0, 0]),
+     ("", 2, 0.25, [0, 0])],
+)  # fmt: skip
+def test_a_norm_behind_a_part(elsewhere: str, axis: int, factor: float, heads: list[int]) -> None:
+    """It is part of the kernel where nothing else reads what is on the way; without a factor there is no product."""
+    nodes = [
+        helper.make_node("Split", ["x", "sizes"], ["y0", "y1"], "split", axis=-1),
+        helper.make_node("Reshape", ["y0", "apart"], ["heads"], "r0"),
+        helper.make_node("LpNormalization", ["heads"], ["normed"], "norm", axis=axis, p=2),
+        helper.make_node("Reshape", ["normed", "flat"], ["z"], "r1"),
+    ]
+    nodes += [helper.make_node("Mul", ["z", "factor"], ["q"], "times")] if factor else []
+    nodes.append(helper.make_node("Neg", ["q" if factor else "z"], ["end"], "end"))
+    nodes += [helper.make_node("Neg", [elsewhere], ["other"], "other")] if elsewhere else []
+    given = {"sizes": [64, 32], "apart": [0, 0, 4, 16], "flat": [0, 0, 64]}
+    constants = [numpy_helper.from_array(np.array(value), name) for name, value in given.items()]
+    constants.append(numpy_helper.from_array(np.array(factor, np.float16), "factor"))
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT16, None) for name in ("end", "y1")]
+    x = [helper.make_tensor_value_info("x", TensorProto.FLOAT16, (1, 8, 96))]
+    imports = [helper.make_opsetid("", 21)]
+    model = helper.make_model(helper.make_graph(nodes, "g", x, ends, constants), opset_imports=imports)
+    target = Target("vulkan", is_gpu=True, subgroup_size=32)
+    found = split_columns(SpecializedGraph(model, infer_types(model)), target).proto.graph.node
+    attributes = {one.name: helper.get_attribute_value(one) for one in found[0].attribute}
+    assert attributes["heads"] == heads
+    if any(heads):
+        assert [node.op_type for node in found] == ["SplitColumns", "Neg"]
+        assert list(found[0].output) == ["q" if factor else "z", "y1"]
+        assert attributes["factors"] == [factor or 1.0, 1.0]
