@@ -24,6 +24,7 @@ _PRODUCT = re.compile(
 )
 """Sizes in the name of a product's dispatch: rows, columns, depth (and a batch). Not of those that arrange its rows."""
 _SHARED = re.compile(r"mat_mul\w*_fused_(mma|tiled)_|mat_mul_fused_simt_\w+_nx\d+x\d+_l")
+_MATRICES = "mat_mul_fused_mma_"
 _BY_ELEMENT = re.compile(r"_dispatch_\d+_(?:elementwise|transpose|slow_memcpy)(?:_|$)")
 """IREE's kernels that read of each operand no more elements than they write: of a table the rows that are looked up."""
 
@@ -98,7 +99,9 @@ def operations(key: str) -> int | None:
 
 
 def _operations_by_types(op: ir.Operation, key: str, operands: Sequence[ir.RankedTensorType]) -> int | None:
-    """Those of a product whose kernel serves many sizes: [M, K] times what makes it [M, N]."""
+    """Those of a product whose kernel serves many sizes: [M, K] times what makes it [M, N], or times matrices [K, N]."""
+    if key.startswith(_MATRICES) and all(t.has_static_shape for t in operands):
+        return 2 * math.prod(operands[0].shape) * sum(t.shape[-1] for t in operands[1:])
     sizes = [t for t in (*operands[:1], *(value.type for value in op.results)) if isinstance(t, ir.RankedTensorType)]
     if not _SHARED.match(key) or not all(t.has_static_shape for t in sizes):
         return None

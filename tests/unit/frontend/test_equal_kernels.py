@@ -116,7 +116,7 @@ def test_a_step_is_few_dispatches(rows: dict[str, list[dict[str, Any]]]) -> None
 
 
 def test_prompts_of_several_sizes_share_kernels(rows: dict[str, list[dict[str, Any]]]) -> None:
-    """Those that we write, but for the ones of few rows and of attention on the matrix units; products over sizes too."""
+    """Those that we write, but for ones of few rows and of attention on matrix units; products over sizes too."""
     larger, smaller = (
         {row["key"] for row in rows[name] if not re.search(r"_dispatch_|attention_fused|_mma_c|conv", row["key"])}
         for name in ("prefill_64", "prefill_48")
