@@ -99,7 +99,7 @@ def operations(key: str) -> int | None:
 
 
 def _operations_by_types(op: ir.Operation, key: str, operands: Sequence[ir.RankedTensorType]) -> int | None:
-    """Those of a product whose kernel serves many sizes: [M, K] times what makes it [M, N], or times matrices [K, N]."""
+    """Those of a product whose kernel serves many sizes: [M, K] times what makes it [M, N], or matrices [K, N]."""
     if key.startswith(_MATRICES) and all(t.has_static_shape for t in operands):
         return 2 * math.prod(operands[0].shape) * sum(t.shape[-1] for t in operands[1:])
     sizes = [t for t in (*operands[:1], *(value.type for value in op.results)) if isinstance(t, ir.RankedTensorType)]
