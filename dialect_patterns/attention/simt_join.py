@@ -11,6 +11,9 @@ from ..node import TensorSpec
 from ..target import Target
 from .simt_call import WIDTH, Call
 
+_AT_ONCE = 8
+"""Parts whose loads are under way: one after the other 16 took 4.5 us on an H100, and a cache of 4096 rows has 64."""
+
 LOWEST = -3.4028234663852886e38
 """The lowest finite f32: no score is lower but -inf, and exp(-inf - it) is 0."""
 
@@ -61,24 +64,30 @@ def _emit_join(k: Kernel, c: Call, parts: int, sink_type: str, dtype: str) -> No
         return (head * parts + part) * c.rows + row
 
     start, stop = Scalar.constant(0, "index"), Scalar.constant(parts, "index")
+    at_once = max(count for count in range(1, _AT_ONCE + 1) if parts % count == 0)
 
-    def highest(part: Scalar, carried: list[ir.Value]) -> list[ir.Value]:
-        return [k.maximum(carried[0], k.load(stats, place(part) * 2))]
+    def highest(first: Scalar, carried: list[ir.Value]) -> list[ir.Value]:
+        top = carried[0]
+        for found in [k.load(stats, place(first + i) * 2) for i in range(at_once)]:
+            top = k.maximum(top, found)
+        return [top]
 
     sink = sink_of_row(k, c, sink_type, 2, head, row) if sink_type else None
-    (top,) = k.loop(start, stop, 1, [k.constant(LOWEST) if sink is None else sink], highest)
+    (top,) = k.loop(start, stop, at_once, [k.constant(LOWEST) if sink is None else sink], highest)
     own_sum = k.constant(0.0) if sink is None else k.exp(k.sub(sink, top))
     for first in range(0, vectors, k.group.threads):
         column = (k.thread() + first).minimum(vectors - 1)
 
-        def add(part: Scalar, carried: list[ir.Value], column: Scalar = column) -> list[ir.Value]:
-            own = k.exp(k.sub(k.load(stats, place(part) * 2), top))
-            value = k.load(sums, place(part) * vectors + column)
-            return [
-                k.fma(k.load(stats, place(part) * 2 + 1), own, carried[0]),
-                k.fma(value, k.splat(own, WIDTH), carried[1]),
-            ]
+        def add(first: Scalar, carried: list[ir.Value], column: Scalar = column) -> list[ir.Value]:
+            whole, mixed = carried
+            places = [place(first + i) for i in range(at_once)]
+            tops, totals = ([k.load(stats, at * 2 + i) for at in places] for i in range(2))
+            values = [k.load(sums, at * vectors + column) for at in places]
+            for highest, total, value in zip(tops, totals, values, strict=True):
+                own = k.exp(k.sub(highest, top))
+                whole, mixed = k.fma(total, own, whole), k.fma(value, k.splat(own, WIDTH), mixed)
+            return [whole, mixed]
 
-        whole, mixed = k.loop(start, stop, 1, [own_sum, k.constant(0.0, WIDTH)], add)
+        whole, mixed = k.loop(start, stop, at_once, [own_sum, k.constant(0.0, WIDTH)], add)
         result = k.div(mixed, k.splat(k.maximum(whole, k.constant(1e-30)), WIDTH))
         k.store(result, output, (head * c.rows + row) * vectors + column)
