@@ -17,7 +17,8 @@ from linattn.dialect_patterns.op import LoweringContext, LoweringOptions
 from linattn.dialect_patterns.registry import find_op
 from linattn.dialect_patterns.rewrite import lower_operators
 from linattn.dialect_patterns.target import Target
-from linattn.frontend.lower.iree import verify_between_passes
+from linattn.frontend.lower.iree import execute, verify_between_passes
+from linattn.frontend.lower.kernel_bodies import KernelBodies
 from linattn.frontend.targets import TargetOptions, resolve_target, vulkan
 from linattn.frontend.targets.vulkan_device import Device
 from linattn.runtime.device import open_device
@@ -231,15 +232,24 @@ def _host(device: Any, array: Any) -> np.ndarray:
 
 
 def compile_module(module: ir.Module, session: Session, target: str) -> bytes:
+    """As the compiler does: kernels are out of the module where IREE would only walk through them."""
     from iree.compiler.passmanager import PassManager
 
     with session.context, ir.Location.unknown():
+        bodies = KernelBodies(module.operation)
         PassManager.parse("builtin.module(func.func(convert-torch-onnx-to-torch),torch-to-iree)").run(module.operation)
+        bodies.put_back(module.operation)
     invocation = Invocation(session)
     invocation.enable_console_diagnostics()
     invocation.import_module(module.operation)
-    verify_between_passes(invocation, False)  # as the compiler does
-    assert invocation.execute(), "IREE failed"
+    verify_between_passes(invocation, False)
+    assert execute(invocation, "ToPhase", "global-optimization"), "IREE failed"
+    with session.context, ir.Location.unknown():
+        bodies = KernelBodies(module.operation)
+    assert execute(invocation, "FromPhase", "global-optimization", "ToPhase", "executable-sources"), "IREE failed"
+    with session.context, ir.Location.unknown():
+        bodies.put_back(module.operation)
+    assert execute(invocation, "FromPhase", "executable-sources", "ToPhase", "end"), "IREE failed"
     module.operation.verify()
     output = Output.open_membuffer()
     invocation.output_vm_bytecode(output)
