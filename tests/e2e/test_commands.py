@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("commands")
     onnx.save(model(0), folder / "model.onnx", save_as_external_data=True, location="weights.bin", size_threshold=0)
     compile_model(folder / "model.onnx", CompileOptions(parameters=folder / "w.irpa"), output=folder / "m.vmfb")
-    compile_model(build(), CompileOptions(prefill_blocks=(8,), max_context=512), output=folder / "tiny.vmfb")
+    compile_model(build(), CompileOptions(prefill_blocks=(), max_context=512), output=folder / "tiny.vmfb")
     np.save(folder / "x.npy", X)
     return folder
 

@@ -19,6 +19,7 @@ from samples import byte_tokenizer
 from samples.tiny_hybrid import build
 
 SMALL = ["--max-context", "64", "--prefill-blocks", "8", "--quiet"]
+STEPS = ["--max-context", "64", "--prefill-blocks", "1", "--quiet"]  # half the time to compile
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +119,7 @@ def test_errors(folder: Path, say: Callable[..., tuple[int, str, str]], argument
 
 def test_without_a_tokenizer(folder: Path, tmp_path: Path, say: Callable[..., tuple[int, str, str]]) -> None:
     module = tmp_path / "m.vmfb"
-    assert compile_([str(folder / "model.onnx"), "--tokenizer", "none", "-o", str(module), *SMALL]) == 0
+    assert compile_([str(folder / "model.onnx"), "--tokenizer", "none", "-o", str(module), *STEPS]) == 0
     assert read_module(module) is None
     assert "no tokenizer" in say(module, "--prompt", "a")[2]
     code, out, _ = say(module, "--prompt", "a", "--tokenizer", folder, "--max-tokens", 3)
@@ -161,7 +162,7 @@ def test_words_of_an_exported_model(shared_models: Path, tmp_path: Path) -> None
     """The real tokenizer beside a real export, around the tokens that ONNX Runtime computed."""
     source = shared_models / "genai-fp32-cpu"
     module = tmp_path / "m.vmfb"
-    assert compile_([str(source / "model.onnx"), "-o", str(module), *SMALL]) == 0
+    assert compile_([str(source / "model.onnx"), "-o", str(module), *STEPS]) == 0
     prompt = np.load(shared_models / "transformers_expected.npz")["ids_5"].ravel().tolist()
     tokens = np.load(source / "ort_expected.npz")["greedy_5"].ravel()[:16].tolist()
 
