@@ -3,7 +3,9 @@
     python tests/docs/from_nothing.py              # make from-nothing
     python tests/docs/from_nothing.py README.md    # these pages only
 
-Each group of pages runs in a copy of the checkout of its own, with no environment but what its own commands make.
+Each group of pages runs in a copy of the checkout of its own, with an empty home and no environment but what its own
+commands make. Where the system lets us (Linux, `unshare`), it also does not see the checkout, and has a /tmp of its
+own. It is no container: Python, the system's packages and its drivers are this machine's.
 Shell blocks run as they are, Python blocks by that environment's `python`; those that say why they cannot run do not,
 and `make` neither: CI calls that by itself.
 """
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -72,10 +75,12 @@ def run(pages: tuple[str, ...], folder: Path) -> str:
     environment = {name: value for name, value in os.environ.items() if name not in own}
     places = [f"{sys.base_prefix}/bin", *os.environ["PATH"].split(":")]
     environment["PATH"] = ":".join(place for place in places if not place.startswith(str(ROOT)))
-    environment |= {"PIP_QUIET": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    environment = {name: value for name, value in environment.items() if not name.startswith("XDG_")}
+    environment |= {"PIP_QUIET": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "HOME": str(folder / "home")}
+    (folder / "home").mkdir()
     output: list[str] = []
     with subprocess.Popen(
-        ["bash", "-c", script(pages)],
+        [*alone(folder), "bash", "-c", script(pages)],
         cwd=folder,
         env=environment,
         stdin=subprocess.DEVNULL,
@@ -91,6 +96,25 @@ def run(pages: tuple[str, ...], folder: Path) -> str:
     if process.returncode:
         sys.exit(f"from nothing: {', '.join(pages)}: a command failed ({process.returncode})")
     return "".join(output)
+
+
+def alone(folder: Path) -> list[str]:
+    """What puts a command where there is no checkout and no /tmp but its own; nothing where the system has no such."""
+    own = ["unshare", "--mount", *(["--map-root-user"] if os.geteuid() else [])]
+    # The copy lies in /tmp: it is kept at hand by a second name while an empty /tmp is put over the first.
+    copy, checkout = shlex.quote(str(folder)), shlex.quote(str(ROOT))
+    hide = f"""
+        mount --bind {copy} /mnt && mount -t tmpfs none /tmp && mkdir -p {copy} {checkout} &&
+        mount --move /mnt {copy} && mount -t tmpfs none {checkout} && cd {copy} && exec "$@" """
+    command = [*own, "bash", "-c", hide, "alone"]
+    try:
+        done = subprocess.run([*command, "true"], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return []
+    if done.returncode:
+        print(f"from nothing: the checkout can be seen, for the system allows no mounts ({done.stderr.strip()})")
+        return []
+    return command
 
 
 def check(pages: tuple[str, ...]) -> str:
