@@ -135,9 +135,7 @@ def test_programs_in_threads_of_their_own() -> None:
     assert all(np.array_equal(found[number], want) for number in range(3))
 
 
-@pytest.mark.parametrize(
-    ("tokens", "heads", "alone"), [(1, 16, ANY_POSITION), (1, 32, ANY_POSITION), (1, 64, 0), (256, 4, 0)]
-)
+@pytest.mark.parametrize(("tokens", "heads", "alone"), [(1, 16, ANY_POSITION), (1, 32, 0), (256, 4, 0)])
 def test_a_model_of_one_operator(tokens: int, heads: int, alone: int) -> None:
     """Which has no token ids: its inputs tell how many rows a call has."""
     case = AttentionCase(tokens, "float32", heads=heads, kv_heads=heads)
@@ -174,14 +172,14 @@ ROW = {"key": "kernel", "bytes": 1000, "flop": None}
     [
         ("nothing but waking", [ROW] * 100, 1, (0, 0), ANY_POSITION),
         ("one large kernel", [ROW | {"bytes": 50_000_000}], 1, (0, 0), 0),
-        ("LinearAttention of 32 heads", [ROW | {"bytes": 4_300_000}], 1, (0, 0), ANY_POSITION),
-        ("of 64", [ROW | {"bytes": 8_600_000}], 1, (0, 0), 0),
+        ("LinearAttention of 16 heads", [ROW | {"bytes": 2_150_000}], 1, (0, 0), ANY_POSITION),
+        ("of 32", [ROW | {"bytes": 4_300_000}], 1, (0, 0), 0),
         ("many operations", [ROW | {"flop": 30_000_000}], 8, (0, 0), 0),
         ("many tokens", [ROW | {"bytes": 2_000_000}], 512, (0, 0), 0),
         ("an open size", [ROW, ROW | {"bytes": None}], 1, (0, 0), 0),
         ("any number of tokens", [ROW], None, (0, 0), 0),
         ("no kernel", [], 1, (0, 0), 0),
-        ("caches, of which a token takes 5 KB", [ROW | {"bytes": 5_001_000}], 1, (5e6, 5e3), 1029),
+        ("caches, of which a token takes 5 KB", [ROW | {"bytes": 5_001_000}], 1, (5e6, 5e3), 720),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
