@@ -147,13 +147,17 @@ def test_narrow_types(dtype, case):
         assert error(g, w) < TOLERANCE[np.dtype(dtype).name]
 
 
-@pytest.mark.parametrize("case", ["prompt", "decode-ragged"])
-def test_open_dimensions(case):
-    inputs, _ = CASES[case]
+@pytest.mark.parametrize(
+    ("case", "dtype"), [("prompt", np.float32), ("decode-ragged", np.float32), ("decode-ragged", np.float16)]
+)
+def test_open_dimensions(case, dtype):
+    floats = [a is not None and a.dtype == np.float32 for a in CASES[case][0]]
+    inputs = [a.astype(dtype) if f else a for a, f in zip(CASES[case][0], floats, strict=True)]
+    wide = [a.astype(np.float32) if f else a for a, f in zip(inputs, floats, strict=True)]
     axes = {0: (0, 1), 1: (0, 1, 2), 2: (0, 1, 2), 3: (0, 1, 2, 3), 4: (0, 1, 2, 3), 5: (0,)}  # all but a query's size
     got = run_open("GroupQueryAttention", inputs, COUNTS, axes, **OP)
-    for g, w in zip(got, reference(inputs, {}), strict=True):
-        assert error(g, w) < TOLERANCE["float32"]
+    for g, w in zip(got, reference(wide, {}), strict=True):
+        assert error(g, w) < TOLERANCE[np.dtype(dtype).name]
 
 
 @pytest.mark.vulkan
