@@ -14,6 +14,7 @@ from iree.compiler import ir
 from linattn.dialect_patterns.emit.builder import Builder
 from linattn.dialect_patterns.guarded_divisions import guard_divisions
 from linattn.dialect_patterns.guarded_reads import guard_reads
+from linattn.dialect_patterns.kept_nans import keep_nans
 from linattn.dialect_patterns.op import INTERNAL, LoweringContext, LoweringOptions
 from linattn.dialect_patterns.rewrite import lower_operators
 from linattn.dialect_patterns.unsigned_reductions import make_reductions_unsigned
@@ -171,6 +172,7 @@ def compile_model(
             guard_divisions(module)
             if target.capabilities.is_gpu and not target.capabilities.matrix_units:
                 widen_conversions(module)
+                keep_nans(module)
             if target.capabilities.matrix_units:  # CUDA's code generation
                 make_reductions_unsigned(module)
         compiler.dump(module, "linalg")

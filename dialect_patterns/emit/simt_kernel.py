@@ -381,12 +381,6 @@ class Kernel:
         """Euler's number to the power of each element."""
         return math.ExpOp(a).result
 
-    def decay(self, log: ir.Value) -> ir.Value:
-        """:meth:`exp` of each element, NaN of NaN, where NVIDIA's Vulkan driver gives a number."""
-        pairs = zip(self.elements(log), self.elements(self.exp(log)), strict=True)
-        magnitude, infinity = Scalar.constant((1 << 31) - 1, "i32"), Scalar.constant(0x7F800000, "i32")
-        return self.join([self.select((self.bits(x) & magnitude) > infinity, x, found) for x, found in pairs])
-
     def rsqrt(self, a: ir.Value) -> ir.Value:
         """1 / sqrt of each element."""
         return math.RsqrtOp(a).result

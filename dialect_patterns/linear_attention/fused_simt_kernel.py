@@ -315,7 +315,7 @@ class Recurrence:
         if self.before.gates:
             bias, scale = (Scalar(k.load(rate, self.head)) for rate in self.rates)
             wide = [(scale * (Scalar(value) + bias).softplus()).value for value in wide]
-        return [element for value in wide for element in k.elements(k.decay(value))]
+        return [element for value in wide for element in k.elements(k.exp(value))]
 
     def _rate(self, beta: Buffer, token: Token) -> ir.Value:
         value = self.k.widen(beta, token.beta[0])

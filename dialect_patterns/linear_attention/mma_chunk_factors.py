@@ -158,7 +158,7 @@ class MmaFactors:
             value = then(k.widen(buffer, k.load(buffer, place)))
             return k.select(inside, value, k.constant(beyond))
 
-        self._put(k.constant(1.0) if self.decay is None else gate(self.decay, own, 1.0, k.decay), DECAY, i)
+        self._put(k.constant(1.0) if self.decay is None else gate(self.decay, own, 1.0, k.exp), DECAY, i)
         rate = k.constant(0.0)
         if self.beta is not None:
             place = own if c.beta == "head" else o.row(t)

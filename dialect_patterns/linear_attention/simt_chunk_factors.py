@@ -108,7 +108,7 @@ class Factors:
             value = then(k.widen(buffer, k.load(buffer, place)))
             return k.select(inside, value, k.constant(beyond))
 
-        decay = k.constant(1.0) if self.decay is None else gate(self.decay, own, 1.0, k.decay)
+        decay = k.constant(1.0) if self.decay is None else gate(self.decay, own, 1.0, k.exp)
         k.store(decay, self.found, self._vector(DECAY, i))
         rate = k.constant(0.0)
         if self.beta is not None:
