@@ -45,26 +45,20 @@ def keep_nans(module: ir.Module) -> int:
 
 def _is_nan(value: Any) -> Any:
     """By its bits, as f32: not every device has integers of 16 bits."""
-    if _element(value.type) in _NARROW:
-        value = arith.ExtFOp(_like(value.type, ir.F32Type.get()), value).result
-    integers = _like(value.type, ir.IntegerType.get_signless(32))
-    bits = arith.BitcastOp(integers, value).result
+    type_ = str(value.type)
+    if _element(type_) in _NARROW:
+        value = arith.ExtFOp(ir.Type.parse(type_.replace(_element(type_), "f32")), value).result
+    integers = str(value.type).replace("f32", "i32")
+    bits = arith.BitcastOp(ir.Type.parse(integers), value).result
     magnitude = arith.AndIOp(bits, _constant(integers, _MAGNITUDE)).result
     return arith.CmpIOp(arith.CmpIPredicate.ugt, magnitude, _constant(integers, _INFINITY)).result
 
 
 def _element(type_: Any) -> str:
-    return str(type_.element_type if isinstance(type_, ir.ShapedType) else type_)
+    """Of a scalar's type or a vector's, `vector<4xf32>`."""
+    return str(type_).removesuffix(">").rpartition("x")[2]
 
 
-def _like(type_: Any, element: Any) -> Any:
-    """The type with another element: a scalar's or a vector's."""
-    return ir.VectorType.get(type_.shape, element) if isinstance(type_, ir.VectorType) else element
-
-
-def _constant(type_: Any, number: int) -> Any:
-    scalar = ir.IntegerType.get_signless(32)
-    value = ir.IntegerAttr.get(scalar, number)
-    if isinstance(type_, ir.VectorType):
-        return arith.ConstantOp(type_, ir.DenseElementsAttr.get_splat(type_, value)).result
-    return arith.ConstantOp(scalar, value).result
+def _constant(type_: str, number: int) -> Any:
+    text = f"{number} : {type_}" if type_ == "i32" else f"dense<{number}> : {type_}"
+    return arith.ConstantOp(ir.Type.parse(type_), ir.Attribute.parse(text)).result

@@ -87,7 +87,7 @@ def test_each_module_of_a_bundle(bench: Bench, tiny_model: Path, tmp_path: Path)
     status, _, err = bench("model", tmp_path / "tiny.linattn", *QUICK, "--json", file)
     assert status == 0, err
     result = json.loads(file.read_text())
-    assert [row["subject"] for row in result["rows"]] == ["cpu-default", "cpu-generic"]
+    assert [row["subject"] for row in result["rows"]] == ["cpu", "cpu-generic"]
     assert len(result["models"]) == 1
 
 

@@ -13,6 +13,7 @@ class CmpIPredicate:
     slt: CmpIPredicate
     sle: CmpIPredicate
     sgt: CmpIPredicate
+    ugt: CmpIPredicate
     sge: CmpIPredicate
 
 class ConstantOp(OpView):
