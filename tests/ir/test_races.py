@@ -11,11 +11,12 @@ import matrices
 import ml_dtypes
 import numpy as np
 import pytest
+import warps
 from data import Shape, linear_attention
 from harness import TARGETS, lowered
 from linattn.dialect_patterns.draw_token.contract import DRAW_TOKEN, SETTINGS
 from linattn.dialect_patterns.emit.simt_kernel import Kernel
-from linattn.dialect_patterns.linear_attention import fused_mma_chunks
+from linattn.dialect_patterns.linear_attention import fused_mma_chunks, fused_warp_chunks, warp_chunk_state
 from linattn.dialect_patterns.linear_attention.fused_simt_lanes import Lanes
 from linattn.dialect_patterns.mat_mul import fused_mma, mma_kernel
 from linattn.dialect_patterns.mat_mul.normed import NORMED
@@ -123,6 +124,20 @@ def test_chunks_on_matrix_units(
     matrices.emulate(monkeypatch, fused_mma_chunks)
     shape = Shape(rule, q_heads=4, k_heads=2, kv_heads=2, dk=dk, dv=32)
     assert races(attention(shape, 40, "matrices", "fused_mma_chunks", dtype)) == []
+
+
+@pytest.mark.parametrize(("rule", "parts"), [("gated_delta", 2), ("linear", 2)])
+def test_chunks_in_warps(rule: str, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is copied ahead, and what warps tell each other, also token by token; missed where nobody meets."""
+    monkeypatch.setitem(TARGETS, "warps", replace(matrices.TARGET, workgroup_memory=49_152, copy_memory=98_304))
+    monkeypatch.setattr(fused_warp_chunks, "_GROUPS", 1)
+    monkeypatch.setattr(fused_warp_chunks, "_WARPS", parts)
+    monkeypatch.setattr(warp_chunk_state, "Warp", warps.EmulatedWarp)
+    matrices.emulate(monkeypatch, fused_warp_chunks)
+    shape = Shape(rule, q_heads=2, k_heads=2, kv_heads=2, dk=64, dv=16)
+    assert races(attention(shape, 70, "warps", "fused_warp_chunks", np.float16)) == []
+    monkeypatch.setattr(warps.EmulatedWarp, "meet", lambda *_: None)
+    assert races(attention(shape, 70, "warps", "fused_warp_chunks", np.float16))
 
 
 def test_a_barrier_between_products_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
