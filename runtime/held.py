@@ -78,7 +78,8 @@ class Caches:
             return Lease(self, rows)
         with self._lock:
             filled = self._filled
-            lease = None if max(list(self.in_use.values())) > held.rows else Lease(self, rows)
+            # None is in use where the collector ended the held one before what still holds it: a generator it closes.
+            lease = None if max(list(self.in_use.values()), default=0) > held.rows else Lease(self, rows)
             if lease is not None:
                 self._filled = max(filled, rows)
         if lease is None:

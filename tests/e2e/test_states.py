@@ -297,3 +297,19 @@ def test_many_steps_are_flat(target: str, count: int, monkeypatch: pytest.Monkey
 def resident_bytes() -> int:
     status = Path("/proc/self/statm")
     return int(status.read_text().split()[1]) * 4096 if status.exists() else 0
+
+
+def whole(stop: int) -> np.ndarray:
+    """The last logits of a session that takes 20 tokens, then the others."""
+    session = program("cpu").session()
+    run(session, 0, 20)
+    return run(session, 20, stop)
+
+
+def test_a_lease_that_ended_before_its_session() -> None:
+    """The collector ends them in any order; a generator that it closes then still feeds what was not seen."""
+    session = program("cpu").session()
+    run(session, 0, 20)
+    session._line[-1].lease.release()
+    own = session.run({"input_ids": IDS[:, 20:22]}, logits="last")["logits"]  # two tokens: no prepared step
+    np.testing.assert_array_equal(own, whole(22))
