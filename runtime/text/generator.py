@@ -6,6 +6,7 @@ import copy
 import logging
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from os import PathLike
 from typing import Any
@@ -233,23 +234,25 @@ class TextStream(Iterator[str]):
         count = min(self._count, self._memory.room(self.prompt_tokens))
         draft = None if self._draft is None else partial(_guess_after, self._draft, held)
         tokens = generate(turn.session, new, count, self._sampling, self._stop, held, embed=self._embed, draft=draft)
-        for token in turn.follow(tokens):
-            now = time.perf_counter()
-            if not self.ids:
-                self.prompt_seconds, start = now - start, now
-            self.answer_seconds = now - start
-            self.ids.append(token)
-            if token in self._stop:
-                self.finish_reason = "stop"
-                break
-            whole = push(token)
-            decoded += whole
-            piece = self._texts.push(whole)
-            if piece:
-                yield piece
-            if self._texts.found:
-                self.finish_reason = "stop"
-                return
+        # Closed here: Python 3.12 leaves what a generator without a handler loops over open after its `close`.
+        with closing(turn.follow(tokens)) as steps:
+            for token in steps:
+                now = time.perf_counter()
+                if not self.ids:
+                    self.prompt_seconds, start = now - start, now
+                self.answer_seconds = now - start
+                self.ids.append(token)
+                if token in self._stop:
+                    self.finish_reason = "stop"
+                    break
+                whole = push(token)
+                decoded += whole
+                piece = self._texts.push(whole)
+                if piece:
+                    yield piece
+                if self._texts.found:
+                    self.finish_reason = "stop"
+                    return
         self.finish_reason = self.finish_reason or "length"
         text = self._tokenizer.decode(self.ids[:-1] if self.ids[-1] in self._stop else self.ids)
         cut_off = text[len(decoded) :] if text.startswith(decoded) else ""  # a character that was never completed

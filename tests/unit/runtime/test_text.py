@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 import random
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from linattn.runtime import InputError, Program, Sampling, StateError, TextGenerator
 from linattn.runtime.text.defaults import read_defaults
 from linattn.runtime.text.files import LIMITS, PREFIX, TOKENIZER, TextFiles, read_folder, read_module
+from linattn.runtime.text.memory import Turn
 from linattn.runtime.text.stops import StopTexts
 from linattn.runtime.text.template import ChatTemplate
 from linattn.runtime.text.tokenizer import Tokenizer, load_tokenizer
@@ -168,6 +170,22 @@ def test_an_answer_that_is_left_early(cpu: Program) -> None:
     with pytest.raises(StateError, match="another answer has begun"):
         next(old)
     assert begun + "".join(new) == greedy_reference("ba", 4)  # nothing was fed in between
+
+
+def test_close_closes_what_runs_inside(cpu: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever else holds it: Python 3.12 does itself, so that an answer left early was noted when it was deleted."""
+    inner, follow = list[Generator[int]](), Turn.follow
+
+    def kept(self: Turn, steps: Generator[int]) -> Generator[int]:
+        inner.append(follow(self, steps))
+        return inner[0]
+
+    monkeypatch.setattr(Turn, "follow", kept)
+    stream = TextGenerator(cpu, FourTokens()).generate("abca", max_tokens=9)
+    next(stream)
+    assert inspect.getgeneratorstate(inner[0]) == inspect.GEN_SUSPENDED
+    stream.close()
+    assert inspect.getgeneratorstate(inner[0]) == inspect.GEN_CLOSED
 
 
 def test_ends_where_the_context_does(cpu: Program) -> None:
