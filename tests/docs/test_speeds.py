@@ -52,7 +52,6 @@ def test_a_row() -> None:
     ("change", "why"),
     [
         ({"load": {"spoiled": True, "cores_of_others": 1.5}}, "others took 1.5 cores"),
-        ({"load": {"spoiled": None, "cores_of_others": None}}, "too short to tell"),
         ({"status": "wrong"}, "linattn is wrong"),
         ({"software": True}, "a CPU is no GPU"),
         ({"commit": "abc1234-dirty"}, "is not committed"),
@@ -65,6 +64,17 @@ def test_what_makes_no_row(change: dict[str, Any], why: str) -> None:
     rows, passed = speeds.rows_of(result(**change))
     assert (rows, len(passed)) == ([], 1)
     assert why in passed[0]
+
+
+def test_turns_that_are_too_short_to_tell() -> None:
+    """The others' turns between them tell, if there are any."""
+    found = result(load={"spoiled": None, "cores_of_others": None})
+    assert len(speeds.rows_of(found)[0]) == 1
+    for row in found["rows"]:
+        row["load"] = {"spoiled": None, "cores_of_others": None}
+    rows, passed = speeds.rows_of(found)
+    assert (rows, len(passed)) == ([], 1)
+    assert "too short to tell" in passed[0]
 
 
 def test_what_was_measured_elsewhere_has_the_name_and_commit_that_are_given() -> None:

@@ -150,7 +150,7 @@ def test_links_stay_inside(folder: Path) -> None:
         Program.load(folder)
     (folder / "cpu.vmfb").unlink()
     (folder / "cpu.vmfb").symlink_to("cpu.vmfb")
-    with pytest.raises(TargetError, match="cannot be read"):
+    with pytest.raises(TargetError, match=r"cannot be read|no such file"):  # the latter from Python 3.13 on
         Program.load(folder)
 
 
