@@ -22,13 +22,12 @@ from dataclasses import replace
 
 from iree.compiler import ir
 
-from ..emit.builder import Size, tensor_type
-from ..emit.scalar import Scalar
-from ..emit.simt_kernel import Group, Kernel, dispatch
+from ..emit.simt_kernel import Group
 from ..op import LoweringContext
 from ..select import Legality, No, OtherMachine, Yes
 from ..target import Target
-from .contract import LinearAttention, output_specs
+from .chunk_dispatches import ChunkKernels, emit_chunks
+from .contract import LinearAttention
 from .operands import Operands, kernel_name
 from .simt_chunk_factors import LANES, THREADS, Factors
 from .simt_chunk_operands import CHUNK, COLUMNS, VECTORS, WIDTH, ChunkPlan, matrices
@@ -75,36 +74,17 @@ def emit_linear_attention_fused_simt_chunks(
     context: LoweringContext, contract: LinearAttention, x: Operands
 ) -> list[ir.Value]:
     """Emit output and present state."""
-    b, c = context.builder, contract
-    states, tokens = b.mul(x.batch, c.kv_heads), x.tokens
-    chunks = b.ceil_div(tokens, CHUNK)
-    numbers = [*([] if isinstance(states, int) else [states]), b.index(tokens)]
-    p = plan_for(c, context.target)
-
-    def sizes(k: Kernel) -> tuple[Scalar, Scalar]:
-        first = Scalar.constant(states, "index") if isinstance(states, int) else k.number(0)
-        return first, k.number(len(numbers) - 1)
-
-    def output(shape: list[Size], dtype: str) -> tuple[ir.RankedTensorType, list[ir.Value]]:
-        static = [size if isinstance(size, int) else None for size in shape]
-        return tensor_type(static, dtype), [size for size in shape if not isinstance(size, int)]
-
-    whole = isinstance(tokens, int) and tokens > 0 and tokens % CHUNK == 0
-    name = kernel_name(c, replace(x, tokens=b.index(tokens)), f"g{p.subgroup}" + ("_whole" if whole else ""))
-    items = b.mul(states, chunks)
-    inputs = [value for value in (x.query, x.key, x.decay, x.beta) if value is not None]
-    outputs = [output([items, matrices(c) + VECTORS], "f32")]
-    (factors,) = dispatch(
-        f"{name}_factors", Group(THREADS, p.subgroup), 1, b.index(items), numbers, inputs, outputs,
-        lambda k: Factors(k, c, *sizes(k), whole=whole).emit(),
-    )  # fmt: skip
-    result, present = output_specs(c)
-    outputs = [
-        output([x.batch, tokens, c.out_heads * c.dv], result.dtype),
-        output([x.batch, c.kv_heads, c.dk, c.dv], present.dtype),
-    ]
-    inputs = [value for value in (x.query, x.key, x.value, x.past, factors) if value is not None]
-    return dispatch(
-        f"{name}_chunks", Group(p.threads, p.subgroup), c.dv // COLUMNS, b.index(states), numbers, inputs, outputs,
-        lambda k: Chunks(k, c, p, *sizes(k), whole=whole).emit(),
-    )  # fmt: skip
+    b, c, p = context.builder, contract, plan_for(contract, context.target)
+    whole = isinstance(x.tokens, int) and x.tokens > 0 and x.tokens % CHUNK == 0
+    tokens = b.index(x.tokens)
+    kernels = ChunkKernels(
+        name=kernel_name(c, replace(x, tokens=tokens), f"g{p.subgroup}" + ("_whole" if whole else "")),
+        chunk=CHUNK,
+        record=matrices(c) + VECTORS,
+        factors_group=Group(THREADS, p.subgroup),
+        factors=lambda k, states, given: Factors(k, c, states, given, whole=whole).emit(),
+        group=Group(p.threads, p.subgroup),
+        tiles=c.dv // COLUMNS,
+        chunks=lambda k, states, given: Chunks(k, c, p, states, given, whole=whole).emit(),
+    )
+    return emit_chunks(context, c, x, b.mul(x.batch, c.kv_heads), tokens, kernels)

@@ -16,14 +16,13 @@ from __future__ import annotations
 
 from iree.compiler import ir
 
-from ..emit.builder import Size, tensor_type
-from ..emit.scalar import Scalar
-from ..emit.simt_kernel import Group, Kernel, dispatch
+from ..emit.simt_kernel import Group
 from ..emit.warp import LANES
 from ..op import LoweringContext
 from ..select import Legality, No, OtherMachine, Yes
 from ..target import Target
-from .contract import LinearAttention, output_specs
+from .chunk_dispatches import ChunkKernels, emit_chunks
+from .contract import LinearAttention
 from .mma_chunk_factors import THREADS, MmaFactors
 from .mma_chunk_operands import CHUNK, SIDE, WORDS, MmaPlan, record, stride_unit
 from .operands import Operands, kernel_name
@@ -76,38 +75,15 @@ def emit_linear_attention_fused_warp_chunks(
     context: LoweringContext, contract: LinearAttention, x: Operands
 ) -> list[ir.Value]:
     """Emit output and present state."""
-    b, c = context.builder, contract
-    streams, tokens = b.mul(x.batch, c.out_heads), x.tokens
-    numbers = [size for size in (streams, tokens) if not isinstance(size, int)]
-    p = plan_for(c)
-
-    def sizes(k: Kernel) -> tuple[Scalar, Scalar]:
-        given = iter(range(len(numbers)))
-        first, second = (
-            Scalar.constant(size, "index") if isinstance(size, int) else k.number(next(given))
-            for size in (streams, tokens)
-        )
-        return first, second
-
-    def output(shape: list[Size], dtype: str) -> tuple[ir.RankedTensorType, list[ir.Value]]:
-        static = [size if isinstance(size, int) else None for size in shape]
-        return tensor_type(static, dtype), [size for size in shape if not isinstance(size, int)]
-
-    name = kernel_name(c, x, f"warp_{p}")
-    items = b.mul(streams, b.ceil_div(tokens, CHUNK))
-    inputs = [value for value in (x.query, x.key, x.decay, x.beta) if value is not None]
-    outputs = [output([items, record(c) * WORDS], "f32")]
-    (factors,) = dispatch(
-        f"{name}_factors", Group(THREADS, LANES), 1, b.index(items), numbers, inputs, outputs,
-        lambda k: MmaFactors(k, c, _factors_plan(c, context.target), *sizes(k), half=c.dtype).emit(),
-    )  # fmt: skip
-    result, present = output_specs(c)
-    outputs = [
-        output([x.batch, tokens, c.out_heads * c.dv], result.dtype),
-        output([x.batch, c.kv_heads, c.dk, c.dv], present.dtype),
-    ]
-    inputs = [value for value in (x.query, x.key, x.value, x.past, factors) if value is not None]
-    return dispatch(
-        f"{name}_chunks", Group(p.threads, LANES), c.dv // (p.groups * COLUMNS), b.index(streams), numbers, inputs,
-        outputs, lambda k: WarpChunks(k, c, p, *sizes(k)).emit(),
-    )  # fmt: skip
+    c, p, first = contract, plan_for(contract), _factors_plan(contract, context.target)
+    kernels = ChunkKernels(
+        name=kernel_name(c, x, f"warp_{p}"),
+        chunk=CHUNK,
+        record=record(c) * WORDS,
+        factors_group=Group(THREADS, LANES),
+        factors=lambda k, streams, tokens: MmaFactors(k, c, first, streams, tokens, half=c.dtype).emit(),
+        group=Group(p.threads, LANES),
+        tiles=c.dv // (p.groups * COLUMNS),
+        chunks=lambda k, streams, tokens: WarpChunks(k, c, p, streams, tokens).emit(),
+    )
+    return emit_chunks(context, c, x, context.builder.mul(x.batch, c.out_heads), x.tokens, kernels)
