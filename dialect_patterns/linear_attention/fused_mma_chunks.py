@@ -16,6 +16,8 @@ Source: NUMERICS sections 1, 2 (substitution, then a merge) and 5.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from iree.compiler import ir
 
 from ..emit.simt_kernel import Group
@@ -69,8 +71,9 @@ def emit_linear_attention_fused_mma_chunks(
 ) -> list[ir.Value]:
     """Emit output and present state."""
     c, p = contract, plan_for(contract, context.target)
+    tokens = context.builder.index(x.tokens)  # a number: entry points of several sizes share the kernels
     kernels = ChunkKernels(
-        name=kernel_name(c, x, f"mma_{p}"),
+        name=kernel_name(c, replace(x, tokens=tokens), f"mma_{p}"),
         chunk=CHUNK,
         record=record(c) * WORDS,
         factors_group=Group(THREADS, SUBGROUP),
@@ -79,4 +82,4 @@ def emit_linear_attention_fused_mma_chunks(
         tiles=c.dv // p.columns,
         chunks=lambda k, streams, tokens: MmaChunks(k, c, p, streams, tokens).emit(),
     )
-    return emit_chunks(context, c, x, context.builder.mul(x.batch, c.out_heads), x.tokens, kernels)
+    return emit_chunks(context, c, x, context.builder.mul(x.batch, c.out_heads), tokens, kernels)

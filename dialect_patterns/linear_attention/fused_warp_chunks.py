@@ -14,6 +14,8 @@ Source: NUMERICS sections 1, 2 (substitution, then a merge) and 5; PTX ISA, warp
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from iree.compiler import ir
 
 from ..emit.simt_kernel import Group
@@ -76,8 +78,9 @@ def emit_linear_attention_fused_warp_chunks(
 ) -> list[ir.Value]:
     """Emit output and present state."""
     c, p, first = contract, plan_for(contract), _factors_plan(contract, context.target)
+    tokens = context.builder.index(x.tokens)  # a number: entry points of several sizes share the kernels
     kernels = ChunkKernels(
-        name=kernel_name(c, x, f"warp_{p}"),
+        name=kernel_name(c, replace(x, tokens=tokens), f"warp_{p}"),
         chunk=CHUNK,
         record=record(c) * WORDS,
         factors_group=Group(THREADS, LANES),
@@ -86,4 +89,4 @@ def emit_linear_attention_fused_warp_chunks(
         tiles=c.dv // (p.groups * COLUMNS),
         chunks=lambda k, streams, tokens: WarpChunks(k, c, p, streams, tokens).emit(),
     )
-    return emit_chunks(context, c, x, context.builder.mul(x.batch, c.out_heads), x.tokens, kernels)
+    return emit_chunks(context, c, x, context.builder.mul(x.batch, c.out_heads), tokens, kernels)

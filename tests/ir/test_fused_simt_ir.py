@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from data import Shape, causal_conv, linear_attention
-from harness import DEVICE_ATTRIBUTES, TARGETS, compile_module, lowered, node_for
+from harness import DEVICE_ATTRIBUTES, TARGETS, compile_module, lowered, lowered_all, node_for
 from iree.compiler import ir
 from iree.compiler.api import Session
 from linattn.dialect_patterns.causal_conv.op import choose as choose_conv
@@ -40,6 +40,8 @@ def _targets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(TARGETS, "plain", PLAIN)
     monkeypatch.setitem(TARGETS, "large", LARGE)
     monkeypatch.setitem(TARGETS, "matrices", MATRICES)
+    monkeypatch.setitem(TARGETS, "warps", replace(MATRICES, copy_memory=98_304))
+    monkeypatch.setitem(TARGETS, "vulkan:hopper", replace(LARGE, matrix_stride="chunks"))
 
 
 def emit(
@@ -91,6 +93,30 @@ def test_two_dispatches_for_many_tokens(open_dims: bool) -> None:
     assert ops["flow.dispatch"] == ops["hal.executable.source"] == 2
     assert ops["linalg.generic"] == 0
     assert "_factors" in str(module)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "target"),
+    [
+        ("fused_simt_chunks", "large"),
+        ("fused_mma_chunks", "matrices"),
+        ("fused_mma_chunks", "vulkan:hopper"),
+        ("fused_warp_chunks", "warps"),
+    ],
+)
+def test_prompts_of_all_sizes_share_the_chunks_kernels(strategy: str, target: str) -> None:
+    """A driver compiles every kernel when the module is loaded: one of each for a layer's shape, not for each T too."""
+    shape = Shape(q_heads=2, dk=64, dv=64)
+    nodes = [
+        node_for("", "LinearAttention", 27, specs_of("LinearAttention", inputs, False), shape.attributes, 2)
+        for inputs in (linear_attention(shape, 1, tokens, dtype=np.float16) for tokens in (64, 256, 512))
+    ]
+    module = lowered_all(nodes, target, LoweringOptions(strategy=strategy))
+    ops = count(module)
+    assert ops["flow.dispatch"] == 6
+    assert ops["hal.executable.source"] == 2
+    for tokens in (64, 256, 512):
+        assert f"tensor<1x{tokens}x128xf16>" in str(module)  # the results' sizes stay known
 
 
 @pytest.mark.parametrize(
