@@ -20,13 +20,13 @@ from .manifest import EntryPoint, Manifest
 from .module import Module
 from .result_specs import ResultSpec
 from .state import next_states, state_shape
-from .step import Step, step_shapes
+from .step import Step, ids_alone, step_shapes
 from .turns import Turns
 from .usage import MemoryUse
 
 _LARGE_INPUT = 1 << 18  # bytes; above it a copy to the device pays off
 _KEPT_INPUTS = 64
-_KEPT_STEPS = 8
+_KEPT_STEPS = 32
 _MOST_WORKERS = 64
 _SMALL_OUTPUT = 1 << 19  # elements; below it the device writes to the host's memory sooner than a copy is submitted
 
@@ -58,13 +58,17 @@ class Engine:
         self.manifest = manifest
         self._inputs: dict[tuple[int, tuple[int, ...]], DeviceArray] = {}
         self._outputs: dict[str, list[DeviceArray]] = {}
-        self._steps: dict[int, Step | None] = {}
+        self._steps: dict[tuple[int, int, bool], Step | None] = {}
         self._choosers: dict[int, list[Step]] = {}  # those that nobody uses
         self._lock = threading.RLock()
         self.turns = Turns()
         self._workers: ThreadPoolExecutor | None = None
         self._holders: weakref.WeakKeyDictionary[object, Holding] = weakref.WeakKeyDictionary()
         self._holders_lock = threading.Lock()
+        tokens = [spec for spec in manifest.inputs if spec.role == "tokens"]
+        self._ids = tokens[0] if len(tokens) == 1 else None
+        sizes = {entry.tokens for entry in manifest.entry_points}
+        self._step_sizes = {1} if None in sizes else {1, *sizes}  # what takes any number of tokens takes all but one
         self._result_dtypes = [spec.dtype for spec in (*manifest.outputs, *manifest.states)]
 
     @property
@@ -179,22 +183,44 @@ class Engine:
         count = len(m.outputs)
         return results[:count], next_states(m, states, results[count:])
 
-    def step(self, batch: int) -> Step | None:
-        """What is prepared for one token of every row; None where the inputs are not those of a `Step`."""
-        if batch not in self._steps:
+    def ids_alone(self, inputs: object) -> HostArray | None:
+        """The token ids of a session's call that gives nothing else; None for any other call.
+
+        Raises:
+            InputError: Not token ids.
+        """
+        return None if self._ids is None else ids_alone(self._ids, inputs)
+
+    def step(self, batch: int, tokens: int = 1, *, last: bool = False) -> Step | None:
+        """What is prepared for so many tokens of every row; None where there is no such entry point or `Step`.
+
+        Args:
+            batch: Rows.
+            tokens: Of a row: one, or a block.
+            last: The last position's logits are wanted, not all.
+        """
+        if tokens not in self._step_sizes:
+            return None
+        key = batch, tokens, last and tokens > 1
+        if key not in self._steps:
             with self.exclusive():
                 if len(self._steps) > _KEPT_STEPS:
                     self._steps.clear()
-                self._steps[batch] = self._prepare(batch)
-        return self._steps[batch]
+                self._steps[key] = self._prepare(*key)
+        return self._steps[key]
 
-    def _prepare(self, batch: int) -> Step | None:
+    def _prepare(self, batch: int, tokens: int, last: bool) -> Step | None:
         m = self.manifest
-        shapes = step_shapes(m, batch)
-        entry = next((entry for tokens in (1, None) for entry in m.entry_points if entry.tokens == tokens), None)
-        if shapes is None or entry is None:
+        entries = {entry.tokens: entry for entry in m.entry_points}
+        entry = entries.get(tokens) or entries.get(None)
+        shapes = step_shapes(m, batch, tokens)
+        if entry is None or shapes is None:
             return None
-        return Step(self.module, m, entry.symbol, shapes, self._output_memory(entry.symbol), entry.alone)
+        symbol = (last and entry.last) or entry.symbol
+        outputs = self._output_memory(symbol)
+        if tokens > 1 and outputs is None:  # the states would share memory with large outputs
+            return None
+        return Step(self.module, m, symbol, shapes, outputs, entry.alone, cut=last and not entry.last)
 
     def take_chooser(self, batch: int, *, draws: bool = False) -> Step | None:
         """A step of the entry point that chooses tokens, for whoever takes it alone; None where there is none.

@@ -361,9 +361,9 @@ class Session(Holding):
     ) -> dict[str, Any]:
         m, now, device = self._manifest, self._line[-1], self._engine.device
         plain = wanted.is_plain and now.batch is not None and now.mask is None
-        if plain and (step := self._engine.step(now.batch or 1)) is not None:
-            ids = step.accepts(inputs, now.position)
-            if ids is not None:
+        if plain and (ids := self._engine.ids_alone(inputs)) is not None:
+            step = self._engine.step(now.batch or 1, ids.shape[-1] if ids.ndim else 0, last=wanted.last)
+            if step is not None and step.accepts(ids, now.position):
                 return self._step(step, ids, now, step.read)
         call = prepare(m, device, inputs, now.position, now.batch, now.mask)
         collector = Collector(m, device, wanted, call.tokens)
@@ -414,7 +414,7 @@ class Session(Holding):
                 step.check(ids)
                 if not self._engine.device.has_queue:
                     step.draw_by(draw)
-                    return self._step(step, ids, now, lambda _: step.tokens())
+                    return self._step(step, ids, now, lambda _: step.chosen())
             finally:
                 if ahead is None:
                     self._engine.give_back(now.batch or 1, step)
@@ -425,7 +425,7 @@ class Session(Holding):
                 if more and step.has_room(first.held.position):
                     following = self._submit(first.held, first.step, later)
                 first.wait()
-                tokens = first.step.tokens()
+                tokens = first.step.chosen()
             except BaseException:
                 self._abandon(*([first] if following is None else [first, following]))
                 raise
@@ -440,8 +440,9 @@ class Session(Holding):
             return tokens
 
     def _step(self, step: Step, ids: HostArray, now: Held, read: Callable[[Sequence[DeviceArray]], _Chosen]) -> _Chosen:
-        """What `_run` does, for one token of every row that all is prepared for."""
-        lease = now.lease.caches.extend(now.lease, now.position + 1)
+        """What `_run` does, for tokens that all is prepared for."""
+        end = now.position + step.tokens
+        lease = now.lease.caches.extend(now.lease, end)
         try:
             with self._engine.exclusive():
                 into = self._spare.pop() if self._spare else None
@@ -450,7 +451,7 @@ class Session(Holding):
         except BaseException:
             lease.release()
             raise
-        self._commit(Held(moving, lease, now.position + 1, now.batch))
+        self._commit(Held(moving, lease, end, now.batch))
         return found
 
     def _run_blocks(

@@ -1,7 +1,7 @@
-"""A step: one token of every row through one entry point, with all of it prepared that no token changes.
+"""A step: one token of every row, or one block, through one entry point, with all prepared that no token changes.
 
-A general call checks, completes, cuts and packs whatever it is given. Of a step only the token ids, the position and a
-column of the mask are new: they are written where the device reads them. The states are those of whoever calls.
+A general call checks, completes, cuts and packs whatever it is given. Of a step only the token ids, the position and
+columns of the mask are new: they are written where the device reads them. The states are those of whoever calls.
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ class Step:
     Args:
         module: The loaded module.
         manifest: Its manifest.
-        symbol: The entry point of one token.
+        symbol: The entry point.
         shapes: Of the graph's inputs.
         outputs: Memory of the graph's outputs; None: the module brings it.
         alone: Of the entry point, see `EntryPoint`.
         draws: Of how many rows the entry point draws tokens; 0: of none.
+        cut: Whether of the logits only those of the last position are read, though it gives all.
     """
 
     def __init__(
@@ -48,17 +49,22 @@ class Step:
         outputs: Sequence[DeviceArray] | None,
         alone: int,
         draws: int = 0,
+        *,
+        cut: bool = False,
     ) -> None:
         m, device = manifest, module.device
         self._module, self._manifest, self._symbol = module, m, symbol
-        self._outputs, self._alone = outputs, alone
+        self._outputs, self._alone, self._cut = outputs, alone, cut
         self._inputs = [device.host_buffer(shape, spec.dtype) for shape, spec in zip(shapes, m.inputs, strict=True)]
         views = [device.host_view(array) for array in self._inputs]
         pairs = [(spec, view) for spec, view in zip(m.inputs, views, strict=True) if view is not None]
         self._spec, self._ids = next(pair for pair in pairs if pair[0].role == "tokens")
         self._ids_at = m.inputs.index(self._spec)
+        self.tokens = self._ids.shape[-1]
+        """T, of a row."""
         self._logits_at = next((i for i, spec in enumerate(m.outputs) if spec.role == "logits"), 0)
-        self._positions = [view for spec, view in pairs if spec.role == "position_ids"]
+        by_token = [_by_token(m, spec, view) for spec, view in pairs if spec.role == "position_ids"]
+        self._positions: list[tuple[HostArray, HostArray]] = [(view, np.arange(view.shape[-1])) for view in by_token]
         self._columns: HostArray | None = None
         self._filled = 0
         for spec, view in pairs:
@@ -83,19 +89,16 @@ class Step:
         """Of its inputs; the outputs' memory is the engine's."""
         return sum(array.nbytes for array in (*self._inputs, *self._draw))
 
-    def accepts(self, inputs: object, position: int) -> HostArray | None:
-        """The token ids of a session's call that is no more than a step, checked; None for any other call.
+    def accepts(self, ids: HostArray, position: int) -> bool:
+        """Whether a session's call with nothing but these ids is no more than this step; they are checked.
 
         Raises:
-            InputError: Not token ids, or an index outside the model's tables.
+            InputError: An index outside the model's tables.
         """
-        if type(inputs) is not dict or len(inputs) != 1 or self._spec.name not in inputs:  # pyright: ignore[reportUnknownArgumentType]
-            return None
-        ids = as_array(self._spec, inputs[self._spec.name])
         if ids.shape != self._ids.shape or not self.has_room(position):
-            return None
+            return False
         self.check(ids)
-        return ids
+        return True
 
     def check(self, ids: HostArray) -> None:
         """Refuses token ids outside the model's tables.
@@ -112,16 +115,16 @@ class Step:
             view[...] = 0.0 if settings is None else settings
 
     def has_room(self, position: int) -> bool:
-        """Whether the context has room for a token at a position; the general call says why not."""
-        return self._limit is None or position < self._limit
+        """Whether the context has room for its tokens at a position; the general call says why not."""
+        return self._limit is None or position + self.tokens <= self._limit
 
     def call(
         self, ids: HostArray, now: Held, into: list[DeviceArray] | None
     ) -> tuple[Sequence[DeviceArray], list[DeviceArray]]:
-        """Appends a token to every row, and waits.
+        """Appends its tokens to every row, and waits.
 
         Args:
-            ids: Token ids, [B, 1], checked.
+            ids: Token ids, [B, T], checked.
             now: The states before; rows of its caches at its position are written.
             into: Memory for the moving states; None: new memory.
 
@@ -176,17 +179,26 @@ class Step:
     def read(self, outputs: Sequence[DeviceArray]) -> dict[str, HostArray]:
         """Copies of the outputs of the last call, by name."""
         device, views = self._module.device, self._views or [None] * len(outputs)
-        return {
-            spec.name: view.copy() if view is not None else device.to_host(output)
-            for spec, view, output in zip(self._manifest.outputs, views, outputs, strict=True)
-        }
+        found: dict[str, HostArray] = {}
+        for spec, view, output in zip(self._manifest.outputs, views, outputs, strict=True):
+            if self._cut and spec.role == "logits" and spec.token_axis is not None:
+                found[spec.name] = self._last_row(spec.token_axis, view, output)
+            else:
+                found[spec.name] = view.copy() if view is not None else device.to_host(output)
+        return found
+
+    def _last_row(self, axis: int, view: HostArray | None, output: DeviceArray) -> HostArray:
+        rows = output.shape[axis]
+        if view is None:
+            return self._module.device.to_host_rows(output, axis, rows - 1, rows)
+        return view[(slice(None),) * axis + (slice(rows - 1, rows),)].copy()
 
     def logits(self, outputs: Sequence[DeviceArray]) -> HostArray:
         """The logits of the last call, of a model that has them once, in their own memory where the host reads it."""
         view = self._views[self._logits_at] if self._views else None
         return view if view is not None else self._module.device.to_host(outputs[self._logits_at])
 
-    def tokens(self) -> HostArray:
+    def chosen(self) -> HostArray:
         """A copy of what the last call chose, [B, 1], where the entry point is one that chooses; -1 for NaN."""
         assert self._outputs is not None
         return self.logits(self._outputs).copy()
@@ -194,8 +206,11 @@ class Step:
     def _write(self, ids: HostArray | None, position: int) -> None:
         if ids is not None:
             self._ids[...] = ids
-        for view in self._positions:
-            view.fill(position)
+        for view, counted in self._positions:
+            if self.tokens == 1:
+                view.fill(position)
+            else:
+                np.add(counted, position, out=view, casting="unsafe")
         filled, columns = self._filled, self._columns
         if columns is not None and position != filled:
             self._filled = -1  # unknown: a Ctrl-C may come before the columns are written
@@ -206,11 +221,11 @@ class Step:
             self._filled = position
 
     def _start_mask(self, spec: InputSpec, view: HostArray) -> None:
-        """Fills the mask of no committed tokens; its columns are kept, the new token's last one is always there."""
+        """Fills the mask of no committed tokens; its columns are kept, those of the new tokens are always there."""
         axis = axis_of(self._manifest, spec.shape, "total")
         view.fill(1)
         if axis is not None:
-            self._columns = np.moveaxis(view, axis, -1)[..., :-1]
+            self._columns = np.moveaxis(view, axis, -1)[..., : -self.tokens]
             self._columns.fill(0)
 
     def _new_moving(self) -> list[DeviceArray]:
@@ -228,8 +243,20 @@ class Step:
         return results[:count], [new for spec, new in zip(m.states, results[count:], strict=True) if not spec.in_place]
 
 
-def step_shapes(manifest: Manifest, batch: int) -> list[tuple[int, ...]] | None:
-    """The shapes of the inputs of a step; None where a step is not just a token, a position and a column of a mask.
+def ids_alone(spec: InputSpec, inputs: object) -> HostArray | None:
+    """The token ids of a call that gives nothing else, those of one row as [1, T]; None for any other call.
+
+    Raises:
+        InputError: Not token ids.
+    """
+    if type(inputs) is not dict or len(inputs) != 1 or spec.name not in inputs:  # pyright: ignore[reportUnknownArgumentType]
+        return None
+    ids = as_array(spec, inputs[spec.name])
+    return ids[None] if ids.ndim == 1 and len(spec.shape) == 2 else ids
+
+
+def step_shapes(manifest: Manifest, batch: int, tokens: int = 1) -> list[tuple[int, ...]] | None:
+    """The shapes of the inputs of a step; None where a step is not just tokens, a position and columns of a mask.
 
     So it is where a mask grows with every token (an open context), or where there is an input of another kind.
     """
@@ -240,10 +267,16 @@ def step_shapes(manifest: Manifest, batch: int) -> list[tuple[int, ...]] | None:
     if grows and m.max_context is None:
         return None
     past = m.max_context or 0
-    sizes = Sizes(m, batch=batch, tokens=1, past=past, total=past + 1)
+    sizes = Sizes(m, batch=batch, tokens=tokens, past=past, total=past + tokens)
     try:
         shapes = [sizes.concrete(spec.name, spec.shape) for spec in m.inputs]
     except InputError:
         return None
-    tokens = next(shape for spec, shape in zip(m.inputs, shapes, strict=True) if spec.role == "tokens")
-    return shapes if tokens == (batch, 1) else None
+    ids = next(shape for spec, shape in zip(m.inputs, shapes, strict=True) if spec.role == "tokens")
+    return shapes if ids == (batch, tokens) else None
+
+
+def _by_token(manifest: Manifest, spec: InputSpec, view: HostArray) -> HostArray:
+    """A view of position ids whose last axis is that of the tokens."""
+    axis = axis_of(manifest, spec.shape, "tokens")
+    return view if axis is None else np.moveaxis(view, axis, -1)

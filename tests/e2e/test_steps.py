@@ -7,7 +7,7 @@ import functools
 import threading
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -41,7 +41,10 @@ TARGETS = pytest.mark.parametrize("target", ["cpu", pytest.param("vulkan", marks
 @cache
 def program(target: str) -> Program:
     options = CompileOptions(target=target, max_context=CONTEXT, prefill_blocks=(8,), sampler="draw")
-    return Program.load(compile_model(build(), options).module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("linattn.frontend.compile.LEAST_TOKENS", 8)  # the block has a function for its last logits
+        patch.setattr("linattn.frontend.graph.last_position.LEAST_BYTES", 0)
+        return Program.load(compile_model(build(), options).module)
 
 
 def run(session: Session, start: int, stop: int) -> np.ndarray:
@@ -87,6 +90,55 @@ def test_steps_are_prepared_and_equal_general_calls(target: str, monkeypatch: py
     np.testing.assert_array_equal(steps(fork, 30, 40), want[:, 30:40])
     np.testing.assert_array_equal(steps(one, 30, 40), want[:, 30:40])
     assert prepared == [*range(20), *range(3), *range(20, 25), *range(22, 30), 0, 1, *range(30, 40), *range(30, 40)]
+
+
+@TARGETS
+@pytest.mark.parametrize("has_last", [True, False])
+def test_blocks_are_prepared_and_equal_general_calls(
+    target: str, has_last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt of one block, its logits all or the last ones, at other positions in between; two blocks are not.
+
+    The last ones by their own function or, where the module has none, cut from all.
+    """
+    right, prepared = Step.call, list[tuple[int, int]]()
+
+    def counted(self: Step, ids: Any, now: Any, into: Any) -> Any:
+        prepared.append((now.position, self.tokens))
+        return right(self, ids, now, into)
+
+    def block(session: Session, at: int, which: Literal["all", "last"] = "all") -> np.ndarray:
+        given = {"input_ids": IDS[:, at : at + 8], "position_ids": np.arange(at, at + 8)[None]}
+        return session.run(given, logits=which)["logits"]
+
+    monkeypatch.setattr(Step, "call", counted)
+    engine = engine_of(program(target))
+    if not has_last:
+        entries = [dataclasses.replace(entry, last=None) for entry in engine.manifest.entry_points]
+        monkeypatch.setattr(engine, "manifest", dataclasses.replace(engine.manifest, entry_points=tuple(entries)))
+        monkeypatch.setattr(engine, "_steps", {})
+    one, two, plain = (program(target).session(window=4) for _ in range(3))
+    want = {at: block(plain, at) for at in (0, 8, 16)}
+    last = block(program(target).session(), 0, "last")
+    assert prepared == []
+    np.testing.assert_array_equal(run(one, 0, 8), want[0])
+    np.testing.assert_array_equal(one.run({"input_ids": IDS[0, 8:16].tolist()})["logits"], want[8])
+    np.testing.assert_array_equal(two.run({"input_ids": IDS[:, :8]}, logits="last")["logits"], last)
+    assert last.shape[1] == 1
+    assert has_last or np.array_equal(last, want[0][:, -1:])
+    assert prepared == [(0, 8), (8, 8), (0, 8)]
+    step = run(one, 16, 17)
+    one.rollback(1)
+    np.testing.assert_array_equal(run(one, 16, 24), want[16])
+    np.testing.assert_array_equal(run(two, 8, 16), want[8])
+    np.testing.assert_array_equal(run(two, 16, 17), step)
+    assert prepared[3:] == [(16, 1), (16, 8), (8, 8), (16, 1)]
+    one.reset()
+    run(one, 0, 16)
+    run(one, 16, 26)
+    with pytest.raises(StateError, match="context full"):
+        run(one, 20, 20 + CONTEXT)
+    assert len(prepared) == 7
 
 
 @TARGETS
@@ -427,7 +479,7 @@ def test_a_failure_at_every_boundary_of_the_queue(target: str, when: str, monkey
     injected = TargetError("injected") if when == "before" else KeyboardInterrupt()
     want, loaded = greedy_tokens(target), program(target)
     module = engine_of(loaded).module
-    names: list[tuple[Any, str]] = [(module, "_invoke"), (Step, "_write"), (Step, "tokens")]
+    names: list[tuple[Any, str]] = [(module, "_invoke"), (Step, "_write"), (Step, "chosen")]
     if loaded.device.has_queue:
         names += [(module, "_submit"), (module, "_wait"), (Step, "submit")]
     for owner, name in names:
