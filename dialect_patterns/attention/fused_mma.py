@@ -185,29 +185,31 @@ class _Matrices:
     def emit(self) -> None:
         """Emit everything."""
         k, c, call = self.k, self.call.c, self.call
-        self.c, heads = c, c.batch * c.kv_heads
+        self.c, self.n, heads = c, call.n, c.batch * c.kv_heads
 
         def count(elements: int) -> Scalar:
             return Scalar.constant(elements, "index")
 
-        self.query = k.chunks(0, count(heads * c.rows * c.dk // _CHUNK))
+        self.query = k.chunks(0, self.n.rows * (heads * c.dk // _CHUNK))
         self.keys = k.chunks(1, count(heads * c.keys * c.dk // _CHUNK))
         self.values = k.chunks(2, count(heads * c.keys * c.dv // _CHUNK))
         self.head = k.item()
-        self.bias = None if c.bias_dims is None else Bias(k, c, 3, self.head)
-        vectors = heads * call.parts * c.rows * c.dv // _WORDS
-        if call.parts == 1:
-            self.output = k.buffer(call.output, call.result, count(vectors), _WORDS)
+        self.bias = None if c.bias_dims is None else Bias(k, c, call.n, 3, self.head)
+        rows = self.n.parts * self.n.rows * heads
+        if call.whole:
+            self.output = k.buffer(call.output, call.result, rows * (c.dv // _WORDS), _WORDS)
         else:
-            self.stats = k.buffer(call.output, "f32", count(heads * call.parts * c.rows * 2))
-            self.output = k.buffer(call.output + 1, "f32", count(vectors), _WORDS)
+            self.stats = k.buffer(call.output, "f32", rows * 2)
+            self.output = k.buffer(call.output + 1, "f32", rows * (c.dv // _WORDS), _WORDS)
         self.memory = k.shared_chunks(self.at.chunks)
         self.tops, self.sums, self.odd = k.shared(_THREADS), k.shared(_THREADS), k.shared(1)
         self.wide = c.dv // (_ACROSS * _SIDE)  # matrices of a subgroup's outputs
-        block, self.part = k.tile().divide_unsigned(call.parts)
-        last = -(-c.rows // _QUERIES) - 1
-        self.start = (Scalar.constant(last, "index") - block) * _QUERIES  # rows that see the most come first
-        self.window = Window(c, self.first, self.start, _QUERIES, _KEYS)
+        block, self.part = k.tile(), Scalar.constant(0, "index")
+        if not call.whole:
+            block, self.part = block.divide_unsigned(self.n.parts)
+        last = (self.n.rows - 1).divide_unsigned(_QUERIES)[0]
+        self.start = (last - block) * _QUERIES  # rows that see the most come first
+        self.window = Window(c, self.n, self.first, self.start, _QUERIES, _KEYS)
         subgroup, self.lane = k.thread().divide_unsigned(_SUBGROUP)
         self.subgroup = subgroup
         self.down, self.across = subgroup.divide_unsigned(_ACROSS)
@@ -217,10 +219,10 @@ class _Matrices:
     def _run(self) -> None:
         k, c, call = self.k, self.c, self.call
         for line, chunk in self._spots(c.dk):
-            row = self._row((self.start + line).minimum(c.rows - 1))
+            row = self._row((self.start + line).minimum(self.n.rows - 1))
             value = k.load(self.query, row * (c.dk // _CHUNK) + chunk)
             k.store_as_is(value, self.memory, line * self.at.stride_q + chunk)
-        place, stop = self.window.part(self.part, call.parts)
+        place, stop = self.window.all() if call.whole else self.window.part(self.part)
         keys = self._fetch_keys(place)
         count = len(keys)
 
@@ -243,9 +245,9 @@ class _Matrices:
 
         initial = [k.constant(LOWEST), k.constant(0.0)]
         if call.sink_type:  # as a key that is seen first, whose value is zero
-            row = (self.start + self.own).minimum(c.rows - 1)
+            row = (self.start + self.own).minimum(self.n.rows - 1)
             own = k.select(self.share.equals(0), k.constant(1.0), k.constant(0.0))
-            initial = [sink_of_row(k, c, call.sink_type, call.sink, self.head, row), own]
+            initial = [sink_of_row(k, c, call.n, call.sink_type, call.sink, self.head, row), own]
         zeros = [k.matrix_zero() for _ in range(self.wide)]
         top, total, *rest = k.loop(place, stop, _KEYS, [*initial, *keys, *zeros], tile)
         self._write(top, total, rest[count:])
@@ -263,11 +265,9 @@ class _Matrices:
         """Where a row of this key head is among all queries, or outputs."""
         c = self.c
         if not self.call.flat:
-            return self.head * c.rows + row
-        (batch, key_head), (member, token) = (
-            self.head.divide_unsigned(c.kv_heads), row.divide_unsigned(c.tokens),
-        )  # fmt: skip
-        return (batch * c.tokens + token) * (c.kv_heads * c.group) + key_head * c.group + member
+            return self.head * self.n.rows + row
+        (batch, key_head), (member, token) = self.head.divide_unsigned(c.kv_heads), self.n.member(row)
+        return (batch * self.n.tokens + token) * (c.kv_heads * c.group) + key_head * c.group + member
 
     def _fetch(self, buffer: Buffer, rows: int, row: Scalar, size: int, bound: Scalar) -> list[ir.Value]:
         """This thread's chunks of 32 rows of this head's ``rows``, none beyond ``bound``."""
@@ -346,7 +346,7 @@ class _Matrices:
             if c.softcap:
                 score = k.mul(k.tanh(k.div(score, k.constant(c.softcap))), k.constant(c.softcap))
             if self.bias is not None:
-                row = (self.start + self.own).minimum(c.rows - 1)
+                row = (self.start + self.own).minimum(self.n.rows - 1)
                 score = self.bias.added(score, row, key.minimum(self.window.last))
             scores.append(k.select(self.window.sees(self.own, key), score, k.constant(float("-inf"))))
         highest = scores[0]
@@ -442,8 +442,8 @@ class _Matrices:
         whole = k.load(self.sums, self.own * _SHARE)
         for other in range(1, _SHARE):
             whole = k.add(whole, k.load(self.sums, self.own * _SHARE + other))
-        base = (self.head * call.parts + self.part) * c.rows
-        if call.parts == 1:
+        base = (self.head * self.n.parts + self.part) * self.n.rows
+        if call.whole:
             self._put_factor(k.div(k.constant(1.0), k.maximum(whole, k.constant(1e-30))))  # of no key: 0
             k.barrier()
             outputs = self._scaled(outputs)
@@ -454,7 +454,7 @@ class _Matrices:
                 k.store(top, self.stats, (base + own) * 2)
                 k.store(whole, self.stats, (base + own) * 2 + 1)
 
-            k.when(self.share.equals(0) & (own < c.rows), write_stats)
+            k.when(self.share.equals(0) & (own < self.n.rows), write_stats)
         for j, output in enumerate(outputs):
             column = (self.across * self.wide + j) * (_SIDE // _WORDS)
             k.matrix_store(output, self.memory, self.down * (_SIDE * at.stride_o) + column, at.full(at.stride_o))
@@ -463,9 +463,9 @@ class _Matrices:
         for first in range(0, _QUERIES * across, _THREADS):
             line, column = (k.thread() + first).divide_unsigned(across)
             row, value = self.start + line, k.load(self.memory, line * at.stride_o + column)
-            place = self._row(row) if call.parts == 1 else base + row
+            place = self._row(row) if call.whole else base + row
 
             def write(value: ir.Value = value, place: Scalar = place, column: Scalar = column) -> None:
                 k.store(value, self.output, place * across + column)
 
-            k.when(row < c.rows, write)
+            k.when(row < self.n.rows, write)

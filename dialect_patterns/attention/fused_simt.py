@@ -29,7 +29,7 @@ from ..select import Legality, No, OtherMachine, Yes
 from ..target import Target
 from .core import AttentionShape
 from .simt_bias import Bias
-from .simt_call import WIDTH, Call, why_not_by_position
+from .simt_call import WIDTH, Call, Sizes, why_not_by_position
 from .simt_join import LOWEST, emit_join
 
 _MAX_ROWS = 8
@@ -107,7 +107,8 @@ class _Parts:
         self.keys = k.buffer(1, c.dtype, count(heads * c.keys * vectors), WIDTH)
         self.values = k.buffer(2, c.value_dtype, count(heads * c.keys * c.dv // WIDTH), WIDTH)
         self.head, self.part = k.item(), k.tile()
-        self.bias = None if c.bias_dims is None else Bias(k, c, 3, self.head)
+        sizes = Sizes(*(count(size) for size in (c.tokens, c.rows, c.parts)))
+        self.bias = None if c.bias_dims is None else Bias(k, c, sizes, 3, self.head)
         outputs = 3 if self.bias is None else 4
         self.stats = k.buffer(outputs, "f32", count(heads * c.parts * c.rows * 2))
         self.sums = k.buffer(outputs + 1, "f32", count(heads * c.parts * c.rows * c.dv))

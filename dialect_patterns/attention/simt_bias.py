@@ -6,7 +6,7 @@ from iree.compiler import ir
 
 from ..emit.scalar import Scalar
 from ..emit.simt_kernel import Buffer, Kernel
-from .simt_call import Call
+from .simt_call import Call, Sizes
 
 
 class Bias:
@@ -15,18 +15,18 @@ class Bias:
     Args:
         k: The kernel.
         c: What is computed.
+        n: Its sizes.
         binding: Of the bias, f32.
         head: The key head, counted through the batch.
     """
 
-    def __init__(self, k: Kernel, c: Call, binding: int, head: Scalar) -> None:
+    def __init__(self, k: Kernel, c: Call, n: Sizes, binding: int, head: Scalar) -> None:
         assert c.bias_dims is not None
-        self._k, self._c, self._dims = k, c, c.bias_dims
-        sizes = (c.batch, c.kv_heads * c.group, c.tokens)
-        count = c.keys
-        for has, size in zip(self._dims, sizes, strict=True):
-            count *= size if has else 1
-        self._buffer: Buffer = k.buffer(binding, "f32", Scalar.constant(count, "index"))
+        self._k, self._c, self._n, self._dims = k, c, n, c.bias_dims
+        count = Scalar.constant(c.keys, "index")
+        for has, size in zip(self._dims, (c.batch, c.kv_heads * c.group, n.tokens), strict=True):
+            count = count * size if has else count
+        self._buffer: Buffer = k.buffer(binding, "f32", count)
         self._batch, self._head = head.divide_unsigned(c.kv_heads)
 
     def added(self, score: ir.Value, row: Scalar, key: Scalar) -> ir.Value:
@@ -35,12 +35,12 @@ class Bias:
         Nothing is added to a score there: NaN of a hidden key would stay NaN.
         """
         k, c = self._k, self._c
-        member, token = row.divide_unsigned(c.tokens)
+        member, token = self._n.member(row)
         place = self._batch if self._dims[0] else Scalar.constant(0, "index")
         if self._dims[1]:
             place = place * (c.kv_heads * c.group) + self._head * c.group + member
         if self._dims[2]:
-            place = place * c.tokens + token
+            place = place * self._n.tokens + token
         bias = k.load(self._buffer, place * c.keys + key)
         hidden = k.constant(float("-inf"))
         return k.select(Scalar(bias).equals(Scalar(hidden)), hidden, k.add(score, bias))

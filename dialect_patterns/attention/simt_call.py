@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from iree.compiler import ir
 
 from ..emit.builder import spec_of
+from ..emit.scalar import Scalar
 from ..target import Target
 from .core import AttentionShape, bias_dims
 
@@ -97,13 +98,41 @@ class Call:
         return lanes
 
     def __str__(self) -> str:
+        return self.named(str(self.tokens))
+
+    def named(self, tokens: str) -> str:
+        """All that it depends on, with this word for T."""
         window = "" if self.left is None else f"_w{self.left}"
         factors = f"{self.scale.hex()}_{self.softcap.hex()}" if self.softcap else self.scale.hex()
         factors = factors.replace(".", "p").replace("-", "m").replace("+", "")
         types = self.dtype if self.dtype == self.value_dtype else f"{self.dtype}_{self.value_dtype}"
-        sizes = f"{self.batch}x{self.kv_heads}x{self.group}x{self.tokens}_s{self.keys}_d{self.dk}x{self.dv}"
+        sizes = f"{self.batch}x{self.kv_heads}x{self.group}x{tokens}_s{self.keys}_d{self.dk}x{self.dv}"
         bias = "" if self.bias_dims is None else "_bias" + "".join(str(int(has)) for has in self.bias_dims)
         return f"{types}_{sizes}{window}{bias}_{factors}"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a kernel is given of a call, so that calls of several sizes share it.
+
+    Attributes:
+        tokens: T.
+        rows: R.
+        parts: P, of the keys.
+    """
+
+    tokens: Scalar
+    rows: Scalar
+    parts: Scalar
+
+    def token(self, row: Scalar) -> Scalar:
+        """The token of a row of a key head."""
+        return self.member(row)[1]
+
+    def member(self, row: Scalar) -> tuple[Scalar, Scalar]:
+        """The query head of a row of a key head, among those, and its token; in 32 bits, which GPUs divide better."""
+        head, token = row.to("i32").divide_unsigned(self.tokens.to("i32"))
+        return head.to("index", unsigned=True), token.to("index", unsigned=True)
 
 
 def why_not_by_position(shape: AttentionShape) -> str:

@@ -13,7 +13,7 @@ from ..emit.simt_kernel import Group, Kernel, dispatch
 from ..node import TensorSpec
 from ..target import Target
 from .core import join_heads
-from .simt_call import Call
+from .simt_call import Call, Sizes
 from .simt_join import emit_join
 
 _ENOUGH_GROUPS = 128  # workgroups that keep a large GPU busy
@@ -25,15 +25,17 @@ class Tiled:
     """A call as such a kernel has it: bindings of queries, keys, values, bias and sinks where there are, then results.
 
     Attributes:
-        c: What is computed.
-        parts: Workgroups of a block of rows, each for a part of the keys.
+        c: What is computed, but for T: calls of several sizes share the kernel.
+        n: Its sizes.
+        whole: Whether a workgroup of a block of rows goes over all keys; else each over a part of them.
         sink_type: Of the sinks that come in memory, if they do.
         result: Element type of the outputs.
         flat: Whether queries are [B, T, Hq * dk], and the outputs of one part [B, T, Hq * dv].
     """
 
     c: Call
-    parts: int
+    n: Sizes
+    whole: bool
     sink_type: str
     result: str
     flat: bool = False
@@ -79,22 +81,24 @@ def emit_tiled(
     key_heads, result = c.batch * c.kv_heads, spec_of(q).dtype
     blocks = -(-c.rows // rows)
     parts = max(1, min(_ENOUGH_GROUPS // (key_heads * blocks), c.keys // _PART_KEYS))
-    call = Tiled(c, parts, spec_of(sink).dtype if sink is not None and parts == 1 else "", result, flat)
+    sink_type = spec_of(sink).dtype if sink is not None and parts == 1 else ""
 
     def emit(kernel: Kernel) -> None:
-        body(kernel, call, Scalar.constant(first, "index") if isinstance(first, int) else kernel.number(0))
+        n = Sizes(*(kernel.number(i) for i in range(3)))
+        position = Scalar.constant(first, "index") if isinstance(first, int) else kernel.number(3)
+        body(kernel, Tiled(c, n, parts == 1, sink_type, result, flat), position)
 
     inputs = [b.cast(q, c.dtype), k, v, *([] if bias is None else [bias])]
-    inputs += [sink] if sink is not None and call.sink_type else []
-    lead = (f"at{first}_" if isinstance(first, int) else "") + (f"sink{call.sink_type}_" if call.sink_type else "")
+    inputs += [sink] if sink is not None and sink_type else []
+    lead = (f"at{first}_" if isinstance(first, int) else "") + (f"sink{sink_type}_" if sink_type else "")
     lead += "flat_" if flat else ""
     y = TensorSpec(c.shape, result)
     whole = TensorSpec((c.batch, c.tokens, c.kv_heads * c.group * c.dv), result) if flat else y
     specs = [whole] if parts == 1 else [TensorSpec((key_heads, parts, c.rows, size), "f32") for size in (2, c.dv)]
     outputs: list[tuple[ir.RankedTensorType, list[ir.Value]]] = [(tensor_type(s.shape, s.dtype), []) for s in specs]
-    numbers = [] if isinstance(first, int) else [first]
-    name = f"attention_{kind}_{lead}{c}_p{parts}_{result}"
-    found = dispatch(name, group, blocks * parts, b.index(key_heads), numbers, inputs, outputs, emit)
+    numbers = [b.index(size) for size in (c.tokens, c.rows, parts)] + ([] if isinstance(first, int) else [first])
+    name = f"attention_{kind}_{lead}{c.named('n')}{'' if parts == 1 else '_parts'}_{result}"
+    found = dispatch(name, group, b.index(blocks * parts), b.index(key_heads), numbers, inputs, outputs, emit)
     if parts == 1:
         return found[0]
     y = emit_join(b, target, c, parts, found, sink, y)

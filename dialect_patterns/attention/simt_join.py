@@ -9,7 +9,7 @@ from ..emit.scalar import Scalar
 from ..emit.simt_kernel import Group, Kernel, dispatch
 from ..node import TensorSpec
 from ..target import Target
-from .simt_call import WIDTH, Call
+from .simt_call import WIDTH, Call, Sizes
 
 _AT_ONCE = 8
 """Parts whose loads are under way: one after the other 16 took 4.5 us on an H100, and a cache of 4096 rows has 64."""
@@ -18,11 +18,11 @@ LOWEST = -3.4028234663852886e38
 """The lowest finite f32: no score is lower but -inf, and exp(-inf - it) is 0."""
 
 
-def sink_of_row(k: Kernel, c: Call, dtype: str, binding: int, head: Scalar, row: Scalar) -> ir.Value:
+def sink_of_row(k: Kernel, c: Call, n: Sizes, dtype: str, binding: int, head: Scalar, row: Scalar) -> ir.Value:
     """The sink of a row of a key head (its query heads and their tokens), read from ``binding``."""
     sinks = k.buffer(binding, dtype, Scalar.constant(c.kv_heads * c.group, "index"))
     key_head = head.divide_unsigned(c.kv_heads)[1]
-    return k.widen(sinks, k.load(sinks, key_head * c.group + row.divide_unsigned(c.tokens)[0]))
+    return k.widen(sinks, k.load(sinks, key_head * c.group + n.member(row)[0]))
 
 
 def emit_join(
@@ -42,29 +42,31 @@ def emit_join(
     heads, wide = c.batch * c.kv_heads, min(target.max_threads, c.dv // WIDTH)
     sink_type = "" if sink is None else spec_of(sink).dtype
     lead = f"{result.dtype}_sink{sink_type}_{c.group}x{c.kv_heads}" if sink_type else result.dtype
-    name = f"attention_fused_simt_join_{lead}_h{heads}_p{parts}_r{c.rows}_d{c.dv}"
+    at_once = max(count for count in range(1, _AT_ONCE + 1) if parts % count == 0)
+    name = f"attention_fused_simt_join_{lead}_h{heads}_by{at_once}_d{c.dv}"
     outputs: list[tuple[ir.RankedTensorType, list[ir.Value]]] = [(tensor_type(result.shape, result.dtype), [])]
 
+    numbers = [b.index(size) for size in (c.tokens, c.rows, parts)]
+
     def body(kernel: Kernel) -> None:
-        _emit_join(kernel, c, parts, sink_type, result.dtype)
+        _emit_join(kernel, c, Sizes(*(kernel.number(i) for i in range(3))), at_once, sink_type, result.dtype)
 
     inputs = found if sink is None else [*found, sink]
-    return dispatch(name, Group(wide, 0), 1, b.index(heads * c.rows), [], inputs, outputs, body)[0]
+    return dispatch(name, Group(wide, 0), 1, b.index(heads * c.rows), numbers, inputs, outputs, body)[0]
 
 
-def _emit_join(k: Kernel, c: Call, parts: int, sink_type: str, dtype: str) -> None:
-    """Join the parts of one row."""
+def _emit_join(k: Kernel, c: Call, n: Sizes, at_once: int, sink_type: str, dtype: str) -> None:
+    """Join the parts of one row, so many at once."""
     heads, vectors = c.batch * c.kv_heads, c.dv // WIDTH
-    stats = k.buffer(0, "f32", Scalar.constant(heads * parts * c.rows * 2, "index"))
-    sums = k.buffer(1, "f32", Scalar.constant(heads * parts * c.rows * vectors, "index"), WIDTH)
-    output = k.buffer(3 if sink_type else 2, dtype, Scalar.constant(heads * c.rows * vectors, "index"), WIDTH)
-    head, row = k.item().divide_unsigned(c.rows)
+    rows = n.parts * n.rows * heads
+    stats, sums = k.buffer(0, "f32", rows * 2), k.buffer(1, "f32", rows * vectors, WIDTH)
+    output = k.buffer(3 if sink_type else 2, dtype, n.rows * (heads * vectors), WIDTH)
+    head, row = k.item_by(n.rows)
 
     def place(part: Scalar) -> Scalar:
-        return (head * parts + part) * c.rows + row
+        return (head * n.parts + part) * n.rows + row
 
-    start, stop = Scalar.constant(0, "index"), Scalar.constant(parts, "index")
-    at_once = max(count for count in range(1, _AT_ONCE + 1) if parts % count == 0)
+    start = Scalar.constant(0, "index")
 
     def highest(first: Scalar, carried: list[ir.Value]) -> list[ir.Value]:
         top = carried[0]
@@ -72,8 +74,8 @@ def _emit_join(k: Kernel, c: Call, parts: int, sink_type: str, dtype: str) -> No
             top = k.maximum(top, found)
         return [top]
 
-    sink = sink_of_row(k, c, sink_type, 2, head, row) if sink_type else None
-    (top,) = k.loop(start, stop, at_once, [k.constant(LOWEST) if sink is None else sink], highest)
+    sink = sink_of_row(k, c, n, sink_type, 2, head, row) if sink_type else None
+    (top,) = k.loop(start, n.parts, at_once, [k.constant(LOWEST) if sink is None else sink], highest)
     own_sum = k.constant(0.0) if sink is None else k.exp(k.sub(sink, top))
     for first in range(0, vectors, k.group.threads):
         column = (k.thread() + first).minimum(vectors - 1)
@@ -88,6 +90,6 @@ def _emit_join(k: Kernel, c: Call, parts: int, sink_type: str, dtype: str) -> No
                 whole, mixed = k.fma(total, own, whole), k.fma(value, k.splat(own, WIDTH), mixed)
             return [whole, mixed]
 
-        whole, mixed = k.loop(start, stop, at_once, [own_sum, k.constant(0.0, WIDTH)], add)
+        whole, mixed = k.loop(start, n.parts, at_once, [own_sum, k.constant(0.0, WIDTH)], add)
         result = k.div(mixed, k.splat(k.maximum(whole, k.constant(1e-30)), WIDTH))
-        k.store(result, output, (head * c.rows + row) * vectors + column)
+        k.store(result, output, (head * n.rows + row) * vectors + column)

@@ -101,29 +101,32 @@ class _Tiles:
     def emit(self) -> None:
         """Emit everything."""
         k, c = self.k, self.c
-        heads, vectors = c.batch * c.kv_heads, c.dk // WIDTH
+        self.n, heads, vectors = self.call.n, c.batch * c.kv_heads, c.dk // WIDTH
 
         def count(elements: int) -> Scalar:
             return Scalar.constant(elements, "index")
 
-        self.query = k.buffer(0, c.dtype, count(heads * c.rows * vectors), WIDTH)
+        self.query = k.buffer(0, c.dtype, self.n.rows * (heads * vectors), WIDTH)
         self.keys = k.buffer(1, c.dtype, count(heads * c.keys * vectors), WIDTH)
         self.values = k.buffer(2, c.value_dtype, count(heads * c.keys * c.dv // WIDTH), WIDTH)
         self.head = k.item()
-        self.bias = None if c.bias_dims is None else Bias(k, c, 3, self.head)
-        self.parts, self.sink_type, outputs = self.call.parts, self.call.sink_type, self.call.output
-        if self.parts == 1:
-            self.output = k.buffer(outputs, self.call.result, count(heads * c.rows * c.dv // WIDTH), WIDTH)
+        self.bias = None if c.bias_dims is None else Bias(k, c, self.n, 3, self.head)
+        self.sink_type, outputs = self.call.sink_type, self.call.output
+        rows = self.n.parts * self.n.rows * heads
+        if self.call.whole:
+            self.output = k.buffer(outputs, self.call.result, rows * (c.dv // WIDTH), WIDTH)
         else:
-            self.stats = k.buffer(outputs, "f32", count(heads * self.parts * c.rows * 2))
-            self.output = k.buffer(outputs + 1, "f32", count(heads * self.parts * c.rows * c.dv // WIDTH), WIDTH)
+            self.stats = k.buffer(outputs, "f32", rows * 2)
+            self.output = k.buffer(outputs + 1, "f32", rows * (c.dv // WIDTH), WIDTH)
         self.slice = max(n for n in range(1, _SLICE + 1) if vectors % n == 0)
         self.stride = self.slice | 1  # odd, against bank conflicts
         self.tile_q, self.tile_k = (k.shared_chunks(n * self.stride) for n in (_QUERIES, _KEYS))
         self.scores = k.shared(_QUERIES * (_KEYS + 1))
         self.tops, self.sums = k.shared(_QUERIES * _SHARE), k.shared(_QUERIES * _SHARE)
         self.factors = k.shared(_QUERIES)
-        block, self.part = k.tile().divide_unsigned(self.parts)
+        block, self.part = k.tile(), Scalar.constant(0, "index")
+        if not self.call.whole:
+            block, self.part = block.divide_unsigned(self.n.parts)
         self.start = block * _QUERIES
         self.row, self.column = k.thread().divide_unsigned(_COLUMN_GROUPS)
         self.own, self.share = k.thread().divide_unsigned(_SHARE)
@@ -135,9 +138,9 @@ class _Tiles:
 
     def _run(self) -> None:
         k, c = self.k, self.c
-        self.window = Window(c, self.first, self.start, _QUERIES, _KEYS)
+        self.window = Window(c, self.n, self.first, self.start, _QUERIES, _KEYS)
         self.last = self.window.last
-        place, stop = self.window.part(self.part, self.parts)
+        place, stop = self.window.all() if self.call.whole else self.window.part(self.part)
 
         def tile(place: Scalar, carried: list[ir.Value]) -> list[ir.Value]:
             self._write_scores(place, self._products(place))
@@ -146,11 +149,11 @@ class _Tiles:
 
         initial = [k.constant(LOWEST), k.constant(0.0)]
         if self.sink_type:  # as a key that is seen first, whose value is zero
-            row = (self.start + self.own).minimum(c.rows - 1)
-            initial = [sink_of_row(k, c, self.sink_type, self.call.sink, self.head, row), k.constant(1.0)]
+            row = (self.start + self.own).minimum(self.n.rows - 1)
+            initial = [sink_of_row(k, c, self.n, self.sink_type, self.call.sink, self.head, row), k.constant(1.0)]
         initial += [k.constant(0.0, WIDTH)] * (self.out_rows * self.loads)
         top, total, *mixed = k.loop(place, stop, _KEYS, initial, tile)
-        if self.parts > 1:
+        if not self.call.whole:
             self._write_part(top, total, mixed)
             return
         k.barrier()
@@ -159,7 +162,7 @@ class _Tiles:
         sums = [k.maximum(k.load(self.factors, row), k.constant(1e-30)) for row in self._out_rows()]  # of no key: 0
         shares = [k.div(k.constant(1.0), total) for total in sums]
         scaled = [k.mul(value, k.splat(shares[i // self.loads], WIDTH)) for i, value in enumerate(mixed)]
-        self._write_rows(scaled, self.head * c.rows)
+        self._write_rows(scaled, self.head * self.n.rows)
 
     def _out_rows(self) -> list[Scalar]:
         """The rows of the outputs that this thread holds a part of, in the workgroup."""
@@ -176,11 +179,11 @@ class _Tiles:
                     place = (base + own) * (c.dv // WIDTH) + (self.out_column + i * self.groups)
                     k.store(values[r * self.loads + i], self.output, place)
 
-            k.when(own < c.rows, write)
+            k.when(own < self.n.rows, write)
 
     def _write_part(self, top: ir.Value, total: ir.Value, mixed: list[ir.Value]) -> None:
-        k, c = self.k, self.c
-        base = (self.head * self.parts + self.part) * c.rows
+        k = self.k
+        base = (self.head * self.n.parts + self.part) * self.n.rows
         self._write_rows(mixed, base)
         own = self.start + self.own
 
@@ -188,7 +191,7 @@ class _Tiles:
             k.store(top, self.stats, (base + own) * 2)
             k.store(total, self.stats, (base + own) * 2 + 1)
 
-        k.when(self.share.equals(0) & (own < c.rows), write)
+        k.when(self.share.equals(0) & (own < self.n.rows), write)
 
     # ---- scores ----------------------------------------------------------------------------------------------------
     def _fetch(self, buffer: Buffer, row: Scalar, count: int, bound: Scalar, part: Scalar) -> list[ir.Value]:
@@ -197,7 +200,7 @@ class _Tiles:
         found: list[ir.Value] = []
         for line, place in self._places(count):
             at = (row + line).minimum(bound)
-            base = self.head * (self.c.rows if buffer is self.query else self.c.keys)
+            base = self.head * (self.n.rows if buffer is self.query else self.c.keys)
             found.append(k.load(buffer, (base + at) * vectors + part * self.slice + place))
         return found
 
@@ -210,7 +213,7 @@ class _Tiles:
         """This thread's 2 x 4 products of queries and keys."""
         k, c = self.k, self.c
         slices = c.dk // WIDTH // self.slice
-        final = Scalar.constant(c.rows - 1, "index")
+        final = self.n.rows - 1
 
         def fetch(part: Scalar) -> list[ir.Value]:
             queries = self._fetch(self.query, self.start, _QUERIES, final, part)
@@ -257,7 +260,7 @@ class _Tiles:
             if c.softcap:
                 score = k.mul(k.tanh(k.div(score, k.constant(c.softcap))), k.constant(c.softcap))
             if self.bias is not None:
-                row, at = (self.start + line).minimum(c.rows - 1), (place + key).minimum(self.last)
+                row, at = (self.start + line).minimum(self.n.rows - 1), (place + key).minimum(self.last)
                 score = self.bias.added(score, row, at)
             seen = self.window.sees(line, place + key)
             k.store(k.select(seen, score, k.constant(float("-inf"))), self.scores, line * (_KEYS + 1) + key)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..emit.scalar import Scalar
-from .simt_call import Call
+from .simt_call import Call, Sizes
 
 
 class Window:
@@ -11,6 +11,7 @@ class Window:
 
     Args:
         c: What is computed.
+        n: Its sizes.
         first: Position of the call's first query.
         start: The workgroup's first row.
         queries: Rows of a workgroup.
@@ -21,30 +22,32 @@ class Window:
         last: The last one.
     """
 
-    def __init__(self, c: Call, first: Scalar, start: Scalar, queries: int, keys: int) -> None:
-        self._c, self._first, self._start, self._queries, self._keys = c, first, start, queries, keys
-        token = start.divide_unsigned(c.tokens)[1]
-        inside = token + queries <= Scalar.constant(c.tokens, "index")  # else rows are those of several heads
+    def __init__(self, c: Call, n: Sizes, first: Scalar, start: Scalar, queries: int, keys: int) -> None:
+        self._c, self._n, self._first, self._start, self._keys = c, n, first, start, keys
+        token = n.token(start)
+        inside = token + queries <= n.tokens  # else rows are those of several heads
         lowest = first + inside.select(token, Scalar.constant(0, "index"))
         self._lowest = lowest
-        self._end = first + (token + queries).minimum(c.tokens)
+        self._end = first + (token + queries).minimum(n.tokens)
         self.last = self._end - 1
         self.begin = Scalar.constant(0, "index")
         if c.left is not None:
             self.begin = (lowest - c.left).maximum(0).divide_unsigned(keys)[0] * keys
 
-    def part(self, part: Scalar, parts: int) -> tuple[Scalar, Scalar]:
+    def all(self) -> tuple[Scalar, Scalar]:
+        """The first key, and the end."""
+        return self.begin, self._end
+
+    def part(self, part: Scalar) -> tuple[Scalar, Scalar]:
         """The first key of a part of the tiles, and the end of it."""
-        if parts == 1:
-            return self.begin, self._end
         tiles = (self._end - self.begin + (self._keys - 1)).divide_unsigned(self._keys)[0]
-        each = (tiles + (parts - 1)).divide_unsigned(parts)[0] * self._keys
+        each = (tiles + (self._n.parts - 1)).divide_unsigned(self._n.parts)[0] * self._keys
         place = self.begin + part * each
         return place, (place + each).minimum(self._end)
 
     def sees(self, line: Scalar, key: Scalar) -> Scalar:
         """Whether a row of the workgroup sees a key."""
-        query = self._first + (self._start + line).divide_unsigned(self._c.tokens)[1]
+        query = self._first + self._n.token(self._start + line)
         seen = (key <= query) & (key <= self.last)
         return seen if self._c.left is None else seen & (query <= key + self._c.left)
 

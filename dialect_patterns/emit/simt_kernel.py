@@ -42,7 +42,7 @@ class Group:
 def dispatch(
     name: str,
     group: Group,
-    tiles: int,
+    tiles: int | ir.Value,
     items: ir.Value,
     numbers: Sequence[ir.Value],
     inputs: Sequence[ir.Value],
@@ -54,7 +54,7 @@ def dispatch(
     Args:
         name: The kernel's symbol; it must spell everything that ``body`` depends on.
         group: The threads of a workgroup.
-        tiles: Workgroups an item.
+        tiles: Workgroups an item; an int is written into the module, an index value is not.
         items: Index value, how often the tiles are needed.
         numbers: Index values that the kernel reads with :meth:`Kernel.number`, each below 2^31.
         inputs: Tensors that the kernel reads, its buffers 0, 1, ...
@@ -70,7 +70,8 @@ def dispatch(
         module = module.parent.operation
     block = module.regions[0].blocks[0]
     if name not in ir.SymbolTable(module):
-        source = _source(name, group, tiles, len(numbers), len(inputs), len(outputs))
+        known = tiles if isinstance(tiles, int) else None
+        source = _source(name, group, known, len(numbers), len(inputs), len(outputs))
         ir.InsertionPoint.at_block_begin(block).insert(source)
         functions = [op for op in _blocks(source)[0].operations if op.operation.name == "builtin.module"]
         function = _blocks(functions[0].operation)[0].operations[0]
@@ -85,15 +86,16 @@ def dispatch(
         if size is None
     ]
     output_dims = [size for _, sizes in outputs for size in sizes]
+    workload = [items] if isinstance(tiles, int) else [items, tiles]
     return list(
         ir.Operation.create(
             "flow.dispatch",
             results=[result for result, _ in outputs],
-            operands=[items, *constants, *inputs, *input_dims, *output_dims],
+            operands=[*workload, *constants, *inputs, *input_dims, *output_dims],
             attributes={
                 "entry_points": ir.Attribute.parse(f"[@{name}::@{name}]"),
                 "operandSegmentSizes": ir.DenseI32ArrayAttr.get(
-                    [1, len(constants) + len(inputs), len(input_dims), len(output_dims)]
+                    [len(workload), len(constants) + len(inputs), len(input_dims), len(output_dims)]
                 ),
             },
         ).results
@@ -115,14 +117,15 @@ def _layout(numbers: int, inputs: int, outputs: int) -> str:
     return f"#hal.pipeline.layout<constants = {numbers}, bindings = [{', '.join(bindings)}]>"
 
 
-def _source(name: str, group: Group, tiles: int, numbers: int, inputs: int, outputs: int) -> ir.Operation:
-    """The executable with an empty kernel."""
+def _source(name: str, group: Group, tiles: int | None, numbers: int, inputs: int, outputs: int) -> ir.Operation:
+    """The executable with an empty kernel; without ``tiles`` they are given."""
+    given, x = (", %x: index", "") if tiles is None else ("", f"%x = arith.constant {tiles} : index")
     subgroup = f" subgroup_size = {group.subgroup}" if group.subgroup else ""
     op = ir.Operation.parse(f"""
 hal.executable.source private @{name} {{
   hal.executable.export public @{name} ordinal(0) layout({_layout(numbers, inputs, outputs)})
-      count(%device: !hal.device, %items: index) -> (index, index, index) {{
-    %x = arith.constant {tiles} : index
+      count(%device: !hal.device, %items: index{given}) -> (index, index, index) {{
+    {x}
     %most = arith.constant {MAX_GROUPS} : index
     %y = arith.minui %items, %most : index
     %z = arith.ceildivui %items, %most : index

@@ -13,7 +13,11 @@ from data import Shape, causal_conv, linear_attention
 from harness import DEVICE_ATTRIBUTES, TARGETS, compile_module, lowered, lowered_all, node_for
 from iree.compiler import ir
 from iree.compiler.api import Session
+from linattn.dialect_patterns.attention.fused_mma import emit_attention_fused_mma as emit_mma_attention
+from linattn.dialect_patterns.attention.simt_tiles import emit_attention_fused_simt_tiles as emit_tiles_attention
 from linattn.dialect_patterns.causal_conv.op import choose as choose_conv
+from linattn.dialect_patterns.emit.builder import Builder
+from linattn.dialect_patterns.emit.dialect_modules import load_dialects
 from linattn.dialect_patterns.linear_attention.contract import LinearAttention, parse
 from linattn.dialect_patterns.linear_attention.fused_mma_chunks import is_legal as mma_is_legal
 from linattn.dialect_patterns.linear_attention.fused_simt import is_legal
@@ -117,6 +121,33 @@ def test_prompts_of_all_sizes_share_the_chunks_kernels(strategy: str, target: st
     assert ops["hal.executable.source"] == 2
     for tokens in (64, 256, 512):
         assert f"tensor<1x{tokens}x128xf16>" in str(module)  # the results' sizes stay known
+
+
+@pytest.mark.parametrize(("emit_kernel", "dtype"), [(emit_mma_attention, "f16"), (emit_tiles_attention, "f32")])
+def test_prompts_of_all_sizes_share_attentions_kernels(emit_kernel: Any, dtype: str) -> None:
+    """Of few rows the keys are cut into parts, which are joined; of many they are not."""
+    lengths, context = (16, 64, 256, 2048, 4096), ir.Context()
+    load_dialects(context)
+    cache = f"tensor<1x2x4096x64x{dtype}>"
+    queries = ", ".join(f"%q{t}: tensor<1x8x{t}x64x{dtype}>" for t in lengths)
+    with context, ir.Location.unknown():
+        module = ir.Module.parse(f"""
+            func.func @main({queries}, %k: {cache}, %v: {cache}, %first: index) {{
+              return
+            }}""")
+        block = module.body.operations[0].regions[0].blocks[0]
+        *given, k, v, first = block.arguments
+        with ir.InsertionPoint(block.operations[0]):
+            for q in given:
+                y = emit_kernel(
+                    Builder(), MATRICES, q, k, v, first=first, scale=0.125, softcap=0.0, left=None, sink=None,
+                    bias=None, **({"heads": None} if dtype == "f16" else {}),
+                )  # fmt: skip
+                assert y.type == q.type
+        module.operation.verify()
+        ops = count(module)
+    assert ops["flow.dispatch"] == 8  # the first three are joined
+    assert ops["hal.executable.source"] == 4  # over all keys, over a part, the join of 8 at once and that of 2
 
 
 @pytest.mark.parametrize(
