@@ -4,7 +4,7 @@
     %y = flow.dispatch @mat_mul_fused_amx_...(%tiles, %packed)    bf16: in the pairs that ``fused_simd`` reads too
 
 f16, and f32 with --math fast, are sums of two bf16: rows are taken apart as they are arranged, weights block by block
-on the stack.
+on the stack. With --math fast the rows of an f16 product are rounded to bf16, its weights stay as they are.
 
     for each panel of 32 columns:  for each block of K:  for each 32 rows:
       sums [2 x 2 registers of 16 x 16] += a [2 registers of 16 rows x 32] * b [2 of 32 x 16 columns]
@@ -16,7 +16,8 @@ a register's would be kilobytes apart and share a few lines of the first-level c
 Rows are arranged in whole blocks of 32; what is beyond the last one is computed, not written.
 
 Legal: on CPUs with AMX, from 16 rows on, where 32 divides K. Cost: a once for each group of
-panels, b once for each chunk of rows; with two terms three products for one. Sums in f32; subnormal bf16 count as zero.
+panels, b once for each chunk of rows; with two terms of both three products for one, with two of one two. Sums in f32;
+subnormal bf16 count as zero.
 """
 
 from __future__ import annotations
@@ -38,14 +39,14 @@ from ..target import Target
 from . import fused_simd
 from .amx_rows import AXES, Rows, arrange, blocks_of
 from .amx_rows import WORDS as _WORDS
-from .bf16_terms import PRODUCTS, write_split_weights
+from .bf16_terms import PRODUCTS, terms_of, write_split_weights
 from .contract import MatMul
 from .simd_edges import each, store_rows, workgroup_range
 from .simd_plan import LINE, UNIT_FEATURES, Plan, weight_layout
 
 FEATURES = UNIT_FEATURES
 _COLUMNS = 32  # of a panel
-# By terms: words of K in a block, 20 KiB of a panel or 16 on the stack; blocks of 32 rows whose sums wait there. Two
+# By terms of the weights: words of K in a block, 20 KiB of a panel or 16 on the stack; blocks of 32 rows whose sums wait there. Two
 # terms of weights are made for more rows: 15 % faster for 512 of them (Sapphire Rapids).
 _BLOCK, _CHUNK = {1: 160, 2: 64}, {1: 6, 2: 8}
 _MOST_PANELS = 16
@@ -62,7 +63,7 @@ class Tiling:
         block: Words of a block.
         chunk: Blocks of 32 rows of a workgroup.
         group: Panels of a workgroup.
-        terms: Of each number, see ``bf16_terms``.
+        terms: Of each number of a row and of the weights, see ``bf16_terms``.
     """
 
     rows: Dim
@@ -70,7 +71,7 @@ class Tiling:
     block: int
     chunk: int
     group: int
-    terms: int
+    terms: tuple[int, int]
 
 
 def is_legal(contract: MatMul, target: Target) -> Legality:
@@ -90,23 +91,24 @@ def is_legal(contract: MatMul, target: Target) -> Legality:
     return Yes()
 
 
-def tiling(contract: MatMul) -> Tiling:
+def tiling(contract: MatMul, target: Target) -> Tiling:
     """The sizes for a product that is legal."""
-    words, terms = contract.depth // 2, 1 if contract.a.dtype == "bf16" else 2
-    blocks = -(-words // _BLOCK[terms])
+    words, terms = contract.depth // 2, terms_of(contract.a.dtype, target.fast_math)
+    most, most_rows = _BLOCK[terms[1]], _CHUNK[terms[1]]
+    blocks = -(-words // most)
     block = -(-words // (blocks * _WORDS)) * _WORDS
-    steps = _CHUNK[terms] if contract.rows is None else -(-contract.rows // (2 * ROWS))
+    steps = most_rows if contract.rows is None else -(-contract.rows // (2 * ROWS))
     panels = -(-contract.columns // _COLUMNS)
-    cost = words / _WORDS * (1 if terms == 1 else len(PRODUCTS))
+    cost = words / _WORDS * len(PRODUCTS[terms])
 
     def slowest(option: tuple[int, int]) -> float:
         chunk, group = option
         return slowest_share(-(-steps // chunk) * -(-panels // group), _START + group * chunk * cost)
 
-    chunks = sorted({-(-steps // count) for count in range(-(-steps // _CHUNK[terms]), steps + 1)}, reverse=True)
+    chunks = sorted({-(-steps // count) for count in range(-(-steps // most_rows), steps + 1)}, reverse=True)
     options = [(chunk, group) for chunk in chunks[:4] for group in range(1, min(panels, _MOST_PANELS) + 1)]
     if contract.rows is None:  # as many at a time as there may be
-        options = [option for option in options if option[0] == _CHUNK[terms]]
+        options = [option for option in options if option[0] == most_rows]
     chunk, group = min(options, key=slowest)
     return Tiling(contract.rows, words, block, chunk, group, terms)
 
@@ -117,8 +119,8 @@ def emit_mat_mul_fused_amx(context: LoweringContext, contract: MatMul, a: ir.Val
     assert symbol is not None
     assert context.weights is not None
     packed_as = weight_layout(context.target, contract.a.dtype)
-    t = tiling(contract)
-    packed = context.weights.repacked(symbol, packed_as.name, packed_as.pack, "i32" if t.terms == 1 else None)
+    t = tiling(contract, context.target)
+    packed = context.weights.repacked(symbol, packed_as.name, packed_as.pack, "i32" if contract.a.dtype == "bf16" else None)
     leading = build.shape(a)[:-1]
     a = build.refine(a, TensorSpec((*spec_of(a).shape[:-1], contract.depth), contract.a.dtype))
     rows = build.collapse(a, 0, len(leading) - 1)
@@ -131,7 +133,7 @@ def emit_mat_mul_fused_amx(context: LoweringContext, contract: MatMul, a: ir.Val
 
 def rows_of(contract: MatMul, t: Tiling) -> Rows:
     """The rows, as they are arranged."""
-    return Rows(t.rows, contract.depth, contract.a.dtype, t.terms)
+    return Rows(t.rows, contract.depth, contract.a.dtype, t.terms[0])
 
 
 def product_kernel(contract: MatMul, p: Plan, t: Tiling) -> Kernel:
@@ -143,7 +145,7 @@ def product_kernel(contract: MatMul, p: Plan, t: Tiling) -> Kernel:
         AmxBody(k, replace(p, tile=1), t, count, memrefs).write()
 
     return Kernel(
-        name=f"mat_mul_fused_amx_{dtype}_{_dim(t.rows)}x{columns}x{contract.depth}",
+        name=f"mat_mul_fused_amx_{dtype}{_rounded(dtype, t)}_{_dim(t.rows)}x{columns}x{contract.depth}",
         inputs=(
             rows_of(contract, t).arranged,
             TensorSpec((p.layout.panels(columns), p.depth, _COLUMNS), "i32" if p.pairs else dtype),
@@ -176,7 +178,7 @@ class AmxBody:
         self.tiles = AmxTiles(k)
         waiting = t.chunk if t.block < t.words else 1
         self.sums = k.alloca([waiting * 2 * ROWS, _COLUMNS])
-        self.parts = [k.alloca([t.block, _COLUMNS], "i32") for _ in range(t.terms)] if t.terms > 1 else []
+        self.parts = [k.alloca([t.block, _COLUMNS], "i32") for _ in range(0 if p.pairs else t.terms[1])]
 
     def write(self) -> None:
         """The whole body."""
@@ -254,7 +256,7 @@ class AmxBody:
         def step(at: Index, _: list[str]) -> list[str]:
             word, last = k.add(start, at), (-1, -1)
             ask_next(at)
-            for terms in PRODUCTS if self.parts else ((0, 0),):
+            for terms in PRODUCTS[t.terms]:
                 if terms[0] != last[0]:
                     load_rows(terms[0], word)
                 if terms[1] != last[1]:
@@ -290,6 +292,11 @@ class AmxBody:
     def _place(self, register: int, waiting: Index) -> list[Index]:
         """Where the stack has a register of sums."""
         return [self.k.add(waiting, register // 2 * ROWS), register % 2 * ROWS]
+
+
+def _rounded(dtype: str, t: Tiling) -> str:
+    """What the kernel's name says of rows that are rounded."""
+    return "_by_bf16" if t.terms[0] == 1 and dtype != "bf16" else ""
 
 
 def _dim(size: Dim) -> str:

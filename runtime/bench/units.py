@@ -40,6 +40,7 @@ CPU_UNITS = (
     Unit("amx-bf16", 16, "mat_mul_n_bits_fused_amx_bf16_"),
     Unit("amx-int8", 32, "mat_mul_n_bits_fused_amx_"),
     Unit("amx-bf16", 16, "mat_mul_fused_(?:amx_bf16_|simd_bf16_.*_amx)"),
+    Unit("amx-bf16, 2 products for one", 16 / 2, "mat_mul_fused_amx_f16_by_bf16_"),
     Unit("amx-bf16, 3 products for one", 16 / 3, "mat_mul_fused_amx_(?:f16|f32)_"),
     Unit("avx512_bf16", 2, "mat_mul_fused_simd_bf16_.*_v512_pairs"),
     Unit("bfdot", 2, "mat_mul_fused_simd_bf16_.*_v128_pairs"),

@@ -32,14 +32,14 @@ def machine(features: str) -> Any:
     return resolve_target("cpu", TargetOptions(cpu_features=features, target_triple="aarch64" if arm else None))
 
 
-def product(features: str, dtype: str, rows: int = ROWS) -> list[str]:
+def product(features: str, dtype: str, rows: int = ROWS, fast: bool = False) -> list[str]:
     """The names of the kernels of a MatMul."""
-    target = machine(features).capabilities
+    target = replace(machine(features).capabilities, fast_math=fast)
     c = MatMul("m", TensorSpec((rows, DEPTH), dtype), TensorSpec((DEPTH, COLUMNS), dtype), True)
     if not isinstance(fused_amx.is_legal(c, replace(target, fast_math=True)), fused_simd.Yes):
         p = fused_simd.plan_for(c, target)
         return [fused_simd.rows_kernel(c, p).name, fused_simd.product_kernel(c, p).name]
-    t = fused_amx.tiling(c)
+    t = fused_amx.tiling(c, target)
     plan_of = fused_simd.plan_for(c, target)
     return [rows_kernel(fused_amx.rows_of(c, t)).name, fused_amx.product_kernel(c, plan_of, t).name]
 
@@ -66,6 +66,7 @@ def bits(features: str, rounds: bool = True) -> list[str]:
     [
         (product, ("sapphirerapids", "bf16"), "amx-bf16"),
         (product, ("sapphirerapids", "f16"), "amx-bf16, 3 products for one"),
+        (product, ("sapphirerapids", "f16", ROWS, True), "amx-bf16, 2 products for one"),
         (product, ("sapphirerapids", "f32"), "amx-bf16, 3 products for one"),
         (product, ("znver4", "bf16"), "avx512_bf16"),
         (product, ("sapphirerapids", "bf16", 8), "amx-bf16"),

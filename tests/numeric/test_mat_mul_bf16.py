@@ -47,16 +47,17 @@ AMX_CPU = Target("cpu", vector_bits=512, features=AMX)
 
 @pytest.mark.parametrize("how", ["here", "emulated"])
 @pytest.mark.parametrize(
-    ("features", "shapes", "kernel", "dtype"),
+    ("features", "shapes", "kernel", "dtype", "math"),
     [
-        (PAIRS, PAIRED, b"mat_mul_fused_simd", BF16),
-        (SLOW_PAIRS, EVEN, b"mat_mul_fused_simd", BF16),
-        (AMX, UNIT, b"mat_mul_fused_amx", BF16),
-        (AMX, FEW, b"_v512_amx", BF16),
-        (AMX, UNIT, b"mat_mul_fused_amx", np.float16),
-        (AMX, UNIT, b"mat_mul_fused_amx", np.float32),
+        (PAIRS, PAIRED, b"mat_mul_fused_simd", BF16, "fast"),
+        (SLOW_PAIRS, EVEN, b"mat_mul_fused_simd", BF16, "fast"),
+        (AMX, UNIT, b"mat_mul_fused_amx_bf16_", BF16, "fast"),
+        (AMX, FEW, b"_v512_amx", BF16, "fast"),
+        (AMX, UNIT, b"mat_mul_fused_amx_f16_by_bf16_", np.float16, "fast"),
+        (AMX, UNIT, b"mat_mul_fused_amx_f16_", np.float16, "strict"),
+        (AMX, UNIT, b"mat_mul_fused_amx_f32_", np.float32, "fast"),
     ],
-    ids=["avx512_bf16", "widened", "amx", "amx-few", "amx-f16", "amx-f32"],
+    ids=["avx512_bf16", "widened", "amx", "amx-few", "amx-f16-fast", "amx-f16", "amx-f32"],
 )
 def test_products(
     how: str,
@@ -64,6 +65,7 @@ def test_products(
     shapes: list[tuple[int, int, int]],
     kernel: bytes,
     dtype: type,
+    math: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if how == "emulated":
@@ -73,11 +75,13 @@ def test_products(
     elif HOST.features >= AMX > features:
         pytest.skip("emulated only: this CPU has a matrix unit, and takes that")
     model = build(shapes, dtype)
-    compiled = compile_model(model, CompileOptions(math="fast"))
+    compiled = compile_model(model, CompileOptions(math=math))
     assert compiled.module.count(kernel) >= len(shapes)
+    assert (b"_by_bf16_" in compiled.module) == (b"_by_bf16_" in kernel)
     assert (b"_pairs" in compiled.module) == (features == PAIRS)
     assert (b"_widened" in compiled.module) == (features == SLOW_PAIRS)
-    check(Program.load(compiled.module), model, shapes, dtype)
+    # Rows that are rounded to bf16 leave the product of f16 with its error.
+    check(Program.load(compiled.module), model, shapes, dtype, BF16 if b"_by_bf16_" in kernel else dtype)
 
 
 def test_products_of_one_value_are_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
