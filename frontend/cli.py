@@ -124,8 +124,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--math",
         default="strict",
         metavar="strict|fast",
-        help="fast: products of f32 weights may be of terms of 16 bits, which lose 2^-16 of each, where the machine's "
-        "matrix units make that faster (default: strict)",
+        help="fast: products of f32 weights may be of terms of 16 bits, which lose 2^-16 of each, and activations of "
+        "f16 and int4 models be rounded to bf16, where the machine's matrix units make that faster (default: strict)",
     )
     add("--parameters", metavar="FILE.irpa", help="write the weights to this file instead of into the module")
     add(

@@ -44,7 +44,7 @@ class CompileOptions:
         extra_outputs: Values inside the graph that are to be outputs too, such as hidden states.
         strategy: Forces one strategy on the two state operators.
         math: ``strict``: sums and products of f32 are in f32; ``fast``: products with weights may be of terms of 16
-            bits, where the machine multiplies those faster.
+            bits, and activations of f16 be rounded to bf16, where the machine multiplies those faster.
         parameters: Write the weights to this ``.irpa`` file instead of into the module.
         plain_abi: Functions return every output and state as ordinary results, as any caller of IREE expects; without
             it those of fixed sizes take memory for them, which saves our runtime an allocation a call.

@@ -3,8 +3,9 @@
     [terms, M / 16, K / 32, 16 rows, 16 words of two bf16]
 
 Where rows lie, those of a register would be kilobytes apart and share a few lines of the first-level cache. f16 and f32
-are taken apart into bf16 terms as they are arranged, or rounded to one. There are whole blocks of 32 rows; nothing is
-written beyond the last row, and what is there is computed with, but its products are of no row.
+are taken apart into bf16 terms as they are arranged, or rounded to one. Where 32 does not divide K, zeros follow. There
+are whole blocks of 32 rows; nothing is written beyond the last row, and what is there is computed with, but its
+products are of no row.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ AXES = "_R___"
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows [M, K] of bf16, f16 or f32, K a multiple of 32.
+    """Rows [M, K] of bf16, f16 or f32.
 
     Attributes:
         count: M, None where open.
@@ -48,7 +49,7 @@ class Rows:
     def arranged(self) -> TensorSpec:
         """What they become."""
         blocks = None if self.count is None else 2 * -(-self.count // (2 * ROWS))
-        return TensorSpec((self.terms, blocks, self.depth // (2 * WORDS), ROWS, WORDS), "i32")
+        return TensorSpec((self.terms, blocks, -(-self.depth // (2 * WORDS)), ROWS, WORDS), "i32")
 
 
 def blocks_of(build: Builder, rows: Size) -> Size:
@@ -69,17 +70,27 @@ def rows_kernel(rows: Rows) -> Kernel:
         del batch
         source, target = memrefs
         first, own = workgroup_range(k, "1", ROWS, count if rows.count is None else rows.count)
-        block = k.div(first, ROWS)
+        block, whole = k.div(first, ROWS), rows.depth // (2 * WORDS)
+
+        def move(memref: str, place: Sequence[Index], number: Index, i: Index) -> None:
+            for term, words in enumerate(split_words(k, memref, place, WORDS, rows.terms)):
+                k.store(words, target, [term, block, number, i, 0])
 
         def step(number: Index) -> None:
-            def row(i: Index) -> None:
-                place = [k.add(first, i), k.mul(number, 2 * WORDS)]
-                for term, words in enumerate(split_words(k, source, place, WORDS, rows.terms)):
-                    k.store(words, target, [term, block, number, i, 0])
+            each(k, own, 1, lambda i: move(source, [k.add(first, i), k.mul(number, 2 * WORDS)], number, i))
 
-            each(k, own, 1, row)
+        each(k, whole, 1, step)
+        rest = rows.depth - whole * 2 * WORDS
+        if rest:
+            copy, zero = k.alloca([1, 2 * WORDS], rows.dtype), k.constant(0.0, "f32")
+            k.store(k.splat(zero, 2 * WORDS), copy, [0, 0])
 
-        each(k, rows.depth // (2 * WORDS), 1, step)
+            def last(i: Index) -> None:
+                for at in range(rest):
+                    k.store(k.load(source, [k.add(first, i), whole * 2 * WORDS + at]), copy, [0, at])
+                move(copy, [0, 0], whole, i)
+
+            each(k, own, 1, last)
 
     count = "x" if rows.count is None else rows.count
     return Kernel(

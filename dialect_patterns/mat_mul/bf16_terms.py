@@ -98,7 +98,15 @@ def split_words(k: KernelText, source: str, place: Sequence[Index], words: int, 
 
 
 def write_split_weights(
-    k: KernelText, p: Plan, panel: Index, start: Index, count: int, source: str, targets: Sequence[str]
+    k: KernelText,
+    p: Plan,
+    panel: Index,
+    start: Index,
+    count: int,
+    source: str,
+    targets: Sequence[str],
+    *,
+    half: bool = False,
 ) -> None:
     """Take a block of a panel apart.
 
@@ -110,16 +118,24 @@ def write_split_weights(
         count: Words of it.
         source: Memref [panels, K, W] of f16 or f32.
         targets: Memrefs [words, W] of i32 of each term.
+        half: Whether a word of one weight follows, above a zero.
     """
     dtype = k.element_type(source)
 
-    def move(word: str, _: list[str]) -> list[str]:
+    def write(word: Index, weights: int) -> None:
         depth = k.mul(k.add(start, word), 2)
         for column in range(0, p.width, p.lanes):
-            values = [k.load(source, [panel, k.add(depth, i), column], p.lanes) for i in range(2)]
+            values = [k.load(source, [panel, k.add(depth, i), column], p.lanes) for i in range(weights)]
+            values += [k.splat(k.constant(0.0, "f32"), p.lanes)] * (2 - weights)
             rows = [split(k, x, dtype) if len(targets) > 1 else (rounded(k, x),) for x in values]
             for target, (first, second) in zip(targets, zip(*rows, strict=True), strict=True):
                 k.store(pair(k, first, second), target, [word, column])
+
+    def move(word: str, _: list[str]) -> list[str]:
+        write(word, 2)
         return []
 
-    k.loop(count, [], move)
+    if count:
+        k.loop(count, [], move)
+    if half:
+        write(count, 1)

@@ -13,9 +13,10 @@ Four products for four loads, so that the unit waits for no memory within the se
 stays in the first-level cache while the rows stream past it; sums wait on the stack for the next block. Where rows lie,
 a register's would be kilobytes apart and share a few lines of the first-level cache.
 
-Rows are arranged in whole blocks of 32; what is beyond the last one is computed, not written.
+Rows are arranged in whole blocks of 32; what is beyond the last one is computed, not written. Where 32 does not divide
+K, what is left of it is a block of its own, whose weights are on the stack with zeros below them.
 
-Legal: on CPUs with AMX, from 16 rows on, where 32 divides K. Cost: a once for each group of
+Legal: on CPUs with AMX, from 16 rows on, K of 32 or more. Cost: a once for each group of
 panels, b once for each chunk of rows; with two terms of both three products for one, with two of one two. Sums in f32;
 subnormal bf16 count as zero.
 """
@@ -30,7 +31,7 @@ from iree.compiler import ir
 from ..emit.amx_tiles import ROWS, SUMS, A, AmxTiles, B
 from ..emit.builder import spec_of
 from ..emit.dispatch import Kernel, dispatch
-from ..emit.kernel_text import Index, KernelText
+from ..emit.kernel_text import Index, KernelText, vector_type
 from ..emit.workers import slowest_share
 from ..node import Dim, TensorSpec
 from ..op import LoweringContext, weight_symbol
@@ -46,8 +47,8 @@ from .simd_plan import LINE, UNIT_FEATURES, Plan, weight_layout
 
 FEATURES = UNIT_FEATURES
 _COLUMNS = 32  # of a panel
-# By terms of the weights: words of K in a block, 20 KiB of a panel or 16 on the stack; blocks of 32 rows whose sums wait there. Two
-# terms of weights are made for more rows: 15 % faster for 512 of them (Sapphire Rapids).
+# By terms of the weights: words of K in a block, 20 KiB of a panel or 16 on the stack; blocks of 32 rows whose sums
+# wait there. Two terms of weights are made for more rows: 15 % faster for 512 of them (Sapphire Rapids).
 _BLOCK, _CHUNK = {1: 160, 2: 64}, {1: 6, 2: 8}
 _MOST_PANELS = 16
 _START = 8.0  # products of 32 x 32 x 32 that would take as long as the start of a workgroup
@@ -59,7 +60,8 @@ class Tiling:
 
     Attributes:
         rows: M, None where open.
-        words: Pairs of K.
+        words: Pairs of K, filled up to whole registers.
+        rest: Of these those of the last register, where K does not fill that; else 0.
         block: Words of a block.
         chunk: Blocks of 32 rows of a workgroup.
         group: Panels of a workgroup.
@@ -68,6 +70,7 @@ class Tiling:
 
     rows: Dim
     words: int
+    rest: int
     block: int
     chunk: int
     group: int
@@ -86,17 +89,18 @@ def is_legal(contract: MatMul, target: Target) -> Legality:
         return No("its matrix unit rounds f32, which --math fast allows")
     if contract.rows is not None and contract.rows < ROWS:
         return No(f"{rows_text(contract.rows)}, from {ROWS} on the matrix unit is worth its start")
-    if contract.depth % (2 * _WORDS):
-        return No(f"{2 * _WORDS} does not divide K={contract.depth}")
+    if contract.depth < 2 * _WORDS:
+        return No(f"K={contract.depth} does not fill a register of {2 * _WORDS}")
     return Yes()
 
 
 def tiling(contract: MatMul, target: Target) -> Tiling:
     """The sizes for a product that is legal."""
-    words, terms = contract.depth // 2, terms_of(contract.a.dtype, target.fast_math)
+    terms = terms_of(contract.a.dtype, target.fast_math)
     most, most_rows = _BLOCK[terms[1]], _CHUNK[terms[1]]
-    blocks = -(-words // most)
-    block = -(-words // (blocks * _WORDS)) * _WORDS
+    whole, rest = contract.depth // (2 * _WORDS) * _WORDS, _WORDS if contract.depth % (2 * _WORDS) else 0
+    words = whole + rest
+    block = -(-whole // (-(-whole // most) * _WORDS)) * _WORDS
     steps = most_rows if contract.rows is None else -(-contract.rows // (2 * ROWS))
     panels = -(-contract.columns // _COLUMNS)
     cost = words / _WORDS * len(PRODUCTS[terms])
@@ -110,7 +114,7 @@ def tiling(contract: MatMul, target: Target) -> Tiling:
     if contract.rows is None:  # as many at a time as there may be
         options = [option for option in options if option[0] == most_rows]
     chunk, group = min(options, key=slowest)
-    return Tiling(contract.rows, words, block, chunk, group, terms)
+    return Tiling(contract.rows, words, rest, block, chunk, group, terms)
 
 
 def emit_mat_mul_fused_amx(context: LoweringContext, contract: MatMul, a: ir.Value, b: ir.Value) -> ir.Value:
@@ -120,7 +124,9 @@ def emit_mat_mul_fused_amx(context: LoweringContext, contract: MatMul, a: ir.Val
     assert context.weights is not None
     packed_as = weight_layout(context.target, contract.a.dtype)
     t = tiling(contract, context.target)
-    packed = context.weights.repacked(symbol, packed_as.name, packed_as.pack, "i32" if contract.a.dtype == "bf16" else None)
+    packed = context.weights.repacked(
+        symbol, packed_as.name, packed_as.pack, "i32" if contract.a.dtype == "bf16" else None
+    )
     leading = build.shape(a)[:-1]
     a = build.refine(a, TensorSpec((*spec_of(a).shape[:-1], contract.depth), contract.a.dtype))
     rows = build.collapse(a, 0, len(leading) - 1)
@@ -179,6 +185,7 @@ class AmxBody:
         waiting = t.chunk if t.block < t.words else 1
         self.sums = k.alloca([waiting * 2 * ROWS, _COLUMNS])
         self.parts = [k.alloca([t.block, _COLUMNS], "i32") for _ in range(0 if p.pairs else t.terms[1])]
+        self.last = [k.alloca([_WORDS, _COLUMNS], "i32") for _ in range(t.terms[1] if t.rest else 0)]
 
     def write(self) -> None:
         """The whole body."""
@@ -186,13 +193,18 @@ class AmxBody:
         panel, panels = workgroup_range(self.k, "0", t.group, self.p.panels)
         blocks = k.div(k.add(self.rows, 2 * ROWS - 1), 2 * ROWS)
         step, steps = workgroup_range(self.k, "1", t.chunk, blocks)
-        whole = t.words // t.block * t.block
+        known = t.words - t.rest
+        whole = known // t.block * t.block
+        for part in self.last:
+            each(k, _WORDS, 1, lambda word, part=part: self._clear(part, word))
 
         def one(index: Index) -> None:
             at = k.add(panel, index)
             each(self.k, whole, t.block, lambda start: self._block(at, step, steps, start, t.block))
-            if t.words > whole:
-                self._block(at, step, steps, whole, t.words - whole)
+            if known > whole:
+                self._block(at, step, steps, whole, known - whole)
+            if t.rest:
+                self._block(at, step, steps, known, t.rest)
 
         each(self.k, panels, 1, one)
         self.tiles.release()
@@ -200,14 +212,18 @@ class AmxBody:
     def _block(self, panel: Index, first: Index, steps: Index, start: Index, size: int) -> None:
         """All rows by one block of one panel."""
         k, t = self.k, self.t
-        if self.parts:
-            write_split_weights(k, self.p, panel, start, size, self.b, self.parts)
+        parts = self.parts
+        if t.rest and isinstance(start, int) and start == t.words - t.rest:
+            parts = self.last
+            self._end_weights(panel, start)
+        elif parts:
+            write_split_weights(k, self.p, panel, start, size, self.b, parts)
 
         def rows(index: Index) -> None:
             pair = k.mul(k.add(first, index), 2)
             waiting = k.mul(index, 2 * ROWS) if t.block < t.words else 0
             self._begin(start, waiting)
-            self._products(panel, pair, start, size, index)
+            self._products(panel, pair, start, size, index, parts)
             self._end(panel, k.mul(pair, ROWS), k.add(start, size), waiting)
 
         each(self.k, steps, 1, rows)
@@ -230,7 +246,26 @@ class AmxBody:
         else:
             k.when(k.less(0, start), [], again, zeros)
 
-    def _products(self, panel: Index, block: Index, start: Index, size: int, index: Index) -> None:
+    def _clear(self, part: str, word: Index) -> None:
+        """Zeros to a word's row of a part."""
+        zeros = self.k.constant(0, vector_type(self.p.lanes, "i32"))
+        for column in range(0, _COLUMNS, self.p.lanes):
+            self.k.store(zeros, part, [word, column])
+
+    def _end_weights(self, panel: Index, start: int) -> None:
+        """What is left of K to the stack, above zeros."""
+        k, p = self.k, self.p
+        if not p.pairs:
+            write_split_weights(k, p, panel, start, p.depth // 2 - start, self.b, self.last, half=p.depth % 2 == 1)
+            return
+        for word in range(p.depth - start):
+            for column in range(0, _COLUMNS, p.lanes):
+                words = k.load(self.b, [panel, start + word, column], p.lanes)
+                k.store(words, self.last[0], [word, column])
+
+    def _products(
+        self, panel: Index, block: Index, start: Index, size: int, index: Index, parts: Sequence[str]
+    ) -> None:
         k, tiles, t = self.k, self.tiles, self.t
 
         def load_rows(term: int, word: Index) -> None:
@@ -239,8 +274,8 @@ class AmxBody:
 
         def load_columns(term: int, word: Index, at: Index) -> None:
             for half, register in enumerate(B):
-                if self.parts:
-                    tiles.load(register, self.parts[term], [at, half * ROWS])
+                if parts:
+                    tiles.load(register, parts[term], [at, half * ROWS])
                 else:
                     tiles.load(register, self.b, [panel, word, half * ROWS])
 
@@ -286,7 +321,7 @@ class AmxBody:
         if isinstance(stop, int):
             if stop == t.words:
                 finish()
-        elif t.words % t.block == 0:
+        elif not t.rest and t.words % t.block == 0:
             k.when(k.less(stop, t.words), [], lambda: [], finish)
 
     def _place(self, register: int, waiting: Index) -> list[Index]:

@@ -1,4 +1,4 @@
-"""``--math``: whether products of f32 may be of terms of 16 bits, where a machine multiplies those faster."""
+"""``--math``: whether products may be less exact than their type, where a machine multiplies those faster."""
 
 from __future__ import annotations
 
