@@ -41,6 +41,7 @@ aarch64: $(STAMP)  ## an AArch64 Python in build/ for the test that emulates one
 
 bench-readme: $(STAMP)  ## the benchmark models on this machine's CPU and GPUs, and the tables of README and docs: half an hour, idle
 	$(BIN)/python docs/speeds.py --measure build/bench
+	$(BIN)/python docs/small_tables.py build/bench
 
 dist: $(STAMP)  ## wheel and sdist in dist/, the wheel tried in a new environment of each Python there is (PYTHONS="python3")
 	rm -rf dist
@@ -50,7 +51,7 @@ dist: $(STAMP)  ## wheel and sdist in dist/, the wheel tried in a new environmen
 docs: $(VENV)/.docs $(VENV)/types/linattn  ## the documentation as pages in build/site; a broken link or a page left out is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
-from-nothing: $(STAMP)  ## the commands of README, tutorial and how-tos, as they stand there, in new environments
+from-nothing: $(STAMP)  ## the commands of README, tutorial and how-tos, as they stand there, each in a new container
 	$(BIN)/python tests/docs/from_nothing.py
 
 $(VENV)/.docs: $(STAMP) pyproject.toml

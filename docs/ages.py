@@ -1,20 +1,28 @@
-"""How much older than the code each measured table of the pages is: `python docs/ages.py`.
+"""How much older than the code each measured table of the pages is: `python docs/ages.py`; CI: with `--check`.
 
 A table is measured if its cells have figures with a unit of time, memory or speed. It stands in a section that says at
 which commit, when and on what machine its figures were made; what has changed since in the code is counted here.
+`--check` ends with 1 where a table does not say that, names a commit that is not in this one's history, or is older by
+more commits of the code than `OLDEST`: such a table is measured again, or goes. Sizes of other people's packages,
+which README's Install has, are checked where they are installed (tests/docs/from_nothing.py).
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = ("frontend", "dialect_patterns", "runtime/*.py", "runtime/generation", "runtime/text")
-UNKNOWN = "the commit was not written down"
+OLDEST = 300
+"""Some two days of work on the code."""
+OF_OTHERS = ("README.md", "Install")
 _FIGURE = re.compile(r"\d (?:us|ms|s|KB|MB|GB)\b|\d/s\b|\d{3} / \d|\d / \d+\.\d|\d,\d{3} \(\d")
 _COMMIT = re.compile(r"\b(?=[a-f]*\d)(?=\d*[a-f])[0-9a-f]{7}\b")
 _DAY = re.compile(r"\b\d{4}-\d\d-\d\d\b|\b[A-Z][a-z]+ 20\d\d\b")
@@ -44,8 +52,7 @@ class Measured:
     @property
     def lacks(self) -> list[str]:
         """What it should say of its figures and does not."""
-        commit = UNKNOWN in self.text or self.commits
-        found = {"commit": commit, "day": _DAY.search(self.text), "machine": _MACHINE.search(self.text)}
+        found = {"commit": self.commits, "day": _DAY.search(self.text), "machine": _MACHINE.search(self.text)}
         return [name for name, there in found.items() if not there]
 
 
@@ -64,10 +71,12 @@ def measured(page: str, text: str) -> Iterator[Measured]:
 
 
 def commits_since(commit: str) -> int | None:
-    """How many commits since then changed the code; None where git does not know it."""
-    command = ["git", "-C", str(ROOT), "rev-list", "--count", f"{commit}..HEAD", "--", *CODE]
+    """How many commits since then changed the code; None where it is none of HEAD's history."""
+    git = ["git", "-C", str(ROOT)]
+    count = [*git, "rev-list", "--count", f"{commit}..HEAD", "--", *CODE]
     try:
-        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        subprocess.run([*git, "merge-base", "--is-ancestor", commit, "HEAD"], capture_output=True, check=True)
+        return int(subprocess.run(count, capture_output=True, text=True, check=True).stdout)
     except (OSError, subprocess.CalledProcessError):
         return None
 
@@ -80,21 +89,34 @@ def is_shallow() -> bool:
 
 def age(section: Measured) -> str:
     """A line: by how many commits of the code its figures are older than it."""
-    where = f"{section.page}: {section.heading}"
-    if not section.commits:
-        return f"{where}: of an unknown commit"
     counts = ((commit, commits_since(commit)) for commit in section.commits)
-    told = (f"{commit} {'unknown to git' if count is None else f'{count} commits'}" for commit, count in counts)
-    return f"{where}: {', '.join(told)}"
+    told = (f"{commit} {'not in the history' if n is None else f'{n} commits'}" for commit, n in counts)
+    return f"{section.page}: {section.heading}: {', '.join(told)}"
+
+
+def faults(section: Measured) -> list[str]:
+    """Why a table may not stay as it is."""
+    lacks = [f"does not say its {name}" for name in section.lacks]
+    counts = {commit: commits_since(commit) for commit in section.commits}
+    unknown = [f"{commit} is not in the history" for commit, count in counts.items() if count is None]
+    old = [f"{n} commits of the code since {commit}" for commit, n in counts.items() if n is not None and n > OLDEST]
+    return [f"{section.page}: {section.heading}: {fault}" for fault in (*lacks, *unknown, *old)]
 
 
 def main() -> None:
-    """Shows the ages of all pages' tables."""
+    """Shows the ages of all pages' tables, or what is wrong with them."""
     pages = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("runtime/**/*.md")})
-    print("Measured tables, and how many commits have changed the code since:")
-    for page in pages:
-        for section in measured(page.relative_to(ROOT).as_posix(), page.read_text()):
-            print(age(section))
+    sections = [section for page in pages for section in measured(page.relative_to(ROOT).as_posix(), page.read_text())]
+    sections = [section for section in sections if (section.page, section.heading) != OF_OTHERS]
+    lines = ["Measured tables, and how many commits have changed the code since:", *map(age, sections)]
+    if sys.argv[1:] == ["--check"]:
+        if is_shallow():
+            sys.exit("docs/ages.py: git has not all of the history here")
+        lines = [fault for section in sections for fault in faults(section)]
+    with contextlib.suppress(BrokenPipeError):
+        print(*lines, sep="\n", flush=True)
+        sys.exit(bool(lines) and sys.argv[1:] == ["--check"])
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
 
 
 if __name__ == "__main__":

@@ -158,17 +158,17 @@ def measure(folder: Path, gpus: str | None, name: str | None) -> tuple[list[Row]
         if subprocess.run(command, check=False).returncode not in (0, 1):  # 1: a row is wrong, the others are not
             sys.exit(f"{' '.join(command)}: failed")
         result = json.loads(file.read_text())
-        called = name or (f"{result['machine']['cpu']} ({_cpu_kind()})" if targets == "cpu" else None)
+        called = name or (cpu_name(result["machine"]["cpu"]) if targets == "cpu" else None)
         more, why = rows_of(result, called)
         rows, passed = rows + more, passed + why
     return rows, passed
 
 
-def _cpu_kind() -> str:
-    """LLVM's name of this machine's CPU: one of two kinds of `AMD EPYC`."""
+def cpu_name(name: str) -> str:
+    """This machine's CPU by its own name and LLVM's, since there are several kinds of `AMD EPYC`."""
     from linattn.frontend.targets import TargetOptions, resolve_target
 
-    return resolve_target("cpu", TargetOptions()).description.rpartition("(")[2].rstrip(")")
+    return f"{name} ({resolve_target('cpu', TargetOptions()).description.rpartition('(')[2].rstrip(')')})"
 
 
 def main() -> None:

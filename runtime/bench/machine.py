@@ -49,14 +49,18 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The commit of linattn that is measured, `-dirty` if it was changed since; None outside a checkout."""
+    """The commit of linattn that is measured, `-dirty` if its code was changed since; None outside a checkout."""
     git = ["git", "-C", str(Path(__file__).parent)]
+    changed = [*git, "diff", "--name-only", "HEAD", "--", ":(top)", ":(top,exclude)docs", ":(top,exclude)*.md"]
     try:
         subprocess.run([*git, "ls-files", "--error-unmatch", __file__], check=True, capture_output=True)
-        found = subprocess.run([*git, "describe", "--always", "--dirty"], check=True, capture_output=True, text=True)
+        found = [
+            subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+            for command in ([*git, "describe", "--always"], changed)
+        ]
     except (OSError, subprocess.CalledProcessError):
         return None
-    return found.stdout.strip()
+    return f"{found[0]}-dirty" if found[1] else found[0]
 
 
 def describe_machine() -> dict[str, Any]:

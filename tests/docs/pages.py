@@ -30,6 +30,7 @@ class Block:
         language: What the fence says: ``python``, ``sh`` or, for all that is only shown, anything else.
         code: What is between the fences.
         not_run: Why it cannot run in a test, from the comment before it; "" where it can.
+        section: The heading above it, without its marks; "" above the first.
     """
 
     page: str
@@ -37,15 +38,19 @@ class Block:
     language: str
     code: str
     not_run: str
+    section: str = ""
 
 
 def blocks(page: str) -> list[Block]:
     """The blocks of a page, the first one first."""
     text = (ROOT / page).read_text()
-    return [
-        Block(page, text.count("\n", 0, match.start("code")) + 1, match["language"], match["code"], match["why"] or "")
-        for match in _FENCE.finditer(text)
-    ]
+    found: list[Block] = []
+    section, end = "", 0
+    for match in _FENCE.finditer(text):
+        section = [section, *re.findall(r"^#+ (.+)$", text[end : match.start()], re.M)][-1]
+        line, end = text.count("\n", 0, match.start("code")) + 1, match.end()
+        found.append(Block(page, line, match["language"], match["code"], match["why"] or "", section))
+    return found
 
 
 def commands(block: Block) -> Iterator[list[str]]:
