@@ -180,6 +180,11 @@ class Progress:
         self.seconds[title] = round(time.perf_counter() - start, 3)
         self.write(f"{self.seconds[title]:.1f} s\n")
 
+    @property
+    def is_live(self) -> bool:
+        """Whether it is shown on a terminal, where what was shown can be written over."""
+        return self._stream is not None and self._stream.isatty()
+
     def write(self, text: str) -> None:
         """Show something as it is."""
         if self._stream is not None:

@@ -25,6 +25,7 @@ from linattn.runtime.outputs import remove_partial
 from ..options import CompiledModel, CompileOptions
 from ..plan.report import BundleReport, Progress
 from .messages import ProgressSpec, Reply, Request, Text, receive, send
+from .waiting import Waiting
 
 if TYPE_CHECKING:
     import onnx
@@ -74,19 +75,19 @@ class _Worker:
         Raises:
             LoweringError: if the process dies.
         """
-        show, shown = progress.write, ""
-        try:
-            message = self._hear(request)
-            while not isinstance(message, Reply):
-                assert isinstance(message, Text)
-                # Noted before it is shown: Ctrl-C may come in between, and an empty line is better than half a one.
-                show, shown = progress.write if message.is_progress else _to_stderr, message.text
-                show(message.text)
-                message = self._hear()
-        except BaseException as error:
-            if shown and not shown.endswith("\n"):
-                show("died\n" if isinstance(error, LoweringError) else "stopped\n")
-            raise
+        with Waiting() as waiting:
+            try:
+                message = self._hear(request)
+                while not isinstance(message, Reply):
+                    assert isinstance(message, Text)
+                    if message.is_progress:
+                        waiting.say(message.text, progress.write, progress.is_live)
+                    else:
+                        waiting.say(message.text, _to_stderr, sys.stderr.isatty())
+                    message = self._hear()
+            except BaseException as error:
+                waiting.end("died" if isinstance(error, LoweringError) else "stopped")
+                raise
         return message
 
     def _hear(self, request: Request | None = None) -> object:

@@ -206,15 +206,14 @@ def test_an_unguarded_script(tmp_path: Path) -> None:
 
 
 KILLED = """
-import sys, time
+import io, sys, time
 from linattn.frontend import compile_model
 from linattn.frontend.plan.report import Progress
-class Stream:
+class Stream(io.TextIOBase):
     def write(self, text):
         if "generate" in text:
             from linattn.frontend.process import isolated
             print(isolated._worker.process.pid, flush=True)
-    def flush(self): pass
 compile_model(sys.argv[1], output=sys.argv[2], progress=Progress(6, Stream()))
 """
 
