@@ -64,6 +64,13 @@ def split(k: Kernel, values: Sequence[ir.Value], dtype: str = "f16") -> tuple[ir
     return pack(k, high, "f16"), pack(k, low, "f16")
 
 
+def split_finely(k: Kernel, values: Sequence[ir.Value]) -> tuple[ir.Value, ir.Value]:
+    """The same in f16 to the last bits of the second term: the first one of a small number is what f16 holds of it."""
+    high = [first_term(k, value) for value in values]
+    low = [k.mul(k.sub(value, first), k.constant(LOW)) for value, first in zip(values, high, strict=True)]
+    return pack(k, high, "f16"), pack(k, low, "f16")
+
+
 def first_term(k: Kernel, value: ir.Value) -> ir.Value:
     """What f16 holds of an f32, cut off; of a small one by adding, with its sign, what makes its last bit f16's."""
     sign = k.bits(value) & Scalar.constant(-(1 << 31), "i32")

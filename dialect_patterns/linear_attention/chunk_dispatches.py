@@ -35,6 +35,7 @@ class ChunkKernels:
         group: The second's workgroup.
         tiles: Its workgroups a stream.
         chunks: The second.
+        reads_decay: Whether the second reads the decays, too.
     """
 
     name: str
@@ -45,6 +46,7 @@ class ChunkKernels:
     group: Group
     tiles: int
     chunks: Emit
+    reads_decay: bool = False
 
 
 def emit_chunks(
@@ -86,7 +88,8 @@ def emit_chunks(
         output([x.batch, x.tokens, c.out_heads * c.dv], result.dtype),
         output([x.batch, c.kv_heads, c.dk, c.dv], present.dtype),
     ]
-    inputs = [value for value in (x.query, x.key, x.value, x.past, factors) if value is not None]
+    decay = x.decay if n.reads_decay else None
+    inputs = [value for value in (x.query, x.key, x.value, x.past, decay, factors) if value is not None]
     return dispatch(
         f"{n.name}_chunks", n.group, n.tiles, b.index(streams), numbers, inputs, outputs,
         lambda k: n.chunks(k, *sizes(k)),

@@ -41,10 +41,10 @@ from .mma_chunk_operands import (
 _SUBGROUPS = 4
 THREADS = _SUBGROUPS * SUBGROUP
 """Threads of a workgroup."""
-_STRIDE = CHUNK + WORDS  # numbers from row to row of a product
-_MAX_GROWTH = 5.0e34  # e^80, of a chunk's decays, whose products stay far from overflow
+STRIDE = CHUNK + WORDS  # numbers from row to row of a product
+MAX_GROWTH = 5.0e34  # e^80, of a chunk's decays, whose products stay far from overflow
 _LEAST = 2.0**-12  # f16 holds numbers of which this is the largest as well as any
-_BAD, _MIX, _KEYS, _QUERIES, _NOTES = 0, 1, 3, 5, 8  # what was seen: out of range; not zero, and not small
+BAD, MIX, KEYS, QUERIES, NOTES = 0, 1, 3, 5, 8  # what was seen: out of range; not zero, and not small
 
 
 class MmaFactors:
@@ -59,31 +59,40 @@ class MmaFactors:
         streams: B * max(Hq, Hkv).
         tokens: T.
         half: Type of the matrices of factors.
+        size: Chunks of the factors of a chunk of tokens; None: as ``mma_chunk_operands`` has them.
     """
 
     def __init__(
-        self, k: Kernel, c: LinearAttention, p: MmaPlan, streams: Scalar, tokens: Scalar, half: str = "f16"
+        self,
+        k: Kernel,
+        c: LinearAttention,
+        p: MmaPlan,
+        streams: Scalar,
+        tokens: Scalar,
+        half: str = "f16",
+        size: int | None = None,
     ) -> None:
         self.k, self.c, self.p, self.half = k, c, p, half
         self.o = o = MmaOperands(k, c, tokens, streams)
-        self.decay = o.numbers(c.kv_heads) if c.decay != "none" else None
+        self.decay = o.numbers(c.kv_heads) if c.decay == "head" else None
+        self.decays = o.eights(c.kv_heads * c.dk) if c.decay == "key" else None
         self.beta = o.numbers(c.kv_heads if c.beta == "head" else 1) if c.beta != "none" else None
         self.count = streams * o.chunks
-        self.output = o.buffer(self.count * record(c))
+        self.output = o.buffer(self.count * (record(c) if size is None else size))
 
     @staticmethod
     def memory(c: LinearAttention, p: MmaPlan) -> int:
         """Bytes of the workgroup's memory."""
-        products = (2 if c.has_delta else 1) * CHUNK * _STRIDE
-        return 16 * 2 * CHUNK * p.stride_k + 4 * (products + VECTORS + _NOTES)
+        products = (2 if c.has_delta else 1) * CHUNK * STRIDE
+        return 16 * 2 * CHUNK * p.stride_k + 4 * (products + VECTORS + NOTES)
 
     def emit(self) -> None:
         """Emit everything."""
         k, item = self.k, self.k.item()
         self.tiles = k.shared_chunks(2 * CHUNK * self.p.stride_k)
-        self.products = k.shared((2 if self.c.has_delta else 1) * CHUNK * _STRIDE)
+        self.products = k.shared((2 if self.c.has_delta else 1) * CHUNK * STRIDE)
         self.vectors = k.shared(VECTORS)
-        self.notes = k.shared(_NOTES)
+        self.notes = k.shared(NOTES)
         k.when(item < self.count, lambda: self._chunk(item))
 
     def _chunk(self, item: Scalar) -> None:
@@ -92,11 +101,11 @@ class MmaFactors:
         o.choose(stream)
         self.start, self.thread = chunk * CHUNK, k.thread()
         self.part, self.column = self.thread.divide_unsigned(CHUNK)
-        k.when(self.thread < _NOTES, lambda: k.store(k.constant(0.0), self.notes, self.thread))
+        k.when(self.thread < NOTES, lambda: k.store(k.constant(0.0), self.notes, self.thread))
         k.when(self.thread < CHUNK, lambda: self._gates(self.thread))
         if self.c.dtype != "f16":
             k.barrier()
-        for start, load, kind in ((0, o.load_key, _KEYS), (CHUNK * self.p.stride_k, o.load_query, _QUERIES)):
+        for start, load, kind in ((0, o.load_key, KEYS), (CHUNK * self.p.stride_k, o.load_query, QUERIES)):
             self._tile(start, load, kind)
         k.barrier()
         self._multiply()
@@ -123,7 +132,7 @@ class MmaFactors:
     def _check(self, values: list[ir.Value], kind: int) -> None:
         """Note whether values are out of range, and whether any of their kind are not zero, and not small."""
         found = Scalar(magnitude(self.k, values))
-        self._note_unless(found <= LARGEST, _BAD)
+        self._note_unless(found <= LARGEST, BAD)
         self._note(found > 0.0, kind)
         self._note(found >= _LEAST, kind + 1)
 
@@ -133,9 +142,9 @@ class MmaFactors:
     def _judge(self) -> None:
         """Whether f16 does for this chunk."""
         k = self.k
-        seen = [Scalar(k.load(self.notes, Scalar.constant(i, "index"))) > 0.5 for i in range(_NOTES)]
-        lost = seen[_BAD]
-        for kind in (_MIX, _KEYS, _QUERIES):
+        seen = [Scalar(k.load(self.notes, Scalar.constant(i, "index"))) > 0.5 for i in range(NOTES)]
+        lost = seen[BAD]
+        for kind in (MIX, KEYS, QUERIES):
             lost = lost | (seen[kind] & (seen[kind + 1] ^ Scalar.constant(1, "i1")))
         self._put(k.select(lost, k.constant(0.0), k.constant(1.0)), ORDINARY)
 
@@ -184,11 +193,11 @@ class MmaFactors:
         if self.c.has_delta:
             kind, strip = subgroup.divide_unsigned(2)
             rows, columns = kind * queries + strip * (SIDE * p.stride_k), [Scalar.constant(j, "index") for j in (0, 1)]
-            place = kind * (CHUNK * _STRIDE) + strip * (SIDE * _STRIDE)
+            place = kind * (CHUNK * STRIDE) + strip * (SIDE * STRIDE)
         else:
             strip, column = subgroup.divide_unsigned(2)
             rows, columns = strip * (SIDE * p.stride_k) + queries, [column]
-            place = strip * (SIDE * _STRIDE)
+            place = strip * (SIDE * STRIDE)
         sums = [k.matrix_zero() for _ in columns]
         stride, chunks = p.half_stride(p.stride_k), SIDE // NUMBERS
         for depth in range(p.dk // SIDE):
@@ -198,12 +207,12 @@ class MmaFactors:
                 right = k.matrix_load("BOp", self.tiles, start, stride, transposed=True)
                 sums[i] = k.matrix_multiply_add(left, right, sums[i])
         for column, found in zip(columns, sums, strict=True):
-            k.matrix_store(found, self.products, place + column * SIDE, _STRIDE)
+            k.matrix_store(found, self.products, place + column * SIDE, STRIDE)
 
     @property
     def _mix(self) -> int:
         """Where the products of queries lie."""
-        return CHUNK * _STRIDE if self.c.has_delta else 0
+        return CHUNK * STRIDE if self.c.has_delta else 0
 
     def _spans(self) -> None:
         """This thread's column of ``mix`` and of A, 8 rows of it, in place; and its ``rest``."""
@@ -222,14 +231,14 @@ class MmaFactors:
         k, column, zero = self.k, self.column, self.k.constant(0.0)
         mixed: list[ir.Value] = []
         for i, span in spans:
-            place = column + i * _STRIDE
+            place = column + i * STRIDE
             product = k.mul(span, k.load(self.products, place + self._mix))
             mixed.append(k.select(column <= Scalar.constant(i, "index"), product, zero))
             k.store(mixed[-1], self.products, place + self._mix)
             if self.c.has_delta:
                 own = k.mul(self._number(RATE, i), k.mul(span, k.load(self.products, place)))
                 k.store(k.select(column < i, own, zero), self.products, place)
-        self._check(mixed, _MIX)
+        self._check(mixed, MIX)
 
     def _prefixes(self) -> None:
         """What depends on the tokens before only; one thread."""
@@ -243,7 +252,7 @@ class MmaFactors:
         self._put(before, TOTAL)
         for i in range(ORDINARY, VECTORS):
             self._put(k.constant(0.0), i)
-        self._note_unless(Scalar(growth) <= _MAX_GROWTH, _BAD)
+        self._note_unless(Scalar(growth) <= MAX_GROWTH, BAD)
 
     # ---- the inverse -----------------------------------------------------------------------------------------------
     def _invert(self) -> None:
@@ -254,15 +263,15 @@ class MmaFactors:
         inverse = k.choose(is_first, self._diagonal, lambda: zeros, [value.type for value in zeros])
         k.barrier()
         block, column = self.column.divide_unsigned(SIDE)
-        corner = block * (SIDE * _STRIDE + SIDE) + column
+        corner = block * (SIDE * STRIDE + SIDE) + column
 
         def store() -> None:
             for i, value in enumerate(inverse):
-                k.store(value, self.products, corner + i * _STRIDE)
+                k.store(value, self.products, corner + i * STRIDE)
 
         k.when(is_first, store)
         k.barrier()
-        below, upper = SIDE * _STRIDE, SIDE
+        below, upper = SIDE * STRIDE, SIDE
         self._times(below, 0, upper)
         k.barrier()
         self._times(below + SIDE, upper, below, negative=True)
@@ -272,12 +281,12 @@ class MmaFactors:
         """This thread's column of a block's inverse, by substitution."""
         k = self.k
         block, column = self.column.divide_unsigned(SIDE)
-        corner = block * (SIDE * _STRIDE + SIDE)
+        corner = block * (SIDE * STRIDE + SIDE)
         values: list[ir.Value] = []
         for i in range(SIDE):
             value = k.select(column.equals(i), k.constant(1.0), k.constant(0.0))
             for m, earlier in enumerate(values):
-                value = k.fma(k.neg(k.load(self.products, corner + (i * _STRIDE + m))), earlier, value)
+                value = k.fma(k.neg(k.load(self.products, corner + (i * STRIDE + m))), earlier, value)
             values.append(value)
         return values
 
@@ -288,11 +297,11 @@ class MmaFactors:
         column = place * each
         sums = [k.constant(0.0)] * each
         for m in range(SIDE):
-            factor = k.load(self.products, row * _STRIDE + (left + m))
+            factor = k.load(self.products, row * STRIDE + (left + m))
             for e in range(each):
-                sums[e] = k.fma(factor, k.load(self.products, column + (right + m * _STRIDE + e)), sums[e])
+                sums[e] = k.fma(factor, k.load(self.products, column + (right + m * STRIDE + e)), sums[e])
         for e, value in enumerate(sums):
-            k.store(k.neg(value) if negative else value, self.products, row * _STRIDE + column + (result + e))
+            k.store(k.neg(value) if negative else value, self.products, row * STRIDE + column + (result + e))
 
     def _write_matrices(self, base: Scalar) -> None:
         """A chunk of each matrix a thread."""
@@ -301,13 +310,13 @@ class MmaFactors:
         column = chunk * NUMBERS
 
         def read(start: int) -> list[ir.Value]:
-            return [k.load(self.products, row * _STRIDE + column + (start + e)) for e in range(NUMBERS)]
+            return [k.load(self.products, row * STRIDE + column + (start + e)) for e in range(NUMBERS)]
 
         mixed = pack(k, read(self._mix), self.half)
         if self.c.has_delta:
             scaled = [k.mul(value, self._number(RATE, column + e)) for e, value in enumerate(read(0))]
             solve = [k.select(column + e <= row, value, k.constant(0.0)) for e, value in enumerate(scaled)]
-            self._note_unless(within(k, solve), _BAD)
+            self._note_unless(within(k, solve), BAD)
             for i, term in enumerate(split(k, solve, self.half)):
                 k.store_as_is(term, self.output, base + self.thread + i * MATRIX)
         k.store_as_is(mixed, self.output, base + self.thread + (matrices(self.c) - 1) * MATRIX)

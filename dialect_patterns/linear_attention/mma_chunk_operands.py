@@ -12,6 +12,7 @@ if all of that, keys and queries are numbers that f16 can hold. Tokens after the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from iree.compiler import ir
@@ -160,14 +161,20 @@ class MmaOperands:
         self.batches = self.streams.divide_unsigned(c.out_heads)[0]
         self.all_rows = self.batches * self.tokens
         self.chunks = (self.tokens + (CHUNK - 1)).divide_unsigned(CHUNK)[0]
+        self.wide = NUMBERS // WORDS if c.dtype == "f32" else 1
+        """Chunks of eight numbers."""
         self._next = 0
-        self.query = self.buffer(self.all_rows * (c.q_heads * c.dk // NUMBERS))
-        self.key = self.buffer(self.all_rows * (c.k_heads * c.dk // NUMBERS))
+        self.query = self.eights(c.q_heads * c.dk)
+        self.key = self.eights(c.k_heads * c.dk)
 
     def buffer(self, size: Scalar) -> Buffer:
         """The next buffer, ``size`` chunks."""
         self._next += 1
         return self.k.chunks(self._next - 1, size)
+
+    def eights(self, elements: int) -> Buffer:
+        """The next buffer: so many numbers a token, in chunks."""
+        return self.buffer(self.all_rows * (elements // NUMBERS * self.wide))
 
     def numbers(self, elements: int) -> Buffer:
         """The next buffer: so many single numbers a token."""
@@ -201,6 +208,34 @@ class MmaOperands:
         """A chunk of the query of a token, as stored."""
         place = self.row(t) * self.c.q_heads + self.query_head
         return self.k.load(self.query, place * (self.c.dk // NUMBERS) + chunk)
+
+    def load_eight(self, buffer: Buffer, place: Scalar) -> list[ir.Value]:
+        """The ``place``-th eight numbers of a buffer, as stored."""
+        return [self.k.load(buffer, place * self.wide + i) for i in range(self.wide)]
+
+    def key_eight(self, t: Scalar, part: Scalar) -> list[ir.Value]:
+        """Eight numbers of the key of a token, of any type, as stored."""
+        return self.load_eight(self.key, (self.row(t) * self.c.k_heads + self.key_head) * (self.c.dk // NUMBERS) + part)
+
+    def query_eight(self, t: Scalar, part: Scalar) -> list[ir.Value]:
+        """Eight numbers of the query of a token, of any type, as stored."""
+        place = self.row(t) * self.c.q_heads + self.query_head
+        return self.load_eight(self.query, place * (self.c.dk // NUMBERS) + part)
+
+    def eight_of(self, stored: Sequence[ir.Value]) -> list[ir.Value]:
+        """What was loaded so, in f32."""
+        if self.c.dtype == "f32":
+            return [element for chunk in stored for element in self.k.elements(chunk)]
+        return unpack(self.k, stored[0], self.c.dtype)
+
+    def store_eight(self, values: list[ir.Value], buffer: Buffer, place: Scalar) -> None:
+        """Write eight numbers, rounded to the activations' type, as the ``place``-th eight of a buffer."""
+        k = self.k
+        if self.c.dtype == "f32":
+            for i in range(self.wide):
+                k.store_as_is(k.join(values[i * WORDS : (i + 1) * WORDS]), buffer, place * self.wide + i)
+        else:
+            k.store_as_is(pack(k, values, self.c.dtype), buffer, place)
 
     def as_f16(self, chunk: ir.Value) -> ir.Value:
         """A chunk in f16: as it is, or rounded, which loses something of numbers below 2^-14 only."""

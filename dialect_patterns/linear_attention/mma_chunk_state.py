@@ -21,6 +21,7 @@ from .contract import LinearAttention
 from .mma_chunk_operands import (
     ACROSS,
     CHUNK,
+    DECAY,
     MATRIX,
     ORDINARY,
     PRE,
@@ -55,17 +56,21 @@ class MmaChunks:
         p: How the state is held.
         streams: B * max(Hq, Hkv).
         tokens: T.
+        size: Chunks of the factors of a chunk of tokens; None: as ``mma_chunk_operands`` has them.
     """
 
-    def __init__(self, k: Kernel, c: LinearAttention, p: MmaPlan, streams: Scalar, tokens: Scalar) -> None:
+    def __init__(
+        self, k: Kernel, c: LinearAttention, p: MmaPlan, streams: Scalar, tokens: Scalar, size: int | None = None
+    ) -> None:
         self.k, self.c, self.p, self.streams, self.tokens = k, c, p, streams, tokens
         self.o = o = MmaOperands(k, c, tokens, streams)
         self.state_width = WORDS if c.state_dtype == "f32" else NUMBERS
         state = o.batches * (c.kv_heads * c.dk * c.dv // self.state_width)
-        self.value = o.buffer(o.all_rows * (c.kv_heads * c.dv // NUMBERS))
+        self.value = o.eights(c.kv_heads * c.dv)
         self.past = o.buffer(state) if c.has_past else None
-        self.factors = o.buffer(streams * o.chunks * record(c))
-        self.output = o.buffer(o.all_rows * (c.out_heads * c.dv // NUMBERS))
+        self.log_decays = o.eights(c.kv_heads * c.dk) if c.decay == "key" else None
+        self.factors = o.buffer(streams * o.chunks * (record(c) if size is None else size))
+        self.output = o.eights(c.out_heads * c.dv)
         self.present = o.buffer(state)
         rest = 2 * CHUNK * p.stride_f
         each = CHUNK * p.stride_s
@@ -75,11 +80,16 @@ class MmaChunks:
         self.terms_w = rest + 2 * each, rest + 3 * each
         self.queries = CHUNK * p.stride_k
 
+    @property
+    def matrices_count(self) -> int:
+        """How many matrices of factors there are."""
+        return matrices(self.c)
+
     def emit(self) -> None:
         """Emit everything."""
         k, p, item = self.k, self.p, self.k.item()
         self.rows, self.work = k.shared_chunks(p.rows), k.shared_chunks(p.work)
-        self.matrices = k.shared_chunks(matrices(self.c) * CHUNK * (ACROSS + 1))
+        self.matrices = k.shared_chunks(self.matrices_count * CHUNK * (ACROSS + 1))
         self.vectors, self.lost = k.shared(VECTORS), k.shared(1)
         k.when(item < self.streams, lambda: self._stream(item))
 
@@ -167,21 +177,26 @@ class MmaChunks:
         return [(self.thread + i).divide_unsigned(vectors) for i in range(0, CHUNK * vectors, self.p.threads)]
 
     def _matrix_places(self) -> list[Scalar]:
-        count = matrices(self.c) * MATRIX
+        count = self.matrices_count * MATRIX
         return [(self.thread + i).minimum(count - 1) for i in range(0, count, self.p.threads)]
 
-    def load_value(self, t: Scalar, vector: Scalar) -> ir.Value:
+    def load_value(self, t: Scalar, vector: Scalar) -> list[ir.Value]:
         """Eight columns of the value of a token, as stored."""
         c, o = self.c, self.o
         place = (o.row(t) * c.kv_heads + o.head) * (c.dv // NUMBERS)
-        return self.k.load(self.value, place + self.tile * self.p.vectors + vector)
+        return o.load_eight(self.value, place + self.tile * self.p.vectors + vector)
+
+    def decays(self, t: Scalar, i: Scalar, part: Scalar) -> list[ir.Value]:
+        """The decays of the ``part``-th eight rows by token ``t``, the ``i``-th of the chunk; each four times."""
+        del t, part
+        return [self.k.splat(self._number(DECAY, i), WORDS)] * NUMBERS
 
     def write_output(self, t: Scalar, vector: Scalar, values: list[ir.Value]) -> None:
         """Eight columns of the output of a token."""
         c, o = self.c, self.o
         row = (o.batch * self.tokens + t) * c.out_heads + o.out_head
         place = row * (c.dv // NUMBERS) + self.tile * self.p.vectors + vector
-        self.k.store_as_is(pack(self.k, values, c.dtype), self.output, place)
+        o.store_eight(values, self.output, place)
 
     def _fetch(self, t: Scalar) -> list[ir.Value]:
         """All that this thread loads of a chunk, as stored."""
@@ -196,16 +211,22 @@ class MmaChunks:
             *(o.load_query(t + row, part) for row, part in places),
             *(k.load(self.factors, base + place) for place in self._matrix_places()),
             k.load(self.factors, vector),
-            self.load_value(t + self.token, self.vector),
+            *self.load_value(t + self.token, self.vector),
         ]
 
-    def _unpack(self, state: list[ir.Value], loaded: list[ir.Value]) -> ir.Value:
+    def _unpack(self, state: list[ir.Value], loaded: list[ir.Value]) -> list[ir.Value]:
         """Hand what was loaded, and the state, to the workgroup; returns this thread's part of the values."""
         k, p, o = self.k, self.p, self.o
         rest = iter(loaded)
         for start in (0, self.queries):
             for row, part in self._row_places():
                 k.store_as_is(o.as_f16(next(rest)), self.rows, row * p.stride_k + part + start)
+        return self._hand(state, list(rest))
+
+    def _hand(self, state: list[ir.Value], loaded: list[ir.Value]) -> list[ir.Value]:
+        """The same without keys and queries."""
+        k, p = self.k, self.p
+        rest = iter(loaded)
         for place in self._matrix_places():
             row, part = place.divide_unsigned(ACROSS)
             k.store_as_is(next(rest), self.matrices, row * (ACROSS + 1) + part)
@@ -216,9 +237,9 @@ class MmaChunks:
         k.when(self.thread.equals(0), lambda: k.store(k.constant(0.0), self.lost, zero))
         for (row, vector), eight in zip(self.places, self._eights(state), strict=True):
             place = row * p.stride_s + vector
-            for i, term in enumerate(split(k, self.flat(eight))):
+            for i, term in enumerate(self._terms(self.flat(eight))):
                 k.store_as_is(term, self.work, place + i * (p.dk * p.stride_s))
-        return next(rest)
+        return list(rest)
 
     # ---- products --------------------------------------------------------------------------------------------------
     def _left(self, buffer: Buffer, start: Scalar, stride: int, *, transposed: bool = False) -> ir.Value:
@@ -263,8 +284,11 @@ class MmaChunks:
         """Two terms of this thread's eight numbers, and whether they are in range."""
         k, place = self.k, self.token * self.p.stride_s + self.vector
         self._keep(within(k, values))
-        for i, term in enumerate(split(k, values)):
+        for i, term in enumerate(self._terms(values)):
             k.store_as_is(term, self.work, place + terms + i * (CHUNK * self.p.stride_s))
+
+    def _terms(self, values: list[ir.Value]) -> tuple[ir.Value, ir.Value]:
+        return split(self.k, values)
 
     def _keep(self, condition: Scalar) -> None:
         """Unless that holds the chunk is to go through token by token."""
@@ -272,10 +296,10 @@ class MmaChunks:
         otherwise = condition ^ Scalar.constant(1, "i1")
         k.when(otherwise, lambda: k.store(k.constant(1.0), self.lost, zero))
 
-    def _updates(self, t: Scalar, value: ir.Value) -> None:
+    def _updates(self, t: Scalar, value: list[ir.Value]) -> None:
         """The terms of u, and of rest u."""
         k, p = self.k, self.p
-        values = unpack(k, value, self.c.dtype)
+        values = self.o.eight_of(value)
         if self.c.has_delta:
             k.when(self.half.equals(0), lambda: self._remainders(values))
             k.barrier()

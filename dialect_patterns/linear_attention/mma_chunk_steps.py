@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from iree.compiler import ir
 
-from ..emit.chunk_words import NUMBERS, unpack
+from ..emit.chunk_words import NUMBERS
 from ..emit.scalar import Scalar
-from .mma_chunk_operands import CHUNK, DECAY, RATE, WORDS
+from .mma_chunk_operands import CHUNK, RATE, WORDS
 
 if TYPE_CHECKING:
     from .mma_chunk_state import MmaChunks
@@ -58,20 +58,18 @@ class Steps:
             return k.splat(k.load(of.vectors, i + start), WORDS)
 
         def decay() -> None:
-            factor = number(DECAY)
-            self._pass(lambda state, _: k.mul(factor, state), self.o.load_key(t, self.part), first)
+            factors = of.decays(t, i, self.part)
+            self._pass(lambda state, n: k.mul(factors[n // _PAIR], state), self._key(t), first)
 
         def update(new: list[ir.Value]) -> None:
-            key = self._eight(self.o.load_key(t, self.part))
-            self._pass(
-                lambda state, n: k.fma(k.splat(key[n // _PAIR], WORDS), new[n % _PAIR], state),
-                self.o.load_query(t, self.part), second,
-            )  # fmt: skip
+            key = self._key(t)
+            query = self.o.eight_of(self.o.query_eight(t, self.part))
+            self._pass(lambda state, n: k.fma(k.splat(key[n // _PAIR], WORDS), new[n % _PAIR], state), query, second)
 
         is_active = self.part < self.parts
         k.when(is_active, decay)
         k.barrier()
-        new = list(of.eight(self._eight(of.load_value(t, self.vector))))
+        new = list(of.eight(self.o.eight_of(of.load_value(t, self.vector))))
         if c.has_delta:
             rate = number(RATE)
             known = self._total(first)
@@ -85,13 +83,13 @@ class Steps:
 
         k.when(of.thread < self.p.vectors, write)
 
-    def _eight(self, chunk: ir.Value) -> list[ir.Value]:
-        return unpack(self.k, chunk, self.of.c.dtype)
+    def _key(self, t: Scalar) -> list[ir.Value]:
+        """This thread's eight of a key."""
+        return self.o.eight_of(self.o.key_eight(t, self.part))
 
-    def _pass(self, change: Callable[[ir.Value, int], ir.Value], factors: ir.Value, start: int) -> None:
+    def _pass(self, change: Callable[[ir.Value, int], ir.Value], elements: list[ir.Value], start: int) -> None:
         """Change this thread's part of the state; its products with a key or query to memory from ``start`` on."""
         k, work, rows, stride = self.k, self.of.work, self.of.rows, self.p.stride_f
-        elements = self._eight(factors)
         sums = [k.constant(0.0, WORDS)] * _PAIR
         for n in range(NUMBERS * _PAIR):
             row, i = divmod(n, _PAIR)

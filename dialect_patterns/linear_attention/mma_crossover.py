@@ -15,6 +15,19 @@ Microseconds of both kernels on an H100 (80 GB HBM3), B=1, gated_delta, d=128, f
 | fused_simt | 17.3 | 26.9 | 46.4 | 85.5 | | |
 | Vulkan, H=32: fused_mma_chunks | | | | | 112 | 387 |
 
+The same with decays of a key dimension:
+
+| CUDA, H=16 | T=64 | 256 | 1024 | 4096 |
+|---|---|---|---|---|
+| fused_term_chunks | 16.0 | 28.7 | 99.7 | 393 |
+| fused_simt | 23.1 | 84.2 | 329 | 1787 |
+| CUDA, H=32: fused_term_chunks | 19.6 | 44.9 | 169 | 665 |
+| fused_simt | 32.5 | 116 | 519 | 2060 |
+| Vulkan, H=16: fused_term_chunks | 35.4 | 48.7 | 153 | 473 |
+| fused_simt | 36.8 | 122 | 461 | 1991 |
+| Vulkan, H=32: fused_term_chunks | 38.7 | 65.3 | 220 | 740 |
+| fused_simt | 44.8 | 151 | 606 | |
+
 To measure again, with FLA's kernels beside them:
 
     for heads in 16 32; do
@@ -30,15 +43,18 @@ FASTER_FROM: dict[str, tuple[tuple[int, int], ...]] = {
     "warps": ((1, 32),),  # fused_warp_chunks
     "elements": ((1, 256),),  # fused_mma_chunks, CUDA
     "chunks": ((1, 32),),  # fused_mma_chunks, Vulkan
+    "keys, elements": ((1, 64),),  # fused_term_chunks, CUDA
+    "keys, chunks": ((1, 64),),  # and Vulkan
 }
-"""By what multiplies, ``warps`` or ``Target.matrix_stride``: (streams, tokens), streams from few to many."""
+"""By what multiplies, ``warps`` or ``Target.matrix_stride``, the latter after ``keys, `` where decays are of key
+dimensions: (streams, tokens), streams from few to many."""
 
 
 def least_tokens(kind: str | None, streams: int) -> int | None:
     """The least T from which on it is faster, by the last row with no more streams; None where none is known.
 
     Args:
-        kind: ``warps`` or the target's ``matrix_stride``.
+        kind: ``warps`` or the target's ``matrix_stride``, after ``keys, `` for decays of key dimensions.
         streams: B * max(Hq, Hkv).
     """
     known = [tokens for count, tokens in FASTER_FROM.get(kind or "", ()) if count <= streams]

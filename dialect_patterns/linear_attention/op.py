@@ -12,7 +12,16 @@ from ..emit.builder import spec_of
 from ..op import MICROSOFT, Choice, LoweringContext, LoweringOptions, Op
 from ..select import Legality, No, Strategy, Yes, not_emitted, select
 from ..target import Target
-from . import chunked, fused_mma_chunks, fused_simd, fused_simt, fused_simt_chunks, fused_warp_chunks, recurrent
+from . import (
+    chunked,
+    fused_mma_chunks,
+    fused_simd,
+    fused_simt,
+    fused_simt_chunks,
+    fused_term_chunks,
+    fused_warp_chunks,
+    recurrent,
+)
 from .contract import LinearAttention, output_types, parse
 from .mma_chunk_operands import CHUNK
 from .mma_crossover import least_tokens
@@ -86,10 +95,18 @@ def _fused_mma_chunks_is_preferred(contract: LinearAttention, target: Target, op
     return _from_measured_tokens(contract, options, target.matrix_stride, "")
 
 
+def _fused_term_chunks_is_preferred(contract: LinearAttention, target: Target, options: LoweringOptions) -> Legality:
+    if contract.decay != "key":
+        return No("in f32 fused_simt_chunks is as fast where it was measured")
+    kind = None if target.matrix_stride is None else f"keys, {target.matrix_stride}"
+    return _from_measured_tokens(contract, options, kind, ", keys and queries with their decays in terms of f16")
+
+
 STRATEGIES = (
     Strategy("fused_simd", fused_simd.is_legal, _fused_simd_is_preferred),
     Strategy("fused_warp_chunks", fused_warp_chunks.is_legal, _fused_warp_chunks_is_preferred),
     Strategy("fused_mma_chunks", fused_mma_chunks.is_legal, _fused_mma_chunks_is_preferred),
+    Strategy("fused_term_chunks", fused_term_chunks.is_legal, _fused_term_chunks_is_preferred),
     Strategy("fused_simt_chunks", fused_simt_chunks.is_legal, _fused_simt_chunks_is_preferred),
     Strategy("fused_simt", fused_simt.is_legal, _fused_simt_is_preferred),
     Strategy("chunked", chunked.is_legal, _chunked_is_preferred),
@@ -158,6 +175,8 @@ def lower(
         results = fused_warp_chunks.emit_linear_attention_fused_warp_chunks(context, c, x)
     elif choice.strategy == "fused_mma_chunks":
         results = fused_mma_chunks.emit_linear_attention_fused_mma_chunks(context, c, x)
+    elif choice.strategy == "fused_term_chunks":
+        results = fused_term_chunks.emit_linear_attention_fused_term_chunks(context, c, x)
     elif choice.strategy == "fused_simt_chunks":
         results = fused_simt_chunks.emit_linear_attention_fused_simt_chunks(context, c, x)
     elif choice.strategy == "fused_simt":

@@ -106,11 +106,12 @@ def test_two_dispatches_for_many_tokens(open_dims: bool) -> None:
         ("fused_mma_chunks", "matrices"),
         ("fused_mma_chunks", "vulkan:hopper"),
         ("fused_warp_chunks", "warps"),
+        ("fused_term_chunks", "matrices"),
     ],
 )
 def test_prompts_of_all_sizes_share_the_chunks_kernels(strategy: str, target: str) -> None:
     """A driver compiles every kernel when the module is loaded: one of each for a layer's shape, not for each T too."""
-    shape = Shape(q_heads=2, dk=64, dv=64)
+    shape = Shape(q_heads=2, dk=64, dv=64, decay="key" if strategy == "fused_term_chunks" else "head")
     nodes = [
         node_for("", "LinearAttention", 27, specs_of("LinearAttention", inputs, False), shape.attributes, 2)
         for inputs in (linear_attention(shape, 1, tokens, dtype=np.float16) for tokens in (64, 256, 512))
@@ -203,6 +204,17 @@ def test_matrix_units_are_taken_where_measured(monkeypatch: pytest.MonkeyPatch) 
     assert choose(contract, warps, OPTIONS).strategy == "fused_warp_chunks"
     assert choose(few, warps, OPTIONS).rejected["fused_warp_chunks"] == "not measured for so few heads"
     assert "fused_warp_chunks" in choose(contract, replace(warps, copy_memory=0), OPTIONS).rejected
+    keys = Shape(q_heads=2, dk=64, dv=64, decay="key")
+    assert choose(contract_of(keys, 64, np.float16), warps, OPTIONS).strategy == "fused_term_chunks"
+    short = choose(contract_of(keys, 40, np.float16), warps, OPTIONS)
+    assert short.strategy == "fused_simt"
+    assert short.rejected["fused_term_chunks"] == "T=40 is less than 64 tokens"
+    fast = replace(warps, fast_math=True)
+    assert choose(contract_of(keys, 64), fast, OPTIONS).strategy == "fused_term_chunks"
+    assert choose(contract_of(keys, 64), warps, OPTIONS).rejected["fused_term_chunks"].endswith("for --math fast")
+    head = choose(contract_of(replace(keys, decay="head"), 64), fast, OPTIONS)
+    assert head.strategy == "fused_simt_chunks"
+    assert "as fast" in head.rejected["fused_term_chunks"]
 
 
 @pytest.mark.parametrize(
@@ -232,6 +244,31 @@ def test_matrix_units_compile(
     ops = count(module)
     assert ops["flow.dispatch"] == ops["hal.executable.source"] == 2
     assert ops["gpu.subgroup_mma_compute"] > 0
+    assert len(compile_module(module, session, "real")) > 0
+
+
+@pytest.mark.parametrize(("target", "arch"), [("cuda", "sm_80"), ("vulkan", "hopper")])
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        (Shape("gated_delta", "key", q_heads=2, dk=128, dv=128), np.float16),
+        (Shape("gated", "key", q_heads=2, dk=64, dv=64), ml_dtypes.bfloat16),
+        (Shape("gated_delta", q_heads=2, dk=128, dv=128), np.float32),
+    ],
+    ids=["f16", "bf16", "f32"],
+)
+def test_terms_compile(target: str, arch: str, shape: Shape, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With real matrix units; their memory is what any such GPU has."""
+    resolved = resolve_target(target, TargetOptions(gpu_target=arch))
+    monkeypatch.setitem(TARGETS, "real", replace(resolved.capabilities, fast_math=True))
+    if resolved.device_attribute:
+        monkeypatch.setitem(DEVICE_ATTRIBUTES, "real", resolved.device_attribute)
+    session = Session()
+    session.set_flags(*resolved.flags, "--iree-input-type=none")
+    specs = specs_of("LinearAttention", linear_attention(shape, 1, 40, dtype=dtype), True)
+    options = LoweringOptions("fused_term_chunks")
+    module = lowered("", "LinearAttention", 27, specs, shape.attributes, 2, "real", options, session.context)
+    assert count(module)["gpu.subgroup_mma_compute"] > 0
     assert len(compile_module(module, session, "real")) > 0
 
 

@@ -16,7 +16,12 @@ from data import Shape, linear_attention
 from harness import TARGETS, lowered
 from linattn.dialect_patterns.draw_token.contract import DRAW_TOKEN, SETTINGS
 from linattn.dialect_patterns.emit.simt_kernel import Kernel
-from linattn.dialect_patterns.linear_attention import fused_mma_chunks, fused_warp_chunks, warp_chunk_state
+from linattn.dialect_patterns.linear_attention import (
+    fused_mma_chunks,
+    fused_term_chunks,
+    fused_warp_chunks,
+    warp_chunk_state,
+)
 from linattn.dialect_patterns.linear_attention.fused_simt_lanes import Lanes
 from linattn.dialect_patterns.mat_mul import fused_mma, mma_kernel
 from linattn.dialect_patterns.mat_mul.normed import NORMED
@@ -124,6 +129,22 @@ def test_chunks_on_matrix_units(
     matrices.emulate(monkeypatch, fused_mma_chunks)
     shape = Shape(rule, q_heads=4, k_heads=2, kv_heads=2, dk=dk, dv=32)
     assert races(attention(shape, 40, "matrices", "fused_mma_chunks", dtype)) == []
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        (Shape("gated_delta", "key", q_heads=4, dk=128, dv=16), np.float16),
+        (Shape("gated_delta", "key", q_heads=2, dk=64, dv=32), np.float32),
+        (Shape("linear", q_heads=2, dk=64, dv=16), np.float32),
+    ],
+    ids=["f16", "f32", "linear"],
+)
+def test_chunks_in_terms(shape: Shape, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two and four tokens a thread of the first kernel, terms of one tile after the other in the second."""
+    monkeypatch.setitem(TARGETS, "terms", replace(GPUS["matrices"], fast_math=True))
+    matrices.emulate(monkeypatch, fused_term_chunks)
+    assert races(attention(shape, 40, "terms", "fused_term_chunks", dtype), {0: 40}) == []
 
 
 @pytest.mark.parametrize(("rule", "parts"), [("gated_delta", 2), ("linear", 2)])

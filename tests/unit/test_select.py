@@ -54,7 +54,8 @@ def test_cpus_with_vectors_have_one_kernel(tokens: int | None) -> None:
 def test_forced() -> None:
     assert choose(contract(512), CPU, LoweringOptions(strategy="recurrent")).strategy == "recurrent"
     expected = (
-        "fused_simd or fused_warp_chunks or fused_mma_chunks or fused_simt_chunks or fused_simt or chunked or recurrent"
+        "fused_simd or fused_warp_chunks or fused_mma_chunks or fused_term_chunks or fused_simt_chunks or "
+        "fused_simt or chunked or recurrent"
     )
     with pytest.raises(LoweringError, match=rf"unknown strategy, got 'fast', expected {expected}"):
         choose(contract(512), CPU, LoweringOptions(strategy="fast"))

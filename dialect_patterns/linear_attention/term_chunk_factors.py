@@ -1,0 +1,390 @@
+"""The first kernel of strategy ``fused_term_chunks``: the factors of every chunk, all chunks at once.
+
+A workgroup does one chunk of one stream. Scores whose decays differ from key dimension to key dimension are made by
+halving (NUMERICS section 3): the second half of each block of 2 w tokens sees its first half, for w = 1, 2 .. 16. Rows
+get the decays since the block's middle, columns those up to it, so that no factor exceeds 1 where decays do not grow,
+and nothing is divided. At every w there are 16 rows and 16 columns in all, of whose products [16, 16] the blocks of w
+along the diagonal are meant. Decays are multiplied up in f32, a thread a few tokens of eight key dimensions; what they
+are multiplied with enters the products in two terms of f16, queries of 16 bits in one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+from iree.compiler import ir
+
+from ..emit.chunk_words import LOW, NUMBERS, pack, split, split_finely
+from ..emit.scalar import Scalar
+from ..emit.simt_kernel import Kernel
+from .contract import LinearAttention
+from .mma_chunk_factors import (
+    BAD,
+    KEYS,
+    MAX_GROWTH,
+    MIX,
+    NOTES,
+    QUERIES,
+    STRIDE,
+    MmaFactors,
+)
+from .mma_chunk_operands import (
+    ACROSS,
+    CHUNK,
+    DECAY,
+    LARGEST,
+    MATRIX,
+    RATE,
+    SIDE,
+    SUBGROUP,
+    VECTORS,
+    WORDS,
+    within,
+)
+from .term_chunk_operands import FACTOR_THREADS, TermPlan
+
+_SUBGROUPS = FACTOR_THREADS // SUBGROUP
+_SUMS = SIDE * SIDE  # numbers of a matrix of sums
+Eights = list[list[ir.Value]]
+"""Eight numbers of each of a thread's tokens."""
+
+
+class TermFactors(MmaFactors):
+    """Emits the kernel.
+
+    Buffers: query, key, decay and beta where the rule has them, factors [B * max(Hq, Hkv), chunks, numbers].
+
+    Args:
+        k: Emits instructions.
+        c: What to compute.
+        p: How the work is cut.
+        streams: B * max(Hq, Hkv).
+        tokens: T.
+    """
+
+    def __init__(self, k: Kernel, c: LinearAttention, p: TermPlan, streams: Scalar, tokens: Scalar) -> None:
+        super().__init__(k, c, p, streams, tokens, size=p.record)
+        self.plan = p
+
+    @staticmethod
+    def bytes_of(p: TermPlan) -> int:
+        """Bytes of the workgroup's memory."""
+        chunks = (4 + p.terms) * SIDE * p.stride_k + 2 * FACTOR_THREADS
+        numbers = 2 * _SUBGROUPS * _SUMS + 2 * CHUNK * STRIDE + VECTORS + NOTES
+        return 16 * chunks + 4 * numbers
+
+    def emit(self) -> None:
+        """Emit everything."""
+        k, p, item = self.k, self.plan, self.k.item()
+        self.tiles = k.shared_chunks((4 + p.terms) * SIDE * p.stride_k)
+        self.totals = k.shared_chunks(2 * FACTOR_THREADS)
+        self.sums = k.shared(2 * _SUBGROUPS * _SUMS)
+        self.products = k.shared(2 * CHUNK * STRIDE)
+        self.vectors = k.shared(VECTORS)
+        self.notes = k.shared(NOTES)
+        k.when(item < self.count, lambda: self._one(item))
+
+    @property
+    def _mix(self) -> int:
+        return CHUNK * STRIDE
+
+    def _one(self, item: Scalar) -> None:
+        """One chunk."""
+        k, p = self.k, self.plan
+        stream, chunk = item.divide_unsigned(self.o.chunks)
+        self.o.choose(stream)
+        self.start, self.thread = chunk * CHUNK, k.thread()
+        self.part, self.column = self.thread.divide_unsigned(CHUNK)
+        self.group, self.dims = self.thread.divide_unsigned(p.line)
+        self.first = self.group * p.tokens
+        k.when(self.thread < NOTES, lambda: k.store(k.constant(0.0), self.notes, self.thread))
+        k.when(self.thread < CHUNK, lambda: self._gates(self.thread))
+        for i in range(0, CHUNK * STRIDE, FACTOR_THREADS):
+            k.store(k.constant(0.0), self.products, self.thread + (self._mix + i))
+        tokens = [self.start + self.first + e for e in range(p.tokens)]
+        self.keys = [self.o.key_eight(t, self.dims) for t in tokens]
+        self.queries = [self.o.query_eight(t, self.dims) for t in tokens]
+        stored = [self._load_decays(t) for t in tokens]
+        k.barrier()
+        for values, kind in ((self.keys, KEYS), (self.queries, QUERIES)):
+            self._check([value for one in values for value in self.o.eight_of(one)], kind)
+        self._own_products()
+        before, after, total, largest = self._halve([self._decays(e, stored[e]) for e in range(p.tokens)])
+        self._write_tiles(item * p.record, before, after, total, largest)
+        k.barrier()
+        if self.c.has_delta:
+            self._invert()
+        self._write_factors(item * p.record)
+        k.barrier()
+        k.when(self.thread.equals(0), self._judge)
+        k.barrier()
+        place = self.thread.minimum(VECTORS // WORDS - 1)
+        numbers = [k.load(self.vectors, place * WORDS + e) for e in range(WORDS)]
+        k.store(k.join(numbers), self.output, item * p.record + p.matrices * MATRIX + place)
+
+    # ---- operands --------------------------------------------------------------------------------------------------
+    def _load_decays(self, t: Scalar) -> list[ir.Value]:
+        """The log decays of a token, as stored."""
+        if self.decays is None:
+            return []
+        place = (self.o.row(t) * self.c.kv_heads + self.o.head) * self.plan.line
+        return self.o.load_eight(self.decays, place + self.dims)
+
+    def _decays(self, e: int, stored: Sequence[ir.Value]) -> list[ir.Value]:
+        """The decays of this thread's ``e``-th token; 1 after the last token."""
+        k = self.k
+        if not stored:
+            return [self._number(DECAY, self.first + e)] * NUMBERS
+        inside = self.start + self.first + e < self.o.tokens
+        return [k.select(inside, k.exp(value), k.constant(1.0)) for value in self.o.eight_of(stored)]
+
+    def _own_products(self) -> None:
+        """q_i . k_i, this thread's part of them."""
+        k, p = self.k, self.plan
+        for e in range(p.tokens):
+            total = k.constant(0.0)
+            pairs = zip(self.o.eight_of(self.queries[e]), self.o.eight_of(self.keys[e]), strict=True)
+            for query, key in pairs:
+                total = k.fma(query, key, total)
+            k.store(total, self.sums, (self.first + e) * p.line + self.dims)
+        k.barrier()
+
+        def add() -> None:
+            total = k.constant(0.0)
+            for i in range(p.line):
+                total = k.add(total, k.load(self.sums, self.thread * p.line + i))
+            k.store(total, self.products, self.thread * (STRIDE + 1) + self._mix)
+
+        k.when(self.thread < CHUNK, add)
+        k.barrier()
+
+    # ---- halving ---------------------------------------------------------------------------------------------------
+    def _halve(self, decays: Eights) -> tuple[Eights, Eights, list[ir.Value], ir.Value]:
+        """All scores between tokens.
+
+        Returns:
+            For each of this thread's tokens the decays from the chunk's start, and those to its end; those of the
+            chunk; the largest magnitude of what went into products.
+        """
+        k, p = self.k, self.plan
+        one = k.constant(1.0)
+        before, after = [list(row) for row in decays], [[one] * NUMBERS for _ in decays]
+        largest = k.constant(0.0)
+        width = 1
+        while width < p.tokens:  # blocks of one thread
+            for e in range(p.tokens):
+                half = self.group * (p.tokens // 2) + (e // (2 * width) * width + e % width)
+                is_row = bool(e & width)
+                largest = self._stage(e, half, is_row, before[e] if is_row else after[e], largest)
+            k.barrier()
+            self._multiply()
+            k.barrier()
+            self._scatter(Scalar.constant(width, "index"))
+            firsts = {e: before[e // (2 * width) * 2 * width + width - 1] for e in range(p.tokens)}
+            seconds = {e: before[e // (2 * width) * 2 * width + 2 * width - 1] for e in range(p.tokens)}
+            for e in range(p.tokens):
+                if e & width:
+                    before[e] = self._each(before[e], firsts[e])
+                else:
+                    after[e] = self._each(after[e], seconds[e])
+            width *= 2
+
+        def level(_: Scalar, carried: list[ir.Value]) -> list[ir.Value]:
+            return self._level(Scalar(carried[0]), carried[1:])
+
+        levels = (CHUNK // p.tokens).bit_length() - 1
+        values = [Scalar.constant(1, "index").value, largest, *_flat(before), *_flat(after), *before[-1]]
+        zero, last = Scalar.constant(0, "index"), Scalar.constant(levels, "index")
+        _, largest, *rest = k.loop(zero, last, 1, values, level)
+        eights = _eights(rest)
+        return eights[: p.tokens], eights[p.tokens : -1], eights[-1], largest
+
+    def _level(self, groups: Scalar, carried: list[ir.Value]) -> list[ir.Value]:
+        """A level whose halves are so many threads' tokens; what it carries."""
+        k, p = self.k, self.plan
+        largest, *rest = carried
+        eights = _eights(rest)
+        before, after, total = eights[: p.tokens], eights[p.tokens : -1], eights[-1]
+        block, inside = self.group.divide_unsigned(groups + groups)
+        second, inside_half = inside.divide_unsigned(groups)
+        is_row = second.equals(1)
+        first_token = (block * groups + inside_half) * p.tokens
+        for e in range(p.tokens):
+            factors = [k.select(is_row, x, y) for x, y in zip(before[e], after[e], strict=True)]
+            largest = self._stage(e, first_token + e, is_row, factors, largest)
+        for i in range(2):
+            k.store_as_is(k.join(total[i * WORDS : (i + 1) * WORDS]), self.totals, self.thread * 2 + i)
+        k.barrier()
+        self._multiply()
+        other = is_row.select(self.thread - groups * p.line, self.thread + groups * p.line)
+        found = [e for i in range(2) for e in k.elements(k.load(self.totals, other * 2 + i))]
+        k.barrier()
+        self._scatter(groups * p.tokens)
+        one = k.constant(1.0)
+        to_rows = [k.select(is_row, x, one) for x in found]
+        to_columns = [k.select(is_row, one, x) for x in found]
+        before = [self._each(row, to_rows) for row in before]
+        after = [self._each(row, to_columns) for row in after]
+        return [(groups + groups).value, largest, *_flat(before), *_flat(after), *self._each(total, found)]
+
+    def _each(self, values: Sequence[ir.Value], factors: Sequence[ir.Value]) -> list[ir.Value]:
+        return [self.k.mul(x, y) for x, y in zip(values, factors, strict=True)]
+
+    def _stage(
+        self, e: int, half: Scalar, is_row: Scalar | bool, factors: list[ir.Value], largest: ir.Value
+    ) -> ir.Value:
+        """A token's key, and its query where it is a row, to the workgroup's memory; the largest magnitude yet.
+
+        Tiles are keys of rows and of columns in two terms each, then queries.
+        """
+        k, p = self.k, self.plan
+        size = SIDE * p.stride_k
+        place = half * p.stride_k + self.dims
+        key = self._each(self.o.eight_of(self.keys[e]), factors)
+        largest = self._larger(largest, key)
+        if isinstance(is_row, bool):
+            start = place + (0 if is_row else 2 * size)
+        else:
+            start = place + is_row.select(Scalar.constant(0, "index"), Scalar.constant(2 * size, "index"))
+        for i, term in enumerate(self._terms(key)):
+            k.store_as_is(term, self.tiles, start + i * size)
+        if is_row is False:
+            return largest
+        query = self._each(self.o.eight_of(self.queries[e]), factors)
+        if isinstance(is_row, bool):
+            self._put_query(query, place + 4 * size)
+            return self._larger(largest, query)
+        k.when(is_row, partial(self._put_query, query, place + 4 * size))
+        zero = k.constant(0.0)
+        return self._larger(largest, [k.select(is_row, value, zero) for value in query])
+
+    def _terms(self, values: list[ir.Value]) -> tuple[ir.Value, ir.Value]:
+        return split_finely(self.k, values) if self.plan.terms == 2 else split(self.k, values)
+
+    def _query_terms(self, query: list[ir.Value]) -> list[ir.Value]:
+        return list(self._terms(query)) if self.plan.terms == 2 else [pack(self.k, query, "f16")]
+
+    def _put_query(self, query: list[ir.Value], place: Scalar) -> None:
+        for i, term in enumerate(self._query_terms(query)):
+            self.k.store_as_is(term, self.tiles, place + i * (SIDE * self.plan.stride_k))
+
+    def _larger(self, largest: ir.Value, values: Sequence[ir.Value]) -> ir.Value:
+        """The largest magnitude; NaN wins."""
+        for value in values:
+            largest = self.k.maximum(largest, self.k.magnitude(value))
+        return largest
+
+    def _multiply(self) -> None:
+        """The products of rows and columns, this subgroup's part of the key dimensions."""
+        k, p = self.k, self.plan
+        subgroup, _ = self.thread.divide_unsigned(SUBGROUP)
+        size, stride = SIDE * p.stride_k, p.half_stride(p.stride_k)
+        depths = p.dk // SIDE // _SUBGROUPS
+        start = subgroup * (depths * (SIDE // NUMBERS))
+        kinds = ["key", "query"] if self.c.has_delta else ["query"]
+        for kind in kinds:
+            first, terms = (0, 2) if kind == "key" else (4, p.terms)
+            sums, low = k.matrix_zero(), k.matrix_zero()
+            for depth in range(depths):
+                place = start + depth * (SIDE // NUMBERS)
+                right, rest = (
+                    k.matrix_load("BOp", self.tiles, place + (2 + i) * size, stride, transposed=True) for i in range(2)
+                )
+                left = k.matrix_load("AOp", self.tiles, place + first * size, stride)
+                sums = k.matrix_multiply_add(left, right, sums)
+                if terms == 2:
+                    small = k.matrix_load("AOp", self.tiles, place + (first + 1) * size, stride)
+                    low = k.matrix_multiply_add(left, rest, low)
+                    low = k.matrix_multiply_add(small, right, low)
+            if terms == 2:
+                sums = k.matrix_add_scaled(sums, low, 1 / LOW)
+            where = subgroup * _SUMS + (0 if kind == "key" else _SUBGROUPS * _SUMS)
+            k.matrix_store(sums, self.sums, where, SIDE)
+
+    def _scatter(self, width: Scalar) -> None:
+        """The sums of tokens of the same block to where they belong."""
+        k = self.k
+        each = _SUMS // FACTOR_THREADS
+        i, across = self.thread.divide_unsigned(SIDE // each)
+        block, inside = i.divide_unsigned(width)
+        row = block * (width + width) + width + inside
+        for e in range(each):
+            j = across * each + e
+            other, place = j.divide_unsigned(width)
+            target = row * STRIDE + other * (width + width) + place
+
+            def put(at: Scalar = self.thread * each + e, target: Scalar = target) -> None:
+                query = self._total(at + _SUBGROUPS * _SUMS)
+                k.store(query, self.products, target + self._mix)
+                if self.c.has_delta:
+                    k.store(k.mul(self._number(RATE, row), self._total(at)), self.products, target)
+
+            k.when((block ^ other).equals(0), put)
+
+    def _total(self, place: Scalar) -> ir.Value:
+        """The sum over the subgroups' parts."""
+        k = self.k
+        total = k.load(self.sums, place)
+        for i in range(1, _SUBGROUPS):
+            total = k.add(total, k.load(self.sums, place + i * _SUMS))
+        return total
+
+    # ---- what is written -------------------------------------------------------------------------------------------
+    def _write_tiles(
+        self, base: Scalar, before: Eights, after: Eights, total: Sequence[ir.Value], largest: ir.Value
+    ) -> None:
+        """Keys and queries with their decays from the chunk's start and to its end."""
+        k, p = self.k, self.plan
+        from_k, from_q, to_k = p.tiles
+        for e in range(p.tokens):
+            key, query = self.o.eight_of(self.keys[e]), self.o.eight_of(self.queries[e])
+            place = base + (self.first + e) * p.line + self.dims
+            written: list[tuple[int, list[ir.Value]]] = []
+            if self.c.has_delta:
+                early = self._each(key, before[e])
+                largest = self._larger(largest, early)
+                written.append((from_k, list(self._terms(early))))
+            asked, late = self._each(query, before[e]), self._each(key, after[e])
+            largest = self._larger(self._larger(largest, asked), late)
+            written += [(from_q, self._query_terms(asked)), (to_k, list(self._terms(late)))]
+            for start, terms in written:
+                for i, term in enumerate(terms):
+                    k.store_as_is(term, self.output, place + (start + i * p.tile))
+        self._note_unless(Scalar(largest) <= LARGEST, BAD)
+        growth = self._larger(k.constant(0.0), [*_flat(before), *_flat(after)])
+        self._note_unless(Scalar(growth) <= MAX_GROWTH, BAD)
+
+        def write() -> None:
+            for i, value in enumerate(total):
+                k.store_as_is(k.splat(value, WORDS), self.output, base + self.dims * NUMBERS + (p.totals + i))
+
+        k.when(self.group.equals(0), write)
+
+    def _write_factors(self, base: Scalar) -> None:
+        """A chunk of each matrix a thread."""
+        k = self.k
+        row, chunk = self.thread.divide_unsigned(ACROSS)
+        column = chunk * NUMBERS
+
+        def read(start: int) -> list[ir.Value]:
+            return [k.load(self.products, row * STRIDE + column + (start + e)) for e in range(NUMBERS)]
+
+        mixed = read(self._mix)
+        self._check(mixed, MIX)
+        written = self._query_terms(mixed)
+        if self.c.has_delta:
+            scaled = [k.mul(value, self._number(RATE, column + e)) for e, value in enumerate(read(0))]
+            solve = [k.select(column + e <= row, value, k.constant(0.0)) for e, value in enumerate(scaled)]
+            self._note_unless(within(k, solve), BAD)
+            written = [*self._terms(solve), *written]
+        for i, term in enumerate(written):
+            k.store_as_is(term, self.output, base + self.thread + i * MATRIX)
+
+
+def _flat(rows: Eights) -> list[ir.Value]:
+    return [value for row in rows for value in row]
+
+
+def _eights(values: Sequence[ir.Value]) -> Eights:
+    return [list(values[i : i + NUMBERS]) for i in range(0, len(values), NUMBERS)]
