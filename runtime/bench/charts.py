@@ -71,7 +71,11 @@ def bar_chart(bars: Sequence[Bar], unit: str) -> str:
             width = place(bar.value) - _LEFT
             parts.append(f'<rect class="{bar.kind}" x="{_LEFT}" y="{y + 22}" width="{width:.1f}" height="18" rx="2"/>')
         parts.append(f'<text x="{place(bar.value) + 12:.1f}" y="{y + 36}">{escape(bar.text)}</text>')
-    parts += [f'<text class="tick" x="{place(m):.1f}" y="{bottom + 18}">{_short(m)}</text>' for m in marks]
+    first = ' style="text-anchor: start"'  # in the middle of its mark it would be cut off at the edge
+    parts += [
+        f'<text class="tick"{"" if index else first} x="{place(m):.1f}" y="{bottom + 18}">{_short(m)}</text>'
+        for index, m in enumerate(marks)
+    ]
     scale = "log axis" if is_log else "from zero"
     parts.append(f'<text class="unit" x="{_WIDTH}" y="{bottom + 38}">{escape(unit)}, {scale}</text>')
     return _svg(parts, bottom + 46, f"{unit} of {', '.join(bar.label for bar in bars)}")

@@ -211,7 +211,9 @@ def _model_label(row: Mapping[str, Any], devices: Mapping[str, Any], result: Map
     subject = f"{label_of(row, devices)}, prompt of {row['prompt']}"
     if result is not None:
         device = devices.get(row["target"])
-        return f"{subject}\n{_names(result)}, {device['name'] if device else result['machine']['cpu']}"
+        where = device["name"] if device else result["machine"]["cpu"]
+        # Of several models the subject begins with the one that it is of.
+        return f"{subject}\n{where}" if len(result["models"]) > 1 else f"{subject}\n{_names(result)}, {where}"
     error = f"\nlogits error {row['error']['logits']:.0e}" if row["error"] else ""
     return f"{subject}{error}"
 

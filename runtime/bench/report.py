@@ -22,13 +22,14 @@ _STYLE = """
   --soft: #1d2128; --ours: #6ba1f0; --peer: #78828f; --wrong: #f07171;
   --spoiled: #c58a1f; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1280px; padding: 24px 20px 60px; color: var(--ink); background: var(--paper);
+body { margin: 0 auto; max-width: 1440px; padding: 24px 20px 60px; color: var(--ink); background: var(--paper);
   font: 16px/1.5 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 4px; } h2 { margin: 40px 0 8px; font-size: 1.25rem; }
 h3 { margin: 24px 0 4px; font-size: 1rem; } p { margin: 6px 0; } .dim { color: var(--dim); }
 .wide { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px; margin: 10px 0; }
-table { border-collapse: collapse; width: 100%; font-size: 0.8rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 5px 7px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 520px), 1fr)); column-gap: 32px; }
+table { border-collapse: collapse; width: 100%; font-size: 0.75rem; font-variant-numeric: tabular-nums; }
+th, td { padding: 5px 5px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 th { background: var(--soft); font-weight: 600; } th:first-child, td:first-child { text-align: left; }
 .text td, .text th { text-align: left; white-space: normal; } .text td:first-child { white-space: nowrap; }
 tr:last-child td { border-bottom: 0; } tr.peer td { color: var(--dim); } tr.wrong td { color: var(--wrong); }
@@ -90,14 +91,14 @@ def _models(results: Sequence[Result]) -> list[str]:
     parts = ["<h2>Whole models</h2>"]
     every = [(result, row) for result in results for row in result["rows"]]
     lengths = sorted({row["prompt"] for _, row in every})
+    parts.append('<div class="charts">')
     for length in lengths:
         some = [(result, row) for result, row in every if row["prompt"] == length]
-        parts.append(f"<h3>Prompt of {length} tokens: tokens/s until the first one is known</h3>")
-        parts.append(_chart([_bar(result, row, "prefill") for result, row in some]))
+        parts.append(_chart(f"Prompt of {length} tokens: tokens/s until the first one is known", some, "prefill"))
     longest = [(result, row) for result, row in every if row["prompt"] == max(result["method"]["prefill"])]
     after = " or ".join(str(length) for length in sorted({row["prompt"] for _, row in longest}))
-    parts.append(f"<h3>Decode after {after} tokens: tokens/s, one token after another</h3>")
-    parts.append(_chart([_bar(result, row, "decode") for result, row in longest]))
+    parts.append(_chart(f"Decode after {after} tokens: tokens/s, one token after another", longest, "decode"))
+    parts.append("</div>")
     for result in results:
         names = ", ".join(model["name"] for model in result["models"])
         parts.append(f"<h3>{escape(names)} on {escape(_machine(result))}</h3>")
@@ -193,8 +194,9 @@ def _dates(results: Sequence[Result]) -> str:
     return days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
 
 
-def _chart(bars: Sequence[Bar]) -> str:
-    return bar_chart(bars, "tokens/s")
+def _chart(title: str, rows: Sequence[tuple[Result, Mapping[str, Any]]], phase: str) -> str:
+    bars = [_bar(result, row, phase) for result, row in rows]
+    return f"<section><h3>{escape(title)}</h3>\n{bar_chart(bars, 'tokens/s')}</section>"
 
 
 def _table(header: Sequence[str], cells: Sequence[Sequence[str]], rows: Sequence[Mapping[str, Any]]) -> str:

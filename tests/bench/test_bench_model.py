@@ -226,6 +226,8 @@ def test_bars_begin_at_zero_or_are_points() -> None:
     widths = [float(width) for width in re.findall(r'<rect[^>]* width="([\d.]+)"', near)]
     assert widths[1] == pytest.approx(2 * widths[0], rel=1e-2)
     assert ("<rect" in far, far.count("<circle"), "log axis" in far) == (False, 2, True)
+    ticks = re.findall(r'class="tick"( style="text-anchor: start")? x="([\d.]+)"', far)
+    assert [bool(start) for start, _ in ticks] == [float(x) < 20 for _, x in ticks], "the first would be cut off"
 
 
 def test_markdown_and_csv(result: dict[str, Any], tmp_path: Path) -> None:
