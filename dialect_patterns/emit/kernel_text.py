@@ -249,6 +249,10 @@ class KernelText:
         """Integers shifted right, zeros coming in."""
         return a if bits == 0 else self._arith("arith.shrui", a, self.constant(bits, self.types[a]))
 
+    def shift_left(self, a: str, bits: int) -> str:
+        """Integers shifted left, zeros coming in."""
+        return a if bits == 0 else self._arith("arith.shli", a, self.constant(bits, self.types[a]))
+
     def as_type(self, value: str, dtype: str, op: str) -> str:
         """``value`` converted to another type by an op such as ``vector.bitcast`` or ``arith.sitofp``."""
         before = self.types[value]
