@@ -1,17 +1,18 @@
-"""The body of strategy ``fused_amx`` of softmax attention: 32 query rows of a key head over the keys they see, in bf16.
+"""The body of strategy ``fused_amx`` of softmax attention: 32 query rows of a key head over the keys they see.
 
 Rows are as of ``simd_kernel``. Scores are computed the other way round: a cache's rows are registers as they lie, and a
 vector has a number of each of 16 rows, so that their maxima and sums take no sums over lanes.
 
     for each 32 keys from the first to the last that a row sees:
       s[j, r] = k[j] . q[r]                    2 x 2 registers of 16 keys by 16 rows
-      m' = max(m, s); p = exp(s - m'); l = l exp(m - m') + sum p              p rounded to bf16, turned round
+      m' = max(m, s); p = exp(s - m'); l = l exp(m - m') + sum p              p in bf16, turned round
       for each 32 columns:  y[r, :] = y[r, :] exp(m - m') + p[r, j] v[j, :]   2 x 2 registers; v in pairs of keys
     y / l
 
-Keys that a row does not see weigh nothing, but 0 times NaN or inf is NaN: columns where a value is either are done key
-by key, for the rows that see it. Keys past the last one are read as that, and near the end of a cache 16 keys begin
-earlier; those that were there before count no second time.
+Products are of bf16, three for one where ``amx_operands`` has two terms of each number. Keys that a row does not see
+weigh nothing, but 0 times NaN or inf is NaN: columns where a value is either are done key by key, for the rows that see
+it. Keys past the last one are read as that, and near the end of a cache 16 keys begin earlier; those that were there
+before count no second time.
 """
 
 from __future__ import annotations
@@ -20,19 +21,13 @@ from collections.abc import Callable, Sequence
 
 from ..emit.amx_tiles import ROWS, SUMS, A, AmxTiles, B
 from ..emit.kernel_text import Index, KernelText, vector_type
-from ..linear_attention.simd_products import transpose
-from ..mat_mul.bf16_terms import pair, rounded
+from ..mat_mul.bf16_terms import PRODUCTS
+from .amx_operands import COLUMNS, GROUPS, KEYS, WORDS, UnitOperands
 from .simd_plan import Plan
 from .simd_seen import Row, Seen, capped
 
-KEYS = 32
-_GROUPS = 2  # of 16 rows, and of 16 keys
-_WORDS = 16  # of two bf16
-_COLUMNS = 32
 _LOWEST = -3.4028234663852886e38  # the lowest finite f32
-_INFINITE = 0x7F80
 _INTS, _FLOATS, _MASK = vector_type(ROWS, "i32"), vector_type(ROWS), vector_type(ROWS, "i1")
-_HALVES, _HALVES_MASK = vector_type(2 * ROWS, "i16"), vector_type(2 * ROWS, "i1")
 
 
 class AmxBody:
@@ -42,24 +37,25 @@ class AmxBody:
         k: Where to.
         p: Its sizes, with 32 rows.
         keys: S.
+        terms: bf16 of each number.
         memrefs: q, k, v; first position, limit and sinks where there are some; y; memory for sums [B, workgroups of a
             batch row, 32, dv].
     """
 
-    def __init__(self, k: KernelText, p: Plan, keys: int, memrefs: Sequence[str]) -> None:
+    def __init__(self, k: KernelText, p: Plan, keys: int, terms: int, memrefs: Sequence[str]) -> None:
         self.k, self.p, self.keys = k, p, keys
         given = iter(memrefs)
-        self.q, self.key, self.value = next(given), next(given), next(given)
+        operands = [next(given) for _ in range(3)]
+        self.value = operands[-1]
         first = next(given) if p.needs_first else None
         limit = next(given) if p.has_limit else None
         self.sink = next(given) if p.has_sink else None
         self.y, self.sums = given
         self.unit = AmxTiles(k)
-        self.queries = k.alloca([p.dk // 2, p.rows], "i32")
+        self.operands = UnitOperands(k, p, terms, operands)
+        self.terms = PRODUCTS[terms, terms]
         self.scores = k.alloca([KEYS, p.rows])
-        self.weights = k.alloca([_GROUPS, ROWS, _WORDS], "i32")
-        self.values = k.alloca([_WORDS, _COLUMNS], "i32")
-        self.part = k.alloca([p.rows, _COLUMNS])
+        self.part = k.alloca([p.rows, COLUMNS])
         self.factors = k.alloca([p.rows])
         tile = k.op("hal.interface.workgroup.id[0] : index", "index")
         group = k.op("hal.interface.workgroup.id[1] : index", "index")
@@ -97,24 +93,25 @@ class AmxBody:
         low, high = rows[0].low, rows[-1].high
         zero = k.constant(0.0, _FLOATS)
         for number, group in enumerate(groups):
-            self._read_queries(number, group)
+            self.operands.read_queries(self.batch, number, group)
         self._each(p.rows, 1, lambda i: self._each(p.dv, ROWS, lambda c: k.store(zero, self.sums, [*self.own, i, c])))
         if self.sink is None:
-            initial = [k.constant(_LOWEST, _FLOATS)] * _GROUPS + [zero] * _GROUPS
+            initial = [k.constant(_LOWEST, _FLOATS)] * GROUPS + [zero] * GROUPS
         else:  # as a key that is seen first, whose value is zero
-            initial = [self._sinks(group) for group in groups] + [k.constant(1.0, _FLOATS)] * _GROUPS
+            initial = [self._sinks(group) for group in groups] + [k.constant(1.0, _FLOATS)] * GROUPS
 
         def some(start: str, carried: list[str]) -> list[str]:
-            floors = [k.add(start, group * ROWS) for group in range(_GROUPS)]
+            floors = [k.add(start, group * ROWS) for group in range(GROUPS)]
             places = [k.minimum(floor, self.keys - ROWS) for floor in floors]
+            self.operands.read_keys([self.batch, self.head], places)
             self._products(places)
             state = self._soften(places, floors, lows, highs, carried)
             last = k.sub(high, 1)
-            self._each(p.dv, _COLUMNS, lambda column: self._mix(places, last, column))
+            self._each(p.dv, COLUMNS, lambda column: self._mix(places, last, column))
             return state
 
         state = k.loop(high, initial, some, start=low, step=KEYS)
-        for group, total in enumerate(state[_GROUPS:]):
+        for group, total in enumerate(state[GROUPS:]):
             # A row that sees a key has a sum of at least 1 (its maximum): the bound only turns 0 / 0 into 0.
             k.store(k.maxf(total, k.constant(0.5, _FLOATS)), self.factors, [group * ROWS])
         self._each(p.rows, 1, self._finish)
@@ -136,36 +133,37 @@ class AmxBody:
         values = [k.load(self.sink, [row.head]) for row in group]
         return k.op(f"vector.from_elements {', '.join(values)} : {_FLOATS}", _FLOATS)
 
-    def _read_queries(self, number: int, group: Sequence[Row]) -> None:
-        """Pairs of elements of a row below each other, as the unit wants its right side."""
-        k, p = self.k, self.p
-
-        def words(at: Index) -> None:
-            found: list[str] = []
-            for row in group:
-                place = [self.batch, row.token, k.add(k.mul(row.head, p.dk), k.mul(at, 2))]
-                found.append(k.as_type(k.load(self.q, place, 2 * _WORDS, raw=True), _INTS, "vector.bitcast"))
-            for word, column in enumerate(transpose(k, found)):
-                k.store(column, self.queries, [k.add(at, word), number * ROWS])
-
-        self._each(p.dk // 2, _WORDS, words)
+    def _multiply(self, load_left: Callable[[int], None], load_right: Callable[[int], None]) -> None:
+        """Adds what registers multiply, of all terms that are."""
+        last = (-1, -1)
+        for terms in self.terms:
+            if terms[0] != last[0]:
+                load_left(terms[0])
+            if terms[1] != last[1]:
+                load_right(terms[1])
+            for register in SUMS:
+                self.unit.multiply_bf16(register, A[register // 2], B[register % 2])
+            last = terms
 
     # ---- the three steps of a pass ---------------------------------------------------------------------------------
     def _products(self, places: Sequence[Index]) -> None:
         """The scores of some keys without anything done to them."""
-        k, unit = self.k, self.unit
+        unit = self.unit
         for register in SUMS:
             unit.zero(register)
 
-        def step(word: Index) -> None:
-            for register, place in zip(A, places, strict=True):
-                unit.load(register, self.key, [self.batch, self.head, place, k.mul(word, 2)])
-            for group, register in enumerate(B):
-                unit.load(register, self.queries, [word, group * ROWS])
-            for register in SUMS:
-                unit.multiply_bf16(register, A[register // 2], B[register % 2])
+        def load_keys(term: int, word: Index) -> None:
+            for group, (register, place) in enumerate(zip(A, places, strict=True)):
+                self.operands.load_keys(unit, register, term, group, [self.batch, self.head, place], word)
 
-        self._each(self.p.dk // 2, _WORDS, step)
+        def load_queries(term: int, word: Index) -> None:
+            for group, register in enumerate(B):
+                unit.load(register, self.operands.queries[term], [word, group * ROWS])
+
+        def step(word: Index) -> None:
+            self._multiply(lambda term: load_keys(term, word), lambda term: load_queries(term, word))
+
+        self._each(self.p.dk // 2, WORDS, step)
         for register in SUMS:
             unit.store(register, self.scores, [register // 2 * ROWS, register % 2 * ROWS])
 
@@ -183,7 +181,7 @@ class AmxBody:
             The maxima and the sums of all rows.
         """
         k = self.k
-        peaks, totals = list(carried[:_GROUPS]), list(carried[_GROUPS:])
+        peaks, totals = list(carried[:GROUPS]), list(carried[GROUPS:])
         highest = list(peaks)
         for keys, (place, floor) in enumerate(zip(places, floors, strict=True)):
             least = [k.op(f"arith.maxsi {low}, {self._splat(floor)} : {_INTS}", _INTS) for low in lows]
@@ -193,7 +191,7 @@ class AmxBody:
             ) -> list[str]:
                 key, own = self._splat(k.add(place, j)), k.add(j, keys * ROWS)
                 return [
-                    self._score(own, key, group, least[group], highs[group], found[group]) for group in range(_GROUPS)
+                    self._score(own, key, group, least[group], highs[group], found[group]) for group in range(GROUPS)
                 ]
 
             highest = k.loop(ROWS, highest, score)
@@ -201,13 +199,10 @@ class AmxBody:
             factor = k.exp(k.subf(before, peak))
             k.store(factor, self.factors, [group * ROWS])
             totals[group] = k.mulf(totals[group], factor)
-            words: list[str] = []
-            for word in range(_WORDS):
-                both = [self._weight(2 * word + i, group, peak) for i in range(2)]
-                totals[group] = k.addf(totals[group], k.addf(*both))
-                words.append(pair(k, *(rounded(k, weight) for weight in both)))
-            for i, row in enumerate(transpose(k, words)):
-                k.store(row, self.weights, [group, i, 0])
+            weights = [self._weight(j, group, peak) for j in range(KEYS)]
+            for first, second in zip(weights[::2], weights[1::2], strict=True):
+                totals[group] = k.addf(totals[group], k.addf(first, second))
+            self.operands.store_weights(group, weights)
         return [*highest, *totals]
 
     def _score(self, own: Index, key: str, group: int, low: str, high: str, peak: str) -> str:
@@ -231,43 +226,37 @@ class AmxBody:
         k.store(weight, self.scores, place)
         return weight
 
-    def _place(self, places: Sequence[Index], j: int, last: Index) -> Index:
-        """The key of a row of scores; past the last one that one."""
-        return self.k.minimum(self.k.add(places[j // ROWS], j % ROWS), last)
-
     def _mix(self, places: Sequence[Index], last: Index, column: Index) -> None:
         """32 columns of the sums."""
-        k, largest = self.k, self.k.constant(0, _HALVES)
-        for word in range(_WORDS):
-            rows: list[str] = []
-            for j in (2 * word, 2 * word + 1):
-                place = [self.batch, self.head, self._place(places, j, last), column]
-                rows.append(k.as_type(k.load(self.value, place, _COLUMNS, raw=True), _HALVES, "vector.bitcast"))
-                magnitude = k.andi(rows[-1], k.constant(0x7FFF, _HALVES))
-                largest = k.op(f"arith.maxui {largest}, {magnitude} : {_HALVES}", _HALVES)
-            for half in range(2):
-                order = [lane + 2 * ROWS * row for lane in range(half * ROWS, (half + 1) * ROWS) for row in range(2)]
-                words = k.as_type(k.shuffle(rows[0], rows[1], order), _INTS, "vector.bitcast")
-                k.store(words, self.values, [word, half * ROWS])
-        infinite = k.constant(_INFINITE, _HALVES)
-        bad = k.op(f"arith.cmpi uge, {largest}, {infinite} : {_HALVES}", _HALVES_MASK)
-        some = k.op(f"vector.reduction <or>, {bad} : {_HALVES_MASK} into i1", "i1")
+        k = self.k
+
+        def key(group: int, j: Index) -> Index:
+            """Past the last one that one."""
+            return k.minimum(k.add(places[group], j), last)
+
+        some = self.operands.read_values([self.batch, self.head], key, column)
         k.when(some, [], lambda: self._mix_by_key(places, last, column), lambda: self._mix_all(column))
 
     def _mix_all(self, column: Index) -> list[str]:
         k, unit = self.k, self.unit
         for register in SUMS:
             unit.zero(register)
-        for group in range(_GROUPS):
-            unit.load(A[group], self.weights, [group, 0, 0])
-            unit.load(B[group], self.values, [0, group * ROWS])
+
+        def load_weights(term: int) -> None:
+            for group, register in enumerate(A):
+                unit.load(register, self.operands.weights[term], [group, 0, 0])
+
+        def load_values(term: int) -> None:
+            for half, register in enumerate(B):
+                unit.load(register, self.operands.values[term], [0, half * ROWS])
+
+        self._multiply(load_weights, load_values)
         for register in SUMS:
-            unit.multiply_bf16(register, A[register // 2], B[register % 2])
             unit.store(register, self.part, [register // 2 * ROWS, register % 2 * ROWS])
 
         def row(i: Index) -> None:
             factor = k.splat(k.load(self.factors, [i]), ROWS)
-            for half in range(0, _COLUMNS, ROWS):
+            for half in range(0, COLUMNS, ROWS):
                 place = [*self.own, i, k.add(column, half)]
                 part = k.load(self.part, [i, half], ROWS)
                 k.store(k.fma(k.load(self.sums, place, ROWS), factor, part), self.sums, place)
@@ -281,7 +270,7 @@ class AmxBody:
 
         def row(i: Index) -> None:
             factor = k.splat(k.load(self.factors, [i]), ROWS)
-            spots = [[*self.own, i, k.add(column, half)] for half in range(0, _COLUMNS, ROWS)]
+            spots = [[*self.own, i, k.add(column, half)] for half in range(0, COLUMNS, ROWS)]
             for spot in spots:
                 k.store(k.mulf(k.load(self.sums, spot, ROWS), factor), self.sums, spot)
             for keys, start in enumerate(places):

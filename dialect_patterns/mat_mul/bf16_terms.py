@@ -87,10 +87,10 @@ def split_words(k: KernelText, source: str, place: Sequence[Index], words: int, 
         words: As many as a vector has lanes.
         terms: Two; one of bf16 themselves, and of what is rounded to them.
     """
-    dtype, (row, first) = k.element_type(source), place
+    dtype, (*row, first) = k.element_type(source), place
     if dtype == "bf16":
         return [k.as_type(k.load(source, place, 2 * words, raw=True), vector_type(words, "i32"), "vector.bitcast")]
-    low, high = (k.load(source, [row, k.add(first, half * words)], words) for half in range(2))
+    low, high = (k.load(source, [*row, k.add(first, half * words)], words) for half in range(2))
     even, odd = (k.shuffle(low, high, range(parity, 2 * words, 2)) for parity in range(2))
     if terms == 1:
         return [pair(k, rounded(k, even), rounded(k, odd))]

@@ -18,7 +18,7 @@ from test_attention_simd import attend
 from tests.emulated_cpu import AMX, STACK, Tiles
 from tests.tolerances import BENIGN
 
-BF16 = ml_dtypes.bfloat16
+DTYPES = {"bf16": ml_dtypes.bfloat16, "f16": np.float16, "f32": np.float32}
 CAPACITY = 200
 POSITIONS = (0, 1, 15, 31, 32, 55, 64, 119, CAPACITY)
 UNIT = replace(HOST, vector_bits=512, features=HOST.features | AMX)
@@ -42,25 +42,40 @@ def rows(array: np.ndarray, kv_heads: int) -> np.ndarray:
     return array.astype(np.float64).reshape(len(array), kv_heads, -1).transpose(1, 0, 2)
 
 
-# 18, 72 and 16 rows of a key head; heads of two and of four words of the unit; the largest head.
+# 18, 72 and 16 rows of a key head; heads of two and of four words of the unit; the largest head. Types in one term and
+# in two.
 @pytest.mark.parametrize(
-    ("tokens", "heads", "kv_heads", "size", "window", "softcap", "smooth"),
+    ("tokens", "heads", "kv_heads", "size", "window", "softcap", "smooth", "dtype"),
     [
-        (9, 4, 2, 64, None, 0.0, False),
-        (18, 8, 2, 32, 40, 3.0, False),
-        (16, 2, 2, 128, None, 0.0, True),
-        (4, 4, 1, 256, 33, 0.0, False),
+        (9, 4, 2, 64, None, 0.0, False, "bf16"),
+        (18, 8, 2, 32, 40, 3.0, False, "bf16"),
+        (16, 2, 2, 128, None, 0.0, True, "bf16"),
+        (4, 4, 1, 256, 33, 0.0, False, "bf16"),
+        (18, 8, 2, 32, 40, 3.0, False, "f16"),
+        (4, 4, 1, 256, None, 0.0, False, "f16"),
+        (9, 4, 2, 64, 33, 0.0, False, "f32"),
     ],
 )
 def test_positions(
-    tokens: int, heads: int, kv_heads: int, size: int, window: int | None, softcap: float, smooth: bool, target: str
+    tokens: int,
+    heads: int,
+    kv_heads: int,
+    size: int,
+    window: int | None,
+    softcap: float,
+    smooth: bool,
+    dtype: str,
+    target: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What lies behind the position is NaN and is neither read nor weighed; a NaN that is seen spoils who sees it."""
-    random, scale = np.random.default_rng(tokens + heads), 0.3
-    specs = [TensorSpec((1, tokens, heads * size), "bf16"), *[TensorSpec((1, kv_heads, CAPACITY, size), "bf16")] * 2]
+    random, scale, kind = np.random.default_rng(tokens + heads), 0.3, DTYPES[dtype]
+    limit = BENIGN[np.dtype(kind).name]
+    monkeypatch.setitem(TARGETS, target, replace(UNIT, fast_math=dtype == "f32"))
+    specs = [TensorSpec((1, tokens, heads * size), dtype), *[TensorSpec((1, kv_heads, CAPACITY, size), dtype)] * 2]
 
     def normal(*shape: int) -> np.ndarray:
-        return random.standard_normal(shape).astype(BF16)
+        return random.standard_normal(shape).astype(kind)
 
     cache = [normal(1, kv_heads, CAPACITY, size) for _ in range(2)]
     lengths, total = np.zeros(1, np.int32), np.array(CAPACITY + tokens, np.int32)
@@ -83,7 +98,7 @@ def test_positions(
         if smooth:  # a key more, of score 0 and value 0, before all others
             keys, values = (np.concatenate([np.zeros_like(x[:, :1]), x], 1) for x in (keys, values))
         want = attend(q, keys, values, position + smooth, window, softcap, scale).reshape(tokens, -1)
-        assert error(got[0], want) <= BENIGN["bfloat16"], f"position {position}"
+        assert error(got[0], want) <= limit, f"position {position}"
     spoilt, at = [array.copy() for array in new], tokens - 2
     spoilt[2][0, at, 0] = np.nan  # the first column of the first head's value
     again = run.step([*spoilt, None, None, lengths, total], [to_device(array, target) for array in past], position)
@@ -91,7 +106,7 @@ def test_positions(
     assert np.isnan(first[at:, :group, 0].astype(np.float32)).all()
     clean = got[0].reshape(tokens, heads, size)
     for found, wanted in ((first[:at], clean[:at]), (first[:, group:], clean[:, group:])):
-        assert error(found, wanted) <= BENIGN["bfloat16"]
+        assert error(found, wanted) <= limit
     np.testing.assert_array_equal(first[at:, :group, 32:], clean[at:, :group, 32:])
 
 
@@ -104,7 +119,8 @@ SHAPE = AttentionShape(Heads(1, 8, 2, 256, 256), 64, 4096, masked=False, causal=
         ({}, ""),
         ({"length": 4}, ""),
         ({"length": 3}, "less than 16 rows"),
-        ({"dtype": "f16"}, "not f16"),
+        ({"dtype": "f16"}, ""),
+        ({"dtype": "f32"}, "--math fast"),
         ({"masked": True}, "bias"),
         ({"keys": None}, "open"),
         ({"keys": 20}, "20 keys"),
