@@ -33,7 +33,7 @@ def sample(folder: Path) -> Path:
 
     model, module = folder / "tiny" / "model.onnx", folder / "tiny" / "model.vmfb"
     subprocess.run([sys.executable, str(ROOT / "samples" / "tiny_hybrid.py"), str(model)], check=True)
-    compile_model(model, module, CompileOptions(max_context=512))
+    compile_model(model, CompileOptions(max_context=512), output=module)
     return module
 
 
