@@ -16,7 +16,6 @@ from linattn.dialect_patterns.op import INTERNAL, MICROSOFT, LoweringOptions
 from linattn.dialect_patterns.target import Target
 
 from .drop_unused import drop_unused
-from .internal import import_internal
 from .schema import check_contracts, domain_of, spec_of_type
 from .specialize import SpecializedGraph
 
@@ -37,9 +36,7 @@ def join_gates(
     nodes = [node for node in graph.proto.graph.node if node.op_type == "LinearAttention"]
     if not nodes or not target.is_gpu:
         return graph
-    model = onnx.ModelProto()
-    model.CopyFrom(graph.proto)
-    import_internal(model)
+    model = graph.copied()
     contracts = check_contracts(model.graph, graph.types, versions)
     made_by = {name: node for node in model.graph.node for name in node.output}
     finder = _Finder(graph, made_by)

@@ -24,7 +24,6 @@ from linattn.dialect_patterns.norms.skip_simplified_layer_normalization import S
 from linattn.dialect_patterns.op import INTERNAL, LoweringOptions
 from linattn.dialect_patterns.target import Target
 
-from .internal import import_internal
 from .join_packed_products import joined_node
 from .schema import attributes_of, check_contracts, spec_of_type
 from .specialize import SpecializedGraph
@@ -66,9 +65,7 @@ def join_norms(
     """
     if not target.is_gpu:
         return graph
-    model = onnx.ModelProto()
-    model.CopyFrom(graph.proto)
-    import_internal(model)
+    model = graph.copied()
     contracts = check_contracts(model.graph, graph.types, versions)
     weights = {tensor.name for tensor in model.graph.initializer}
     kept = {value.name for value in model.graph.output}

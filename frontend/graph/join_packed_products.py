@@ -16,7 +16,6 @@ from linattn.dialect_patterns.mat_mul_n_bits.joined import JOINED_N_BITS, NBitsP
 from linattn.dialect_patterns.op import INTERNAL, LoweringOptions
 from linattn.dialect_patterns.target import Target
 
-from .internal import import_internal
 from .join_products import gated_tail, groups_of, put_in_place
 from .schema import attributes_of, check_contracts
 from .specialize import SpecializedGraph
@@ -37,9 +36,7 @@ def join_packed_products(
     """
     if not target.is_gpu or all(node.op_type != "MatMulNBits" for node in graph.proto.graph.node):
         return graph
-    model = onnx.ModelProto()
-    model.CopyFrom(graph.proto)
-    import_internal(model)
+    model = graph.copied()
     contracts = check_contracts(model.graph, graph.types, versions)
     weights = {tensor.name for tensor in model.graph.initializer}
     alike: dict[Any, list[onnx.NodeProto]] = {}

@@ -14,7 +14,6 @@ from linattn.dialect_patterns.mat_mul.joined import GATED, JOINED, can_join, joi
 from linattn.dialect_patterns.op import INTERNAL, LoweringOptions
 from linattn.dialect_patterns.target import Target
 
-from .internal import import_internal
 from .schema import check_contracts, domain_of
 from .specialize import SpecializedGraph
 
@@ -30,9 +29,7 @@ def join_products(
         target: The machine; on one without such kernels nothing is joined.
         options: What the user asked of the lowering.
     """
-    model = onnx.ModelProto()
-    model.CopyFrom(graph.proto)
-    import_internal(model)
+    model = graph.copied()
     contracts = check_contracts(model.graph, graph.types, versions)
     weights = {tensor.name for tensor in model.graph.initializer}
     products: dict[tuple[str, str], list[onnx.NodeProto]] = {}

@@ -39,8 +39,7 @@ def keep_last(graph: SpecializedGraph, output: str, tokens: int) -> SpecializedG
     Returns:
         The graph, or None where the output is not the end of a product with weights, or that is small.
     """
-    model = onnx.ModelProto()
-    model.CopyFrom(graph.proto)
+    model = graph.copied()
     chain = _chain(model.graph, output)
     weights = {name for node in chain if node.op_type in _PRODUCTS for name in node.input[1:]}
     if sum(_bytes(graph.types[name]) for name in weights if name) < LEAST_BYTES:

@@ -12,7 +12,6 @@ from linattn.dialect_patterns.next_token import NEXT_TOKEN
 from linattn.dialect_patterns.node import FLOATS, TensorSpec
 from linattn.dialect_patterns.op import INTERNAL
 
-from .internal import import_internal
 from .schema import spec_of_type, type_of_spec
 from .specialize import SpecializedGraph
 
@@ -37,9 +36,7 @@ def choose_next(graph: SpecializedGraph, output: str, ids: str, *, draws: bool =
         return None
     if logits.shape[:-1] != tokens.shape or tokens.dtype not in ("i64", "i32"):
         return None
-    model, types = onnx.ModelProto(), dict(graph.types)
-    model.CopyFrom(graph.proto)
-    import_internal(model)
+    model, types = graph.copied(), dict(graph.types)
     values, index = f"{output}.values", f"{output}.index"
     for node in model.graph.node:
         for names in (node.input, node.output):

@@ -34,8 +34,7 @@ def rank_top_k(graph: SpecializedGraph, target: Target) -> SpecializedGraph:
     found = [node for node in graph.proto.graph.node if _is_meant(node, graph)]
     if not target.is_gpu or not found or opset_versions(graph.proto).get("", 1) < 13:
         return graph
-    model = onnx.ModelProto()
-    model.CopyFrom(graph.proto)
+    model = graph.copied()
     types = dict(graph.types)
     kept: list[onnx.NodeProto] = []
     for node in model.graph.node:

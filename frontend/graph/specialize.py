@@ -19,6 +19,7 @@ from .constants import constants_to_initializers
 from .drop_unused import drop_unused
 from .explicit_reshapes import explicit_reshapes
 from .fold_constants import fold_constants
+from .internal import import_internal
 from .schema import CAPACITY, check_contracts, infer_types, opset_versions, spec_of_type
 from .slices import explicit_slices
 from .states import StatePair
@@ -38,6 +39,13 @@ class SpecializedGraph:
 
     proto: onnx.ModelProto
     types: dict[str, onnx.TypeProto]
+
+    def copied(self) -> onnx.ModelProto:
+        """The model once more, for a pass to change; it may hold operators of our own."""
+        model = onnx.ModelProto()
+        model.CopyFrom(self.proto)
+        import_internal(model)
+        return model
 
 
 def specialize(

@@ -14,7 +14,6 @@ from linattn.dialect_patterns.op import INTERNAL
 from linattn.dialect_patterns.split_columns import SPLIT_COLUMNS, can_divide, is_splittable
 from linattn.dialect_patterns.target import Target
 
-from .internal import import_internal
 from .schema import attributes_of, domain_of, spec_of_type
 from .specialize import SpecializedGraph
 
@@ -29,9 +28,7 @@ def split_columns(graph: SpecializedGraph, target: Target) -> SpecializedGraph:
     found = {node.name: sizes for node in graph.proto.graph.node if (sizes := _sizes(node, graph, target))}
     if not found:
         return graph
-    model = onnx.ModelProto()
-    model.CopyFrom(graph.proto)
-    import_internal(model)
+    model = graph.copied()
     chains = _Chains(model.graph, graph.types)
     gone: set[str] = set()
     for node in model.graph.node:
