@@ -128,7 +128,7 @@ def test_chunks_on_matrix_units(
     monkeypatch.setattr(fused_mma_chunks, "_ENOUGH_GROUPS", groups)
     matrices.emulate(monkeypatch, fused_mma_chunks)
     shape = Shape(rule, q_heads=4, k_heads=2, kv_heads=2, dk=dk, dv=32)
-    assert races(attention(shape, 40, "matrices", "fused_mma_chunks", dtype)) == []
+    assert races(attention(shape, 40, "matrices", "fused_mma_chunks", dtype), {0: 40}) == []
 
 
 @pytest.mark.parametrize(
@@ -156,9 +156,9 @@ def test_chunks_in_warps(rule: str, parts: int, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(warp_chunk_state, "Warp", warps.EmulatedWarp)
     matrices.emulate(monkeypatch, fused_warp_chunks)
     shape = Shape(rule, q_heads=2, k_heads=2, kv_heads=2, dk=64, dv=16)
-    assert races(attention(shape, 70, "warps", "fused_warp_chunks", np.float16)) == []
+    assert races(attention(shape, 70, "warps", "fused_warp_chunks", np.float16), {0: 70}) == []
     monkeypatch.setattr(warps.EmulatedWarp, "meet", lambda *_: None)
-    assert races(attention(shape, 70, "warps", "fused_warp_chunks", np.float16))
+    assert races(attention(shape, 70, "warps", "fused_warp_chunks", np.float16), {0: 70})
 
 
 def test_a_barrier_between_products_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +167,7 @@ def test_a_barrier_between_products_is_missed(monkeypatch: pytest.MonkeyPatch) -
     shape, barrier = Shape(q_heads=2, dk=64, dv=16), matrices.ScalarMatrices.barrier
     calls = iter(range(100))
     monkeypatch.setattr(matrices.ScalarMatrices, "barrier", lambda k: None if next(calls) == 15 else barrier(k))
-    (first, *_) = races(attention(shape, 40, "matrices", "fused_mma_chunks", np.float16))
+    (first, *_) = races(attention(shape, 40, "matrices", "fused_mma_chunks", np.float16), {0: 40})
     assert "_chunks: " in first
 
 
