@@ -21,8 +21,12 @@ _ALIGNMENT = 512  # of what is addressed by xor
 _STEP = SIDE // NUMBERS * _BYTES  # from matrix to matrix along a row
 STRIPS = CHUNK // SIDE
 """Matrices of 16 tokens in a chunk."""
+BLOCKS = CHUNK // NUMBERS
+"""Times eight tokens in a chunk."""
 TOLD = 2 * STRIPS
 """Chunks of a lane's sums: of keys and the state, and of queries and the state."""
+SHOWN = 5 * BLOCKS
+"""Words of a lane's right factors: two terms of r and of rest u, and one of u."""
 
 
 @dataclass(frozen=True)
@@ -94,13 +98,23 @@ class WarpPlan:
 
     @property
     def slots(self) -> int:
-        """Chunks that warps tell each other their sums in: first those of a chunk of tokens, then those of one."""
-        return self.groups * self.parts * LANES * (TOLD + 1)
+        """Chunks that warps tell each other their sums in, those of a chunk of tokens or of one."""
+        return self.groups * self.parts * LANES * TOLD
+
+    @property
+    def blocks(self) -> int:
+        """Of the four times eight tokens of a chunk, how many a warp solves for and writes the outputs of."""
+        return BLOCKS // self.parts
+
+    @property
+    def words(self) -> int:
+        """Words that warps tell each other factors in."""
+        return self.groups * (SHOWN + self.parts) * LANES if self.delta else 0
 
     @property
     def all_memory(self) -> int:
-        """Bytes of both."""
-        return self.memory + self.slots * _BYTES
+        """Bytes of all."""
+        return self.memory + self.slots * _BYTES + self.words * WORDS
 
     def __str__(self) -> str:
         return f"c{CHUNK}g{self.groups}p{self.parts}"

@@ -3,12 +3,14 @@
     r = v - pre (k S);  u = solve r;  o = scale (pre (q S) + mix u);  S <- total S + k^T (rest u)        delta rules
     u = v                                                                                               the others
 
-A warp holds eight columns of one state over all chunks as sums [16, 8] of its products, and waits for no other warp:
-sums become right factors of the next product by turning 8 x 8 numbers. The state, r and rest u enter in two terms of 16
-bits where they lead to the next state, in one where they lead to outputs. Keys, queries and factors of a chunk are
-copied to the workgroup's memory while the chunk before is computed; rows of 16-byte chunks lie there with the chunk's
-number xor the row's, so that eight rows are in eight banks. A chunk whose numbers 16 bits cannot hold is done token by
-token (``warp_chunk_steps``).
+A warp holds eight columns of some rows of one state over all chunks as sums [16, 8] of its products; sums become right
+factors of the next product by turning 8 x 8 numbers. The warps with the same columns add up k S and q S, find r and u
+each for its own tokens, and tell each other the right factors of these: all of them doing all of it took 224 us where
+this takes 163 (T=4096 of 16 heads on an H100). The state, r and rest u enter in two terms of 16 bits where they lead to
+the next state, in one where they lead to outputs. Keys, queries and factors of a chunk are copied to the workgroup's
+memory while the chunk before is computed (two chunks ahead are no faster); rows of 16-byte chunks lie there with the
+chunk's number xor the row's, so that eight rows are in eight banks. A chunk whose numbers 16 bits cannot hold is done
+token by token (``warp_chunk_steps``).
 """
 
 from __future__ import annotations
@@ -35,11 +37,13 @@ from .mma_chunk_operands import (
     matrices,
     record,
 )
-from .warp_chunk_memory import STRIPS, TOLD, Staged, WarpPlan
+from .warp_chunk_memory import BLOCKS, SHOWN, STRIPS, Staged, WarpPlan
 from .warp_chunk_steps import Steps
 
 COLUMNS = 8
 """Of a state, in a warp."""
+Twos = list[list[ir.Value]]
+"""This lane's two words of each right factor of 16 rows."""
 _ANY_FINITE = 1.0e38
 
 
@@ -71,6 +75,8 @@ class WarpChunks:
         k, p, item = self.k, self.p, self.k.item()
         self.warp = Warp(k, self.c.dtype, k.shared_chunks(p.memory // (4 * WORDS)))
         self.slots = k.shared_chunks(p.slots)
+        if p.words:
+            self.words = k.shared(p.words)
         k.when(item < self.streams, lambda: self._stream(item))
 
     def _stream(self, item: Scalar) -> None:
@@ -83,6 +89,8 @@ class WarpChunks:
         """This lane's pair of columns."""
         self.strip, self.upper = self.part.divide_unsigned(p.parts // STRIPS)
         """Which tokens of a chunk this warp writes the outputs of: a matrix's, or half of one's."""
+        self.own = [(self.part * p.blocks + i) * NUMBERS + self.row for i in range(p.blocks)]
+        """Its tokens of this lane's row."""
         self.staged = Staged(self.warp, p, o, self.factors, item, self.part)
         self.steps = Steps(self)
         state = [value for place in self._state_places() for value in self._past(place)]
@@ -126,6 +134,9 @@ class WarpChunks:
         k.store(k.join([k.mul(scale, value) for value in values]), self.output, row * (c.dv // 2) + self.pair)
 
     def _values_of(self, t: Scalar) -> list[ir.Value]:
+        """The values that this warp needs: for r those of its own tokens, else all."""
+        if self.c.has_delta:
+            return [self.load_value(t + place) for place in self.own]
         return [self.load_value(t + (self.row + i)) for i in range(0, CHUNK, NUMBERS)]
 
     # ---- the chunks ------------------------------------------------------------------------------------------------
@@ -149,38 +160,75 @@ class WarpChunks:
 
     def _chunk(self, t: Scalar, state: list[ir.Value], loaded: list[ir.Value]) -> list[ir.Value]:
         """One chunk; the next state."""
-        k, warp = self.k, self.warp
+        k = self.k
         values = [part for stored in loaded for part in self.value_parts(stored)]
         high, low = self._factors_of(state)
-        told = _values(warp, *self._times_state(self.p.queries, high))
+        seen = _values(self.warp, *self._times_state(self.p.queries, high))
         if self.c.has_delta:
-            told = [*self._join(*self._times_state(0, high, low)), *told]
-            self._tell(told)
-            before = [self.staged.number(PRE + i, self.row) for i in range(0, CHUNK, NUMBERS)]
-            held = [value for strip in range(STRIPS) for value in self._told(strip)]
-            pairs = zip(values, held, strict=True)
-            rest = [k.sub(value, k.mul(before[i // 2], known)) for i, (value, known) in enumerate(pairs)]
-            largest = self._magnitude(rest)
-            updates = self._solve(rest)
+            held = self._join(*self._times_state(0, high, low))
+            seen, largest, updates, weighted = self._updates(values, held, seen)
         else:
-            self._tell(told)
+            self._tell(seen)
             largest = self._magnitude([value for strip in range(STRIPS) for value in self._told(strip)])
             last = [t + (self.row + i) < self.tokens for i in range(0, CHUNK, NUMBERS)]
-            updates = [k.select(last[i // 2], value, k.constant(0.0)) for i, value in enumerate(values)]
-        factors = [self.staged.number(REST + i, self.row) for i in range(0, CHUNK, NUMBERS)]
-        weighted = [k.mul(factors[i // 2], value) for i, value in enumerate(updates)]
-        largest = k.maximum(largest, self._magnitude([*updates, *weighted]))
+            new = [k.select(last[i // 2], value, k.constant(0.0)) for i, value in enumerate(values)]
+            factors = [self.staged.number(REST + i, self.row) for i in range(0, CHUNK, NUMBERS)]
+            scaled = [k.mul(factors[i // 2], value) for i, value in enumerate(new)]
+            largest = k.maximum(largest, self._magnitude([*new, *scaled]))
+            seen, updates, weighted = self._halves(self._told(self.strip)), self._once(new), self._factors_of(scaled)
         bound = LARGEST if self.c.dtype == "f16" else _ANY_FINITE
-        found = warp.largest(k.bits(largest))
+        found = self.warp.largest(k.bits(largest))
         ordinary = (found <= k.bits(k.constant(bound))) & (Scalar(self.staged.number(ORDINARY)) > 0.5)
         types = [value.type for value in state]
-        following = self._next(state, weighted)  # before it is known whether it is wanted
+        following = self._next(state, *weighted)  # before it is known whether it is wanted
 
         def finish() -> list[ir.Value]:
-            self._write(t, updates)
+            self._write(t, seen, updates)
             return following
 
         return k.choose(ordinary, finish, lambda: self.steps.emit(t, state), types)
+
+    def _updates(
+        self, values: Sequence[ir.Value], held: Sequence[ir.Value], seen: Sequence[ir.Value]
+    ) -> tuple[list[ir.Value], ir.Value, Twos, tuple[Twos, Twos]]:
+        """What the warps with the same columns find together, each for its own tokens.
+
+        Args:
+            values: Of the own tokens.
+            held: K S, over this warp's rows.
+            seen: Q S, over these.
+
+        Returns:
+            Q S of the own tokens over all rows, the largest magnitude, u in one term, rest u in two.
+        """
+        k, p = self.k, self.p
+        self._tell([value for i in range(0, len(held), 2) for value in (*held[i : i + 2], *seen[i : i + 2])])
+        sums = [self._told(self.part * p.blocks + i) for i in range(p.blocks)]
+        seen = [value for both in sums for value in both[2:]]
+        rest: list[ir.Value] = []
+        for i, both in enumerate(sums):
+            before = self.staged.number(PRE, self.own[i])
+            rest += [k.sub(x, k.mul(before, y)) for x, y in zip(values[2 * i : 2 * i + 2], both[:2], strict=True)]
+        terms = self.warp.turn(self._terms(rest))
+        self._show(terms[::2], 0)
+        self._show(terms[1::2], BLOCKS)
+        self.warp.meet(self.group, p.parts)
+        new = self._halves(self._solve(self._shown(0), self._shown(BLOCKS)))
+        weighted: list[ir.Value] = []
+        for i in range(p.blocks):
+            factor = self.staged.number(REST, self.own[i])
+            weighted += [k.mul(factor, value) for value in new[2 * i : 2 * i + 2]]
+        once = [self.warp.pair(*new[i : i + 2]) for i in range(0, len(new), 2)]
+        turned = self.warp.turn([*self._terms(weighted), *once])
+        count = 2 * p.blocks
+        for i, words in enumerate((turned[:count:2], turned[1:count:2], turned[count:]), 2):
+            self._show(words, i * BLOCKS)
+        largest = self._magnitude([*rest, *new, *weighted])
+        k.store(largest, self.words, self._word(self.part + SHOWN))
+        self.warp.meet(self.group, p.parts)
+        largest = self._magnitude([k.load(self.words, self._word(SHOWN + i)) for i in range(p.parts)])
+        high, low, updates = (self._shown(i * BLOCKS) for i in range(2, 5))
+        return seen, largest, updates, (high, low)
 
     def _magnitude(self, values: Sequence[ir.Value]) -> ir.Value:
         """The largest magnitude; NaN wins."""
@@ -191,8 +239,13 @@ class WarpChunks:
         return found[0]
 
     # ---- products --------------------------------------------------------------------------------------------------
-    def _factors_of(self, values: Sequence[ir.Value]) -> tuple[list[list[ir.Value]], list[list[ir.Value]]]:
+    def _factors_of(self, values: Sequence[ir.Value]) -> tuple[Twos, Twos]:
         """Sums, four values each, as right factors of 16 rows in two terms."""
+        turned = self.warp.turn(self._terms(values))
+        return _twos(turned[::2]), _twos(turned[1::2])
+
+    def _terms(self, values: Sequence[ir.Value]) -> list[ir.Value]:
+        """Of each pair of values two words: the first terms, and the second ones."""
         k, warp, scale = self.k, self.warp, self.k.constant(LOW)
         words: list[ir.Value] = []
         for i in range(0, len(values), 2):
@@ -200,16 +253,11 @@ class WarpChunks:
             words.append(warp.pair(*pair))
             rest = [k.mul(scale, k.sub(x, y)) for x, y in zip(pair, warp.parts(words[-1]), strict=True)]
             words.append(warp.pair(*rest))
-        turned = warp.turn(words)
-        return self._twos(turned[::2]), self._twos(turned[1::2])
+        return words
 
-    def _once(self, values: Sequence[ir.Value]) -> list[list[ir.Value]]:
+    def _once(self, values: Sequence[ir.Value]) -> Twos:
         """The same in one term."""
-        return self._twos(self.warp.turn([self.warp.pair(*values[i : i + 2]) for i in range(0, len(values), 2)]))
-
-    @staticmethod
-    def _twos(words: Sequence[ir.Value]) -> list[list[ir.Value]]:
-        return [list(words[i : i + 2]) for i in range(0, len(words), 2)]
+        return _twos(self.warp.turn([self.warp.pair(*values[i : i + 2]) for i in range(0, len(values), 2)]))
 
     def _times_state(self, start: int, *terms: Sequence[Sequence[ir.Value]]) -> list[list[Sums]]:
         """Keys or queries, from there on, times the state's terms: of each, two matrices of 16 tokens."""
@@ -228,18 +276,23 @@ class WarpChunks:
         pairs = zip(_values(self.warp, high), _values(self.warp, low), strict=True)
         return [k.fma(small, factor, large) for large, small in pairs]
 
-    def _solve(self, rest: Sequence[ir.Value]) -> list[ir.Value]:
-        """``solve`` r; what is above its diagonal is not read."""
-        warp = self.warp
-        first, second = self._factors_of(rest)
-        high, low = [[warp.zero() for _ in range(STRIPS)] for _ in range(2)]
-        for strip in range(STRIPS):
-            for depth in range(strip + 1):
-                large, small = (self.staged.matrix(which, strip, depth) for which in range(2))
-                high[strip] = warp.multiply_add(large, first[depth], high[strip])
-                low[strip] = warp.multiply_add(large, second[depth], low[strip])
-                low[strip] = warp.multiply_add(small, first[depth], low[strip])
-        return self._join(high, low)
+    def _solve(self, first: Twos, second: Twos) -> list[ir.Value]:
+        """``solve`` r, of this warp's matrix of tokens, from the terms of r."""
+        warp, strip = self.warp, self.strip.to("i32")
+        high, low = warp.zero(), warp.zero()
+        for depth in range(STRIPS):
+            large, small = (self.staged.matrix(which, strip, depth) for which in range(2))
+            high = warp.multiply_add(large, first[depth], high)
+            low = warp.multiply_add(large, second[depth], low)
+            low = warp.multiply_add(small, first[depth], low)
+        return self._join([high], [low])
+
+    def _halves(self, values: Sequence[ir.Value]) -> list[ir.Value]:
+        """Of the four values of this warp's matrix of tokens those of its own tokens."""
+        if self.p.parts == STRIPS:
+            return list(values)
+        k, is_lower = self.k, self.upper.equals(0)
+        return [k.select(is_lower, x, y) for x, y in zip(values[:2], values[2:], strict=True)]
 
     # ---- what the warps with the same columns tell each other -----------------------------------------------------
     def _slot(self, part: Scalar | int, chunk: Scalar | int) -> Scalar:
@@ -264,6 +317,21 @@ class WarpChunks:
             total = k.add(total, part)
         return k.elements(total)
 
+    def _word(self, number: Scalar | int) -> Scalar:
+        """Where this lane's word lies, of those of the warps with the same columns."""
+        return (self.group * (SHOWN + self.p.parts) + number) * LANES + self.lane
+
+    def _show(self, words: Sequence[ir.Value], start: int) -> None:
+        """The own tokens' right factors, for :meth:`_shown`."""
+        for i, word in enumerate(words):
+            place = self._word(self.part * self.p.blocks + (start + i))
+            self.k.store(self.k.from_bits(Scalar(word)), self.words, place)
+
+    def _shown(self, start: int) -> Twos:
+        """Right factors of all tokens."""
+        places = [self._word(start + i) for i in range(BLOCKS)]
+        return _twos([self.k.bits(self.k.load(self.words, place)).value for place in places])
+
     def over_rows(self, values: Sequence[ir.Value], turn: Scalar) -> list[ir.Value]:
         """The sums of two numbers a lane over all rows of their columns.
 
@@ -271,39 +339,31 @@ class WarpChunks:
             values: The numbers.
             turn: 1, then 0, then 1 and so on: told in two places, they need not be waited for twice.
         """
-        k, chunk = self.k, turn * TOLD
+        k, chunk = self.k, turn * STRIPS  # without a delta rule the first ones may still be read
         sums = [self.warp.add_rows(value) for value in values]
         k.store_as_is(k.join([*sums, *sums]), self.slots, self._slot(self.part, chunk))
         self.warp.meet(self.group, self.p.parts)
         return self._told(chunk)[:2]
 
     # ---- outputs, and the next state -------------------------------------------------------------------------------
-    def _write(self, t: Scalar, updates: Sequence[ir.Value]) -> None:
+    def _write(self, t: Scalar, seen: Sequence[ir.Value], updates: Twos) -> None:
         """The outputs of this warp's tokens of the chunk."""
         k, warp = self.k, self.warp
-        right = self._once(updates)
         mixed = warp.zero()
         for depth in range(STRIPS):
             left = self.staged.matrix(matrices(self.c) - 1, self.strip.to("i32"), depth)
-            mixed = warp.multiply_add(left, right[depth], mixed)
-        seen = self._told(self.strip + (STRIPS if self.c.has_delta else 0))
-        pairs = list(zip(seen, warp.values(mixed), strict=True))
-        halves = [pairs[:2], pairs[2:]]
-        if self.p.parts > STRIPS:
-            first, second = ([value for pair in half for value in pair] for half in halves)
-            chosen = [k.select(self.upper.equals(0), a, b) for a, b in zip(first, second, strict=True)]
-            halves = [[(chosen[0], chosen[1]), (chosen[2], chosen[3])]]
-        for i, half in enumerate(halves):
-            place = self.strip * SIDE + (self.upper + i) * NUMBERS + self.row
+            mixed = warp.multiply_add(left, updates[depth], mixed)
+        new = self._halves(warp.values(mixed))
+        for i, place in enumerate(self.own):
             before = self.staged.number(PRE, place)
-            values = [k.fma(before, old, new) for old, new in half]
+            pairs = zip(seen[2 * i : 2 * i + 2], new[2 * i : 2 * i + 2], strict=True)
+            values = [k.fma(before, old, added) for old, added in pairs]
             token = t + place
             k.when(token < self.tokens, lambda token=token, values=values: self.write_output(token, values))
 
-    def _next(self, state: Sequence[ir.Value], weighted: Sequence[ir.Value]) -> list[ir.Value]:
-        """The next state."""
+    def _next(self, state: Sequence[ir.Value], high: Twos, low: Twos) -> list[ir.Value]:
+        """The next state, from the terms of rest u."""
         k, warp = self.k, self.warp
-        high, low = self._factors_of(weighted)
         total, factor = self.staged.number(TOTAL), k.constant(1 / LOW)
         found: list[ir.Value] = []
         for tile in range(self.p.tiles):
@@ -323,3 +383,7 @@ class WarpChunks:
 def _values(warp: Warp, sums: Sequence[Sums]) -> list[ir.Value]:
     """This lane's values of several sums."""
     return [value for one in sums for value in warp.values(one)]
+
+
+def _twos(words: Sequence[ir.Value]) -> Twos:
+    return [list(words[i : i + 2]) for i in range(0, len(words), 2)]

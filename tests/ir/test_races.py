@@ -147,12 +147,12 @@ def test_chunks_in_terms(shape: Shape, dtype: Any, monkeypatch: pytest.MonkeyPat
     assert races(attention(shape, 40, "terms", "fused_term_chunks", dtype), {0: 40}) == []
 
 
-@pytest.mark.parametrize(("rule", "parts"), [("gated_delta", 2), ("linear", 2)])
+@pytest.mark.parametrize(("rule", "parts"), [("gated_delta", 2), ("gated_delta", 4), ("linear", 4)])
 def test_chunks_in_warps(rule: str, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is copied ahead, and what warps tell each other, also token by token; missed where nobody meets."""
     monkeypatch.setitem(TARGETS, "warps", replace(matrices.TARGET, workgroup_memory=49_152, copy_memory=98_304))
     monkeypatch.setattr(fused_warp_chunks, "_GROUPS", 1)
-    monkeypatch.setattr(fused_warp_chunks, "_WARPS", parts)
+    monkeypatch.setattr(fused_warp_chunks, "_PARTS", parts)
     monkeypatch.setattr(warp_chunk_state, "Warp", warps.EmulatedWarp)
     matrices.emulate(monkeypatch, fused_warp_chunks)
     shape = Shape(rule, q_heads=2, k_heads=2, kv_heads=2, dk=64, dv=16)

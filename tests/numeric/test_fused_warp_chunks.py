@@ -26,7 +26,7 @@ from tolerances import BENIGN, check, error
 pytestmark = [pytest.mark.vulkan, pytest.mark.xdist_group("vulkan")]
 OPTIONS = LoweringOptions(strategy="fused_warp_chunks")
 TARGET = "emulated warps"
-MEMORY = 49_152
+MEMORY = 65_536
 DELTA = Shape("gated_delta", q_heads=2, k_heads=1, kv_heads=1, dk=64, dv=16)  # two query heads read one state
 GATED = Shape("gated", q_heads=1, k_heads=1, kv_heads=2, dk=64, dv=8)
 
@@ -35,13 +35,13 @@ GATED = Shape("gated", q_heads=1, k_heads=1, kv_heads=2, dk=64, dv=8)
 def _emulated() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         device = vulkan.device_attribute("lavapipe", replace(LAVAPIPE, workgroup_memory=MEMORY))
-        patch.setitem(TARGETS, TARGET, replace(matrices.TARGET, workgroup_memory=MEMORY, copy_memory=2 * MEMORY))
+        patch.setitem(TARGETS, TARGET, replace(matrices.TARGET, workgroup_memory=MEMORY, copy_memory=MEMORY))
         patch.setitem(DEVICE_ATTRIBUTES, TARGET, device)
         patch.setitem(DRIVERS, TARGET, "vulkan")
         patch.setitem(FLAGS, TARGET, [])
         patch.setattr(fused_warp_chunks, "_ENOUGH_GROUPS", 1 << 30)
         patch.setattr(fused_warp_chunks, "_GROUPS", 1)
-        patch.setattr(fused_warp_chunks, "_WARPS", 2)
+        patch.setattr(fused_warp_chunks, "_PARTS", 4)
         patch.setattr(warp_chunk_state, "Warp", warps.EmulatedWarp)
         matrices.emulate(patch, fused_warp_chunks)
         yield
@@ -66,7 +66,7 @@ def cut(inputs: list[np.ndarray | None], state: np.ndarray | None, part: slice) 
 
 
 def test_any_data() -> None:
-    for seed, (batch, tokens) in enumerate([(1, 1), (2, 31), (1, 32), (1, 33), (3, 65), (1, 96), (2, 130)]):
+    for seed, (batch, tokens) in enumerate([(1, 1), (2, 31), (1, 32), (1, 33), (1, 65), (1, 130)]):
         inputs = f16(batch, tokens, seed=seed)
         check(run_chunks(DELTA, inputs), expected(DELTA, inputs))
     for data in DATA:  # equal keys, beta 2, and decays of 0, e^-1000 and more than 1 among them
