@@ -49,26 +49,21 @@ def pack(k: Kernel, values: Sequence[ir.Value], dtype: str) -> ir.Value:
     return k.join(words)
 
 
-def split(k: Kernel, values: Sequence[ir.Value], dtype: str = "f16") -> tuple[ir.Value, ir.Value]:
+def split(k: Kernel, values: Sequence[ir.Value], zero: Scalar, dtype: str = "f16") -> tuple[ir.Value, ir.Value]:
     """Eight f32 numbers as two terms of 16 bits, the second one times ``LOW``; a chunk of each.
 
-    A number below 2^-14, which f16 does not hold with all its bits, is a second term only.
+    Args:
+        k: Emits instructions.
+        values: The numbers.
+        zero: An i32 that is 0, which no compiler knows: NVIDIA's Vulkan driver takes converting there and back for
+            nothing to do, and second terms were zero.
+        dtype: The terms' type.
     """
-    if dtype != "f16":
-        first = pack(k, values, dtype)
-        rest = [k.mul(k.sub(x, y), k.constant(LOW)) for x, y in zip(values, unpack(k, first, dtype), strict=True)]
-        return first, pack(k, rest, dtype)
-    zero = k.constant(0.0)
-    high = [k.select(_is_small(k, value), zero, _cut(k, value)) for value in values]
-    low = [k.mul(k.sub(value, first), k.constant(LOW)) for value, first in zip(values, high, strict=True)]
-    return pack(k, high, "f16"), pack(k, low, "f16")
-
-
-def split_finely(k: Kernel, values: Sequence[ir.Value]) -> tuple[ir.Value, ir.Value]:
-    """The same in f16 to the last bits of the second term: the first one of a small number is what f16 holds of it."""
-    high = [first_term(k, value) for value in values]
-    low = [k.mul(k.sub(value, first), k.constant(LOW)) for value, first in zip(values, high, strict=True)]
-    return pack(k, high, "f16"), pack(k, low, "f16")
+    first = pack(k, values, dtype)
+    words = [k.from_bits(Scalar(arith.BitcastOp(k.type(1, "i32"), word).result) ^ zero) for word in k.elements(first)]
+    kept = unpack(k, k.join(words), dtype)
+    rest = [k.mul(k.sub(x, y), k.constant(LOW)) for x, y in zip(values, kept, strict=True)]
+    return first, pack(k, rest, dtype)
 
 
 def first_term(k: Kernel, value: ir.Value) -> ir.Value:

@@ -317,6 +317,6 @@ class MmaFactors:
             scaled = [k.mul(value, self._number(RATE, column + e)) for e, value in enumerate(read(0))]
             solve = [k.select(column + e <= row, value, k.constant(0.0)) for e, value in enumerate(scaled)]
             self._note_unless(within(k, solve), BAD)
-            for i, term in enumerate(split(k, solve, self.half)):
+            for i, term in enumerate(split(k, solve, self.o.zero, self.half)):
                 k.store_as_is(term, self.output, base + self.thread + i * MATRIX)
         k.store_as_is(mixed, self.output, base + self.thread + (matrices(self.c) - 1) * MATRIX)

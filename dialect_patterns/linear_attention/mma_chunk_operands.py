@@ -158,6 +158,8 @@ class MmaOperands:
 
     def __post_init__(self) -> None:
         c = self.c
+        self.zero = self.tokens.to("i32").shift_right(31)
+        """A zero that no compiler knows (``chunk_words.split``)."""
         self.batches = self.streams.divide_unsigned(c.out_heads)[0]
         self.all_rows = self.batches * self.tokens
         self.chunks = (self.tokens + (CHUNK - 1)).divide_unsigned(CHUNK)[0]

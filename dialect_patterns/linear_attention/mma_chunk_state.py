@@ -288,7 +288,7 @@ class MmaChunks:
             k.store_as_is(term, self.work, place + terms + i * (CHUNK * self.p.stride_s))
 
     def _terms(self, values: list[ir.Value]) -> tuple[ir.Value, ir.Value]:
-        return split(self.k, values)
+        return split(self.k, values, self.o.zero)
 
     def _keep(self, condition: Scalar) -> None:
         """Unless that holds the chunk is to go through token by token."""

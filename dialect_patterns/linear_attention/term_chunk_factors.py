@@ -15,7 +15,7 @@ from functools import partial
 
 from iree.compiler import ir
 
-from ..emit.chunk_words import LOW, NUMBERS, pack, split, split_finely
+from ..emit.chunk_words import LOW, NUMBERS, pack, split
 from ..emit.scalar import Scalar
 from ..emit.simt_kernel import Kernel
 from .contract import LinearAttention
@@ -260,7 +260,7 @@ class TermFactors(MmaFactors):
         return self._larger(largest, [k.select(is_row, value, zero) for value in query])
 
     def _terms(self, values: list[ir.Value]) -> tuple[ir.Value, ir.Value]:
-        return split_finely(self.k, values) if self.plan.terms == 2 else split(self.k, values)
+        return split(self.k, values, self.o.zero)
 
     def _query_terms(self, query: list[ir.Value]) -> list[ir.Value]:
         return list(self._terms(query)) if self.plan.terms == 2 else [pack(self.k, query, "f16")]

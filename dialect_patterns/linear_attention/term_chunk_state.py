@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from iree.compiler import ir
 
-from ..emit.chunk_words import LOW, NUMBERS, split_finely
+from ..emit.chunk_words import LOW, NUMBERS
 from ..emit.scalar import Scalar
 from ..emit.simt_kernel import Kernel
 from .contract import LinearAttention
@@ -170,9 +170,6 @@ class TermChunks(MmaChunks):
                 small = self._left(self.rows, left_place + CHUNK * p.stride_k, p.stride_k)
                 low = k.matrix_multiply_add(small, right, low)
         return k.matrix_add_scaled(sums, low, 1 / LOW)
-
-    def _terms(self, values: list[ir.Value]) -> tuple[ir.Value, ir.Value]:
-        return split_finely(self.k, values) if self.plan.terms == 2 else super()._terms(values)
 
     def _seen(self, start: int) -> list[ir.Value]:
         """This thread's eight of sums over both halves of the state's rows."""
