@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from linattn.dialect_patterns.attention import amx_kernel
 from linattn.dialect_patterns.emit.amx_tiles import ROWS, SUMS, A, B
 from linattn.dialect_patterns.emit.kernel_text import Index, KernelText, vector_type
 from linattn.dialect_patterns.mat_mul import fused_amx, simd_pairs, simd_unit
@@ -36,7 +37,7 @@ def emulate(monkeypatch: pytest.MonkeyPatch, features: frozenset[str]) -> None:
 
     monkeypatch.setattr(compiling, "resolve_target", with_features)
     monkeypatch.setattr(simd_pairs, "dot", dot)
-    for kernels in (fused_amx, bytes_amx, bits_amx, simd_unit):
+    for kernels in (fused_amx, bytes_amx, bits_amx, simd_unit, amx_kernel):
         monkeypatch.setattr(kernels, "AmxTiles", Tiles)
 
 
