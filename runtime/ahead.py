@@ -35,10 +35,9 @@ class Ahead:
     step: Step
     source: Step | None
     ids: HostArray | None
-    draw: HostArray | None
+    draw: bytes | None
     wait: Callable[[], None]
 
-    def is_next(self, now: Held, ids: HostArray, draw: HostArray | None) -> bool:
+    def is_next(self, now: Held, ids: HostArray, draw: bytes | None) -> bool:
         """Whether it is what appending these tokens, and choosing so, would be."""
-        is_same = self.draw is draw or (self.draw is not None and draw is not None and np.array_equal(self.draw, draw))
-        return is_same and self.base is now and self.ids is not None and np.array_equal(self.ids, ids)
+        return self.draw == draw and self.base is now and self.ids is not None and np.array_equal(self.ids, ids)

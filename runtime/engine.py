@@ -56,11 +56,13 @@ class Engine:
     def __init__(self, module: Module, manifest: Manifest) -> None:
         self.module = module
         self.manifest = manifest
+        self.lock = threading.RLock()
+        """`exclusive` for whoever has looked whether it is usable."""
         self._inputs: dict[tuple[int, tuple[int, ...]], DeviceArray] = {}
         self._outputs: dict[str, list[DeviceArray]] = {}
         self._steps: dict[tuple[int, int, bool], Step | None] = {}
         self._choosers: dict[int, list[Step]] = {}  # those that nobody uses
-        self._lock = threading.RLock()
+        self._row_choosers: dict[bool, Step | None] = {}
         self.turns = Turns()
         self._workers: ThreadPoolExecutor | None = None
         self._holders: weakref.WeakKeyDictionary[object, Holding] = weakref.WeakKeyDictionary()
@@ -102,6 +104,7 @@ class Engine:
             held = {id(array): array for one, holding in self._holders.items() for array in holding.arrays(one)}
             steps = [step.nbytes for step in self._steps.values() if step is not None]
             steps += [step.nbytes for free in self._choosers.values() for step in free]
+            steps += [step.nbytes for step in {*self._row_choosers.values()} if step is not None]
             kept = [*self._inputs.values(), *(array for arrays in self._outputs.values() for array in arrays)]
         batch = m.batch or 1
         sizes = [
@@ -124,11 +127,12 @@ class Engine:
         if self.module.is_foreign:  # a lock may be held by a thread that is not in this process
             self.module.close()
             return
-        with self._lock:
+        with self.lock:
             self.module.close()
             self._inputs.clear()
             self._steps.clear()
             self._choosers.clear()
+            self._row_choosers.clear()
             if self._workers is not None:
                 self._workers.shutdown(wait=False, cancel_futures=True)
             self._outputs.clear()
@@ -139,7 +143,7 @@ class Engine:
     def exclusive(self) -> AbstractContextManager[object]:
         """No other thread's call runs inside, so that the outputs of one's own call stay as they are."""
         self.check_usable()
-        return self._lock
+        return self.lock
 
     def call(
         self,
@@ -171,7 +175,7 @@ class Engine:
         m = self.manifest
         symbol = entry.last if last and entry.last else entry.symbol
         self.check_usable()
-        with self._lock:  # the inputs' buffers are used again in the next call
+        with self.lock:  # the inputs' buffers are used again in the next call
             self.check_usable()  # another thread may have closed it by now
             arguments: list[DeviceArray | int] = [self._input(i, array) for i, array in enumerate(inputs)]
             arguments += states
@@ -221,6 +225,21 @@ class Engine:
         if tokens > 1 and outputs is None:  # the states would share memory with large outputs
             return None
         return Step(self.module, m, symbol, shapes, outputs, entry.alone, cut=last and not entry.last)
+
+    def row_chooser(self, draws: bool) -> Step | None:
+        """The step of one row that chooses tokens, for whoever has the lock; None: `take_chooser` may have one.
+
+        Args:
+            draws: Whether the largest logits are not enough.
+        """
+        if draws not in self._row_choosers:
+            with self.exclusive():
+                can = not self.device.has_queue and self.manifest.batch in (None, 1)
+                step = self.take_chooser(1, draws=draws) if can else None
+                other = self._row_choosers.get(not draws)
+                is_same = step is not None and other is not None and other.draws == step.draws
+                self._row_choosers[draws] = other if is_same else step
+        return self._row_choosers[draws]
 
     def take_chooser(self, batch: int, *, draws: bool = False) -> Step | None:
         """A step of the entry point that chooses tokens, for whoever takes it alone; None where there is none.

@@ -97,6 +97,21 @@ class Caches:
             raise
         return lease
 
+    def grow(self, held: Lease, position: int) -> bool:
+        """Makes a lease a row longer than `position`, in place, where nobody else has one and nothing is to be cleared.
+
+        `extend` takes care of everything else; should a call then fail, `shrink` goes back.
+        """
+        in_use, key = self.in_use, id(held)
+        if (self._filled > position and self.arrays) or len(in_use) != 1 or key not in in_use:
+            return False
+        self._filled = held.rows = in_use[key] = position + 1
+        return True
+
+    def shrink(self, held: Lease, position: int) -> None:
+        """Takes `grow` back; the row may hold anything."""
+        held.rows = self.in_use[id(held)] = position
+
     def with_array(self, held: Lease, spec: StateSpec, array: DeviceArray) -> Caches:
         """The same caches but for one, for whoever held them; copies of the others where somebody else does too."""
         caches = self if self.is_of_one(held) else self.copy(held.rows, held.rows)

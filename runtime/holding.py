@@ -59,11 +59,11 @@ class Holding(Owned):
         coming = [] if ahead is None else [ahead.held.moving]
         return [a for one in (*(now.all_arrays for now in self._line), *list(self._spare), *coming) for a in one]
 
-    def _chooser(self, now: Held, draw: HostArray | None) -> Step | None:
+    def _chooser(self, now: Held, draw: bytes | None) -> Step | None:
         can = now.batch is not None and now.mask is None and self._guard is None  # who looks before it goes on
         return self._engine.take_chooser(now.batch or 1, draws=draw is not None) if can else None
 
-    def _submit(self, base: Held, ids: HostArray | Step, draw: HostArray | None) -> Ahead:
+    def _submit(self, base: Held, ids: HostArray | Step, draw: bytes | None) -> Ahead:
         """Puts a step that chooses tokens into the device's queue."""
         step = self._chooser(base, draw)
         assert step is not None

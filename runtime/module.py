@@ -6,7 +6,7 @@ Facts about IREE 3.13.0 that shape this file (each has a test):
 * A module at an unaligned address computes zeros (iree#13887), so bytes are copied.
 * `VmModule.mmap` wants to write to the file, and closes the map by a call of Python: where an exception travels at that
   time, it is replaced by a SystemError. So the map is made here, and goes with the last reference to it.
-* A CPU worker wakes the caller before it is done; see `_let_workers_finish`.
+* A CPU worker wakes the caller before it is done; see `_set_policy`.
 * The memory of one CPU device is any other's: a module that is linked to two has one set of weights, and calls on both
   take the same arrays.
 """
@@ -30,7 +30,7 @@ from .drivers import CPU_DRIVERS, one_line
 from .errors import StateError, TargetError
 from .integrity import check_seal
 from .manifest import RESULTS_KEY
-from .owned import Owned, check_process
+from .owned import Owned, check_process, is_process
 from .result_specs import ResultSpec, read_result_specs
 
 _rt: Any = cast(Any, _untyped_rt)
@@ -72,7 +72,7 @@ class Module(Owned):
     def __init__(self, source: Path | bytes, *, verify: bool = False) -> None:
         self._verify = verify
         self._device: Device | None = None
-        self._closed = False
+        self._closed = self._has_workers = self._has_queue = False
         self.file = source if isinstance(source, Path) else None
         self.where = str(source) if self.file else "module bytes"
         self.file_bytes = 0
@@ -124,8 +124,9 @@ class Module(Owned):
             StateError: It has been closed.
             TargetError: This process was forked from the one that loaded it.
         """
-        if self._device is not None:
-            check_process(self._device.pid, self._device.uri)
+        device = self._device
+        if device is not None and not is_process(device.pid):
+            check_process(device.pid, device.uri)
         if self._closed:
             raise StateError("the program is closed", where=self.where, hint="load it again")
 
@@ -163,7 +164,7 @@ class Module(Owned):
         Raises:
             TargetError: The module was compiled for another device, or the parameter file does not fit or is damaged.
         """
-        self._device = device
+        self._device, self._has_workers, self._has_queue = device, device.has_workers, device.has_queue
         start, before = time.perf_counter(), device.allocated_bytes()
         if parameters is not None:
             self.file_bytes += parameters[1].stat().st_size
@@ -239,20 +240,15 @@ class Module(Owned):
         return [wrapped(dtype) if array is None else array for array, dtype in zip(given, dtypes, strict=True)]
 
     def call_step(
-        self,
-        function: str,
-        arrays: Iterable[DeviceArray],
-        position: int | None,
-        storage: Iterable[DeviceArray],
-        alone: bool,
+        self, function: str, arguments: Iterable[Any], position: int | None, storage: Iterable[Any], alone: bool
     ) -> int:
         """`call` of a function that takes the memory of its results, with as little as possible besides.
 
         Args:
             function: Its name.
-            arrays: Its arguments that are arrays.
+            arguments: `DeviceArray.ref` of its arguments that are arrays.
             position: The one that is a number, after them; None: there is none.
-            storage: Memory of its results, without those in inputs.
+            storage: Likewise of the memory of its results, without those in inputs.
             alone: As of `call`.
 
         Returns:
@@ -261,14 +257,20 @@ class Module(Owned):
         Raises:
             TargetError: The call failed on the device.
         """
-        self.check_usable()
-        packed = _rt.VmVariantList(16)
+        if self._closed:
+            self.check_usable()
+        packed, results = _rt.VmVariantList(32), _rt.VmVariantList(8)
         push = packed.push_ref
-        for array in arrays:
-            push(array.ref)
+        for ref in arguments:
+            push(ref)
         if position is not None:
             packed.push_int(position)
-        return len(self._run(function, packed, storage, alone))
+        for ref in storage:
+            push(ref)
+        with self._lock:
+            push(self._workspace_of(function))
+            self._wait_for(function, packed, results, alone)
+        return results.size
 
     def submit_step(
         self, function: str, arrays: Sequence[DeviceArray], position: int | None, storage: Sequence[DeviceArray]
@@ -306,22 +308,26 @@ class Module(Owned):
     def _run(self, function: str, packed: Any, storage: Iterable[DeviceArray] | None, alone: bool) -> Any:
         """Calls with packed arguments and memory for the results, one thread at a time, and waits."""
         results = _rt.VmVariantList(8)
+        with self._lock:
+            if storage is not None:
+                self._push_memory(function, packed, storage)
+            self._wait_for(function, packed, results, alone and storage is not None)
+        return results
+
+    def _wait_for(self, function: str, packed: Any, results: Any, alone: bool) -> None:
+        """Calls with everything packed, and waits; on CPU workers as `_set_policy` says."""
+        alone = alone and self._alone is not None
+        waits = not alone and self._has_workers and _is_ordinary_thread()
         try:
-            with self._lock:
-                if storage is not None:
-                    self._push_memory(function, packed, storage)
-                alone = alone and self._alone is not None and storage is not None
-                waits = not alone and self.device.has_workers and _is_ordinary_thread()
-                try:
-                    if waits:
-                        _let_workers_finish()
-                    self._invoke(function, packed, results, alone)
-                finally:  # after a Ctrl-C anywhere in between, too
-                    if waits:
-                        _set_policy(os.SCHED_OTHER)
+            try:
+                if waits:
+                    _set_policy(os.SCHED_BATCH)
+                self._invoke(function, packed, results, alone)
+            finally:  # after a Ctrl-C anywhere in between, too
+                if waits:
+                    _set_policy(os.SCHED_OTHER)
         except _IREE_ERRORS as error:
             raise self._failed(function, error) from error
-        return results
 
     def _push_memory(self, function: str, packed: Any, storage: Iterable[DeviceArray]) -> None:
         for array in storage:
@@ -338,7 +344,7 @@ class Module(Owned):
         """Calls and waits; on a GPU with a semaphore that is kept, which takes half the time of IREE's own waiting."""
         if alone:
             self._alone.invoke(self.functions[function], packed, results)
-        elif self.device.driver in CPU_DRIVERS or f"{function}$async" not in self.functions:
+        elif not self._has_queue or f"{function}$async" not in self.functions:
             self.device.enter()
             self._context.invoke(self.functions[function], packed, results)
         else:
@@ -401,8 +407,8 @@ class Module(Owned):
 
     def _workspace_of(self, function: str) -> Any:
         """Memory for a function's intermediate values; the calls share it, since they are let in one by one."""
-        needed = self.workspace_bytes(function) or 0
-        if self._workspace is None or self._workspace.nbytes < needed:
+        needed = self._workspace_bytes.get(function) or self.workspace_bytes(function) or 0
+        if self._workspace is None or self._workspace.shape[0] < needed:
             self._workspace = self.device.empty([needed], "uint8")
             self._workspace_ref = self._workspace.view.get_buffer().ref
         return self._workspace_ref
@@ -422,17 +428,13 @@ def _is_ordinary_thread() -> bool:
     return _NO_PRIORITY is not None and os.sched_getscheduler(0) == os.SCHED_OTHER
 
 
-def _let_workers_finish() -> None:
-    """Before a wait for CPU workers: being woken does not take the CPU from the worker that wakes.
+def _set_policy(policy: int) -> None:
+    """SCHED_BATCH before a wait for CPU workers: being woken does not take the CPU from the worker that wakes.
 
     IREE 3.13 wakes the caller from within a worker and has it spin until that worker is out of its callback. Where the
     caller is put on that worker's CPU, it spins until the scheduler's next tick: up to 4 ms, in a fourth of the calls
     on 2 CPUs that the call keeps busy. A thread of Linux's SCHED_BATCH waits for its turn instead.
     """
-    _set_policy(os.SCHED_BATCH)
-
-
-def _set_policy(policy: int) -> None:
     try:
         os.sched_setscheduler(0, policy, _NO_PRIORITY)
     except OSError:  # not allowed here; calls are only slower

@@ -231,6 +231,11 @@ class Session(Holding):
         """
         is_plain = outputs is None and into is None and not device_outputs and logits in ("all", "last")
         if is_plain:  # a step pays for it
+            if self._line[-1].batch == 1 and (step := self._engine.step(1)) is not None:
+                token = step.token_of(inputs)
+                found = None if token is None else self._append(step, token, step.read_all)
+                if found is not None:
+                    return found
             wanted = self._plain[logits]
         else:
             names = [spec.name for spec in self._manifest.outputs]
@@ -398,7 +403,49 @@ class Session(Holding):
             with self._engine.exclusive():  # until the logits' memory is the next call's
                 return choose(self._step(step, ids, now, step.logits))
 
-    def _follow(self, ids: HostArray, more: bool, draw: HostArray | None, later: HostArray | None) -> HostArray | None:
+    def _append(self, step: Step, token: int, read: Callable[[], _Chosen], draw: bytes | None = None) -> _Chosen | None:
+        """`_step` for one row whose states nobody else holds, so that they are grown in place; else None.
+
+        Nothing is committed before the last line but one, which no signal comes between.
+        """
+        engine, busy = self._engine, self._busy
+        engine.module.check_usable()
+        if not busy.acquire(blocking=False):
+            raise self._in_use()
+        try:
+            self._cancelled = False
+            if self._ahead is not None:
+                self._settle()
+            line, spare = self._line, self._spare
+            now = line[-1]
+            position, lease = now.position, now.lease
+            if now.shared or now.mask is not None or not spare or len(line) > 1 or self._window or self._guard:
+                return None
+            if now.batch != 1 or not step.is_for(token, position):
+                return None
+            caches, is_grown = lease.caches, False
+            with engine.lock:
+                try:
+                    is_grown = caches.grow(lease, position)
+                    if not is_grown:
+                        return None
+                    into = spare.pop()
+                    if step.draws:
+                        step.draw_by(draw)
+                    step.append(token, now, into)
+                    found = read()
+                except BaseException:
+                    if is_grown:
+                        caches.shrink(lease, position)
+                    raise
+            old = now.moving
+            now.moving, now.position = into, position + 1
+            spare.append(old)
+            return found
+        finally:
+            busy.release()
+
+    def _follow(self, ids: HostArray, more: bool, draw: bytes | None, later: bytes | None) -> HostArray | None:
         """Appends a token to every row and returns the next ones, which the module chooses; see `follow`."""
         with self._exclusive(keep_ahead=True):
             now, ahead = self._line[-1], self._ahead
@@ -493,11 +540,14 @@ class Session(Holding):
             raise InputError("no such row", where="indices", got=wrong[0], expected=f"0 to {batch - 1}")
         return rows
 
+    def _in_use(self) -> StateError:
+        return StateError("the session is in use by another thread", hint="use one session per thread")
+
     @contextmanager
     def _exclusive(self, keep_ahead: bool = False) -> Generator[None]:
         self._engine.check_usable()
         if not self._busy.acquire(blocking=False):
-            raise StateError("the session is in use by another thread", hint="use one session per thread")
+            raise self._in_use()
         try:
             self._cancelled = False
             if not keep_ahead and self._ahead is not None:
@@ -531,8 +581,28 @@ def advance(session: Session, ids: HostArray, choose: Callable[[HostArray], _Cho
     return session._advance(ids, choose)  # pyright: ignore[reportPrivateUsage]
 
 
+def row_follower(session: Session, settings: Callable[[], bytes] | None) -> Callable[[int], int | None] | None:
+    """`follow` for the one row of a session that holds its states alone, on a device without a queue.
+
+    Args:
+        session: As of `follow`.
+        settings: Says how each token is drawn; None: each is the one with the largest logit.
+
+    Returns:
+        A function that is given a token and gives the next one, or what `follow` has for none; None: `follow` does it.
+        None where it always does.
+    """
+    step = engine_of(session.program).row_chooser(settings is not None)
+    if step is None:
+        return None
+    append, read = session._append, step.token  # pyright: ignore[reportPrivateUsage]
+    if settings is None:
+        return lambda token: append(step, token, read)
+    return lambda token: append(step, token, read, settings())
+
+
 def follow(
-    session: Session, ids: HostArray, more: bool, draw: HostArray | None = None, later: HostArray | None = None
+    session: Session, ids: HostArray, more: bool, draw: bytes | None = None, later: bytes | None = None
 ) -> HostArray | None:
     """A step of a generation whose tokens the module chooses.
 
@@ -541,7 +611,7 @@ def follow(
         ids: [B, 1], of the input's dtype: what is appended to each row.
         more: Another such step is wanted: on a device with a queue it is submitted before this one is done, and
             forgotten where something else comes (`settle`, or whatever the session is asked for).
-        draw: How tokens are drawn, [B, 8] or [8] for all rows; None: each is the one with the largest logit.
+        draw: How tokens are drawn, 8 f32 for all rows or for each; None: each is the one with the largest logit.
         later: How those of the step behind it will be.
 
     Returns:

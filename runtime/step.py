@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -24,6 +24,24 @@ DRAW_SETTINGS = 8
 """Numbers that say how a token is drawn, see `draw` in README.md."""
 
 _PREPARED_ROLES = ("tokens", "attention_mask", "position_ids")
+
+
+class _Row(NamedTuple):
+    """Where the numbers of one row are written, one by one: numpy's assignments have code of their own to be fetched.
+
+    Attributes:
+        ids: The token.
+        positions: Its position, as often as the model takes it.
+        columns: The mask's columns of committed tokens; None where there is no such mask.
+        low: The least token.
+        high: The greatest one.
+    """
+
+    ids: memoryview
+    positions: list[memoryview]
+    columns: memoryview | None
+    low: int
+    high: int
 
 
 class Step:
@@ -81,7 +99,14 @@ class Step:
         self._tied = len(m.states) - moving
         self._takes_position = m.takes_position
         self._draw: list[DeviceArray] = [device.host_buffer((draws, DRAW_SETTINGS), "float32")] if draws else []
-        self._settings = [device.host_view(array) for array in self._draw]
+        self._settings = [_bytes_of(view) for array in self._draw if (view := device.host_view(array)) is not None]
+        self._drawn_by: bytes | None = None
+        self._rows = draws
+        for cells in self._settings:
+            cells[:] = bytes(cells.nbytes)
+        self._refs = [[array.ref for array in arrays] for arrays in (self._inputs, self._draw, outputs or ())]
+        self._name, self._dtype = self._spec.name, self._ids.dtype
+        self._row = self._one_row()
         self._memory = [*self._inputs, *self._draw, *(outputs or ())]  # goes last: the views above are of it
 
     @property
@@ -108,11 +133,34 @@ class Step:
         """
         check_bounds(self._spec, ids)
 
-    def draw_by(self, settings: HostArray | None) -> None:
-        """Says how the next call chooses tokens: [8] or [B, 8] of `draw` in README.md; None: the largest logits."""
-        for view in self._settings:
-            assert view is not None
-            view[...] = 0.0 if settings is None else settings
+    def token_of(self, inputs: Any) -> int | None:
+        """The token of a session's call that appends it to the one row (`append`); None for any other call."""
+        row, kind = self._row, cast(Any, type(inputs))
+        if row is None or kind is not dict or len(inputs) != 1:
+            return None
+        token: Any = inputs.get(self._name)
+        kind = cast(Any, type(token))
+        if kind is np.ndarray:
+            token = token.item() if token.dtype is self._dtype and token.shape == self._ids.shape else None
+        elif kind is list and len(token) == 1:
+            token = token[0]
+            token = token[0] if cast(Any, type(token)) is list and len(token) == 1 else None
+        return token if cast(Any, type(token)) is int and row.low <= token <= row.high else None
+
+    def is_for(self, token: int, position: int) -> bool:
+        """Whether `append` does this token at this position; `call` says what is wrong with others."""
+        row, limit = self._row, self._limit
+        return row is not None and row.low <= token <= row.high and (limit is None or position < limit)
+
+    def draw_by(self, settings: bytes | None) -> None:
+        """Says how the next call chooses: 8 f32 of `draw` in README.md, for all rows or each; None: the largest."""
+        if settings == self._drawn_by:
+            return
+        self._drawn_by = b""  # unknown, should a Ctrl-C come
+        for cells in self._settings:
+            each = bytes(4 * DRAW_SETTINGS) if settings is None else settings
+            cells[:] = each if len(each) == cells.nbytes else each * self._rows
+        self._drawn_by = settings
 
     def has_room(self, position: int) -> bool:
         """Whether the context has room for its tokens at a position; the general call says why not."""
@@ -140,12 +188,39 @@ class Step:
         if self._outputs is None:
             return self._call_for_memory(states, position)
         moving = self._new_moving() if into is None else into
-        arguments, memory = [*self._inputs, *states, *self._draw], [*self._outputs, *moving]
-        alone = now.position < self._alone
-        tied = self._module.call_step(self._symbol, arguments, position, memory, alone)
+        self._invoke([array.ref for array in states], position, moving, now.position)
+        return self._outputs, moving
+
+    def append(self, token: int, now: Held, into: list[DeviceArray]) -> None:
+        """`call` for one row, where `is_for` says so, with as little code as possible.
+
+        Weights that go through the caches leave nothing of it there, and each line of memory that it takes to append a
+        token is fetched anew: 300 us went so where Python itself took 20.
+        """
+        row, position, filled = self._row, now.position, self._filled
+        assert row is not None
+        row.ids[0] = token
+        for cells in row.positions:
+            for i in range(len(cells)):
+                cells[i] = position
+        if position != filled and row.columns is not None:
+            if filled == position - 1:
+                self._filled = -1  # unknown: a Ctrl-C may come before the column is written
+                row.columns[filled] = 1
+                self._filled = position
+            else:
+                self._write_columns(position)
+        states = [array.ref for array in now.moving]
+        states += [array.ref for array in now.lease.caches.arrays]
+        self._invoke(self._in_order(states), position if self._takes_position else None, into, position)
+
+    def _invoke(self, states: Sequence[Any], number: int | None, moving: Sequence[DeviceArray], position: int) -> None:
+        inputs, draw, outputs = self._refs
+        storage = [*outputs, *[array.ref for array in moving]]
+        alone = position < self._alone
+        tied = self._module.call_step(self._symbol, [*inputs, *states, *draw], number, storage, alone)
         if tied != self._tied:
             raise TargetError("wrong number of results", where=self._symbol, got=tied, expected=self._tied)
-        return self._outputs, moving
 
     def submit(
         self, ids: HostArray | Step, now: Held, into: list[DeviceArray] | None
@@ -176,6 +251,16 @@ class Step:
         storage = [*self._outputs, *moving]
         return self._module.submit_step(self._symbol, [*inputs, *states, *self._draw], position, storage), moving
 
+    @property
+    def draws(self) -> bool:
+        """Whether its entry point draws tokens."""
+        return self._rows > 0
+
+    def read_all(self) -> dict[str, HostArray]:
+        """`read` of its own memory."""
+        assert self._outputs is not None
+        return self.read(self._outputs)
+
     def read(self, outputs: Sequence[DeviceArray]) -> dict[str, HostArray]:
         """Copies of the outputs of the last call, by name."""
         device, views = self._module.device, self._views or [None] * len(outputs)
@@ -198,6 +283,12 @@ class Step:
         view = self._views[self._logits_at] if self._views else None
         return view if view is not None else self._module.device.to_host(outputs[self._logits_at])
 
+    def token(self) -> int:
+        """`chosen` of one row."""
+        view = self._views[self._logits_at]
+        assert view is not None
+        return int(view.item())
+
     def chosen(self) -> HostArray:
         """A copy of what the last call chose, [B, 1], where the entry point is one that chooses; -1 for NaN."""
         assert self._outputs is not None
@@ -211,6 +302,9 @@ class Step:
                 view.fill(position)
             else:
                 np.add(counted, position, out=view, casting="unsafe")
+        self._write_columns(position)
+
+    def _write_columns(self, position: int) -> None:
         filled, columns = self._filled, self._columns
         if columns is not None and position != filled:
             self._filled = -1  # unknown: a Ctrl-C may come before the columns are written
@@ -228,6 +322,22 @@ class Step:
             self._columns = np.moveaxis(view, axis, -1)[..., : -self.tokens]
             self._columns.fill(0)
 
+    def _one_row(self) -> _Row | None:
+        """Where the numbers of one row are; None for several, and for modules that bring their results' memory."""
+        first = [view for view, _ in self._positions]
+        views = [self._ids, *first, *([] if self._columns is None else [self._columns])]
+        is_one = self._ids.shape == (1, 1) and self._outputs is not None
+        columns = self._columns
+        if columns is not None and columns.size != columns.shape[-1]:
+            is_one = False
+        if not is_one or any(view.dtype.kind not in "iub" for view in views):
+            return None
+        limits, bounds = np.iinfo(self._ids.dtype), self._spec.bounds
+        low, high = (int(limits.min), int(limits.max)) if bounds is None else bounds
+        numbers = [view.reshape(-1).data for view in first]
+        cells = None if columns is None else columns.reshape(-1).data
+        return _Row(self._ids.reshape(-1).data, numbers, cells, low, high)
+
     def _new_moving(self) -> list[DeviceArray]:
         device, specs = self._module.device, self._module.result_specs(self._symbol) or []
         return [device.empty(spec[1], spec[0]) for spec in specs[len(self._manifest.outputs) :] if spec is not None]
@@ -241,6 +351,11 @@ class Step:
         results = self._module.call(self._symbol, [*self._inputs, *states, *numbers], dtypes)
         count = len(m.outputs)
         return results[:count], [new for spec, new in zip(m.states, results[count:], strict=True) if not spec.in_place]
+
+
+def _bytes_of(view: HostArray) -> memoryview:
+    """The memory of an array, byte by byte."""
+    return view.reshape(-1).view(np.uint8).data
 
 
 def ids_alone(spec: InputSpec, inputs: object) -> HostArray | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Generator, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import ArrayLike
 from ..device import HostArray
 from ..errors import InputError, require, require_list, require_whole
 from ..program import Program
-from ..session import Session, advance, engine_of, follow, settle
+from ..session import Session, advance, engine_of, follow, row_follower, settle
 from .feeding import Embed, Feeder, prompt_ids
 from .sampling import Sampler, Sampling, index_of_largest, nan_logits
 from .speculative import Draft, Speculation, block_of, drafted_by
@@ -139,13 +140,20 @@ def generate(
             yield from Speculation(session, [*known, token], sampler, guess).run(count - 1, stop)
         return
     try:
+        chooses = sampler.is_plain and (sampler.is_greedy or drawn_from is not None)
+        settings = None if sampler.is_greedy else partial(sampler.settings, drawn_from or 0, 0)
+        quick = row_follower(session, settings) if chooses else None
+        token = known[-1]
         for turn in range(count):
             if turn == 0 or not feeder.is_plain:
                 call = feeder.step(feed) if turn else feeder.first(feed)
                 token = sampler.choose(session.run(call, logits="last", outputs=[output])[output][0, -1])
+            elif (chosen := quick(token) if quick is not None else None) is not None:
+                token = sampler.take(chosen)
             else:
-                token = _step(session, feed, sampler, drawn_from, turn + 1 < count)
-            feed = np.full((1, 1), token, feed.dtype)
+                token = _step(session, token, feed.dtype, sampler, drawn_from, turn + 1 < count)
+            if not feeder.is_plain:
+                feed = np.full((1, 1), token, feed.dtype)
             yield token
             if token in stop:
                 return
@@ -159,17 +167,20 @@ def _check_count(count: int) -> None:
         raise InputError("out of range", where="count", got=count, expected="0 or more")
 
 
-def _step(session: Session, feed: HostArray, sampler: Sampler, drawn_from: int | None, more: bool) -> int:
-    """The next token: chosen by the module where it can, else here."""
-    if sampler.is_plain and sampler.is_greedy:
-        tokens = follow(session, feed, more)
-        if tokens is None:
-            return advance(session, feed, lambda logits: sampler.choose(logits[0, -1]))
-        return sampler.take(int(tokens[0, 0]))
-    if sampler.is_plain and drawn_from is not None:
-        tokens = follow(session, feed, more, sampler.settings(drawn_from, 0), sampler.settings(drawn_from, 1))
+def _step(
+    session: Session, token: int, dtype: np.dtype[Any], sampler: Sampler, drawn_from: int | None, more: bool
+) -> int:
+    """The token behind one: chosen by the module where it can, else here."""
+    is_greedy = sampler.is_greedy
+    if sampler.is_plain and (is_greedy or drawn_from is not None):
+        draw = None if is_greedy else sampler.settings(drawn_from or 0, 0)
+        later = None if is_greedy else sampler.settings(drawn_from or 0, 1)
+        tokens = follow(session, np.full((1, 1), token, dtype), more, draw, later)
         if tokens is not None:
             return sampler.take(int(tokens[0, 0]))
+    feed = np.full((1, 1), token, dtype)
+    if sampler.is_plain and is_greedy:
+        return advance(session, feed, lambda logits: sampler.choose(logits[0, -1]))
     return sampler.choose(advance(session, feed, np.copy)[0, -1])  # the program's other sessions go on while it chooses
 
 

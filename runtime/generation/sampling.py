@@ -6,6 +6,7 @@ Order and meaning of the settings are those of transformers: repetition penalty,
 from __future__ import annotations
 
 import math
+import struct
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ _SLACK = 0.01
 _LEAST_TEMPERATURE = 1e-30
 _MOST_TOP_K = 1 << 24
 _BELOW_ONE = 1 - 2**-24
+_AT_ONCE = 64
+_pack_settings = struct.Struct("=8f").pack
 
 
 @dataclass(frozen=True)
@@ -87,24 +90,33 @@ class Sampler:
         self._sampling = sampling
         self._seen = set(seen)
         self._random = np.random.Generator(np.random.Philox(sampling.seed))
-        self._upcoming: deque[tuple[float, HostArray]] = deque()  # random numbers before their turn
+        self._upcoming: deque[float] = deque()  # random numbers before their turn
+        self._is_greedy, self._is_plain = not sampling.temperature, sampling.repeat_penalty == 1.0
+        self._drawn: tuple[int, list[float]] = 0, []
 
     @property
     def is_plain(self) -> bool:
         """Whether it depends on the logits alone, so that a module can choose."""
-        return self._sampling.repeat_penalty == 1.0
+        return self._is_plain
 
     @property
     def is_greedy(self) -> bool:
         """Whether it takes the largest logit."""
-        return not self._sampling.temperature
+        return self._is_greedy
 
-    def settings(self, vocabulary: int, later: int) -> HostArray:
-        """What a module draws the next token by, or one so many later: see `draw_settings`."""
-        while len(self._upcoming) <= later:
-            number = self._random.random()
-            self._upcoming.append((number, draw_settings(self._sampling, number, vocabulary)))
-        return self._upcoming[later][1]
+    def settings(self, vocabulary: int, later: int) -> bytes:
+        """What a module draws the next token by, or one so many later: `draw_settings` as bytes."""
+        known, values = self._drawn
+        if known != vocabulary:
+            values = draw_settings(self._sampling, 0.0, vocabulary).tolist()
+            self._drawn = vocabulary, values
+        if len(self._upcoming) <= later:
+            self._draw_ahead()
+        return _pack_settings(*values[:5], min(self._upcoming[later], _BELOW_ONE), 0.0, 0.0)
+
+    def _draw_ahead(self) -> None:
+        """Many numbers at once: the same as one after the other, and a step pays for the generator's code."""
+        self._upcoming.extend(self._random.random(_AT_ONCE).tolist())
 
     def take(self, token: int) -> int:
         """Goes on behind a token that a module has chosen.
@@ -114,9 +126,10 @@ class Sampler:
         """
         if token < 0:
             raise nan_logits() if token == -1 else no_finite_logit()
-        if self._sampling.temperature:
+        if not self._is_greedy:
             self._next_number()
-        self._seen.add(token)
+        if not self._is_plain:
+            self._seen.add(token)
         return token
 
     def choose(self, logits: HostArray) -> int:
@@ -149,7 +162,9 @@ class Sampler:
         return int(kept[min(place, kept.size - 1)])
 
     def _next_number(self) -> float:
-        return self._upcoming.popleft()[0] if self._upcoming else self._random.random()
+        if not self._upcoming:
+            self._draw_ahead()
+        return self._upcoming.popleft()
 
     def _penalized(self, logits: HostArray) -> HostArray:
         row = logits.astype(np.float32)

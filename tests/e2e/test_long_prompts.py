@@ -20,13 +20,13 @@ SIGNAL = np.random.default_rng(0).standard_normal((1, 16_384, 8)).astype(np.floa
 @pytest.mark.parametrize("target", ["cpu", pytest.param("vulkan", marks=pytest.mark.vulkan)])
 def test_a_prompt_of_16k_tokens(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     program = Program.load(compile_model(build(), CompileOptions(target=target, prefill_blocks=(256,))).module)
-    session, call, called = program.session(), Module._run, list[str]()
+    session, call, called = program.session(), Module._wait_for, list[str]()
 
     def counted(self: Module, function: str, *args: Any) -> Any:
         called.append(function)
         return call(self, function, *args)
 
-    monkeypatch.setattr(Module, "_run", counted)
+    monkeypatch.setattr(Module, "_wait_for", counted)
     parts = [session.run({"signal": SIGNAL[:, at : at + 1024]})["score"] for at in range(0, 16_384, 1024)]
     in_parts, held = list(called), program.memory().held
     called.clear()

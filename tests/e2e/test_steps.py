@@ -27,6 +27,7 @@ from linattn.runtime import (
 from linattn.runtime import session as session_module
 from linattn.runtime.generation.loop import chosen_where
 from linattn.runtime.generation.sampling import Sampler
+from linattn.runtime.held import Caches
 from linattn.runtime.session import engine_of
 from linattn.runtime.step import Step
 
@@ -70,13 +71,14 @@ def expected(target: str) -> np.ndarray:
 @TARGETS
 def test_steps_are_prepared_and_equal_general_calls(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sessions at other positions in between, rollbacks and resets: the mask's columns are those of each."""
-    right, prepared = Step.call, list[int]()
+    prepared = list[int]()
+    for right in (Step.call, Step.append):
 
-    def counted(self: Step, ids: Any, now: Any, into: Any) -> Any:
-        prepared.append(now.position)
-        return right(self, ids, now, into)
+        def counted(self: Step, ids: Any, now: Any, into: Any, right: Any = right) -> Any:
+            prepared.append(now.position)
+            return right(self, ids, now, into)
 
-    monkeypatch.setattr(Step, "call", counted)
+        monkeypatch.setattr(Step, right.__name__, counted)
     one, two, want = program(target).session(window=4), program(target).session(), expected(target)
     assert prepared == []
     np.testing.assert_array_equal(steps(one, 0, 20), want[:, :20])
@@ -179,7 +181,12 @@ def test_a_failure_at_every_boundary_of_a_step(target: str, when: str, monkeypat
     steps(session, 0, 10)
     snapshot, want = session.snapshot(), expected(target)
     module, device = engine_of(loaded).module, loaded.device
-    boundaries: list[tuple[Any, str]] = [(module, "_invoke"), (module, "_run"), (device, "_empty"), (device, "move")]
+    boundaries: list[tuple[Any, str]] = [
+        (module, "_invoke"),
+        (module, "_wait_for"),
+        (device, "_empty"),
+        (device, "move"),
+    ]
     boundaries += [(step, "_write"), (step, "read"), (step, "call"), (session, "_commit")]
     for owner, name in boundaries:
         other = session.fork()
@@ -202,6 +209,60 @@ def test_a_failure_at_every_boundary_of_a_step(target: str, when: str, monkeypat
         np.testing.assert_array_equal(steps(loaded.session(snapshot), 10, 12), want[:, 10:12])
     session.rollback(1)
     np.testing.assert_array_equal(steps(session, 9, 13), want[:, 9:13])
+
+
+@TARGETS
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_failure_in_a_step_in_place(target: str, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Table 2 #37: where nobody else holds its states, a session's step replaces them in place, all or none."""
+    injected = TargetError if when == "before" else KeyboardInterrupt
+    loaded, want = program(target), expected(target)
+    step, session, at = engine_of(loaded).step(1), loaded.session(), 12
+    steps(session, 0, at)
+    module, far = engine_of(loaded).module, loaded.session()
+    run(far, 0, 32)
+    boundaries: list[tuple[Any, str]] = [(module, "_invoke"), (module, "_wait_for"), (module, "call_step")]
+    boundaries += [(step, "append"), (step, "read"), (step, "_write_columns"), (Caches, "grow")]
+    for owner, name in boundaries:
+        steps(far, far.position, far.position + 1)  # so that the columns are another's
+        right, number = getattr(owner, name), id(session._line[-1])  # whoever holds it keeps it from being in place
+
+        def broken(*args: Any, right: Any = right) -> Any:
+            if when == "after":
+                right(*args)
+            raise injected("injected")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, broken)
+            with pytest.raises(injected):
+                run(session, at, at + 1)
+        assert [id(one) for one in session._line] == [number]
+        assert session.position == at
+        np.testing.assert_array_equal(steps(session, at, at + 2), want[:, at : at + 2])
+        at += 2
+
+
+@TARGETS
+def test_steps_in_place_are_seen_by_nobody_else(target: str) -> None:
+    """Not while a snapshot or a fork holds what was there; and again when it is gone."""
+    session, want = program(target).session(), expected(target)
+    steps(session, 0, 10)
+    now = session._line[-1]
+    steps(session, 10, 14)
+    assert session._line == [now]  # in place
+    snapshot = session.snapshot()
+    fork = session.fork()
+    np.testing.assert_array_equal(steps(session, 14, 18), want[:, 14:18])
+    assert session._line[-1] is not now
+    np.testing.assert_array_equal(steps(fork, 14, 16), want[:, 14:16])
+    other = program(target).session(snapshot)
+    np.testing.assert_array_equal(steps(other, 14, 16), want[:, 14:16])
+    del snapshot, other, fork
+    now = session._line[-1]
+    np.testing.assert_array_equal(steps(session, 18, 22), want[:, 18:22])
+    assert session._line == [now]
+    session.set_state(name := program(target).states[0].name, session.states[name].numpy())
+    np.testing.assert_array_equal(steps(session, 22, 26), want[:, 22:26])
 
 
 def test_what_a_step_refuses() -> None:
@@ -479,9 +540,11 @@ def test_a_failure_at_every_boundary_of_the_queue(target: str, when: str, monkey
     injected = TargetError("injected") if when == "before" else KeyboardInterrupt()
     want, loaded = greedy_tokens(target), program(target)
     module = engine_of(loaded).module
-    names: list[tuple[Any, str]] = [(module, "_invoke"), (Step, "_write"), (Step, "chosen")]
+    names: list[tuple[Any, str]] = [(module, "_invoke")]
     if loaded.device.has_queue:
-        names += [(module, "_submit"), (module, "_wait"), (Step, "submit")]
+        names += [(module, "_submit"), (module, "_wait"), (Step, "submit"), (Step, "_write"), (Step, "chosen")]
+    else:
+        names += [(module, "call_step"), (Step, "append"), (Caches, "grow")]
     for owner, name in names:
         for failing in (1, 2, 4):
             session, found, left = loaded.session(), list[int](), [0]

@@ -111,6 +111,7 @@ except Exception as error:
 def test_a_caller_waits_without_taking_the_cpu_of_a_worker(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     module, seen = Module.__new__(Module), list[int]()
     module._device, module._lock, module._closed, module._result_specs = device, threading.Lock(), False, {"f": None}
+    module._has_workers, module._alone = device.has_workers, None
 
     def invoke(function: str, packed: object, results: object, alone: bool) -> None:
         seen.append(os.sched_getscheduler(0))

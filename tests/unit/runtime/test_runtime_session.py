@@ -176,14 +176,14 @@ def test_threads(load: Load) -> None:
 
 def test_one_session_in_two_threads_is_refused(cpu: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     session, inside, leave, errors = cpu.session(), threading.Event(), threading.Event(), list[str]()
-    run = cpu._engine.module._run
+    run = cpu._engine.module._wait_for
 
     def slow(*args: object) -> object:
         inside.set()
         leave.wait(30)
         return run(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(cpu._engine.module, "_run", slow)
+    monkeypatch.setattr(cpu._engine.module, "_wait_for", slow)
     thread = threading.Thread(target=session.run, args=({"input_ids": some_ids(1, 1)},))
     thread.start()
     assert inside.wait(30)

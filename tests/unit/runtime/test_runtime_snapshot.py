@@ -323,14 +323,14 @@ def test_copies_are_refused(cpu: Program, of: Callable[[Snapshot], object]) -> N
         of(cpu.session().snapshot())
 
 
-@pytest.mark.parametrize("name", ["_empty", "move", "read_rows", "call", "_run"])
+@pytest.mark.parametrize("name", ["_empty", "move", "read_rows", "call", "_wait_for"])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_failure_at_every_boundary(load: Load, monkeypatch: pytest.MonkeyPatch, name: str, when: str) -> None:
     """Table 2 #37: whatever call of the device fails, session, snapshot and window are as before."""
     error = TargetError("injected") if when == "before" else KeyboardInterrupt()
     program, ids = load(), some_ids(9)
     engine = program._engine
-    owner: Any = {"call": engine, "_run": engine.module}.get(name, program.device)
+    owner: Any = {"call": engine, "_wait_for": engine.module}.get(name, program.device)
     right, left = getattr(owner, name), [0]
 
     def broken(*args: Any) -> Any:
