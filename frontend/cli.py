@@ -13,7 +13,7 @@ from linattn.runtime.command import run_command, version_line
 from linattn.runtime.completion import add_completion
 from linattn.runtime.errors import InputError
 
-from .options import BUNDLE_SUFFIX, DEFAULT_MAX_MEMORY, SAMPLERS, CompileOptions, parse_size
+from .options import BUNDLE_SUFFIX, DEFAULT_MAX_MEMORY, GUARDS, SAMPLERS, CompileOptions, parse_size
 from .plan.report import module_progress, stderr_progress
 from .process.isolated import compile_bundle, compile_model
 from .targets import TARGETS, TargetOptions
@@ -143,6 +143,12 @@ def make_parser() -> argparse.ArgumentParser:
         "top-k, top-p and min-p too; so that generation on a "
         "GPU submits the next step before the last is done (default: none)",
     )
+    add(
+        "--guard",
+        default="none",
+        metavar="|".join(GUARDS),
+        help="nan: a function that tells whether states are finite, for sessions that are guarded (default: none)",
+    )
     add("--plain-abi", action="store_true", help="functions that iree-run-module and C programs can call as they are")
     add("--max-memory", metavar="SIZE", help="memory that a call may need, such as 16GiB (default: 64GiB)")
     add("--dump-ir", metavar="DIR", help="keep the IR after each stage")
@@ -173,6 +179,7 @@ def _run(arguments: argparse.Namespace) -> int:
         plain_abi=arguments.plain_abi,
         max_memory=_size(arguments.max_memory),
         sampler=arguments.sampler,
+        guard=arguments.guard,
         tokenizer={BESIDE: BESIDE, "none": None}.get(arguments.tokenizer, Path(arguments.tokenizer)),
         dump_ir=Path(arguments.dump_ir) if arguments.dump_ir else None,
         report=Path(arguments.report) if arguments.report not in (None, "", "-") else None,

@@ -30,6 +30,7 @@ from .graph.branches import flatten_branches
 from .graph.check_operands import check_operands
 from .graph.expand_swish import expand_swish
 from .graph.extra_outputs import add_outputs
+from .graph.finite_check import FINITE, check_finite
 from .graph.index_bounds import index_bounds
 from .graph.inline_functions import inline_functions
 from .graph.join_gates import join_gates
@@ -146,6 +147,15 @@ def compile_model(
     )
     can_take = not loops and all(_is_static(graph) for graph in functions.values())
     signature = dataclasses.replace(plan.signature(), takes_results=can_take and not options.plain_abi)
+    if options.guard != "none" and not target.capabilities.is_gpu:
+        report.notes.append("--guard: no function for it, for a CPU's states are read where they are, which is faster")
+    elif options.guard != "none":
+        found = check_finite(functions[plan.entry_points[0].symbol], plan.states) if signature.takes_results else None
+        if found is not None:
+            functions[FINITE] = found
+            manifest = dataclasses.replace(manifest, finite=FINITE)
+        else:
+            report.notes.append("--guard: no function for it, for the states or their memory have no known sizes")
     signatures = {symbol: _signature(signature, graph) for symbol, graph in functions.items()}
     report.abi = describe_abi(plan, signatures, functions)
     with progress.stage(f"import {len(functions)} entry points"), compiler.building():
@@ -157,7 +167,8 @@ def compile_model(
         for symbol, graph in functions.items():
             reflection = {REFLECTION_KEY: manifest.to_json()} if symbol == plan.entry_points[0].symbol else {}
             if signature.takes_results:
-                reflection[RESULTS_KEY] = json.dumps([_result(name, signature, graph) for name in signature.results])
+                own = signatures[symbol]
+                reflection[RESULTS_KEY] = json.dumps([_result(name, own, graph) for name in own.results])
             import_entry_point(symbol, graph, signatures[symbol], weights, reflection)
         compiler.dump(module, "import")
     with progress.stage("lower operators"):
@@ -239,6 +250,9 @@ def _is_static(graph: SpecializedGraph) -> bool:
 
 def _signature(common: Signature, graph: SpecializedGraph) -> Signature:
     """What one function takes and gives."""
+    if graph.proto.graph.name == FINITE:
+        names = [[value.name for value in values] for values in (graph.proto.graph.input, graph.proto.graph.output)]
+        return Signature(names[0], names[1], {}, takes_position=False, takes_results=True)
     draws = DRAW_INPUT in graph.types
     return dataclasses.replace(common, arguments=[*common.arguments, DRAW_INPUT]) if draws else common
 

@@ -21,6 +21,7 @@ DEFAULT_MAX_MEMORY = 64 << 30
 """Bytes that one call may need for its inputs, states, outputs and what it computes between."""
 
 SAMPLERS = ("none", "greedy", "draw")
+GUARDS = ("none", "nan")
 
 _UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 
@@ -51,6 +52,8 @@ class CompileOptions:
         max_memory: Bytes that a call may need, weights not counted; see :mod:`linattn.frontend.limits`.
         sampler: ``greedy``: a further entry point whose result is the token with the largest logit; ``draw``: one that
             is drawn by temperature, top-k, top-p and min-p, which are given with every call; ``none``.
+        guard: ``nan``: a further function that tells whether states are finite, for sessions with ``guard="nan"``;
+            ``none``: those of a GPU come to the host for it.
         tokenizer: A folder or a tokenizer.json that the module will carry, with what lies beside it; ``beside`` for the
             one beside the model, if there is one; None for none.
         dump_ir: Folder for the IR after each stage.
@@ -76,6 +79,7 @@ class CompileOptions:
     plain_abi: bool = False
     max_memory: int = DEFAULT_MAX_MEMORY
     sampler: str = "none"
+    guard: str = "none"
     tokenizer: Path | str | None = BESIDE
     dump_ir: Path | None = None
     report: Path | None = None
@@ -85,6 +89,8 @@ class CompileOptions:
         _check(self)
         if self.sampler not in SAMPLERS:
             raise InputError("unknown", where="--sampler", got=repr(self.sampler), expected=" | ".join(SAMPLERS))
+        if self.guard not in GUARDS:
+            raise InputError("unknown", where="--guard", got=repr(self.guard), expected=" | ".join(GUARDS))
 
     @property
     def machine(self) -> TargetOptions:
@@ -109,7 +115,7 @@ class CompiledModel:
 
 _FLAGS = {"dims": "--dim", "states": "--state", "no_states": "--no-state", "extra_outputs": "--extra-output"}
 _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
-    **dict.fromkeys(("target", "math", "sampler"), ((str,), "a text")),
+    **dict.fromkeys(("target", "math", "sampler", "guard"), ((str,), "a text")),
     **dict.fromkeys(("cpu_features", "gpu_target", "target_triple", "strategy"), ((str, type(None)), "a text")),
     **dict.fromkeys(("parameters", "dump_ir", "report", "tokenizer"), ((str, os.PathLike, type(None)), "a path")),
     **dict.fromkeys(("dims", "states"), ((Mapping,), "a dict")),

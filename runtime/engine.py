@@ -187,6 +187,19 @@ class Engine:
         count = len(m.outputs)
         return results[:count], next_states(m, states, results[count:])
 
+    def not_finite(self, states: Sequence[DeviceArray]) -> list[HostArray] | None:
+        """What is not finite in each state of floats, see `Manifest.finite`; None: the module does not tell."""
+        symbol = self.manifest.finite
+        specs = self.module.result_specs(symbol) if symbol is not None else None
+        if symbol is None or specs is None:
+            return None
+        with self.exclusive():
+            if symbol not in self._outputs:
+                self._outputs[symbol] = [self.device.host_buffer(s[1], s[0]) for s in specs if s is not None]
+            memory = self._outputs[symbol]
+            self.module.call(symbol, states, [array.dtype for array in memory], memory)
+            return [self.device.to_host(array) for array in memory]
+
     def ids_alone(self, inputs: object) -> HostArray | None:
         """The token ids of a session's call that gives nothing else; None for any other call.
 

@@ -5,31 +5,40 @@ from __future__ import annotations
 import numpy as np
 
 from .device import Device, DeviceArray, HostArray
+from .engine import Engine
 from .errors import StateError
 from .held import Held
-from .manifest import Manifest, StateSpec
+from .manifest import StateSpec
 
 _EXPONENTS = {"float16": 0x7C00, "bfloat16": 0x7F80}
 
 
-def check_finite(manifest: Manifest, device: Device, new: Held, position: int) -> None:
+def check_finite(engine: Engine, new: Held, position: int) -> None:
     """Refuses states with a NaN or an infinity among them.
 
-    Of a KV cache that is written in place only the rows of the call are read. A CPU's states are read where they are,
-    those of a GPU come to the host.
+    Of a KV cache that is written in place only the rows of the call count. A module that has a function for it
+    (`Manifest.finite`) reads them on the device. Else a CPU's states are read where they are, and those of a GPU come
+    to the host.
 
     Args:
-        manifest: The model.
-        device: Where the states are.
+        engine: The model and where the states are.
         new: The states after a call.
         position: Tokens committed before it.
 
     Raises:
         StateError: Names the first such state.
     """
-    for spec, array in zip(manifest.states, new.arrays(manifest), strict=True):
+    manifest, device = engine.manifest, engine.device
+    arrays = new.arrays(manifest)
+    found = engine.not_finite(arrays)
+    counts = None if found is None else iter(found)
+    for spec, array in zip(manifest.states, arrays, strict=True):
         if spec.dtype not in (*_EXPONENTS, "float32", "float64"):
             continue
+        if counts is not None:
+            told = next(counts)
+            if not (told[..., position : new.position] if spec.in_place else told).any():
+                continue
         values = _values(device, spec, array, position, new.position)
         if not _all_finite(values, spec.dtype):
             wrong = values[~np.isfinite(values.astype(np.float32, copy=False))]

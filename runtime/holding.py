@@ -110,7 +110,7 @@ class Holding(Owned):
         """
         if self._guard is not None:
             try:
-                check_finite(self._manifest, self._engine.device, new, self.position)
+                check_finite(self._engine, new, self.position)
             except BaseException:
                 new.lease.release()
                 raise

@@ -122,11 +122,16 @@ def read_manifest(module: Module) -> Manifest:
         hint = "compile the model with linattn-compile"
         raise TargetError("an IREE module without a linattn manifest", where=module.where, hint=hint)
     manifest = Manifest.from_json(text, module.where)
-    for symbol in (name for entry in manifest.entry_points for name in (entry.symbol, entry.last) if name):
+    entries = [name for one in manifest.entry_points for name in (one.symbol, one.last, one.token, one.draw)]
+    for symbol in (name for name in (*entries, manifest.finite) if name):
         if symbol not in module.functions:
             expected = ", ".join(name for name in module.functions if "$" not in name and name != "__init")
             raise TargetError("missing entry point", where=module.where, got=symbol, expected=expected)
         specs, results = module.result_specs(symbol), len(manifest.outputs) + len(manifest.states)
+        if symbol == manifest.finite:
+            results = sum("float" in spec.dtype for spec in manifest.states)
+            if specs is None:
+                raise TargetError(f"'{symbol}' takes no memory for its results", where=module.where)
         if specs is not None and (len(specs) != results or f"{symbol}$async" not in module.functions):
             message = f"the results of '{symbol}' are not those of the manifest"
             raise TargetError(message, where=module.where, got=len(specs), expected=results)

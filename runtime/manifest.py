@@ -212,6 +212,8 @@ class Manifest:
         dims: Role of each symbolic name in the shapes: `batch` | `tokens` | `past` | `total` | `open`.
         nodes: Rows of the compile report, opaque to the runtime.
         parameters: Weights beside the module, or None.
+        finite: A function that takes the states and counts (i32) for each one of floats what is not finite: over the
+            last axis of those that are written in place, in parts of the others. Optional in the JSON.
         row_masks: Whether the rows of a batch may be of different lengths: what the mask hides from a row, it does not
             see. Optional in the JSON.
         producer: Versions that made it.
@@ -231,6 +233,7 @@ class Manifest:
     dims: Mapping[str, str]
     nodes: tuple[Any, ...] = ()
     parameters: Parameters | None = None
+    finite: str | None = None
     row_masks: bool = False
     producer: Mapping[str, str] | None = None
     format: int = FORMAT
@@ -270,6 +273,7 @@ class Manifest:
                 "states": [asdict(spec) for spec in self.states],
                 "entry_points": [asdict(entry) for entry in self.entry_points],
                 "dims": dict(self.dims),
+                "finite": self.finite,
                 "row_masks": self.row_masks,
                 "nodes": list(self.nodes),
                 "parameters": asdict(self.parameters) if self.parameters else None,
@@ -402,6 +406,7 @@ def _build(top: Reader, where: str) -> Manifest:
         dims={name: str(role) for name, role in top.raw_object("dims").items()},
         nodes=tuple(top.array("nodes")),
         parameters=Parameters(parameters.text("scope"), parameters.text("file")) if parameters else None,
+        finite=top.optional_text("finite"),
         row_masks=top.flag("row_masks", missing_ok=True),
         producer={name: str(version) for name, version in producer.items()},
     )
@@ -412,20 +417,22 @@ def _check(manifest: Manifest, where: str) -> None:
     for name, role in m.dims.items():
         if role not in ("batch", "tokens", "past", "total", "open"):
             raise bad(where, f"dims.{name}", "unknown role", role, "batch | tokens | past | total | open")
+    entries = [name for entry in m.entry_points for name in (entry.symbol, entry.last, entry.token, entry.draw)]
+    symbols = [name for name in (*entries, m.finite) if name]
     for group, names in (
         ("input and state", [spec.name for spec in (*m.inputs, *m.states)]),
         ("output", [*(spec.name for spec in m.outputs), *(state.output for state in m.states)]),
-        ("entry point", [name for e in m.entry_points for name in (e.symbol, e.last, e.token, e.draw) if name]),
+        ("entry point", symbols),
     ):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise bad(where, f"{group} names", "not unique", ", ".join(twice))
     if not m.entry_points:
         raise bad(where, "entry_points", "empty")
+    for symbol in symbols:
+        if symbol == "__init" or "$" in symbol:
+            raise bad(where, "entry_points", "not a function to call", symbol)
     for entry in m.entry_points:
-        for symbol in (entry.symbol, entry.last or "", entry.token or "", entry.draw or ""):
-            if symbol == "__init" or "$" in symbol:
-                raise bad(where, "entry_points", "not a function to call", symbol)
         if entry.kind == "decode" and entry.tokens != 1:
             raise bad(where, entry.symbol, "wrong token count of a decode entry", entry.tokens, 1)
     for role in ("attention_mask", "position_ids"):

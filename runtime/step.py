@@ -145,6 +145,8 @@ class Step:
         elif kind is list and len(token) == 1:
             token = token[0]
             token = token[0] if cast(Any, type(token)) is list and len(token) == 1 else None
+        else:
+            return None
         return token if cast(Any, type(token)) is int and row.low <= token <= row.high else None
 
     def is_for(self, token: int, position: int) -> bool:

@@ -39,7 +39,7 @@ def _describe(plan: ModulePlan, signature: Signature, graph: SpecializedGraph) -
     def value(name: str, role: str) -> Value:
         return {"name": name, "type": _type_text(graph, name), "role": role}
 
-    specs: list[InputSpec | StateSpec] = [*plan.inputs, *plan.states]
+    specs: list[InputSpec | StateSpec] = [s for s in (*plan.inputs, *plan.states) if s.name in signature.arguments]
     arguments = [value(spec.name, spec.role if isinstance(spec, InputSpec) else "state") for spec in specs]
     arguments += [value(name, "draw") for name in signature.arguments if name == DRAW_INPUT]
     if signature.takes_position:

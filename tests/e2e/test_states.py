@@ -27,7 +27,7 @@ TARGETS = pytest.mark.parametrize("target", ["cpu", pytest.param("vulkan", marks
 
 @cache
 def module(target: str) -> bytes:
-    options = CompileOptions(target=target, batch=ROWS, max_context=CONTEXT, prefill_blocks=(8,))
+    options = CompileOptions(target=target, batch=ROWS, max_context=CONTEXT, prefill_blocks=(8,), guard="nan")
     return compile_model(build(), options).module
 
 
@@ -219,6 +219,31 @@ def test_states_that_are_not_finite_are_not_committed(target: str, tokens: int) 
     np.testing.assert_array_equal(run(session, 21, 22), expected(target)[:, 1:2])
     session.rollback(2)
     np.testing.assert_array_equal(steps(session, 20, 5), expected(target)[:, :5])
+
+
+@pytest.mark.vulkan
+def test_a_guard_reads_states_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module's function does it: none comes to the host but one that is refused, which the error tells of."""
+    loaded, read, right = program("vulkan"), list[tuple[int, ...]](), Device._read
+    assert loaded.manifest.finite == "finite"
+    assert program("cpu").manifest.finite is None  # where they are read in place
+    shapes = {view.shape for view in loaded.session().states.values()}
+
+    def counted(self: Device, array: DeviceArray, *args: Any) -> Any:
+        read.append(array.shape)
+        return right(self, array, *args)
+
+    monkeypatch.setattr(Device, "_read", counted)
+    session = loaded.session(guard="nan")
+    run(session, 0, 20)
+    steps(session, 20, 3)
+    assert len(read) >= 4 * len(loaded.states)  # what tells of them
+    assert not shapes & set(read)
+    name = next(spec.name for spec in loaded.states if spec.kind == "recurrent")
+    session.set_state(name, np.full(session.states[name].shape, np.nan, np.float32))
+    with pytest.raises(StateError, match=f"{name}: not finite after 24 tokens"):
+        run(session, 23, 24)
+    assert shapes & set(read)
 
 
 @TARGETS
