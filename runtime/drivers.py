@@ -58,6 +58,11 @@ def get_driver(name: str) -> Any:
     return _rt.get_driver(name)
 
 
+def has_worker_threads(name: str) -> bool:
+    """Whether a device (see `open_device`) runs on CPU worker threads of the process."""
+    return DEVICE_URIS.get(name, name).partition("://")[0] == "local-task"
+
+
 def is_of_parent(name: str) -> bool:
     """Whether a driver cannot be used since the parent, of which this process was forked, had started it."""
     return name in _of_parent and name not in CPU_DRIVERS

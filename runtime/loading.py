@@ -11,12 +11,13 @@ from pathlib import Path
 from .bundle import INDEX, BundledModule, read_bundle
 from .choice import Choice, choose
 from .cpu import check_cpu
-from .device import Device, has_worker_threads, open_device
-from .drivers import CPU_DRIVERS, DEVICE_URIS
+from .device import Device
+from .drivers import CPU_DRIVERS, DEVICE_URIS, has_worker_threads
 from .errors import TargetError
 from .gpu import check_gpu
 from .manifest import REFLECTION_KEY, Manifest, Target
 from .module import Module
+from .opening import open_device
 
 _log = logging.getLogger("linattn.runtime")
 WAITING = "%s: loading on %s; %s"

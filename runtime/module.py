@@ -1,4 +1,4 @@
-"""Loaded modules and their calls; with `drivers.py` and `device.py` the only files that touch `iree.runtime`.
+"""Loaded modules and their calls; with `drivers.py`, `opening.py` and `device.py` alone to touch `iree.runtime`.
 
 Facts about IREE 3.13.0 that shape this file (each has a test):
 

@@ -47,7 +47,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Lavapipe's threads that spin as long as a device is open (`runtime/device.py`) get nothing while others test.
+    """Lavapipe's threads that spin as long as a device is open (`runtime/opening.py`) get nothing while others test.
 
     With both workers of two cores busy that is a sixth of the time. Only root may take such a thread back.
     """

@@ -21,7 +21,7 @@ from linattn.frontend.lower.iree import execute, verify_between_passes
 from linattn.frontend.lower.kernel_bodies import KernelBodies
 from linattn.frontend.targets import TargetOptions, resolve_target, vulkan
 from linattn.frontend.targets.vulkan_device import Device
-from linattn.runtime.device import open_device
+from linattn.runtime.opening import open_device
 
 FLAGS = {
     "cpu": [

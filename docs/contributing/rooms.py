@@ -37,7 +37,15 @@ ROOMS = [
     (220, 440, 150, 66, "room", "Program, Session", ["states, snapshots;", "commit or nothing"]),
     (390, 440, 150, 66, "room", "engine", ["calls, one at a time;", "memory on the device"]),
     (560, 440, 160, 66, "room", "loading", ["files, seal, manifest,", "what the machine can do"]),
-    (220, 526, 500, 54, "room", "drivers.py, device.py, module.py", ["the only files that touch iree.runtime"]),
+    (
+        220,
+        526,
+        500,
+        54,
+        "room",
+        "drivers.py, opening.py, device.py, module.py",
+        ["the only files that touch iree.runtime"],
+    ),
     (40, 526, 160, 54, "room", "bench", ["linattn-bench"]),
 ]
 ARROWS = [

@@ -16,12 +16,13 @@ from typing import Any, cast
 
 import iree.runtime as _untyped_rt  # pyright: ignore[reportMissingTypeStubs]
 import numpy as np
-from linattn.runtime.device import Device, DeviceArray, open_device
+from linattn.runtime.device import Device, DeviceArray
 from linattn.runtime.discover import look_for
 from linattn.runtime.drivers import list_devices
 from linattn.runtime.errors import TargetError
 from linattn.runtime.loading import read_manifest
 from linattn.runtime.module import Module
+from linattn.runtime.opening import open_device
 
 from .lazy import need
 from .op_models import COPY, MATMUL

@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 import numpy as np
 from linattn.runtime.binding import Sizes
-from linattn.runtime.device import HostArray, has_worker_threads, numpy_dtype
+from linattn.runtime.device import HostArray, numpy_dtype
+from linattn.runtime.drivers import has_worker_threads
 from linattn.runtime.errors import InputError
 from linattn.runtime.feeds import block_inputs, complete_inputs
 from linattn.runtime.generation.feeding import token_input

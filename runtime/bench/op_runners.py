@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from linattn.runtime.device import DeviceArray, HostArray, has_worker_threads, numpy_dtype, open_device
+from linattn.runtime.device import DeviceArray, HostArray, numpy_dtype
+from linattn.runtime.drivers import has_worker_threads
 from linattn.runtime.loading import device_alone, read_manifest
 from linattn.runtime.module import Module
+from linattn.runtime.opening import open_device
 
 from .device_times import call_seconds, cuda_call_seconds, memory_arguments
 from .lazy import need

@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import pytest
 from linattn.runtime import Program, TargetError
-from linattn.runtime.device import Device, open_device
+from linattn.runtime.device import Device
+from linattn.runtime.opening import open_device
 from tiny_hybrid import Hybrid
 
 

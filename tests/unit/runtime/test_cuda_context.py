@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from linattn.runtime import TargetError
 from linattn.runtime.cuda_context import ThreadContext
-from linattn.runtime.device import Device, open_device
+from linattn.runtime.device import Device
+from linattn.runtime.opening import open_device
 
 
 class Driver:

@@ -18,10 +18,11 @@ from linattn.frontend.compile import compile_model as compile_here
 from linattn.runtime import InputError, Program, TargetError
 from linattn.runtime.bench.cases import AttentionCase
 from linattn.runtime.bench.op_models import build_op
-from linattn.runtime.device import DTYPE_NAMES, Device, numpy_dtype, open_device
+from linattn.runtime.device import DTYPE_NAMES, Device, numpy_dtype
 from linattn.runtime.drivers import default_uri, list_devices, subgroup_sizes
 from linattn.runtime.integrity import sealed
 from linattn.runtime.module import Module
+from linattn.runtime.opening import open_device
 from tiny_hybrid import FLAGS, Hybrid, reference
 
 
@@ -91,7 +92,7 @@ def test_threads_of_the_first_program_are_those_of_the_process() -> None:
     """In a process of its own: IREE starts its workers once."""
     code = """
 import os
-from linattn.runtime.device import open_device
+from linattn.runtime.opening import open_device
 before = len(os.listdir("/proc/self/task"))
 device = open_device("cpu", threads=3)
 started = len(os.listdir("/proc/self/task")) - before
