@@ -76,19 +76,20 @@ def emit_causal_conv_fused_simt(
         sizes = b.shape(like)
         shape = [size if isinstance(size, int) else None for size in sizes]
         outputs.append((tensor_type(shape, spec.dtype), [size for size in sizes if not isinstance(size, int)]))
-    numbers = [size for size in (batch, x.tokens) if not isinstance(size, int)]
+    wide = (rows or c.channels_last) and x.tokens != 1 and _is_wide(c)
+    tokens = b.index(x.tokens) if wide else x.tokens  # a number: prompts of several sizes share the kernel
+    numbers = [size for size in (batch, tokens) if not isinstance(size, int)]
 
     def body(k: Kernel) -> None:
         given = iter(range(len(numbers)))
         known = [
             Scalar.constant(size, "index") if isinstance(size, int) else k.number(next(given))
-            for size in (batch, x.tokens)
+            for size in (batch, tokens)
         ]
         kernel = _Vectors if wide else _Convolution
         kernel(k, c, known[0], known[1], past is not None, rows or c.channels_last).emit()
 
-    wide = (rows or c.channels_last) and x.tokens != 1 and _is_wide(c)
-    name = _name(c, batch, x.tokens, past) + ("_rows" if rows else "") + ("_wide" if wide else "")
+    name = _name(c, batch, tokens, past) + ("_rows" if rows else "") + ("_wide" if wide else "")
     groups = _groups(b, c, batch, x.tokens, wide=wide)
     results = dispatch(name, Group(_THREADS, 0), 1, groups, numbers, inputs, outputs, body)
     return results if c.state_length else [*results, x.past]
@@ -243,7 +244,8 @@ class _Vectors(_Convolution):
         blocks = (self.tokens + (_TOKENS - 1)).divide_unsigned(_TOKENS)[0]
         element, written = k.item() * _THREADS + k.thread(), self.batch * blocks * vectors
         rest, vector = element.divide_unsigned(vectors)
-        batch, block = rest.divide_unsigned(blocks)
+        parts = rest.to("i32").divide_unsigned(blocks.to("i32"))  # GPUs divide 32 bits better
+        batch, block = (part.to("index", unsigned=True) for part in parts)
         # Code of its own for the first tokens: Mesa's lavapipe (22.3) gets a sum over values of branches wrong.
         for is_first in (True, False):
             here = block.equals(0) if is_first else block > 0

@@ -25,7 +25,8 @@ from linattn.dialect_patterns.linear_attention.fused_simt_chunks import is_legal
 from linattn.dialect_patterns.linear_attention.fused_simt_plan import plan_for
 from linattn.dialect_patterns.linear_attention.mma_crossover import FASTER_FROM, least_tokens
 from linattn.dialect_patterns.linear_attention.op import choose
-from linattn.dialect_patterns.op import LoweringOptions
+from linattn.dialect_patterns.node import Node
+from linattn.dialect_patterns.op import MICROSOFT, LoweringOptions
 from linattn.dialect_patterns.select import No
 from linattn.dialect_patterns.target import Target
 from linattn.frontend.targets import TargetOptions, resolve_target
@@ -122,6 +123,19 @@ def test_prompts_of_all_sizes_share_the_chunks_kernels(strategy: str, target: st
     assert ops["hal.executable.source"] == 2
     for tokens in (64, 256, 512):
         assert f"tensor<1x{tokens}x128xf16>" in str(module)  # the results' sizes stay known
+
+
+def test_prompts_of_all_sizes_share_a_convolution() -> None:
+    """Of channels that lie side by side; one token, and channels apart, have kernels for their size."""
+    nodes: list[Node] = []
+    for tokens in (64, 256, 512):
+        inputs = causal_conv(1, 32, tokens, 4, past=False)
+        inputs[0] = inputs[0].transpose(0, 2, 1)  # type: ignore[union-attr]
+        specs = specs_of("CausalConvWithState", inputs, False)
+        nodes.append(node_for(MICROSOFT, "CausalConvWithState", 1, specs, {"channels_last": 1}, 2))
+    ops = count(lowered_all(nodes, "gpu"))
+    assert ops["flow.dispatch"] == 3
+    assert ops["hal.executable.source"] == 1
 
 
 @pytest.mark.parametrize(("emit_kernel", "dtype"), [(emit_mma_attention, "f16"), (emit_tiles_attention, "f32")])
