@@ -66,6 +66,13 @@ def test_the_picture_is_the_one_that_is_drawn() -> None:
     assert text("docs/contributing/rooms.svg") == drawn + "\n", "run docs/contributing/rooms.py"
 
 
+def test_linearity_is_drawn_of_what_was_measured() -> None:
+    script = runpy.run_path(str(ROOT / "docs/linearity.py"))
+    assert text("docs/linearity.svg") == script["draw"](script["read"]()), "run docs/linearity.py"
+    for page in ("docs/benchmarks.md", "README.md"):
+        assert "linearity.svg" in text(page)
+
+
 def test_hosted_ci_is_ours() -> None:
     assert "bash .ci/run" in text(".github/workflows/ci.yml")
 
