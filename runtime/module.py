@@ -19,6 +19,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -38,6 +39,8 @@ _log = logging.getLogger("linattn.runtime")
 
 _IREE_ERRORS = (RuntimeError, ValueError, LookupError, NotImplementedError)
 _WORKSPACE_BYTES = "iree.abi.transients.size.constant"
+_LOAD_KERNEL = "load_kernel$"
+"""How the names of the functions begin that load one kernel, those with the largest code first."""
 _NO_PRIORITY: Any = os.sched_param(0) if hasattr(os, "SCHED_BATCH") else None
 """What Linux's ordinary scheduling policies want to be told; None on other systems."""
 
@@ -171,6 +174,7 @@ class Module(Owned):
             check_seal(parameters[1], str(parameters[1]), whole=self._verify)
         try:
             self._context = self._context_on(device, parameters)
+            self._load_kernels()
             self.loaded_bytes = max(device.allocated_bytes() - before, 0)
             if alone is not None:
                 before = alone.allocated_bytes()
@@ -196,6 +200,23 @@ class Module(Owned):
             provider = index.create_provider(scope=parameters[0])
             modules.append(_rt.create_io_parameters_module(self._instance, provider))
         return _rt.VmContext(self._instance, [*modules, self._module])
+
+    def _load_kernels(self) -> None:
+        """Loads the kernels that have functions for it, side by side: a GPU's driver compiles each on one core.
+
+        A context takes calls of several threads whose functions have no variable in common.
+        """
+        waiting = [one for name, one in self.functions.items() if name.startswith(_LOAD_KERNEL)]
+        if not waiting:
+            return
+
+        def load(function: Any) -> None:
+            self.device.enter()
+            self._context.invoke(function, _rt.VmVariantList(0), _rt.VmVariantList(0))
+
+        with ThreadPoolExecutor(min(len(waiting), _cores())) as threads:
+            for _ in threads.map(load, waiting):
+                pass
 
     def call(
         self,
@@ -412,6 +433,11 @@ class Module(Owned):
             self._workspace = self.device.empty([needed], "uint8")
             self._workspace_ref = self._workspace.view.get_buffer().ref
         return self._workspace_ref
+
+
+def _cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _map(path: Path) -> mmap.mmap:

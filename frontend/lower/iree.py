@@ -28,6 +28,7 @@ from .dispatches import attach_dispatches, describe_dispatches, dispatch_nodes
 from .empty_ranges import fill_empty_ranges
 from .executables import state_spirv_versions
 from .kernel_bodies import KernelBodies
+from .kernel_loads import load_side_by_side
 from .native_cuda import add_native_code
 from .reflection import set_reflection
 
@@ -208,6 +209,8 @@ class Compiler:
         if self._target.capabilities.is_gpu:
             with self.building():
                 fill_empty_ranges(module.operation)
+                if takes_results:  # else whoever calls expects kernels that are loaded with the module
+                    load_side_by_side(module.operation)
         if levels:
             with self.building():
                 load_before_asking(module.operation)
