@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from . import choose, next_token, not_finite, split_columns
+from . import choose, near_ids, next_token, not_finite, split_columns
 from .attention import group_query as group_query_attention
 from .attention import op as attention
 from .causal_conv import op as causal_conv
@@ -61,6 +61,7 @@ OPS: tuple[Op, ...] = (
     *normed.OPS,
     *head_normed.OPS,
     *choose.OPS,
+    *near_ids.OPS,
     *next_token.OPS,
     *not_finite.OPS,
     *draw_token.OPS,

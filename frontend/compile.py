@@ -40,6 +40,7 @@ from .graph.join_products import join_products
 from .graph.last_position import LEAST_TOKENS, keep_last
 from .graph.masked_experts import raise_masked_experts
 from .graph.name_nodes import name_nodes
+from .graph.near_ids import near_ids
 from .graph.next_token import DRAW_INPUT, choose_next
 from .graph.quantised_weights import pack_quantised_weights
 from .graph.raising.raise_operators import RAISED_OPS, raise_operators
@@ -308,6 +309,9 @@ def _plan(
         graphs.append(join_norms(gated, versions, target.capabilities, lowering))
     bounds = index_bounds(graphs, [spec.name for spec in plan.inputs])
     inputs = tuple(dataclasses.replace(spec, bounds=bounds.get(spec.name)) for spec in plan.inputs)
+    ids = [spec.name for spec in plan.inputs if spec.role in ("tokens", "position_ids")]
+    planned = zip(graphs, plan.entry_points, strict=True)
+    graphs = [near_ids(graph, ids, entry.tokens, target.capabilities) for graph, entry in planned]
     return dataclasses.replace(plan, inputs=inputs), graphs, needed
 
 
