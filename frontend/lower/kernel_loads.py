@@ -15,6 +15,7 @@ kernels call the last one before all else, so a caller who knows nothing of it g
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from iree.compiler import ir
 
@@ -26,6 +27,7 @@ LOAD_ONE = "load_kernel$"
 """With a number from 0 on behind it: the function that loads one."""
 
 _GLOBAL = re.compile(r"__device_\d+_executable_\d+_(.*)$")
+_SYMBOL = re.compile(r'@(?:"([^"]*)"|([^":]*))::')
 _EXECUTABLE = "!hal.executable"
 _LOADED = "kernels_loaded"
 
@@ -49,20 +51,22 @@ def load_side_by_side(module: ir.Operation) -> int:
         return 0
     sizes = {name: sum(_bytes(code) for code in inside(one, "hal.executable.binary")) for name, one in _named(module)}
     order = sorted(zip(names, created, strict=True), key=lambda pair: -sizes.get(pair[0], 0))
-    device = next(op for op in operations(makers[0]) if op.name == "util.global.load" and "device" in str(op.result.type))
-    body = module.regions[0].blocks[0]
+    device = next(
+        op for op in operations(makers[0]) if op.name == "util.global.load" and "device" in str(op.result.type)
+    )
+    first = operations(module)[0]
     known = {_symbol(op) for op in operations(module)}
     parsed = _functions([places[name] for name, _ in order], ir.FlatSymbolRefAttr(device.attributes["global"]).value)
     for op in operations(parsed.operation):
         if _symbol(op) not in known:
-            body.append(op)
+            op.move_before(first)
     for number, (_, create) in enumerate(order):
         _make(next(op for op in operations(module) if _symbol(op) == f"{LOAD_ONE}{number}"), create)
     for maker in makers:
         maker.erase()
     for op in operations(module):
         if _symbol(op) in places.values():
-            op.attributes["is_mutable"] = ir.UnitAttr.get()
+            op.attributes["is_mutable"] = ir.Attribute.parse("unit")
     for user in users:
         for load in _kernel_loads(user, set(places.values())):
             if "is_immutable" in load.attributes:
@@ -156,7 +160,8 @@ def _named(module: ir.Operation) -> list[tuple[str, ir.Operation]]:
 
 def _executable(create: ir.Operation) -> str:
     """The executable that is made."""
-    return ir.SymbolRefAttr(create.attributes["executable_target"]).value[0]
+    found = _SYMBOL.match(str(create.attributes["executable_target"]))
+    return (found[1] or found[2]) if found else ""
 
 
 def _symbol(op: ir.Operation) -> str:
@@ -164,5 +169,5 @@ def _symbol(op: ir.Operation) -> str:
 
 
 def _bytes(code: ir.Operation) -> int:
-    data: ir.Type = ir.DenseElementsAttr(code.attributes["data"]).type
-    return ir.ShapedType(data).get_dim_size(0)
+    data: Any = code.attributes["data"]
+    return int(data.type.get_dim_size(0))
