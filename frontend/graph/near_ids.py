@@ -9,7 +9,6 @@ from linattn.dialect_patterns.near_ids import NEAR_IDS, chunks_of
 from linattn.dialect_patterns.op import INTERNAL
 from linattn.dialect_patterns.target import Target
 
-from .internal import import_internal
 from .schema import spec_of_type
 from .specialize import SpecializedGraph
 
@@ -30,9 +29,7 @@ def near_ids(graph: SpecializedGraph, inputs: Sequence[str], tokens: int | None,
     meant = [name for name, spec in specs.items() if spec is not None and chunks_of(spec)]
     if not target.is_gpu or (tokens or 0) < LEAST_TOKENS or not meant:
         return graph
-    model, types = onnx.ModelProto(), dict(graph.types)
-    model.CopyFrom(graph.proto)
-    import_internal(model)
+    model, types = graph.copied(), dict(graph.types)
     nodes: list[onnx.NodeProto] = []
     for name in meant:
         near = f"{name}.near"
