@@ -1,7 +1,8 @@
 """How much older than the code each measured table of the pages is: `python docs/ages.py`; CI: with `--check`.
 
-A table is measured if its cells have figures with a unit of time, memory or speed. It stands in a section that says at
-which commit, when and on what machine its figures were made; what has changed since in the code is counted here.
+A table is measured if its cells have figures with a unit of time, memory or speed, or its head has such a unit. It
+stands in a section that says at which commit, when and on what machine its figures were made; what has changed since in
+the code is counted here.
 `--check` ends with 1 where a table does not say that, names a commit that is not in this one's history, or is older by
 more commits of the code than `OLDEST`: such a table is measured again, or goes. Sizes of other people's packages,
 which README's Install has, are checked where they are installed (tests/docs/from_nothing.py).
@@ -10,6 +11,7 @@ which README's Install has, are checked where they are installed (tests/docs/fro
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import subprocess
@@ -24,7 +26,8 @@ OLDEST = 300
 """Some two days of work on the code."""
 OF_OTHERS = ("README.md", "Install")
 _FIGURE = re.compile(r"\d (?:us|ms|s|KB|MB|GB)\b|\d/s\b|\d{3} / \d|\d / \d+\.\d|\d,\d{3} \(\d")
-_COMMIT = re.compile(r"\b(?=[a-f]*\d)(?=\d*[a-f])[0-9a-f]{7}\b")
+_UNIT = re.compile(r"(?:^|[ |,])(?:us|ms|tokens/s|[GT]B/s|[GT]FLOP/s)(?: |,|$)")
+_COMMIT = re.compile(r"(?<=`)[0-9a-f]{7}(?=[`:])|\b(?=[a-f]*\d)(?=\d*[a-f])[0-9a-f]{7}\b")
 _DAY = re.compile(r"\b\d{4}-\d\d-\d\d\b|\b[A-Z][a-z]+ 20\d\d\b")
 _MACHINE = re.compile(r"H100|H200|Xeon|Sapphire Rapids|Zen \d|EPYC|sm_\d+")
 _FENCE = re.compile(r"^```.*?^```$", re.M | re.S)
@@ -65,8 +68,10 @@ def measured(page: str, text: str) -> Iterator[Measured]:
     """
     parts = re.split(r"^(#{1,2} .+)$", _FENCE.sub("", text), flags=re.M)
     for heading, body in zip(["", *parts[1::2]], parts[::2], strict=True):
-        rows = [line for line in body.splitlines() if line.startswith("|")]
-        if any(_FIGURE.search(row) for row in rows):
+        lines = body.splitlines()
+        heads = [line for line, rule in itertools.pairwise(lines) if rule.startswith("|---")]
+        rows = [line for line in lines if line.startswith("|")]
+        if any(map(_FIGURE.search, rows)) or any(map(_UNIT.search, heads)):
             yield Measured(page, heading.lstrip("# "), body)
 
 

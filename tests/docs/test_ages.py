@@ -74,6 +74,8 @@ def test_nobody_reads_to_the_end() -> None:
     [
         (("", ""), []),
         (("`abc1234`", "some commit"), ["commit"]),
+        (("`abc1234`", "`1234567`"), []),
+        (("`abc1234`", "1234567"), ["commit"]),
         (("26 November 2026", "some day"), ["day"]),
         (("an H100", "my machine"), ["machine"]),
     ],
@@ -86,6 +88,12 @@ def test_what_is_left_out_is_found(change: tuple[str, str], lacks: list[str]) ->
 @pytest.mark.parametrize("cell", ["14 us", "1.2 MB", "1500/s", "979 / 52.7", "4,297 (5,316)", "233,000 / 1,470"])
 def test_figures_make_a_measured_table(cell: str) -> None:
     assert len([*ages.measured("page.md", TABLE.replace("3.1 ms", cell))]) == 1
+
+
+@pytest.mark.parametrize("head", ["us", "CUDA, tokens/s", "module / host, us", "GB/s"])
+def test_a_unit_in_the_head_makes_one(head: str) -> None:
+    table = TABLE.replace("| a | 3.1 ms |", f"| | {head} |\n|---|---|\n| a | 150, then 77 |")
+    assert len([*ages.measured("page.md", table)]) == 1
 
 
 @pytest.mark.parametrize("cell", ["head 128 x 128", "2e-7", "3.11 to 3.14", "N, 4096"])
