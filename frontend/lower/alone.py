@@ -6,7 +6,7 @@ models of 3 to 24 layers, hidden sizes of 64 to 768, in f32, f16, bf16 and int4,
 `local-task` and on `local-sync`. Where the rule below is wrong, the two differ by about a tenth there. More cores
 save more, up to twice as much, and more of them are woken. What is more than a second-level cache is slower to read on
 other machines: LinearAttention's step takes on 2 cores of a Sapphire Rapids with 16 heads (2.1 MB) 63 us by workers and
-80 alone, with 32 heads 134 and 232, on the Zen 4 148 and 55, 183 and 83.
+80 alone, with 32 heads 134 and 232, on the Zen 4 148 and 55 (47 when nothing else runs), 183 and 83 (115 and 81).
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ CALL_US, KERNEL_US = 50.0, 1.5
 """What workers take longer: for a call, and for each of its kernels."""
 SAVED = 0.5
 """What they save of the kernels' time."""
-RATES = ((3 << 20, 50e3), (24 << 20, 35e3))
+RATES = {"sse4a": ((24 << 20, 50e3),), "": ((3 << 20, 50e3), (24 << 20, 35e3))}
 UNCACHED = 25e3
-"""Bytes that one core reads in a microsecond: of what fits into its own caches, into the shared one, and of more."""
+"""Bytes that one core reads in a microsecond: of what fits into its own caches, into the shared one, and of more. By an
+instruction set that tells whose machine it is (AMD's read the shared cache as fast as their own), and of all others."""
 FLOP = 100e3
 """Operations of one core in a microsecond."""
 CHUNK = 8
@@ -52,11 +53,12 @@ def with_alone(manifest: Manifest, table: Mapping[str, Rows]) -> Manifest:
         if spec.in_place
     ]
     token_bytes = sum(caches) / (manifest.max_context or 1)
+    rates = next(rates for name, rates in RATES.items() if not name or name in manifest.target.instruction_sets)
 
     def alone(entry: EntryPoint) -> int:
         symbols = [name for name in (entry.symbol, entry.last, entry.token, entry.draw) if name]
         tokens = _rows(manifest) if entry.kind == "main" else entry.tokens
-        return min(positions_alone(table.get(name, ()), tokens, sum(caches), token_bytes) for name in symbols)
+        return min(positions_alone(table.get(name, ()), tokens, sum(caches), token_bytes, rates) for name in symbols)
 
     entries = tuple(dataclasses.replace(entry, alone=alone(entry)) for entry in manifest.entry_points)
     return dataclasses.replace(manifest, entry_points=entries)
@@ -70,7 +72,13 @@ def _rows(manifest: Manifest) -> int | None:
     return max((math.prod(int(size) for size in spec.shape[:-1]) for spec in manifest.inputs), default=1)
 
 
-def positions_alone(rows: Rows, tokens: int | None, cache_bytes: float, token_bytes: float) -> int:
+def positions_alone(
+    rows: Rows,
+    tokens: int | None,
+    cache_bytes: float,
+    token_bytes: float,
+    rates: Sequence[tuple[int, float]] = RATES[""],
+) -> int:
     """Committed tokens below which a function is done sooner by the thread that calls.
 
     Args:
@@ -78,11 +86,12 @@ def positions_alone(rows: Rows, tokens: int | None, cache_bytes: float, token_by
         tokens: Of a call.
         cache_bytes: Of the caches.
         token_bytes: Of one committed token in them.
+        rates: One of `RATES`.
     """
     if not rows or tokens is None or any(row["bytes"] is None for row in rows):
         return 0
     size = sum(row["bytes"] for row in rows)
-    rate = next((rate for most, rate in RATES if size <= most), UNCACHED)
+    rate = next((rate for most, rate in rates if size <= most), UNCACHED)
     longer = max(1.0, tokens / CHUNK)
     fixed = sum(
         max(row["bytes"] / rate, row["flop"] / FLOP) if row["flop"] is not None else row["bytes"] / rate * longer
