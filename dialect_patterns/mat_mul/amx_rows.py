@@ -1,6 +1,8 @@
 """Rows as the matrix unit (AMX) takes them: the contents of its registers, one after the other in memory.
 
-    [terms, M / 16, K / 32, 16 rows, 16 words of two bf16]
+    [terms, M / 32, K / 32, 2 registers, 16 rows, 16 words of two bf16]
+
+A product takes 32 rows at a time: what it reads is one after the other, as the caches ask for it ahead.
 
 Where rows lie, those of a register would be kilobytes apart and share a few lines of the first-level cache. f16 and f32
 are taken apart into bf16 terms as they are arranged, or rounded to one. Where 32 does not divide K, zeros follow. There
@@ -25,7 +27,7 @@ from .simd_edges import each, workgroup_range
 
 WORDS = 16
 """Words of a row in a register."""
-AXES = "_R___"
+AXES = "_R____"
 """The letters of the arranged rows' dimensions, as in ``Kernel.axes``."""
 
 
@@ -48,13 +50,13 @@ class Rows:
     @property
     def arranged(self) -> TensorSpec:
         """What they become."""
-        blocks = None if self.count is None else 2 * -(-self.count // (2 * ROWS))
-        return TensorSpec((self.terms, blocks, -(-self.depth // (2 * WORDS)), ROWS, WORDS), "i32")
+        blocks = None if self.count is None else -(-self.count // (2 * ROWS))
+        return TensorSpec((self.terms, blocks, -(-self.depth // (2 * WORDS)), 2, ROWS, WORDS), "i32")
 
 
 def blocks_of(build: Builder, rows: Size) -> Size:
-    """How many times 16 the arranged rows are."""
-    return build.mul(build.floordiv(build.add(rows, 2 * ROWS - 1), 2 * ROWS), 2)
+    """How many times 32 the arranged rows are."""
+    return build.floordiv(build.add(rows, 2 * ROWS - 1), 2 * ROWS)
 
 
 def arrange(build: Builder, rows: Rows, a: ir.Value) -> ir.Value:
@@ -70,11 +72,12 @@ def rows_kernel(rows: Rows) -> Kernel:
         del batch
         source, target = memrefs
         first, own = workgroup_range(k, "1", ROWS, count if rows.count is None else rows.count)
-        block, whole = k.div(first, ROWS), rows.depth // (2 * WORDS)
+        block, half = k.div(first, 2 * ROWS), k.rem(k.div(first, ROWS), 2)
+        whole = rows.depth // (2 * WORDS)
 
         def move(memref: str, place: Sequence[Index], number: Index, i: Index) -> None:
             for term, words in enumerate(split_words(k, memref, place, WORDS, rows.terms)):
-                k.store(words, target, [term, block, number, i, 0])
+                k.store(words, target, [term, block, number, half, i, 0])
 
         def step(number: Index) -> None:
             each(k, own, 1, lambda i: move(source, [k.add(first, i), k.mul(number, 2 * WORDS)], number, i))

@@ -220,11 +220,11 @@ class AmxBody:
             write_split_weights(k, self.p, panel, start, size, self.b, parts)
 
         def rows(index: Index) -> None:
-            pair = k.mul(k.add(first, index), 2)
+            block = k.add(first, index)
             waiting = k.mul(index, 2 * ROWS) if t.block < t.words else 0
             self._begin(start, waiting)
-            self._products(panel, pair, start, size, index, parts)
-            self._end(panel, k.mul(pair, ROWS), k.add(start, size), waiting)
+            self._products(panel, block, start, size, index, parts)
+            self._end(panel, k.mul(block, 2 * ROWS), k.add(start, size), waiting)
 
         each(self.k, steps, 1, rows)
 
@@ -270,7 +270,7 @@ class AmxBody:
 
         def load_rows(term: int, word: Index) -> None:
             for half, register in enumerate(A):
-                tiles.load(register, self.a, [term, k.add(block, half), k.div(word, _WORDS), 0, 0])
+                tiles.load(register, self.a, [term, block, k.div(word, _WORDS), half, 0, 0])
 
         def load_columns(term: int, word: Index, at: Index) -> None:
             for half, register in enumerate(B):

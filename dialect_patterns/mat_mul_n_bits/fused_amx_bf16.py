@@ -151,7 +151,7 @@ class Bf16Body(TiledBody):
         """All rows times the unpacked weights, 32 at a time."""
         k, unit, steps = self.k, self.unit, self.c.block_size // (2 * WORDS)
         first, count = k.mul(block, steps), k.mul(blocks, steps)
-        start = k.div(self.first, ROWS)
+        start = k.div(self.first, 2 * ROWS)
 
         def one(row: str, _: list[str]) -> list[str]:
             places = [[k.add(row, register // 2 * ROWS), register % 2 * ROWS] for register in SUMS]
@@ -159,9 +159,9 @@ class Bf16Body(TiledBody):
                 unit.load(register, self.sums, place)
 
             def step(at: Index, _: list[str]) -> list[str]:
+                own = k.add(start, k.div(row, 2 * ROWS))
                 for half, register in enumerate(A):
-                    own = k.add(k.add(start, k.div(row, ROWS)), half)
-                    unit.load(register, self.tiles, [0, own, k.add(first, at), 0, 0])
+                    unit.load(register, self.tiles, [0, own, k.add(first, at), half, 0, 0])
                 for half, register in enumerate(B):
                     unit.load(register, self.unpacked, [k.mul(at, WORDS), half * ROWS])
                 for register in SUMS:

@@ -31,7 +31,7 @@ def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
         pytest.skip(f"emulated only: this CPU lacks {', '.join(sorted(AMX - HOST.features))}")
     if not real:
         monkeypatch.setattr(amx_kernel, "AmxTiles", Tiles)
-    flags = FLAGS["cpu"] if real else [*FLAGS["cpu"], STACK]
+    flags = [*FLAGS["cpu"], STACK]
     for table, value in ((TARGETS, UNIT), (FLAGS, flags), (DRIVERS, "cpu")):
         monkeypatch.setitem(table, "unit", value)
     return "unit"
