@@ -30,6 +30,8 @@ IDS = re.compile(r"^\d+(?:[ ,]+\d+){15}[ ,]*$", re.M)
 """What `--generate 16` prints."""
 SIZE = re.compile(r"^\| (?:none|`(\w+)`) \|[^|]*\| ([\d.]+) MB", re.M)
 """A row of README's table of what the extras take."""
+VENV = ("pip", "setuptools", "pkg_resources", "_distutils_hack")
+"""What a new environment has by itself."""
 SHIPPED = ("dist", "model.vmfb")
 """What README says to copy to the other machine."""
 
@@ -110,7 +112,7 @@ def check_size(journey: Journey, folder: Path) -> None:
     said = {name: float(size) for name, size in SIZE.findall((ROOT / "README.md").read_text())}
     expected = sum(said[name] for name in journey.extras)
     files = (file for file in folder.glob("env/lib/python3*/site-packages/**/*") if file.is_file())
-    size = sum(file.stat().st_size for file in files if "pip" not in file.relative_to(folder).parts[4]) / 1e6
+    size = sum(file.stat().st_size for file in files if not file.relative_to(folder).parts[4].startswith(VENV)) / 1e6
     told = f"from nothing: {journey.name}: packages take {size:.0f} MB, README says {expected:.0f}"
     print(told, flush=True)
     if abs(size - expected) > expected / 10:
