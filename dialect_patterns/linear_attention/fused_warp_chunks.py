@@ -36,6 +36,7 @@ _GROUPS = 2  # of eight columns, in a workgroup
 _PARTS = 4  # warps that share those
 _SMALL = 128  # rows, of which two chunks of tokens leave memory for what four warps tell each other
 _ENOUGH_GROUPS = 100  # workgroups that keep a large GPU busy
+_AT_ONCE = 132  # multiprocessors of an H100, of which one has the registers for 16 such warps
 
 
 def is_legal(contract: LinearAttention, target: Target) -> Legality:
@@ -63,13 +64,17 @@ def is_legal(contract: LinearAttention, target: Target) -> Legality:
 def plan_for(c: LinearAttention) -> WarpPlan:
     """Twice the columns in a workgroup where there are enough of those; they share keys and queries.
 
-    On an H100, us of this kernel for T=4096: 16 heads 163 in groups of two and 245 of four, 32 heads 256 and 249.
+    Of more workgroups than run at once with four warps a group, each has two, so that twice as many do. On an H100, us
+    of this kernel for T=4096: 16 heads 163 in groups of two and 245 of four, 32 heads 256 and 247; 64 heads of four
+    groups 492 by four warps and 376 by two.
     """
     if c.dk > _SMALL:
         return WarpPlan(c.dk, _GROUPS, _PARTS // 2, c.has_delta)
     wide = 2 * _GROUPS * COLUMNS
-    is_wide = c.dv % wide == 0 and (c.batch or 1) * c.out_heads * (c.dv // wide) >= _ENOUGH_GROUPS
-    return WarpPlan(c.dk, 2 * _GROUPS if is_wide else _GROUPS, _PARTS, c.has_delta)
+    count = (c.batch or 1) * c.out_heads * (c.dv // wide)
+    is_wide = c.dv % wide == 0 and count >= _ENOUGH_GROUPS
+    parts = _PARTS // 2 if is_wide and count > _AT_ONCE else _PARTS
+    return WarpPlan(c.dk, 2 * _GROUPS if is_wide else _GROUPS, parts, c.has_delta)
 
 
 def _factors_plan(c: LinearAttention, target: Target) -> MmaPlan:

@@ -1,32 +1,28 @@
 r"""From how many tokens on chunks on matrix units beat the strategies without: measured data, no more.
 
-Microseconds of both kernels on an H100 (80 GB HBM3), B=1, gated_delta, d=128, f16, a state of f32; 26 November 2026:
+Microseconds of all kernels on an H100 (80 GB HBM3), gated_delta, f16, a state of f32; 26 November 2026, `307d9d7`
+(streams are B * H). Each the best strategy without matrix units / with them:
 
-| CUDA, H=16 | T=32 | 64 | 128 | 256 | 1024 | 4096 |
+| CUDA: fused_simt or fused_simt_chunks / fused_warp_chunks | T=16 | 32 | 64 | 256 | 1024 | 4096 |
 |---|---|---|---|---|---|---|
-| fused_warp_chunks | 6.8 | 8.1 | 10.9 | 16.6 | 52.5 | 209 |
-| fused_simt_chunks | 9.8 | 12.8 | 18.6 | 30.3 | 103 | 405 |
-| fused_simt | 10.4 | 18.4 | 34.4 | 66.3 | 257 | 1308 |
-| CUDA, H=32: fused_warp_chunks | 7.5 | 9.2 | 12.5 | 19.7 | 77.2 | 299 |
-| fused_mma_chunks | | | | 27.3 | 92.2 | 336 |
-| fused_simt_chunks | 13.0 | 17.9 | 28.0 | 48.4 | 177 | 688 |
-| Vulkan, H=16: fused_mma_chunks | 15.1 | 17.0 | 21.0 | 28.3 | 74.9 | 255 |
-| fused_simt_chunks | 20.4 | 23.5 | 30.1 | 42.5 | | |
-| fused_simt | 17.3 | 26.9 | 46.4 | 85.5 | | |
-| Vulkan, H=32: fused_mma_chunks | | | | | 112 | 387 |
+| B=1, H=4, d=128 | 5.8 / 6.0 | 9.4 / 6.0 | 12.2 / 7.2 | 29.6 / 14.0 | 97.5 / 40.9 | 373 / 150 |
+| H=8 | 5.8 / 6.1 | 9.4 / 6.2 | 12.6 / 7.2 | 29.7 / 14.0 | 99.1 / 41.9 | 387 / 164 |
+| H=16 | 6.5 / 6.3 | 9.9 / 6.4 | 12.9 / 7.6 | 30.6 / 14.6 | 104 / 44.4 | 407 / 185 |
+| H=32 | 8.9 / 7.6 | 13.2 / 7.8 | 18.2 / 9.7 | 48.8 / 21.8 | 179 / 74.7 | 693 / 288 |
+| H=64; B=4, H=16 is within 1 % | 13.7 / 11.1 | 18.8 / 11.6 | 28.0 / 15.3 | 88.4 / 40.7 | 336 / 153 | 1300 / 571 |
+| H=16, d=64 | 6.1 / 5.7 | 7.5 / 5.7 | 9.6 / 6.8 | 22.5 / 13.1 | 76.8 / 39.7 | 301 / 165 |
+| H=16, d=128x256 | 9.2 / 7.4 | 12.9 / 7.6 | 17.9 / 9.4 | 47.2 / 20.7 | 168 / 67.7 | 654 / 267 |
+| H=16, d=256 | 13.2 / 9.5 | 19.1 / 10.0 | 26.6 / 12.4 | 72.1 / 27.0 | 269 / 96.5 | 1044 / 371 |
 
-The same with decays of a key dimension:
+| Vulkan: the same / fused_mma_chunks | T=16 | 32 | 64 | 128 | 1024 | 4096 |
+|---|---|---|---|---|---|---|
+| B=1, H=4, d=128 | 11.9 / 14.0 | 16.7 / 14.2 | 22.7 / 15.7 | 29.0 / 19.3 | 117 / 65.5 | 423 / 219 |
+| H=8 | 11.9 / 14.0 | 16.8 / 14.1 | 22.7 / 16.0 | 29.2 / 19.9 | 118 / 64.4 | 443 / 227 |
+| H=16 | 12.3 / 14.8 | 17.2 / 14.7 | 23.4 / 16.5 | 30.2 / 20.4 | 123 / 69.0 | 460 / 240 |
+| H=32 | 14.5 / 15.4 | 20.7 / 15.5 | 28.1 / 18.2 | 38.4 / 24.0 | 209 / 108 | 760 / 366 |
+| H=64 | 18.8 / 20.2 | 28.0 / 20.7 | 41.5 / 25.7 | 62.7 / 35.6 | 399 / 197 | 1503 / 720 |
 
-| CUDA, H=16 | T=64 | 256 | 1024 | 4096 |
-|---|---|---|---|---|
-| fused_term_chunks | 16.0 | 28.7 | 99.7 | 393 |
-| fused_simt | 23.1 | 84.2 | 329 | 1787 |
-| CUDA, H=32: fused_term_chunks | 19.6 | 44.9 | 169 | 665 |
-| fused_simt | 32.5 | 116 | 519 | 2060 |
-| Vulkan, H=16: fused_term_chunks | 35.4 | 48.7 | 153 | 473 |
-| fused_simt | 36.8 | 122 | 461 | 1991 |
-| Vulkan, H=32: fused_term_chunks | 38.7 | 65.3 | 220 | 740 |
-| fused_simt | 44.8 | 151 | 606 | |
+On CUDA ``fused_mma_chunks`` takes 92 and 336 us for T=1024 and 4096 of 32 heads: for GPUs without ``mma.sync``.
 
 To measure again, with FLA's kernels beside them:
 
@@ -40,7 +36,7 @@ To measure again, with FLA's kernels beside them:
 from __future__ import annotations
 
 FASTER_FROM: dict[str, tuple[tuple[int, int], ...]] = {
-    "warps": ((1, 32),),  # fused_warp_chunks
+    "warps": ((1, 32), (16, 16)),  # fused_warp_chunks
     "elements": ((1, 256),),  # fused_mma_chunks, CUDA
     "chunks": ((1, 32),),  # fused_mma_chunks, Vulkan
     "keys, elements": ((1, 64),),  # fused_term_chunks, CUDA
