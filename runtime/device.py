@@ -304,9 +304,20 @@ class Device(Owned):
         return copies
 
     def move(self, moves: Sequence[Move]) -> None:
-        """Copies and clears ranges of arrays, in one submission whose order is open: no range may be written twice."""
+        """Copies and clears ranges of arrays, in one submission whose order is open: no range may be written twice.
+
+        On a CPU the caller does it: a submission takes longer than what is small, and calls are not under way.
+        """
         regions = [(move, *region) for move in moves for region in move.regions if region[2]]
         if not regions:
+            return
+        if not self.has_queue:
+            check_process(self.pid, self.uri)
+            for move in moves:
+                target = _bytes_of(move.target)
+                source = None if move.source is None else _bytes_of(move.source)
+                for start, place, nbytes in move.regions:
+                    target[place : place + nbytes] = 0 if source is None else source[start : start + nbytes]
             return
         commands = _rt.HalCommandBuffer(self.hal_device, begin=True)
         for move, start, target, nbytes in regions:
@@ -427,6 +438,11 @@ class Device(Owned):
 
 def _hal_type(dtype: str) -> Any:
     return getattr(_rt.HalElementType, _HAL_TYPES[dtype])
+
+
+def _bytes_of(array: DeviceArray) -> HostArray:
+    """The memory of an array on a CPU."""
+    return array.view.get_buffer().map().asarray([array.nbytes], np.dtype(np.uint8))
 
 
 def _mappable(buffer: Any) -> bool:
