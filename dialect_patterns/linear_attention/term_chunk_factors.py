@@ -11,7 +11,6 @@ are multiplied with enters the products in two terms of f16, queries of 16 bits 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 from iree.compiler import ir
 
@@ -22,7 +21,6 @@ from .contract import LinearAttention
 from .mma_chunk_factors import (
     BAD,
     KEYS,
-    MAX_GROWTH,
     MIX,
     NOTES,
     QUERIES,
@@ -45,6 +43,8 @@ from .mma_chunk_operands import (
 from .term_chunk_operands import FACTOR_THREADS, TermPlan
 
 _SUBGROUPS = FACTOR_THREADS // SUBGROUP
+_MOST_GROWTH = 16.0  # of decays in a chunk; keys and queries are as much smaller than f16's largest number
+_LEAST = 2.0**-8  # what the largest key is to be at least, of which 2^-25 may be lost
 _SUMS = SIDE * SIDE  # numbers of a matrix of sums
 Eights = list[list[ir.Value]]
 """Eight numbers of each of a thread's tokens."""
@@ -108,10 +108,13 @@ class TermFactors(MmaFactors):
         stored = [self._load_decays(t) for t in tokens]
         k.barrier()
         for values, kind in ((self.keys, KEYS), (self.queries, QUERIES)):
-            self._check([value for one in values for value in self.o.eight_of(one)], kind)
+            numbers = [value for one in values for value in self.o.eight_of(one)]
+            self._check(numbers, kind, LARGEST / _MOST_GROWTH, _LEAST)
         self._own_products()
-        before, after, total, largest = self._halve([self._decays(e, stored[e]) for e in range(p.tokens)])
-        self._write_tiles(item * p.record, before, after, total, largest)
+        decays = [self._decays(e, stored[e]) for e in range(p.tokens)]
+        self._check_growth(decays)
+        before, after, total = self._halve(decays)
+        self._write_tiles(item * p.record, before, after, total)
         k.barrier()
         if self.c.has_delta:
             self._invert()
@@ -139,6 +142,17 @@ class TermFactors(MmaFactors):
         inside = self.start + self.first + e < self.o.tokens
         return [k.select(inside, k.exp(value), k.constant(1.0)) for value in self.o.eight_of(stored)]
 
+    def _check_growth(self, decays: Eights) -> None:
+        """Note whether decays could grow to more than that: each thread's may to as much as all of them may."""
+        k, one = self.k, self.k.constant(1.0)
+        largest = one
+        for dim in zip(*decays, strict=True):
+            growth = one
+            for decay in dim:
+                growth = k.mul(growth, k.maximum(decay, one))
+            largest = k.maximum(largest, growth)
+        self._note_unless(Scalar(largest) <= _MOST_GROWTH ** (self.plan.tokens / CHUNK), BAD)
+
     def _own_products(self) -> None:
         """q_i . k_i, this thread's part of them."""
         k, p = self.k, self.plan
@@ -160,23 +174,22 @@ class TermFactors(MmaFactors):
         k.barrier()
 
     # ---- halving ---------------------------------------------------------------------------------------------------
-    def _halve(self, decays: Eights) -> tuple[Eights, Eights, list[ir.Value], ir.Value]:
+    def _halve(self, decays: Eights) -> tuple[Eights, Eights, list[ir.Value]]:
         """All scores between tokens.
 
         Returns:
             For each of this thread's tokens the decays from the chunk's start, and those to its end; those of the
-            chunk; the largest magnitude of what went into products.
+            chunk.
         """
         k, p = self.k, self.plan
         one = k.constant(1.0)
         before, after = [list(row) for row in decays], [[one] * NUMBERS for _ in decays]
-        largest = k.constant(0.0)
         width = 1
         while width < p.tokens:  # blocks of one thread
             for e in range(p.tokens):
                 half = self.group * (p.tokens // 2) + (e // (2 * width) * width + e % width)
                 is_row = bool(e & width)
-                largest = self._stage(e, half, is_row, before[e] if is_row else after[e], largest)
+                self._stage(e, half, is_row, before[e] if is_row else after[e])
             k.barrier()
             self._multiply()
             k.barrier()
@@ -194,17 +207,16 @@ class TermFactors(MmaFactors):
             return self._level(Scalar(carried[0]), carried[1:])
 
         levels = (CHUNK // p.tokens).bit_length() - 1
-        values = [Scalar.constant(1, "index").value, largest, *_flat(before), *_flat(after), *before[-1]]
+        values = [Scalar.constant(1, "index").value, *_flat(before), *_flat(after), *before[-1]]
         zero, last = Scalar.constant(0, "index"), Scalar.constant(levels, "index")
-        _, largest, *rest = k.loop(zero, last, 1, values, level)
+        _, *rest = k.loop(zero, last, 1, values, level)
         eights = _eights(rest)
-        return eights[: p.tokens], eights[p.tokens : -1], eights[-1], largest
+        return eights[: p.tokens], eights[p.tokens : -1], eights[-1]
 
     def _level(self, groups: Scalar, carried: list[ir.Value]) -> list[ir.Value]:
         """A level whose halves are so many threads' tokens; what it carries."""
         k, p = self.k, self.plan
-        largest, *rest = carried
-        eights = _eights(rest)
+        eights = _eights(carried)
         before, after, total = eights[: p.tokens], eights[p.tokens : -1], eights[-1]
         block, inside = self.group.divide_unsigned(groups + groups)
         second, inside_half = inside.divide_unsigned(groups)
@@ -212,7 +224,7 @@ class TermFactors(MmaFactors):
         first_token = (block * groups + inside_half) * p.tokens
         for e in range(p.tokens):
             factors = [k.select(is_row, x, y) for x, y in zip(before[e], after[e], strict=True)]
-            largest = self._stage(e, first_token + e, is_row, factors, largest)
+            self._stage(e, first_token + e, is_row, factors)
         for i in range(2):
             k.store_as_is(k.join(total[i * WORDS : (i + 1) * WORDS]), self.totals, self.thread * 2 + i)
         k.barrier()
@@ -226,54 +238,41 @@ class TermFactors(MmaFactors):
         to_columns = [k.select(is_row, one, x) for x in found]
         before = [self._each(row, to_rows) for row in before]
         after = [self._each(row, to_columns) for row in after]
-        return [(groups + groups).value, largest, *_flat(before), *_flat(after), *self._each(total, found)]
+        return [(groups + groups).value, *_flat(before), *_flat(after), *self._each(total, found)]
 
     def _each(self, values: Sequence[ir.Value], factors: Sequence[ir.Value]) -> list[ir.Value]:
         return [self.k.mul(x, y) for x, y in zip(values, factors, strict=True)]
 
-    def _stage(
-        self, e: int, half: Scalar, is_row: Scalar | bool, factors: list[ir.Value], largest: ir.Value
-    ) -> ir.Value:
-        """A token's key, and its query where it is a row, to the workgroup's memory; the largest magnitude yet.
+    def _stage(self, e: int, half: Scalar, is_row: Scalar | bool, factors: list[ir.Value]) -> None:
+        """A token's key, and its query where it is a row, to the workgroup's memory.
 
         Tiles are keys of rows and of columns in two terms each, then queries.
         """
         k, p = self.k, self.plan
         size = SIDE * p.stride_k
         place = half * p.stride_k + self.dims
-        key = self._each(self.o.eight_of(self.keys[e]), factors)
-        largest = self._larger(largest, key)
         if isinstance(is_row, bool):
             start = place + (0 if is_row else 2 * size)
         else:
             start = place + is_row.select(Scalar.constant(0, "index"), Scalar.constant(2 * size, "index"))
-        for i, term in enumerate(self._terms(key)):
+        for i, term in enumerate(self._terms(self._each(self.o.eight_of(self.keys[e]), factors))):
             k.store_as_is(term, self.tiles, start + i * size)
-        if is_row is False:
-            return largest
-        query = self._each(self.o.eight_of(self.queries[e]), factors)
-        if isinstance(is_row, bool):
-            self._put_query(query, place + 4 * size)
-            return self._larger(largest, query)
-        k.when(is_row, partial(self._put_query, query, place + 4 * size))
-        zero = k.constant(0.0)
-        return self._larger(largest, [k.select(is_row, value, zero) for value in query])
+
+        def put_query() -> None:
+            query = self._each(self.o.eight_of(self.queries[e]), factors)
+            for i, term in enumerate(self._query_terms(query)):
+                k.store_as_is(term, self.tiles, place + (4 + i) * size)
+
+        if is_row is True:
+            put_query()
+        elif isinstance(is_row, Scalar):
+            k.when(is_row, put_query)
 
     def _terms(self, values: list[ir.Value]) -> tuple[ir.Value, ir.Value]:
         return split(self.k, values, self.o.zero)
 
     def _query_terms(self, query: list[ir.Value]) -> list[ir.Value]:
         return list(self._terms(query)) if self.plan.terms == 2 else [pack(self.k, query, "f16")]
-
-    def _put_query(self, query: list[ir.Value], place: Scalar) -> None:
-        for i, term in enumerate(self._query_terms(query)):
-            self.k.store_as_is(term, self.tiles, place + i * (SIDE * self.plan.stride_k))
-
-    def _larger(self, largest: ir.Value, values: Sequence[ir.Value]) -> ir.Value:
-        """The largest magnitude; NaN wins."""
-        for value in values:
-            largest = self.k.maximum(largest, self.k.magnitude(value))
-        return largest
 
     def _multiply(self) -> None:
         """The products of rows and columns, this subgroup's part of the key dimensions."""
@@ -331,29 +330,22 @@ class TermFactors(MmaFactors):
         return total
 
     # ---- what is written -------------------------------------------------------------------------------------------
-    def _write_tiles(
-        self, base: Scalar, before: Eights, after: Eights, total: Sequence[ir.Value], largest: ir.Value
-    ) -> None:
+    def _write_tiles(self, base: Scalar, before: Eights, after: Eights, total: Sequence[ir.Value]) -> None:
         """Keys and queries with their decays from the chunk's start and to its end."""
         k, p = self.k, self.plan
         from_k, from_q, to_k = p.tiles
         for e in range(p.tokens):
             key, query = self.o.eight_of(self.keys[e]), self.o.eight_of(self.queries[e])
-            place = base + (self.first + e) * p.line + self.dims
-            written: list[tuple[int, list[ir.Value]]] = []
+            written = [
+                (from_q, self._query_terms(self._each(query, before[e]))),
+                (to_k, self._terms(self._each(key, after[e]))),
+            ]
             if self.c.has_delta:
-                early = self._each(key, before[e])
-                largest = self._larger(largest, early)
-                written.append((from_k, list(self._terms(early))))
-            asked, late = self._each(query, before[e]), self._each(key, after[e])
-            largest = self._larger(self._larger(largest, asked), late)
-            written += [(from_q, self._query_terms(asked)), (to_k, list(self._terms(late)))]
+                written.append((from_k, self._terms(self._each(key, before[e]))))
+            place = base + (self.first + e) * p.line + self.dims
             for start, terms in written:
                 for i, term in enumerate(terms):
                     k.store_as_is(term, self.output, place + (start + i * p.tile))
-        self._note_unless(Scalar(largest) <= LARGEST, BAD)
-        growth = self._larger(k.constant(0.0), [*_flat(before), *_flat(after)])
-        self._note_unless(Scalar(growth) <= MAX_GROWTH, BAD)
 
         def write() -> None:
             for i, value in enumerate(total):
@@ -377,7 +369,7 @@ class TermFactors(MmaFactors):
             scaled = [k.mul(value, self._number(RATE, column + e)) for e, value in enumerate(read(0))]
             solve = [k.select(column + e <= row, value, k.constant(0.0)) for e, value in enumerate(scaled)]
             self._note_unless(within(k, solve), BAD)
-            written = [*self._terms(solve), *written]
+            written = [*(split_finely if self.plan.terms == 2 else split)(k, solve), *written]
         for i, term in enumerate(written):
             k.store_as_is(term, self.output, base + self.thread + i * MATRIX)
 

@@ -76,6 +76,16 @@ class TermPlan(MmaPlan):
         return self.tile // FACTOR_THREADS
 
     @property
+    def held(self) -> int:
+        """Tiles that the second kernel has in the workgroup's memory at once: for f32 ``from_q`` comes later."""
+        return 2 if self.terms == 2 or not self.delta else 3
+
+    @property
+    def rows(self) -> int:
+        """Chunks for tiles, then for the state's sums."""
+        return max(self.held * CHUNK * self.stride_k, self.dk * self.stride_f)
+
+    @property
     def sums(self) -> int:
         """Chunks of sums [32, columns]."""
         return CHUNK * self.stride_f

@@ -75,7 +75,8 @@ class TermChunks(MmaChunks):
             queries, rest = rest[: self.plan.terms * each], rest[self.plan.terms * each :]
             totals, rest = rest[: len(self.places)], rest[len(self.places) :]
             value = self._hand(state, rest)
-            self._put_tiles(keys if self.c.has_delta else queries)
+            at_once = self.plan.held > 2
+            self._put_tiles([*keys, *queries] if at_once else keys or queries)
             k.barrier()
             late = self._tiles(self._base(t), to_k, 2)
             following = fetch((t + CHUNK).minimum(self.tokens - 1))
@@ -140,10 +141,11 @@ class TermChunks(MmaChunks):
         found: list[tuple[int, ir.Value]] = []
         if self.c.has_delta:
             found.append((0, self._times_state(2)))
-            k.barrier()
-            self._put_tiles(queries)
-            k.barrier()
-        found.append((self.sums_q, self._times_state(self.plan.terms)))
+            if self.plan.held == 2:
+                k.barrier()
+                self._put_tiles(queries)
+                k.barrier()
+        found.append((self.sums_q, self._times_state(self.plan.terms, 0 if self.plan.held == 2 else 2)))
         k.barrier()
         self._put_tiles(late)
         half, rest = self.subgroup.divide_unsigned(self.p.subgroups // 2)
@@ -152,8 +154,8 @@ class TermChunks(MmaChunks):
             self._put_sums(sums, self.work, self._sums_place(strip, column) + half * self.plan.sums + start)
         k.barrier()
 
-    def _times_state(self, terms: int) -> ir.Value:
-        """The terms of the tile times those of the state, over half of its rows."""
+    def _times_state(self, terms: int, tile: int = 0) -> ir.Value:
+        """The terms of a tile, from the ``tile``-th in memory on, times those of the state, over half of its rows."""
         k, p = self.k, self.p
         half, rest = self.subgroup.divide_unsigned(p.subgroups // 2)
         strip, column = rest.divide_unsigned(p.across)
@@ -161,7 +163,7 @@ class TermChunks(MmaChunks):
         sums, low = k.matrix_zero(), k.matrix_zero()
         for i in range(depths):
             depth = half * depths + i
-            left_place = strip * (SIDE * p.stride_k) + depth * _HALF
+            left_place = strip * (SIDE * p.stride_k) + depth * _HALF + tile * (CHUNK * p.stride_k)
             place = column * _HALF + depth * (SIDE * p.stride_s)
             left, right = self._left(self.rows, left_place, p.stride_k), self._right(place)
             sums = k.matrix_multiply_add(left, right, sums)
