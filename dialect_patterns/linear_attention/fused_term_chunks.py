@@ -33,6 +33,7 @@ from .operands import Operands, kernel_name
 from .term_chunk_factors import TermFactors
 from .term_chunk_operands import FACTOR_THREADS, plan_for
 from .term_chunk_state import TermChunks
+from .term_head_factors import TermHeadFactors
 
 _ROWS = (64, 128)  # of the state: two or four tokens a thread of the first kernel
 
@@ -51,12 +52,17 @@ def is_legal(contract: LinearAttention, target: Target) -> Legality:
     if c.dk not in _ROWS or c.dv % SIDE:
         return No(f"a {c.dk}x{c.dv} state is not one of {' or '.join(map(str, _ROWS))} x whole {SIDE}s")
     p = plan_for(c, stride_unit(target))
-    need = max(p.memory(c), TermFactors.bytes_of(p))
+    need = max(p.memory(c), _factors(c).bytes_of(p))
     if need > target.workgroup_memory:
         return No(f"{need} bytes of the workgroup's memory, more than {target.workgroup_memory}")
     if max(p.threads, FACTOR_THREADS) > target.max_threads:
         return No(f"{max(p.threads, FACTOR_THREADS)} threads, more than {target.max_threads}")
     return Yes()
+
+
+def _factors(c: LinearAttention) -> type[TermFactors] | type[TermHeadFactors]:
+    """What emits the first kernel."""
+    return TermFactors if c.decay == "key" else TermHeadFactors
 
 
 def emit_linear_attention_fused_term_chunks(
@@ -70,7 +76,7 @@ def emit_linear_attention_fused_term_chunks(
         chunk=CHUNK,
         record=p.record * WORDS,
         factors_group=Group(FACTOR_THREADS, SUBGROUP),
-        factors=lambda k, streams, given: TermFactors(k, c, p, streams, given).emit(),
+        factors=lambda k, streams, given: _factors(c)(k, c, p, streams, given).emit(),
         group=Group(p.threads, SUBGROUP),
         tiles=c.dv // p.columns,
         chunks=lambda k, streams, given: TermChunks(k, c, p, streams, given).emit(),

@@ -78,13 +78,19 @@ class MmaFactors:
         self.decays = o.eights(c.kv_heads * c.dk) if c.decay == "key" else None
         self.beta = o.numbers(c.kv_heads if c.beta == "head" else 1) if c.beta != "none" else None
         self.count = streams * o.chunks
-        self.output = o.buffer(self.count * (record(c) if size is None else size))
+        self.size = record(c) if size is None else size
+        self.output = o.buffer(self.count * self.size)
 
     @staticmethod
     def memory(c: LinearAttention, p: MmaPlan) -> int:
         """Bytes of the workgroup's memory."""
         products = (2 if c.has_delta else 1) * CHUNK * STRIDE
         return 16 * 2 * CHUNK * p.stride_k + 4 * (products + VECTORS + NOTES)
+
+    @property
+    def matrices_count(self) -> int:
+        """How many matrices of factors there are."""
+        return matrices(self.c)
 
     def emit(self) -> None:
         """Emit everything."""
@@ -105,8 +111,7 @@ class MmaFactors:
         k.when(self.thread < CHUNK, lambda: self._gates(self.thread))
         if self.c.dtype != "f16":
             k.barrier()
-        for start, load, kind in ((0, o.load_key, KEYS), (CHUNK * self.p.stride_k, o.load_query, QUERIES)):
-            self._tile(start, load, kind)
+        self._tiles()
         k.barrier()
         self._multiply()
         k.barrier()
@@ -115,13 +120,18 @@ class MmaFactors:
         k.when(self.thread.equals(THREADS - 1), self._prefixes)  # while the first subgroup substitutes
         if self.c.has_delta:
             self._invert()
-        self._write_matrices(item * record(self.c))
+        self._write_matrices(item * self.size)
+        self._write_vectors(item * self.size + self.matrices_count * MATRIX)
+
+    def _write_vectors(self, base: Scalar) -> None:
+        """The vectors, and whether f16 does for the chunk."""
+        k = self.k
         k.barrier()
         k.when(self.thread.equals(0), self._judge)
         k.barrier()
         place = self.thread.minimum(VECTORS // WORDS - 1)
         numbers = [k.load(self.vectors, place * WORDS + e) for e in range(WORDS)]
-        k.store(k.join(numbers), self.output, item * record(self.c) + matrices(self.c) * MATRIX + place)
+        k.store(k.join(numbers), self.output, base + place)
 
     # ---- what may not be computed in f16 ---------------------------------------------------------------------------
     def _note(self, condition: Scalar, what: int) -> None:
@@ -174,8 +184,14 @@ class MmaFactors:
             rate = gate(self.beta, place, 0.0, lambda value: value)
         self._put(rate, RATE, i)
 
+    def _tiles(self) -> None:
+        """Keys and queries to the workgroup's memory, in f16."""
+        o = self.o
+        for start, load, kind in ((0, o.load_key, KEYS), (CHUNK * self.p.stride_k, o.load_query, QUERIES)):
+            self._tile(start, load, kind)
+
     def _tile(self, start: int, load: Callable[[Scalar, Scalar], ir.Value], kind: int) -> None:
-        """Keys or queries to the workgroup's memory, in f16."""
+        """One of them."""
         k, c, o = self.k, self.c, self.o
         vectors = c.dk // NUMBERS
         places = [(self.thread + i).divide_unsigned(vectors) for i in range(0, CHUNK * vectors, THREADS)]

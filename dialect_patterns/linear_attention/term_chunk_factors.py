@@ -14,21 +14,16 @@ from collections.abc import Sequence
 
 from iree.compiler import ir
 
-from ..emit.chunk_words import LOW, NUMBERS, pack, split
+from ..emit.chunk_words import LOW, NUMBERS
 from ..emit.scalar import Scalar
-from ..emit.simt_kernel import Kernel
-from .contract import LinearAttention
 from .mma_chunk_factors import (
     BAD,
     KEYS,
-    MIX,
     NOTES,
     QUERIES,
     STRIDE,
-    MmaFactors,
 )
 from .mma_chunk_operands import (
-    ACROSS,
     CHUNK,
     DECAY,
     LARGEST,
@@ -38,8 +33,8 @@ from .mma_chunk_operands import (
     SUBGROUP,
     VECTORS,
     WORDS,
-    within,
 )
+from .term_chunk_matrices import TermMatrices
 from .term_chunk_operands import FACTOR_THREADS, TermPlan
 
 _SUBGROUPS = FACTOR_THREADS // SUBGROUP
@@ -50,7 +45,7 @@ Eights = list[list[ir.Value]]
 """Eight numbers of each of a thread's tokens."""
 
 
-class TermFactors(MmaFactors):
+class TermFactors(TermMatrices):
     """Emits the kernel.
 
     Buffers: query, key, decay and beta where the rule has them, factors [B * max(Hq, Hkv), chunks, numbers].
@@ -62,10 +57,6 @@ class TermFactors(MmaFactors):
         streams: B * max(Hq, Hkv).
         tokens: T.
     """
-
-    def __init__(self, k: Kernel, c: LinearAttention, p: TermPlan, streams: Scalar, tokens: Scalar) -> None:
-        super().__init__(k, c, p, streams, tokens, size=p.record)
-        self.plan = p
 
     @staticmethod
     def bytes_of(p: TermPlan) -> int:
@@ -118,13 +109,8 @@ class TermFactors(MmaFactors):
         k.barrier()
         if self.c.has_delta:
             self._invert()
-        self._write_factors(item * p.record)
-        k.barrier()
-        k.when(self.thread.equals(0), self._judge)
-        k.barrier()
-        place = self.thread.minimum(VECTORS // WORDS - 1)
-        numbers = [k.load(self.vectors, place * WORDS + e) for e in range(WORDS)]
-        k.store(k.join(numbers), self.output, item * p.record + p.matrices * MATRIX + place)
+        self._write_matrices(item * p.record)
+        self._write_vectors(item * p.record + self.matrices_count * MATRIX)
 
     # ---- operands --------------------------------------------------------------------------------------------------
     def _load_decays(self, t: Scalar) -> list[ir.Value]:
@@ -268,12 +254,6 @@ class TermFactors(MmaFactors):
         elif isinstance(is_row, Scalar):
             k.when(is_row, put_query)
 
-    def _terms(self, values: list[ir.Value]) -> tuple[ir.Value, ir.Value]:
-        return split(self.k, values, self.o.zero)
-
-    def _query_terms(self, query: list[ir.Value]) -> list[ir.Value]:
-        return list(self._terms(query)) if self.plan.terms == 2 else [pack(self.k, query, "f16")]
-
     def _multiply(self) -> None:
         """The products of rows and columns, this subgroup's part of the key dimensions."""
         k, p = self.k, self.plan
@@ -352,26 +332,6 @@ class TermFactors(MmaFactors):
                 k.store_as_is(k.splat(value, WORDS), self.output, base + self.dims * NUMBERS + (p.totals + i))
 
         k.when(self.group.equals(0), write)
-
-    def _write_factors(self, base: Scalar) -> None:
-        """A chunk of each matrix a thread."""
-        k = self.k
-        row, chunk = self.thread.divide_unsigned(ACROSS)
-        column = chunk * NUMBERS
-
-        def read(start: int) -> list[ir.Value]:
-            return [k.load(self.products, row * STRIDE + column + (start + e)) for e in range(NUMBERS)]
-
-        mixed = read(self._mix)
-        self._check(mixed, MIX)
-        written = self._query_terms(mixed)
-        if self.c.has_delta:
-            scaled = [k.mul(value, self._number(RATE, column + e)) for e, value in enumerate(read(0))]
-            solve = [k.select(column + e <= row, value, k.constant(0.0)) for e, value in enumerate(scaled)]
-            self._note_unless(within(k, solve), BAD)
-            written = [*(split_finely if self.plan.terms == 2 else split)(k, solve), *written]
-        for i, term in enumerate(written):
-            k.store_as_is(term, self.output, base + self.thread + i * MATRIX)
 
 
 def _flat(rows: Eights) -> list[ir.Value]:
