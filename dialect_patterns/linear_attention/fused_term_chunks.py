@@ -31,7 +31,7 @@ from .contract import LinearAttention
 from .mma_chunk_operands import CHUNK, SIDE, SUBGROUP, WORDS, stride_unit
 from .operands import Operands, kernel_name
 from .term_chunk_factors import TermFactors
-from .term_chunk_operands import FACTOR_THREADS, plan_for
+from .term_chunk_operands import plan_for
 from .term_chunk_state import TermChunks
 from .term_head_factors import TermHeadFactors
 
@@ -55,8 +55,8 @@ def is_legal(contract: LinearAttention, target: Target) -> Legality:
     need = max(p.memory(c), _factors(c).bytes_of(p))
     if need > target.workgroup_memory:
         return No(f"{need} bytes of the workgroup's memory, more than {target.workgroup_memory}")
-    if max(p.threads, FACTOR_THREADS) > target.max_threads:
-        return No(f"{max(p.threads, FACTOR_THREADS)} threads, more than {target.max_threads}")
+    if max(p.threads, p.factor_threads) > target.max_threads:
+        return No(f"{max(p.threads, p.factor_threads)} threads, more than {target.max_threads}")
     return Yes()
 
 
@@ -75,7 +75,7 @@ def emit_linear_attention_fused_term_chunks(
         name=kernel_name(c, replace(x, tokens=tokens), f"term_{p}"),
         chunk=CHUNK,
         record=p.record * WORDS,
-        factors_group=Group(FACTOR_THREADS, SUBGROUP),
+        factors_group=Group(p.factor_threads, SUBGROUP),
         factors=lambda k, streams, given: _factors(c)(k, c, p, streams, given).emit(),
         group=Group(p.threads, SUBGROUP),
         tiles=c.dv // p.columns,

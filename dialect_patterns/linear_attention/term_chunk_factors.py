@@ -11,6 +11,7 @@ are multiplied with enters the products in two terms of f16, queries of 16 bits 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from iree.compiler import ir
 
@@ -22,6 +23,7 @@ from .mma_chunk_factors import (
     NOTES,
     QUERIES,
     STRIDE,
+    THREADS,
 )
 from .mma_chunk_operands import (
     CHUNK,
@@ -35,9 +37,9 @@ from .mma_chunk_operands import (
     WORDS,
 )
 from .term_chunk_matrices import TermMatrices
-from .term_chunk_operands import FACTOR_THREADS, TermPlan
+from .term_chunk_operands import TermPlan
 
-_SUBGROUPS = FACTOR_THREADS // SUBGROUP
+_PARTS = 4  # of the key dimensions, a subgroup each
 _MOST_GROWTH = 16.0  # of decays in a chunk; keys and queries are as much smaller than f16's largest number
 _LEAST = 2.0**-8  # what the largest key is to be at least, of which 2^-25 may be lost
 _SUMS = SIDE * SIDE  # numbers of a matrix of sums
@@ -61,16 +63,16 @@ class TermFactors(TermMatrices):
     @staticmethod
     def bytes_of(p: TermPlan) -> int:
         """Bytes of the workgroup's memory."""
-        chunks = (4 + p.terms) * SIDE * p.stride_k + 2 * FACTOR_THREADS
-        numbers = 2 * _SUBGROUPS * _SUMS + 2 * CHUNK * STRIDE + VECTORS + NOTES
+        chunks = (4 + p.terms) * SIDE * p.stride_k + 2 * p.factor_threads
+        numbers = 2 * _PARTS * _SUMS + 2 * CHUNK * STRIDE + VECTORS + NOTES
         return 16 * chunks + 4 * numbers
 
     def emit(self) -> None:
         """Emit everything."""
         k, p, item = self.k, self.plan, self.k.item()
         self.tiles = k.shared_chunks((4 + p.terms) * SIDE * p.stride_k)
-        self.totals = k.shared_chunks(2 * FACTOR_THREADS)
-        self.sums = k.shared(2 * _SUBGROUPS * _SUMS)
+        self.totals = k.shared_chunks(2 * p.factor_threads)
+        self.sums = k.shared(2 * _PARTS * _SUMS)
         self.products = k.shared(2 * CHUNK * STRIDE)
         self.vectors = k.shared(VECTORS)
         self.notes = k.shared(NOTES)
@@ -91,8 +93,9 @@ class TermFactors(TermMatrices):
         self.first = self.group * p.tokens
         k.when(self.thread < NOTES, lambda: k.store(k.constant(0.0), self.notes, self.thread))
         k.when(self.thread < CHUNK, lambda: self._gates(self.thread))
-        for i in range(0, CHUNK * STRIDE, FACTOR_THREADS):
-            k.store(k.constant(0.0), self.products, self.thread + (self._mix + i))
+        for i in range(0, CHUNK * STRIDE, p.factor_threads):
+            place = (self.thread + i).minimum(CHUNK * STRIDE - 1)
+            k.store(k.constant(0.0), self.products, place + self._mix)
         tokens = [self.start + self.first + e for e in range(p.tokens)]
         self.keys = [self.o.key_eight(t, self.dims) for t in tokens]
         self.queries = [self.o.query_eight(t, self.dims) for t in tokens]
@@ -255,36 +258,53 @@ class TermFactors(TermMatrices):
             k.when(is_row, put_query)
 
     def _multiply(self) -> None:
-        """The products of rows and columns, this subgroup's part of the key dimensions."""
+        """The products of rows and columns; half the subgroups make those of queries where there are enough."""
         k, p = self.k, self.plan
         subgroup, _ = self.thread.divide_unsigned(SUBGROUP)
+        kind, part = subgroup.divide_unsigned(_PARTS)
+        apart = p.factor_threads // SUBGROUP > _PARTS
+        if self.c.has_delta:
+            keys = partial(self._product, part, 0, 2, 0)
+            if apart:
+                k.when(kind.equals(0), keys)
+            else:
+                keys()
+        queries = partial(self._product, part, 4, p.terms, _PARTS * _SUMS)
+        if apart:
+            k.when(kind.equals(1), queries)
+        else:
+            queries()
+
+    def _product(self, part: Scalar, first: int, terms: int, where: int) -> None:
+        """Rows in so many terms, the ``first``-th tile on, times columns, over a part of the key dimensions."""
+        k, p = self.k, self.plan
         size, stride = SIDE * p.stride_k, p.half_stride(p.stride_k)
-        depths = p.dk // SIDE // _SUBGROUPS
-        start = subgroup * (depths * (SIDE // NUMBERS))
-        kinds = ["key", "query"] if self.c.has_delta else ["query"]
-        for kind in kinds:
-            first, terms = (0, 2) if kind == "key" else (4, p.terms)
-            sums, low = k.matrix_zero(), k.matrix_zero()
-            for depth in range(depths):
-                place = start + depth * (SIDE // NUMBERS)
-                right, rest = (
-                    k.matrix_load("BOp", self.tiles, place + (2 + i) * size, stride, transposed=True) for i in range(2)
-                )
-                left = k.matrix_load("AOp", self.tiles, place + first * size, stride)
-                sums = k.matrix_multiply_add(left, right, sums)
-                if terms == 2:
-                    small = k.matrix_load("AOp", self.tiles, place + (first + 1) * size, stride)
-                    low = k.matrix_multiply_add(left, rest, low)
-                    low = k.matrix_multiply_add(small, right, low)
+        depths = p.dk // SIDE // _PARTS
+        sums, low = k.matrix_zero(), k.matrix_zero()
+        for depth in range(depths):
+            place = (part * depths + depth) * (SIDE // NUMBERS)
+            right, rest = (
+                k.matrix_load("BOp", self.tiles, place + (2 + i) * size, stride, transposed=True) for i in range(2)
+            )
+            left = k.matrix_load("AOp", self.tiles, place + first * size, stride)
+            sums = k.matrix_multiply_add(left, right, sums)
             if terms == 2:
-                sums = k.matrix_add_scaled(sums, low, 1 / LOW)
-            where = subgroup * _SUMS + (0 if kind == "key" else _SUBGROUPS * _SUMS)
-            k.matrix_store(sums, self.sums, where, SIDE)
+                small = k.matrix_load("AOp", self.tiles, place + (first + 1) * size, stride)
+                low = k.matrix_multiply_add(left, rest, low)
+                low = k.matrix_multiply_add(small, right, low)
+        if terms == 2:
+            sums = k.matrix_add_scaled(sums, low, 1 / LOW)
+        k.matrix_store(sums, self.sums, part * _SUMS + where, SIDE)
+
+    def _times(self, left: int, right: int, result: int, *, negative: bool = False) -> None:
+        self.k.when(
+            self.thread < THREADS, lambda: super(TermFactors, self)._times(left, right, result, negative=negative)
+        )
 
     def _scatter(self, width: Scalar) -> None:
         """The sums of tokens of the same block to where they belong."""
         k = self.k
-        each = _SUMS // FACTOR_THREADS
+        each = _SUMS // self.plan.factor_threads
         i, across = self.thread.divide_unsigned(SIDE // each)
         block, inside = i.divide_unsigned(width)
         row = block * (width + width) + width + inside
@@ -294,7 +314,7 @@ class TermFactors(TermMatrices):
             target = row * STRIDE + other * (width + width) + place
 
             def put(at: Scalar = self.thread * each + e, target: Scalar = target) -> None:
-                query = self._total(at + _SUBGROUPS * _SUMS)
+                query = self._total(at + _PARTS * _SUMS)
                 k.store(query, self.products, target + self._mix)
                 if self.c.has_delta:
                     k.store(k.mul(self._number(RATE, row), self._total(at)), self.products, target)
@@ -305,7 +325,7 @@ class TermFactors(TermMatrices):
         """The sum over the subgroups' parts."""
         k = self.k
         total = k.load(self.sums, place)
-        for i in range(1, _SUBGROUPS):
+        for i in range(1, _PARTS):
             total = k.add(total, k.load(self.sums, place + i * _SUMS))
         return total
 

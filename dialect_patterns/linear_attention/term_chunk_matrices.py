@@ -8,7 +8,7 @@ from ..emit.chunk_words import NUMBERS, pack, split
 from ..emit.scalar import Scalar
 from ..emit.simt_kernel import Kernel
 from .contract import LinearAttention
-from .mma_chunk_factors import BAD, MIX, STRIDE, MmaFactors
+from .mma_chunk_factors import BAD, MIX, STRIDE, THREADS, MmaFactors
 from .mma_chunk_operands import ACROSS, MATRIX, RATE, within
 from .term_chunk_operands import TermPlan
 
@@ -41,6 +41,9 @@ class TermMatrices(MmaFactors):
 
     def _write_matrices(self, base: Scalar) -> None:
         """A chunk of each matrix a thread."""
+        self.k.when(self.thread < THREADS, lambda: self._write_chunks(base))
+
+    def _write_chunks(self, base: Scalar) -> None:
         k = self.k
         row, chunk = self.thread.divide_unsigned(ACROSS)
         column = chunk * NUMBERS

@@ -20,10 +20,8 @@ from dataclasses import dataclass
 
 from ..emit.chunk_words import NUMBERS
 from .contract import LinearAttention
+from .mma_chunk_factors import THREADS
 from .mma_chunk_operands import ACROSS, CHUNK, MATRIX, SIDE, VECTORS, WORDS, MmaPlan
-
-FACTOR_THREADS = 128
-"""Threads of the first kernel's workgroup: a chunk of each matrix of factors a thread."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +69,14 @@ class TermPlan(MmaPlan):
         return self.totals + self.dk
 
     @property
+    def factor_threads(self) -> int:
+        """Threads of the first kernel's workgroup; f32 has no memory left for what more of them would tell."""
+        return 2 * self.dk if self.terms == 1 else THREADS
+
+    @property
     def tokens(self) -> int:
         """Neighbouring tokens of a thread of the first kernel, of which it has a chunk of the rows."""
-        return self.tile // FACTOR_THREADS
+        return self.tile // self.factor_threads
 
     @property
     def held(self) -> int:
