@@ -139,12 +139,12 @@ class MmaFactors:
         k = self.k
         k.when(condition, lambda: k.store(k.constant(1.0), self.notes, Scalar.constant(what, "index")))
 
-    def _check(self, values: list[ir.Value], kind: int, most: float = LARGEST, least: float = _LEAST) -> None:
+    def _check(self, values: list[ir.Value], kind: int, most: float = LARGEST) -> None:
         """Note whether values are out of range, and whether any of their kind are not zero, and not small."""
         found = Scalar(magnitude(self.k, values))
         self._note_unless(found <= most, BAD)
         self._note(found > 0.0, kind)
-        self._note(found >= least, kind + 1)
+        self._note(found >= _LEAST, kind + 1)
 
     def _note_unless(self, condition: Scalar, what: int) -> None:
         self._note(condition ^ Scalar.constant(1, "i1"), what)

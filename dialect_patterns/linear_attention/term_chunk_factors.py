@@ -41,7 +41,6 @@ from .term_chunk_operands import TermPlan
 
 _PARTS = 4  # of the key dimensions, a subgroup each
 _MOST_GROWTH = 16.0  # of decays in a chunk; keys and queries are as much smaller than f16's largest number
-_LEAST = 2.0**-8  # what the largest key is to be at least, of which 2^-25 may be lost
 _SUMS = SIDE * SIDE  # numbers of a matrix of sums
 Eights = list[list[ir.Value]]
 """Eight numbers of each of a thread's tokens."""
@@ -103,7 +102,7 @@ class TermFactors(TermMatrices):
         k.barrier()
         for values, kind in ((self.keys, KEYS), (self.queries, QUERIES)):
             numbers = [value for one in values for value in self.o.eight_of(one)]
-            self._check(numbers, kind, LARGEST / _MOST_GROWTH, _LEAST)
+            self._check(numbers, kind, LARGEST / _MOST_GROWTH)
         self._own_products()
         decays = [self._decays(e, stored[e]) for e in range(p.tokens)]
         self._check_growth(decays)
