@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.vulkan, pytest.mark.xdist_group("vulkan")]
 TERMS = LoweringOptions(strategy="fused_term_chunks")
 TARGET = "emulated terms"
 MEMORY = 49_152
-DELTA = Shape("gated_delta", "key", q_heads=2, k_heads=1, kv_heads=1, dk=64, dv=16)
+DELTA = Shape("gated_delta", "key", q_heads=2, k_heads=1, kv_heads=1, dk=128, dv=16)
 F32 = Shape("gated", q_heads=1, k_heads=1, kv_heads=2, dk=64, dv=16)
 KINDS = ((DELTA, np.float16), (F32, np.float32))
 
