@@ -35,6 +35,8 @@ from .simt_join import LOWEST, emit_join
 _MAX_ROWS = 8
 _THREADS = 128
 _AHEAD = 4  # keys whose loads are under way
+_JOINED_BYTES = 1 << 14  # of a workgroup's memory at most, with as few as this beside it
+_SPARE_BYTES = 1 << 10
 
 
 def is_legal(shape: AttentionShape, target: Target) -> Legality:
@@ -75,7 +77,7 @@ def emit_attention_fused_simt(
 
     def parts(kernel: Kernel) -> None:
         given = Scalar.constant(first, "index") if isinstance(first, int) else kernel.number(0)
-        _Parts(kernel, c, lanes, given).emit()
+        _Parts(kernel, c, lanes, given, min(target.workgroup_memory - _SPARE_BYTES, _JOINED_BYTES)).emit()
 
     lead = f"at{first}_" if isinstance(first, int) else ""
     name = f"attention_fused_simt_parts_{lead}{c}_g{target.subgroup_size}"
@@ -93,6 +95,7 @@ class _Parts:
     c: Call
     lanes: int
     first: Scalar
+    memory: int
 
     def emit(self) -> None:
         """Emit everything."""
@@ -111,7 +114,7 @@ class _Parts:
         self.bias = None if c.bias_dims is None else Bias(k, c, sizes, 3, self.head)
         outputs = 3 if self.bias is None else 4
         self.stats = k.buffer(outputs, "f32", count(heads * c.parts * c.rows * 2))
-        self.sums = k.buffer(outputs + 1, "f32", count(heads * c.parts * c.rows * c.dv))
+        self.sums = k.buffer(outputs + 1, "f32", count(heads * c.parts * c.rows * c.dv // WIDTH), WIDTH)
         self.slot, self.lane = k.thread().divide_unsigned(self.lanes)
         self._join(*self._run())
 
@@ -222,10 +225,11 @@ class _Parts:
         return self.k.select(seen, score, self.k.constant(float("-inf")))
 
     def _join(self, most: list[ir.Value], total: list[ir.Value], mixed: list[list[ir.Value]]) -> None:
-        """Join the slots in the workgroup's memory and write the part, one row after the other."""
-        k, c = self.k, self.c
-        threads, slots, lanes = k.group.threads, self.slots, self.lanes
-        scratch, held = k.shared(slots * c.dv), k.shared(2 * slots * c.rows)
+        """Join the slots in the workgroup's memory and write the part, as many rows at once as there is room for."""
+        k, c, slots = self.k, self.c, self.slots
+        vectors = c.dv // WIDTH
+        at_once = max(1, min(c.rows, self.memory // (slots * c.dv * 4)))
+        scratch, held = k.shared_chunks(slots * at_once * vectors), k.shared(2 * slots * c.rows)
 
         def put() -> None:
             for r in range(c.rows):
@@ -234,37 +238,48 @@ class _Parts:
 
         k.when(self.lane.equals(0), put)
         k.barrier()
-        for r in range(c.rows):
-            tops = [k.load(held, Scalar.constant(s * 2 * c.rows + 2 * r, "index")) for s in range(slots)]
-            sums = [k.load(held, Scalar.constant(s * 2 * c.rows + 2 * r + 1, "index")) for s in range(slots)]
-            top = tops[0]
-            for other in tops[1:]:
-                top = k.maximum(top, other)
-            whole = k.constant(0.0)
-            for one, other in zip(sums, tops, strict=True):
-                whole = k.fma(one, k.exp(k.sub(other, top)), whole)
-            own = k.splat(k.exp(k.sub(most[r], top)), WIDTH)
-            for i, value in enumerate(mixed[r]):
-                start = self.slot * c.dv + (self.lane + i * lanes) * WIDTH
-                for e, element in enumerate(k.elements(k.mul(value, own))):
-                    k.store(element, scratch, start + e)
+        for first in range(0, c.rows, at_once):
+            rows = range(first, min(c.rows, first + at_once))
+            row = (self.head * c.parts + self.part) * c.rows + first
+            for r in rows:
+                self._put_row(r, held, row + (r - first), most[r], mixed[r], scratch, (r - first) * slots * vectors)
             k.barrier()
-            row = (self.head * c.parts + self.part) * c.rows + r
-            for start in range(0, c.dv, threads):
-                column = k.thread() + start
+            for start in range(0, len(rows) * vectors, k.group.threads):
+                place = k.thread() + start
 
-                def write(column: Scalar = column, row: Scalar = row) -> None:
-                    value = k.load(scratch, column)
+                def write(place: Scalar = place, row: Scalar = row) -> None:
+                    line, column = place.divide_unsigned(vectors)
+                    at = line * (slots * vectors) + column
+                    value = k.load(scratch, at)
                     for s in range(1, slots):
-                        value = k.add(value, k.load(scratch, column + s * c.dv))
-                    k.store(value, self.sums, row * c.dv + column)
+                        value = k.add(value, k.load(scratch, at + s * vectors))
+                    k.store(value, self.sums, (row + line) * vectors + column)
 
-                k.when(column < c.dv, write)
-
-            def write_stats(row: Scalar = row, top: ir.Value = top, whole: ir.Value = whole) -> None:
-                k.store(top, self.stats, row * 2)
-                k.store(whole, self.stats, row * 2 + 1)
-
-            k.when(k.thread().equals(0), write_stats)
-            if r + 1 < c.rows:
+                k.when(place < len(rows) * vectors, write)
+            if first + at_once < c.rows:
                 k.barrier()
+
+    def _put_row(
+        self, r: int, held: Buffer, row: Scalar, most: ir.Value, mixed: list[ir.Value], scratch: Buffer, at: int
+    ) -> None:
+        """This slot's values of a row over the maximum of all slots; the row's maximum and sum to where they belong."""
+        k, c, slots = self.k, self.c, self.slots
+        tops, sums = (
+            [k.load(held, Scalar.constant(s * 2 * c.rows + 2 * r + i, "index")) for s in range(slots)] for i in range(2)
+        )
+        top = tops[0]
+        for other in tops[1:]:
+            top = k.maximum(top, other)
+        whole = k.constant(0.0)
+        for one, other in zip(sums, tops, strict=True):
+            whole = k.fma(one, k.exp(k.sub(other, top)), whole)
+        own = k.splat(k.exp(k.sub(most, top)), WIDTH)
+        for i, value in enumerate(mixed):
+            start = self.slot * (c.dv // WIDTH) + (self.lane + i * self.lanes) + at
+            k.store_as_is(k.mul(value, own), scratch, start)
+
+        def write_stats() -> None:
+            k.store(top, self.stats, row * 2)
+            k.store(whole, self.stats, row * 2 + 1)
+
+        k.when(k.thread().equals(0), write_stats)

@@ -13,8 +13,8 @@ from .core import AttentionShape, bias_dims
 
 WIDTH = 4
 """Elements of a load."""
-_KEYS = 64  # of the capacity, for each part
-_MAX_PARTS = 64
+_KEYS = 16  # of the capacity, for each part
+_MAX_PARTS = 192
 
 
 @dataclass(frozen=True)
