@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ sys.path.insert(0, str(ROOT))
 MODELS = ROOT.parent / "shared" / "models"
 NO_GPUS = {"VK_DRIVER_FILES": "/nowhere", "VK_ICD_FILENAMES": "/nowhere", "CUDA_VISIBLE_DEVICES": "-1"}
 """Environment in which drivers find no GPU."""
+NAPS = Path(__file__).with_name("lavapipe_naps.c")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -46,18 +48,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         item.add_marker(pytest.mark.skip(reason=reason))
 
 
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Lavapipe's threads that spin as long as a device is open (`runtime/opening.py`) get nothing while others test.
-
-    With both workers of two cores busy that is a sixth of the time. Only root may take such a thread back.
-    """
-    if sys.platform != "linux" or os.geteuid() != 0:
+def pytest_configure() -> None:
+    """What is started from here, xdist's workers among it, does not spin where it uses lavapipe (`NAPS`)."""
+    compiler = shutil.which("cc")
+    if sys.platform != "linux" or compiler is None or "PYTEST_XDIST_WORKER" in os.environ:
         return
-    policy = os.SCHED_OTHER if item.get_closest_marker("vulkan") else os.SCHED_IDLE
-    for thread in map(int, os.listdir("/proc/self/task")):
-        with contextlib.suppress(OSError):  # it has ended
-            if os.getpriority(os.PRIO_PROCESS, thread) > os.getpriority(os.PRIO_PROCESS, os.getpid()):
-                os.sched_setscheduler(thread, policy, os.sched_param(0))
+    library = ROOT / "build" / "lavapipe_naps.so"
+    mine = library.with_suffix(f".{os.getpid()}")  # another run may have the library in use
+    library.parent.mkdir(exist_ok=True)
+    subprocess.run([compiler, "-O2", "-shared", "-fPIC", "-o", mine, NAPS, "-ldl"], check=True)
+    mine.replace(library)
+    os.environ["LD_PRELOAD"] = str(library)
 
 
 @pytest.fixture(scope="session")
