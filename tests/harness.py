@@ -41,9 +41,14 @@ TARGETS = {
     "lavapipe": Target("vulkan", is_gpu=True, subgroup_size=8, max_threads=512, workgroup_memory=32_768),
 }
 TARGETS["cuda"] = resolve_target("cuda", TargetOptions()).capabilities
-DEVICE_ATTRIBUTES = {"lavapipe": vulkan.device_attribute("lavapipe", LAVAPIPE)}
+# What --target vulkan compiles for by itself; "vulkan" above is IREE's own description.
+FLAGS["baseline"], TARGETS["baseline"] = [], TARGETS["vulkan"]
+DEVICE_ATTRIBUTES = {
+    "lavapipe": vulkan.device_attribute("lavapipe", LAVAPIPE),
+    "baseline": vulkan.resolve(TargetOptions()).device_attribute,
+}
 DEFAULTS = LoweringOptions()
-DRIVERS = {"cpu": "cpu", "vulkan": "vulkan", "lavapipe": "vulkan"}
+DRIVERS = {"cpu": "cpu", "vulkan": "vulkan", "lavapipe": "vulkan", "baseline": "vulkan"}
 # CPUs by what --cpu-features names them: vectors of 128 bits (without fused multiply-adds), 256 and 512 bits, and those
 # whose instructions for products of bytes are others. What a kernel does depends on these, not on the machine at hand.
 CPUS = {
@@ -77,9 +82,14 @@ DTYPES = {
 TORCH = {"i64": "si64", "i32": "si32", "i8": "ui8"}
 
 
+def missing_features(target: str) -> frozenset[str]:
+    """What this CPU lacks of what a target's code uses."""
+    return TARGETS[target].features - HOST_RUNS if target in CPUS else frozenset[str]()
+
+
 def skip_unless_it_runs(target: str) -> None:
     """Call between compiling and running: a test for a CPU that has more than this one ends there."""
-    missing = TARGETS[target].features - HOST_RUNS if target in CPUS else frozenset[str]()
+    missing = missing_features(target)
     if missing:
         pytest.skip(f"compiled, not run: this CPU lacks {', '.join(sorted(missing))}")
 
@@ -169,7 +179,7 @@ def lowered(
 ) -> ir.Module:
     """The module after the patterns, still with torch types at its edges."""
     node = node_for(domain, op_type, version, inputs, attributes, num_outputs, used)
-    return lowered_all([node], target, options, context, used)
+    return lowered_all([node], target, options, context)
 
 
 def lowered_all(
@@ -177,7 +187,6 @@ def lowered_all(
     target: str = "cpu",
     options: LoweringOptions = DEFAULTS,
     context: ir.Context | None = None,
-    used: Sequence[bool] | None = None,
 ) -> ir.Module:
     """The same for many operators, each in a function of its own: ``main``, ``main1``, ``main2`` and so on."""
     texts: list[str] = []
@@ -185,8 +194,8 @@ def lowered_all(
         entry = find_op(node.domain, node.op_type, node.version)
         assert entry is not None, f"no pattern for {node.domain}.{node.op_type} {node.version}"
         outputs = list(entry.output_types(entry.parse(node)))
-        if used is not None:
-            outputs = [o if u else None for o, u in zip(outputs, used, strict=True)]
+        if not all(node.used_outputs):
+            outputs = [o if u else None for o, u in zip(outputs, node.used_outputs, strict=True)]
         what = (node.domain, node.op_type, node.version, node.inputs, outputs, node.attributes)
         texts.append(module_text(*what, name=f"main{i or ''}"))
     context = context or ir.Context()
@@ -283,18 +292,13 @@ def run_op(
 
     bfloat16 inputs are ml_dtypes arrays; bfloat16 outputs come back as ml_dtypes too.
     """
-    session = Session()
-    session.set_flags(*FLAGS[target], "--iree-input-type=none")
+    from together import function
+
     specs = [opened(spec(a, open_dims), (open_axes or {}).get(i, ())) for i, a in enumerate(inputs)]
-    module = lowered(
-        domain, op_type, version, specs, attributes or {}, num_outputs, target, options, session.context, used
-    )
-    vmfb = compile_module(module, session, target)
+    node = node_for(domain, op_type, version, specs, attributes or {}, num_outputs, used)
+    main = function(node, target, options)
     skip_unless_it_runs(target)
     config = device_config(target)
-    context = rt.SystemContext(config=config)
-    context.add_vm_module(rt.VmModule.copy_buffer(context.instance, vmfb))
-    function = context.modules.module.main
     arrays = []
     for array in inputs:
         if array is None:
@@ -311,7 +315,7 @@ def run_op(
             arrays.append(rt.DeviceArray(config.device, view, override_dtype=np.dtype(np.uint16)))
         else:
             arrays.append(rt.asdevicearray(config.device, np.asarray(array, order="C")))
-    results = function(*arrays)
+    results = main(*arrays)
     results = results if isinstance(results, tuple | list) else [results]
     host = [_host(config.device, r) for r in results]
     bf16 = [

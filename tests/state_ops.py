@@ -4,27 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import iree.runtime as rt
 import ml_dtypes
 import numpy as np
-from harness import DTYPES, FLAGS, _host, compile_module, device_config, lowered_all, skip_unless_it_runs
-from iree.compiler import ir
-from iree.compiler.api import Session
+from harness import DTYPES, _host, device_config, skip_unless_it_runs
 from linattn.dialect_patterns.node import Node, TensorSpec
 from linattn.dialect_patterns.op import MICROSOFT, LoweringOptions
-from linattn.frontend.targets import vulkan
-from linattn.frontend.targets.base import TargetOptions
+from together import functions
 
 OPEN_AXES = {
     "LinearAttention": ((0, 1), (0, 1), (0, 1), (0,), (0, 1), (0, 1)),
     "CausalConvWithState": ((0, 2), (), (), (0,)),
     "SelectiveScan": ((0, 1), (0, 1), (), (0, 1), (0, 1), (0,)),
 }
-
-VULKAN = vulkan.resolve(TargetOptions()).device_attribute
 
 
 def specs_of(op_type: str, inputs: Sequence[np.ndarray | None], open_dims: bool | str) -> tuple[TensorSpec | None, ...]:
@@ -41,27 +35,6 @@ def specs_of(op_type: str, inputs: Sequence[np.ndarray | None], open_dims: bool 
         )
         for array, axes in zip(inputs, OPEN_AXES[op_type], strict=False)
     )
-
-
-Kind = tuple[tuple[TensorSpec | None, ...], tuple[tuple[str, Any], ...]]
-"""What a node is compiled for: types of its inputs, attributes."""
-
-
-@lru_cache(maxsize=256)
-def compiled(op_type: str, domain: str, kinds: tuple[Kind, ...], target: str, options: LoweringOptions) -> list[Any]:
-    """The loaded functions of some nodes, compiled together."""
-    version = 1 if domain == MICROSOFT else 27
-    nodes = [Node("test", domain, op_type, version, specs, 2, dict(attributes)) for specs, attributes in kinds]
-    session = Session()
-    session.set_flags(*([] if target == "vulkan" else FLAGS[target]), "--iree-input-type=none")
-    module = lowered_all(nodes, target, options, session.context)
-    if target == "vulkan":
-        module.operation.attributes["hal.device.targets"] = ir.Attribute.parse(VULKAN, session.context)
-    vmfb = compile_module(module, session, target)
-    skip_unless_it_runs(target)
-    context = rt.SystemContext(config=device_config(target))
-    context.add_vm_module(rt.VmModule.copy_buffer(context.instance, vmfb))
-    return [context.modules.module[f"main{i or ''}"] for i in range(len(kinds))]
 
 
 @dataclass(frozen=True)
@@ -102,9 +75,15 @@ def run_all(
     options: LoweringOptions = LoweringOptions(),  # noqa: B008
 ) -> list[list[np.ndarray]]:
     """The same for many nodes, compiled together: much cheaper than one by one."""
-    kinds = tuple((specs_of(op_type, c.inputs, open_dims), tuple(sorted(c.attributes.items()))) for c in calls)
-    functions = compiled(op_type, domain, kinds, target, options)
-    return [_call(function, c.inputs, target) for function, c in zip(functions, calls, strict=True)]
+    target = "baseline" if target == "vulkan" else target
+    mains = functions([_node(op_type, domain, call, open_dims) for call in calls], target, options)
+    skip_unless_it_runs(target)
+    return [_call(main, c.inputs, target) for main, c in zip(mains, calls, strict=True)]
+
+
+def _node(op_type: str, domain: str, call: Call, open_dims: bool | str) -> Node:
+    version = 1 if domain == MICROSOFT else 27
+    return Node("test", domain, op_type, version, specs_of(op_type, call.inputs, open_dims), 2, dict(call.attributes))
 
 
 def _call(function: Any, inputs: Sequence[np.ndarray | None], target: str) -> list[np.ndarray]:

@@ -11,29 +11,23 @@ from pathlib import Path
 
 import iree.runtime as rt
 import numpy as np
-import onnx
 import pytest
 from linattn.frontend import CompileOptions, compile_model
 from linattn.runtime import Program, greedy
 
 from samples.tiny_hybrid import build
-from tests.conftest import MODELS, ROOT
+from tests.conftest import ROOT
 
 PROMPT = [72, 101, 108, 108, 111, 33, 10, 72]
 IREE_SOURCE = os.environ.get("IREE_SOURCE", "")
 
 
-@pytest.fixture(scope="module", params=["tiny_hybrid", "genai-fp32-cpu"])
-def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a module of plain functions and the compiler's report, as the sample writes them."""
     folder = tmp_path_factory.mktemp("plain")
     options = CompileOptions(plain_abi=True, max_context=64, prefill_blocks=(8,))
-    if request.param == "tiny_hybrid":
-        source: onnx.ModelProto | Path = build()
-    else:
-        request.getfixturevalue("shared_models")
-        source = MODELS / request.param / "model.onnx"
-    report = compile_model(source, options, output=folder / "model.vmfb").report
+    report = compile_model(build(), options, output=folder / "model.vmfb").report
     (folder / "report.json").write_text(json.dumps(report.to_dict()))
     return folder
 

@@ -10,6 +10,7 @@ import harness
 import iree.runtime as rt
 import ml_dtypes
 import numpy as np
+import together
 from iree.compiler import ir
 from iree.compiler.api import Session
 from iree.compiler.passmanager import PassManager
@@ -69,11 +70,10 @@ def run_open(
 ) -> list[np.ndarray]:
     """One operator with the given axes of its inputs open; outputs of the type of the first input."""
     specs = [None if a is None else open_axes(a, (axes or {}).get(i, ())) for i, a in enumerate(inputs)]
-    session = Session()
-    session.set_flags(*harness.FLAGS[target], "--iree-input-type=none")
-    module = harness.lowered(domain, op_type, version, specs, attributes, num_outputs, target, context=session.context)
-    function = load(harness.compile_module(module, session, target), target)
-    results = function(*[to_device(a, target) for a in inputs if a is not None])
+    node = harness.node_for(domain, op_type, version, specs, attributes, num_outputs)
+    main = together.function(node, target, harness.DEFAULTS)
+    harness.skip_unless_it_runs(target)
+    results = main(*[to_device(a, target) for a in inputs if a is not None])
     return [to_host(r, target, inputs[0].dtype) for r in results]
 
 
