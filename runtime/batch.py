@@ -10,9 +10,10 @@ from numpy.typing import ArrayLike
 
 from .arrays import token_ids
 from .device import HostArray
+from .engine import engine_of
 from .errors import InputError, require_list
 from .rows import Row, check_lengths, gather
-from .session import Session, engine_of
+from .session import Session
 from .snapshot import Snapshot, parts_of
 
 if TYPE_CHECKING:

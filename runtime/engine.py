@@ -12,10 +12,11 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from .device import Device, DeviceArray, HostArray, numpy_dtype
 from .dlpack import borrowed
+from .errors import InputError
 from .manifest import EntryPoint, Manifest
 from .module import Module
 from .result_specs import ResultSpec
@@ -23,6 +24,9 @@ from .state import next_states, state_shape
 from .step import Step, ids_alone, step_shapes
 from .turns import Turns
 from .usage import MemoryUse
+
+if TYPE_CHECKING:
+    from .program import Program
 
 _LARGE_INPUT = 1 << 18  # bytes; above it a copy to the device pays off
 _KEPT_INPUTS = 64
@@ -338,3 +342,11 @@ class Engine:
             self._inputs[key] = self.device.host_buffer(array.shape, dtype)
         self.device.write(self._inputs[key], array)
         return self._inputs[key]
+
+
+def engine_of(program: Program) -> Engine:
+    """What a program and its sessions share; for the files of the runtime, users have no use of it."""
+    engine: Engine | None = getattr(program, "_engine", None)
+    if engine is None:
+        raise InputError("not a program", where="program", got=type(program).__name__, expected="Program.load(...)")
+    return engine

@@ -5,27 +5,23 @@ from __future__ import annotations
 import operator
 import os
 import threading
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, wait
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from . import binding, held
+from . import held
 from .ahead import Ahead
 from .arrays import as_array
-from .collect import Collector, Wanted, find_wanted
+from .calling import Calling
+from .collect import find_wanted
 from .device import DeviceArray, HostArray
-from .engine import Engine
+from .engine import engine_of
 from .errors import InputError, StateError, require, require_list, require_whole
-from .feeds import Call, block_inputs, check_room, prepare
-from .held import Held
-from .holding import Holding
-from .manifest import EntryPoint, StateSpec
+from .manifest import StateSpec
 from .saved import load_states, save_states
 from .snapshot import Snapshot
 from .state import read_state, state_shape, upload_state
-from .step import Step
 from .views import StateViews, find_state
 
 if TYPE_CHECKING:
@@ -34,7 +30,7 @@ if TYPE_CHECKING:
 _Chosen = TypeVar("_Chosen")
 
 
-class Session(Holding):
+class Session(Calling):
     """The states of one sequence, or of B rows of equal length.
 
     A call commits every state or none: when `run` raises, position and states are as they were. A session is for one
@@ -361,175 +357,6 @@ class Session(Holding):
             shape = state_shape(m, spec, now.batch or 1, m.max_context or now.position)
             self._put(now, spec, self._engine.device.zeros(shape, spec.dtype))
 
-    def _run(
-        self, inputs: Mapping[str, Any], wanted: Wanted, pause: Callable[[], None] | None = None
-    ) -> dict[str, Any]:
-        m, now, device = self._manifest, self._line[-1], self._engine.device
-        plain = wanted.is_plain and now.batch is not None and now.mask is None
-        if plain and (ids := self._engine.ids_alone(inputs)) is not None:
-            step = self._engine.step(now.batch or 1, ids.shape[-1] if ids.ndim else 0, last=wanted.last)
-            if step is not None and step.accepts(ids, now.position):
-                return self._step(step, ids, now, step.read)
-        call = prepare(m, device, inputs, now.position, now.batch, now.mask)
-        collector = Collector(m, device, wanted, call.tokens)
-        if call.tokens == 0:
-            return collector.nothing({spec.name: self._no_tokens(spec, call.batch) for spec in m.outputs})
-        check_room(m, now.position, call.tokens)
-        binding.check_indices(m, call.feeds)
-        plan = binding.plan_blocks(m, call.tokens)
-        if now.batch is None:
-            now = held.zeros(m, device, call.batch)
-        lease = now.lease.caches.extend(now.lease, now.position + call.tokens)
-        try:
-            start = Held(now.moving, lease, now.position, call.batch)
-            moving = self._run_blocks(plan, call, start, collector, pause)
-            results = collector.results()
-        except BaseException:
-            lease.release()
-            raise
-        self._commit(Held(moving, lease, now.position + call.tokens, call.batch, call.mask))
-        return results
-
-    def _advance(self, ids: HostArray, choose: Callable[[HostArray], _Chosen]) -> _Chosen:
-        """Appends a token to every row and chooses by its logits, which are not copied; see `advance`."""
-        with self._exclusive():
-            now = self._line[-1]
-            step = self._engine.step(now.batch) if now.batch is not None and now.mask is None else None
-            if step is None or not step.has_room(now.position):
-                names = [spec.name for spec in self._manifest.inputs if spec.role == "tokens"]
-                logits = next(spec.name for spec in self._manifest.outputs if spec.role == "logits")
-                return choose(self._run({names[0]: ids}, Wanted(frozenset([logits]), last=True))[logits])
-            step.check(ids)
-            with self._engine.exclusive():  # until the logits' memory is the next call's
-                return choose(self._step(step, ids, now, step.logits))
-
-    def _append(self, step: Step, token: int, read: Callable[[], _Chosen], draw: bytes | None = None) -> _Chosen | None:
-        """`_step` for one row whose states nobody else holds, so that they are grown in place; else None.
-
-        Nothing is committed before the last line but one, which no signal comes between.
-        """
-        engine, busy = self._engine, self._busy
-        engine.module.check_usable()
-        if not busy.acquire(blocking=False):
-            raise self._in_use()
-        try:
-            self._cancelled = False
-            if self._ahead is not None:
-                self._settle()
-            line, spare = self._line, self._spare
-            now = line[-1]
-            position, lease = now.position, now.lease
-            if now.shared or now.mask is not None or not spare or len(line) > 1 or self._window or self._guard:
-                return None
-            if now.batch != 1 or not step.is_for(token, position):
-                return None
-            caches, is_grown = lease.caches, False
-            with engine.lock:
-                try:
-                    is_grown = caches.grow(lease, position)
-                    if not is_grown:
-                        return None
-                    into = spare.pop()
-                    if step.draws:
-                        step.draw_by(draw)
-                    step.append(token, now, into)
-                    found = read()
-                except BaseException:
-                    if is_grown:
-                        caches.shrink(lease, position)
-                    raise
-            old = now.moving
-            now.moving, now.position = into, position + 1
-            spare.append(old)
-            return found
-        finally:
-            busy.release()
-
-    def _follow(self, ids: HostArray, more: bool, draw: bytes | None, later: bytes | None) -> HostArray | None:
-        """Appends a token to every row and returns the next ones, which the module chooses; see `follow`."""
-        with self._exclusive(keep_ahead=True):
-            now, ahead = self._line[-1], self._ahead
-            if ahead is not None and not ahead.is_next(now, ids, draw):
-                self._settle()
-                ahead = None
-            step = ahead.step if ahead is not None else self._chooser(now, draw)
-            if step is None:
-                return None
-            try:
-                if not step.has_room(now.position):
-                    return None
-                step.check(ids)
-                if not self._engine.device.has_queue:
-                    step.draw_by(draw)
-                    return self._step(step, ids, now, lambda _: step.chosen())
-            finally:
-                if ahead is None:
-                    self._engine.give_back(now.batch or 1, step)
-            self._ahead = None
-            first = ahead if ahead is not None else self._submit(now, ids, draw)
-            following = None
-            try:
-                if more and step.has_room(first.held.position):
-                    following = self._submit(first.held, first.step, later)
-                first.wait()
-                tokens = first.step.chosen()
-            except BaseException:
-                self._abandon(*([first] if following is None else [first, following]))
-                raise
-            self._commit(first.held)
-            if following is None:
-                self._engine.give_back(now.batch or 1, first.step)
-            else:
-                following.ids = tokens
-            if first.source is not None:
-                self._engine.give_back(now.batch or 1, first.source)
-            self._ahead = following
-            return tokens
-
-    def _step(self, step: Step, ids: HostArray, now: Held, read: Callable[[Sequence[DeviceArray]], _Chosen]) -> _Chosen:
-        """What `_run` does, for tokens that all is prepared for."""
-        end = now.position + step.tokens
-        lease = now.lease.caches.extend(now.lease, end)
-        try:
-            with self._engine.exclusive():
-                into = self._spare.pop() if self._spare else None
-                outputs, moving = step.call(ids, Held(now.moving, lease, now.position, now.batch), into)
-                found = read(outputs)
-        except BaseException:
-            lease.release()
-            raise
-        self._commit(Held(moving, lease, end, now.batch))
-        return found
-
-    def _run_blocks(
-        self,
-        plan: list[tuple[EntryPoint, int]],
-        call: Call,
-        now: Held,
-        collector: Collector,
-        pause: Callable[[], None] | None,
-    ) -> list[DeviceArray]:
-        """The new moving states; the collector has the outputs."""
-        start, outputs, states = 0, list[DeviceArray](), now.arrays(self._manifest)
-        for entry, size in plan:
-            if start and pause is not None:
-                pause()
-            if self._cancelled:
-                raise StateError("cancelled", hint="the session is as before the call")
-            outputs = []  # lets go of the block before, which may be large
-            block = block_inputs(self._manifest, call.feeds, now.position, start, size)
-            placed = call.placed_block(self._manifest, self._engine.device, block, start, size)
-            with self._engine.exclusive():
-                into = self._take_spare()
-                last = not collector.needs_all_logits
-                outputs, following = self._engine.call(entry, placed, states, now.position + start, last, into)
-                collector.take(outputs, size)
-            start += size
-            if start > size:
-                self._keep_memory(self._moving(states))
-            states = following
-        return self._compact(self._moving(states), outputs)
-
     def _check_rows(self, indices: Sequence[int]) -> list[int]:
         require_list(indices, "indices", "a list of rows")
         for row in indices:
@@ -539,103 +366,3 @@ class Session(Holding):
         if wrong:
             raise InputError("no such row", where="indices", got=wrong[0], expected=f"0 to {batch - 1}")
         return rows
-
-    def _in_use(self) -> StateError:
-        return StateError("the session is in use by another thread", hint="use one session per thread")
-
-    @contextmanager
-    def _exclusive(self, keep_ahead: bool = False) -> Generator[None]:
-        self._engine.check_usable()
-        if not self._busy.acquire(blocking=False):
-            raise self._in_use()
-        try:
-            self._cancelled = False
-            if not keep_ahead and self._ahead is not None:
-                self._settle()
-            yield
-        finally:
-            self._busy.release()
-
-
-def engine_of(program: Program) -> Engine:
-    """What a program and its sessions share; for the files of the runtime, users have no use of it."""
-    engine: Engine | None = getattr(program, "_engine", None)
-    if engine is None:
-        raise InputError("not a program", where="program", got=type(program).__name__, expected="Program.load(...)")
-    return engine
-
-
-def advance(session: Session, ids: HostArray, choose: Callable[[HostArray], _Chosen]) -> _Chosen:
-    """A step of a generation: appends a token to every row, and what comes next is chosen by the logits.
-
-    Args:
-        session: Of a model with one input of token ids and one output of logits.
-        ids: [B, 1], of the input's dtype.
-        choose: Given the logits, [B, 1, V], which it must not keep. Should it fail, the tokens are there all the same.
-
-    Raises:
-        InputError: An index outside the model's tables.
-        StateError: The context is full.
-        TargetError: The call failed on the device.
-    """
-    return session._advance(ids, choose)  # pyright: ignore[reportPrivateUsage]
-
-
-def row_follower(session: Session, settings: Callable[[], bytes] | None) -> Callable[[int], int | None] | None:
-    """`follow` for the one row of a session that holds its states alone, on a device without a queue.
-
-    Args:
-        session: As of `follow`.
-        settings: Says how each token is drawn; None: each is the one with the largest logit.
-
-    Returns:
-        A function that is given a token and gives the next one, or what `follow` has for none; None: `follow` does it.
-        None where it always does.
-    """
-    step = engine_of(session.program).row_chooser(settings is not None)
-    if step is None:
-        return None
-    append, read = session._append, step.token  # pyright: ignore[reportPrivateUsage]
-    if settings is None:
-        return lambda token: append(step, token, read)
-    return lambda token: append(step, token, read, settings())
-
-
-def follow(
-    session: Session, ids: HostArray, more: bool, draw: bytes | None = None, later: bytes | None = None
-) -> HostArray | None:
-    """A step of a generation whose tokens the module chooses.
-
-    Args:
-        session: Of a model with one input of token ids and one output of logits.
-        ids: [B, 1], of the input's dtype: what is appended to each row.
-        more: Another such step is wanted: on a device with a queue it is submitted before this one is done, and
-            forgotten where something else comes (`settle`, or whatever the session is asked for).
-        draw: How tokens are drawn, 8 f32 for all rows or for each; None: each is the one with the largest logit.
-        later: How those of the step behind it will be.
-
-    Returns:
-        The next tokens, [B, 1], -1 where the logits are NaN, -2 where none is finite. None where the module does not
-        choose so, or there is no room: `advance` does it or says why not.
-
-    Raises:
-        InputError: An index outside the model's tables.
-        TargetError: The call failed on the device.
-    """
-    return session._follow(ids, more, draw, later)  # pyright: ignore[reportPrivateUsage]
-
-
-def settle(session: Session) -> None:
-    """Waits for what `follow` has submitted ahead; the session holds what it has committed."""
-    session._settle()  # pyright: ignore[reportPrivateUsage]
-
-
-@contextmanager
-def keep_one_call(session: Session) -> Generator[None]:
-    """Within it the session's last call can be taken back, whatever its window."""
-    window = session._window  # pyright: ignore[reportPrivateUsage]
-    session._window = max(window, 1)  # pyright: ignore[reportPrivateUsage]
-    try:
-        yield
-    finally:
-        session._window = window  # pyright: ignore[reportPrivateUsage]

@@ -12,6 +12,7 @@ import numpy as np
 from linattn.runtime.binding import Sizes
 from linattn.runtime.device import HostArray, numpy_dtype
 from linattn.runtime.drivers import has_worker_threads
+from linattn.runtime.engine import engine_of
 from linattn.runtime.errors import InputError
 from linattn.runtime.feeds import block_inputs, complete_inputs
 from linattn.runtime.generation.feeding import token_input
@@ -20,7 +21,6 @@ from linattn.runtime.loading import read_manifest
 from linattn.runtime.manifest import EntryPoint, Manifest, OutputSpec
 from linattn.runtime.module import Module
 from linattn.runtime.program import Program
-from linattn.runtime.session import engine_of
 from linattn.runtime.state import state_shape, zero_states
 
 from .device_times import cuda_kernels

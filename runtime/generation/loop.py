@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from ..calling import advance, follow, row_follower, settle
 from ..device import HostArray
+from ..engine import engine_of
 from ..errors import InputError, require, require_list, require_whole
 from ..program import Program
-from ..session import Session, advance, engine_of, follow, row_follower, settle
+from ..session import Session
 from .feeding import Embed, Feeder, prompt_ids
 from .sampling import Sampler, Sampling, index_of_largest, nan_logits
 from .speculative import Draft, Speculation, block_of, drafted_by

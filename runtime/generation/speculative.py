@@ -14,11 +14,12 @@ from itertools import islice
 
 import numpy as np
 
+from ..calling import keep_one_call
 from ..device import HostArray
 from ..errors import InputError, LinattnError, StateError
 from ..manifest import Manifest
 from ..program import Program
-from ..session import Session, keep_one_call
+from ..session import Session
 from .sampling import Sampler
 
 Draft = Callable[[Sequence[int], int], Sequence[int]]

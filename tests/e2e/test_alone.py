@@ -17,9 +17,9 @@ from linattn.frontend.options import CompiledModel
 from linattn.runtime import Program
 from linattn.runtime.bench.cases import AttentionCase
 from linattn.runtime.bench.op_models import MICROSOFT, build_op
+from linattn.runtime.engine import engine_of
 from linattn.runtime.manifest import DISPATCHES_KEY, Manifest
 from linattn.runtime.module import Module
-from linattn.runtime.session import engine_of
 
 from samples.tiny_hybrid import build
 from tests.tolerances import BENIGN, error

@@ -20,15 +20,15 @@ from linattn.runtime import (
     Session,
     StateError,
     TargetError,
+    calling,
     generate,
     greedy,
     greedy_rows,
 )
-from linattn.runtime import session as session_module
+from linattn.runtime.engine import engine_of
 from linattn.runtime.generation.loop import chosen_where
 from linattn.runtime.generation.sampling import Sampler
 from linattn.runtime.held import Caches
-from linattn.runtime.session import engine_of
 from linattn.runtime.step import Step
 
 from samples.tiny_hybrid import build
@@ -297,13 +297,13 @@ def test_generation_takes_prepared_steps_alone(target: str, monkeypatch: pytest.
         logits = session.run({"input_ids": feed, "position_ids": session.position + np.arange(feed.shape[1])[None]})
         feed = logits["logits"][:, -1].argmax(-1)[:, None]
         want.append(int(feed[0, 0]))
-    right, calls = session_module.prepare, list[int]()
+    right, calls = calling.prepare, list[int]()
 
     def counted(*args: Any) -> Any:
         calls.append(1)
         return right(*args)
 
-    monkeypatch.setattr(session_module, "prepare", counted)
+    monkeypatch.setattr(calling, "prepare", counted)
     for loop in (
         lambda ids: list(greedy(program(target).session(), ids, 12)),
         lambda ids: [token for (token,) in greedy_rows(program(target).session(), ids, 12)],
@@ -345,7 +345,7 @@ def test_tokens_that_the_module_chooses(target: str, monkeypatch: pytest.MonkeyP
         return submit(self, base, ids, draw)
 
     monkeypatch.setattr(Session, "_submit", counted)
-    monkeypatch.setattr(session_module, "prepare", right := Counted(session_module.prepare))
+    monkeypatch.setattr(calling, "prepare", right := Counted(calling.prepare))
     assert list(greedy(session, IDS[:, :9], 60)) == want
     assert right.calls == 1
     assert ahead == ([False] + [True] * 58 if program(target).device.has_queue else [])

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from linattn.runtime import InputError, Session, StateError
-from linattn.runtime.session import engine_of
+from linattn.runtime.engine import engine_of
 
 from tests.e2e.test_steps import IDS, general, program
 
