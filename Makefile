@@ -41,7 +41,7 @@ aarch64: $(STAMP)  ## an AArch64 Python in build/ for the test that emulates one
 
 bench-readme: $(STAMP)  ## the benchmark models on this machine's CPU and GPUs, and the tables of README and docs: half an hour, idle
 	$(BIN)/python docs/speeds.py --measure build/bench
-	$(BIN)/python docs/small_tables.py build/bench
+	$(BIN)/python docs/small_tables.py
 
 dist: $(STAMP)  ## wheel and sdist in dist/, the wheel tried in a new environment of each Python there is (PYTHONS="python3")
 	rm -rf dist

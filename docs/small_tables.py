@@ -1,6 +1,7 @@
-"""The measured tables of docs/state.md and docs/explanation/sampling.md: `make bench-readme` makes them.
+"""Measured tables of docs/: states, draws, operators on this machine's CPU; `make bench-readme` makes them.
 
-    python docs/small_tables.py build/bench    # ten seconds of an idle machine, and some more to compile
+    python docs/small_tables.py                     # a minute of an idle machine, and some more to compile
+    python docs/small_tables.py states operators    # these only
 
 Each stands between marks in its page, below a line that says when, of what commit and on what machine it was made. None
 is made of code that is not committed, nor while other processes take the processor: it is tried a few times.
@@ -8,6 +9,7 @@ is made of code that is not committed, nor while other processes take the proces
 
 from __future__ import annotations
 
+import json
 import re
 import statistics
 import subprocess
@@ -23,7 +25,17 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 STATES, DRAWS = ROOT / "docs" / "state.md", ROOT / "docs" / "explanation" / "sampling.md"
+BENCHMARKS = ROOT / "docs" / "benchmarks.md"
+BUILD = ROOT / "build" / "bench"
 SIZES = 32_000, 248_320
+OPERATORS = (
+    ("LinearAttention, 16 heads", "--heads 16 --tokens 1,16,64,1024"),
+    ("LinearAttention, 32 heads", "--heads 32 --tokens 1"),
+    ("LinearAttention, 16 heads, f16 with a state of f32", "--heads 16 --tokens 1024 --dtype f16 --state-dtype f32"),
+    ("LinearAttention of `ai.onnx` 27, 16 heads", "--heads 16 --tokens 512 --peers onnxruntime-std"),
+    ("CausalConvWithState, 6144 channels of 4 taps", "--op causal_conv --tokens 1,512"),
+)
+"""What `linattn-bench op` is asked for, and how the table calls it."""
 CALLS = 30
 TURNS = 4
 """Until nothing else took the processor."""
@@ -116,6 +128,36 @@ def _time(call: Callable[..., object], *inputs: object) -> float:
     return statistics.median(times) * 1e6
 
 
+def measure_operators() -> list[tuple[str, float, float]] | str:
+    """Case, median seconds of a call of ours and of ONNX Runtime's; or why there is no table."""
+    found: list[tuple[str, float, float]] = []
+    for name, options in OPERATORS:
+        command = [sys.executable, "-m", "linattn", "bench", "op", *options.split(), "--targets", "cpu"]
+        command += ["--rounds", "3", "--seconds", "0.5", "--no-ceilings", "--quiet", "--json", "-"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            return done.stderr.strip()
+        rows = json.loads(done.stdout)["rows"]
+        if any(row["load"]["spoiled"] for row in rows):
+            return f"others took {max(row['load']['cores_of_others'] or 0 for row in rows)} cores"
+        for tokens in dict.fromkeys(row["tokens"] for row in rows):
+            ours, peer = (
+                next(row["call"]["median"] for row in rows if row["tokens"] == tokens and row["kind"] == kind)
+                for kind in ("linattn", "onnxruntime")
+            )
+            found.append((f"{name}, T={tokens}", ours, peer))
+    return found
+
+
+def operators_table(rows: Sequence[tuple[str, float, float]]) -> str:
+    """The rows as Markdown."""
+    from linattn.runtime.bench.table import time_text
+
+    lines = ["| case | linattn | ONNX Runtime | |", "|---|---|---|---|"]
+    lines += [f"| {name} | {time_text(ours)} | {time_text(peer)} | {peer / ours:.2f}x |" for name, ours, peer in rows]
+    return "\n".join(lines) + "\n"
+
+
 def put(page: Path, name: str, text: str) -> None:
     """Puts a text between a page's marks of a name."""
     between = re.compile(rf"(?<=<!-- {name} -->\n).*?(?=<!-- /{name} -->)", re.S)
@@ -125,35 +167,50 @@ def put(page: Path, name: str, text: str) -> None:
     page.write_text(changed)
 
 
+def undisturbed(measure: Callable[[], Any]) -> Any:
+    """What is measured while nothing else takes the processor; a text that says why not."""
+    from linattn.runtime.bench.load import Watch
+
+    why = ""
+    for _ in range(TURNS):
+        watch = Watch()
+        with watch.watching():
+            found = measure()
+        if not watch.summary()["spoiled"]:
+            return found
+        why = f"others took {watch.summary()['cores_of_others']} cores, {TURNS} times"
+    return why
+
+
 def main() -> None:
-    """Measures both and writes them."""
+    """Measures what is asked for, or all, and writes it."""
     sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
     from linattn.runtime.bench import machine
-    from linattn.runtime.bench.load import Watch
     from linattn.runtime.bench.state_bench import measure_states
     from speeds import cpu_name
 
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "build/bench")
     commit = machine.commit()
     if commit is None or "-dirty" in commit:
         sys.exit(f"commit {commit}: the code that was measured is not committed")
     about = machine.describe_machine()
     where = f"{about['cores']} cores of {cpu_name(about['cpu'])}"
     made = f"Made on {datetime.now(UTC):%Y-%m-%d} at `{commit}` on {where}:\n\n"
-    module = sample(folder)
-    for page, name, measure, table in (
-        (STATES, "states", lambda: measure_states(module, None, 200, 50, 16), states_table),
-        (DRAWS, "draws", measure_draws, draws_table),
-    ):
-        for _ in range(TURNS):
-            watch = Watch()
-            with watch.watching():
-                found = measure()
-            if not watch.summary()["spoiled"]:
-                put(page, name, made + table(found))
-                break
-        else:
-            print(f"no table of {name}: others took {watch.summary()['cores_of_others']} cores, {TURNS} times")
+    asked = sys.argv[1:] or ["states", "draws", "operators"]
+    if "states" in asked:
+        module = sample(BUILD)
+        write(STATES, "states", undisturbed(lambda: measure_states(module, None, 200, 50, 16)), made, states_table)
+    if "draws" in asked:
+        write(DRAWS, "draws", undisturbed(measure_draws), made, draws_table)
+    if "operators" in asked:  # linattn-bench looks for others by itself
+        write(BENCHMARKS, "operators", measure_operators(), made, operators_table)
+
+
+def write(page: Path, name: str, found: Any, made: str, table: Callable[[Any], str]) -> None:
+    """Puts what was measured into a page, or says why there is nothing."""
+    if isinstance(found, str):
+        print(f"no table of {name}: {found}")
+    else:
+        put(page, name, made + table(found))
 
 
 if __name__ == "__main__":
