@@ -4,8 +4,10 @@ A table is measured if its cells have figures with a unit of time, memory or spe
 stands in a section that says at which commit, when and on what machine its figures were made; what has changed since in
 the code is counted here.
 `--check` ends with 1 where a table does not say that, names a commit that is not in this one's history, or is older by
-more commits of the code than `OLDEST`: such a table is measured again, or goes. Sizes of other people's packages,
-which README's Install has, are checked where they are installed (tests/docs/from_nothing.py).
+more commits of the code than `OLDEST`: such a table is measured again, or goes. Of a section the newest commit counts
+(it may compare that with older ones), of tables that are made between marks every one. What a section does not say, the
+one above it does. Sizes of other people's packages, which README's Install has, are checked where they are installed
+(tests/docs/from_nothing.py).
 """
 
 from __future__ import annotations
@@ -22,12 +24,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = ("frontend", "dialect_patterns", "runtime/*.py", "runtime/generation", "runtime/text")
-OLDEST = 300
+OLDEST = 100
 """Some two days of work on the code."""
 OF_OTHERS = ("README.md", "Install")
 _FIGURE = re.compile(r"\d (?:us|ms|s|KB|MB|GB)\b|\d/s\b|\d{3} / \d|\d / \d+\.\d|\d,\d{3} \(\d")
 _UNIT = re.compile(r"(?:^|[ |,])(?:us|ms|tokens/s|[GT]B/s|[GT]FLOP/s)(?: |,|$)")
 _COMMIT = re.compile(r"(?<=`)[0-9a-f]{7}(?=[`:])|\b(?=[a-f]*\d)(?=\d*[a-f])[0-9a-f]{7}\b")
+_MADE = re.compile(r"(?s)<!-- (\w+) -->\n.*?<!-- /\1 -->")
 _DAY = re.compile(r"\b\d{4}-\d\d-\d\d\b|\b[A-Z][a-z]+ 20\d\d\b")
 _MACHINE = re.compile(r"H100|H200|Xeon|Sapphire Rapids|Zen \d|EPYC|sm_\d+")
 _FENCE = re.compile(r"^```.*?^```$", re.M | re.S)
@@ -40,39 +43,49 @@ class Measured:
     Attributes:
         page: The file, relative to the repository.
         heading: Of the section.
-        text: All of it.
+        text: Of it, without the sections below it.
+        above: Of the section above.
     """
 
     page: str
     heading: str
     text: str
+    above: str = ""
 
     @property
     def commits(self) -> list[str]:
-        """Those that it names."""
-        return list(dict.fromkeys(_COMMIT.findall(self.text)))
+        """Those that it names, or the section above."""
+        return list(dict.fromkeys(_COMMIT.findall(self.text) or _COMMIT.findall(self.above)))
+
+    @property
+    def made(self) -> list[str]:
+        """Those in its tables between marks."""
+        return list(dict.fromkeys(_COMMIT.findall("".join(match[0] for match in _MADE.finditer(self.text)))))
 
     @property
     def lacks(self) -> list[str]:
         """What it should say of its figures and does not."""
-        found = {"commit": self.commits, "day": _DAY.search(self.text), "machine": _MACHINE.search(self.text)}
+        text = self.text + self.above
+        found = {"commit": self.commits, "day": _DAY.search(text), "machine": _MACHINE.search(text)}
         return [name for name, there in found.items() if not there]
 
 
 def measured(page: str, text: str) -> Iterator[Measured]:
-    """The sections of a page with measured tables; one below another of its heading's kind has its own figures.
+    """The sections of a page with measured tables.
 
     Args:
         page: The file's name.
         text: What is in it.
     """
-    parts = re.split(r"^(#{1,2} .+)$", _FENCE.sub("", text), flags=re.M)
+    parts = re.split(r"^(#{1,3} .+)$", _FENCE.sub("", text), flags=re.M)
+    above = ""
     for heading, body in zip(["", *parts[1::2]], parts[::2], strict=True):
         lines = body.splitlines()
         heads = [line for line, rule in itertools.pairwise(lines) if rule.startswith("|---")]
         rows = [line for line in lines if line.startswith("|")]
         if any(map(_FIGURE.search, rows)) or any(map(_UNIT.search, heads)):
-            yield Measured(page, heading.lstrip("# "), body)
+            yield Measured(page, heading.lstrip("# "), body, above if heading.startswith("###") else "")
+        above = above if heading.startswith("###") else body
 
 
 def commits_since(commit: str) -> int | None:
@@ -104,7 +117,9 @@ def faults(section: Measured) -> list[str]:
     lacks = [f"does not say its {name}" for name in section.lacks]
     counts = {commit: commits_since(commit) for commit in section.commits}
     unknown = [f"{commit} is not in the history" for commit, count in counts.items() if count is None]
-    old = [f"{n} commits of the code since {commit}" for commit, n in counts.items() if n is not None and n > OLDEST]
+    known = sorted((n, commit) for commit, n in counts.items() if n is not None)
+    judged = [(n, commit) for n, commit in known if commit in section.made] + known[:1]
+    old = [f"{n} commits of the code since {commit}" for n, commit in dict.fromkeys(judged) if n > OLDEST]
     return [f"{section.page}: {section.heading}: {fault}" for fault in (*lacks, *unknown, *old)]
 
 

@@ -39,6 +39,19 @@ def test_what_is_too_old_or_unknown_is_found(monkeypatch: pytest.MonkeyPatch) ->
     assert ages.faults(section) == ["page.md: Speed: abc1234 is not in the history"]
 
 
+def test_the_newest_commit_of_a_section_counts_and_each_of_a_table_that_is_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Sections compare with what was before; rows of several machines are each as old as they are."""
+    counts = {"abc1234": 1, "abc1235": ages.OLDEST + 1}
+    monkeypatch.setattr(ages, "commits_since", counts.__getitem__)
+    text = TABLE.replace("3.1 ms |", "3.1 ms, abc1234 |\n| b | 4 ms, abc1235 |")
+    (section,) = ages.measured("page.md", text)
+    assert ages.faults(section) == []
+    (section,) = ages.measured("page.md", text.replace("| a", "<!-- rows -->\n| a", 1) + "<!-- /rows -->\n")
+    assert ages.faults(section) == [f"page.md: Speed: {ages.OLDEST + 1} commits of the code since abc1235"]
+
+
 def test_a_commit_of_another_branch_is_not_in_the_history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It may lie in the checkout where it was made, and nowhere else."""
     monkeypatch.setattr(ages, "ROOT", tmp_path)
