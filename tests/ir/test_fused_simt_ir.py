@@ -23,6 +23,7 @@ from linattn.dialect_patterns.linear_attention.fused_mma_chunks import is_legal 
 from linattn.dialect_patterns.linear_attention.fused_simt import is_legal
 from linattn.dialect_patterns.linear_attention.fused_simt_chunks import is_legal as chunks_are_legal
 from linattn.dialect_patterns.linear_attention.fused_simt_plan import plan_for
+from linattn.dialect_patterns.linear_attention.fused_warp_chunks import plan_for as warp_plan_for
 from linattn.dialect_patterns.linear_attention.mma_crossover import FASTER_FROM, least_tokens
 from linattn.dialect_patterns.linear_attention.op import choose
 from linattn.dialect_patterns.node import Node
@@ -98,6 +99,17 @@ def test_two_dispatches_for_many_tokens(open_dims: bool) -> None:
     assert ops["flow.dispatch"] == ops["hal.executable.source"] == 2
     assert ops["linalg.generic"] == 0
     assert "_factors" in str(module)
+
+
+@pytest.mark.parametrize(
+    ("heads", "dk", "groups", "parts"),
+    [(4, 128, 2, 4), (16, 128, 2, 4), (32, 128, 4, 4), (64, 128, 4, 2), (64, 256, 2, 2)],
+)
+def test_warps_of_a_workgroup(heads: int, dk: int, groups: int, parts: int) -> None:
+    """As was measured to be fastest; all of it in the memory that there is."""
+    p = warp_plan_for(contract_of(Shape(q_heads=heads, k_heads=heads, kv_heads=heads, dk=dk, dv=128), 64, np.float16))
+    assert (p.groups, p.parts) == (groups, parts)
+    assert p.all_memory <= 98_304
 
 
 @pytest.mark.parametrize(
