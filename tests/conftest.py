@@ -20,7 +20,7 @@ NAPS = Path(__file__).with_name("lavapipe_naps.c")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--fuzz-seconds", type=float, default=4.0, help="how long each fuzzer of tests/fuzz runs")
+    parser.addoption("--fuzz-seconds", type=float, default=2.0, help="how long each fuzzer of tests/fuzz runs")
     parser.addoption("--fuzz-seed", type=int, default=0, help="the seed of its cases")
 
 

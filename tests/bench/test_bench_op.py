@@ -159,12 +159,17 @@ def test_work_of_others_is_seen() -> None:
 
 @pytest.mark.vulkan
 def test_a_driver_in_software_is_no_gpu(bench: Bench, tmp_path: Path) -> None:
-    arguments = ("--heads", "1", "--dim", "8", "--tokens", "2", "--targets", "vulkan", "--peers", "none")
-    _, out, _ = bench(*SMALL[:1], *arguments, *QUICK, "--json", tmp_path / "o.json")
-    device = json.loads((tmp_path / "o.json").read_text())["devices"]["vulkan"]
+    """And its kernels' times are by its own clock."""
+    arguments = ("--heads", "1", "--dim", "8", "--tokens", "2", "--targets", "vulkan", "--strategies", "recurrent")
+    status, out, _ = bench("op", *arguments, *QUICK, "--peers", "none", "--json", tmp_path / "o.json")
+    assert status == 0
+    result = json.loads((tmp_path / "o.json").read_text())
+    device, (row,) = result["devices"]["vulkan"], result["rows"]
     assert device["software"] == ("llvmpipe" in device["name"])
     assert ("is a driver in software and no GPU" in out) == device["software"]
-    assert ("vulkan:default (on the CPU)" in out) == device["software"]
+    assert ("vulkan:recurrent (on the CPU)" in out) == device["software"]
+    assert row["kernel"]["method"] == "device clock, median"
+    assert row["kernel"]["seconds"] > 0
 
 
 def test_nothing_measured(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,17 +177,6 @@ def test_nothing_measured(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None
     status, _, err = bench(*SMALL, "--tokens", "2", "--targets", "cuda", "--peers", "none", "--quiet")
     assert status == 2
     assert err == "linattn-bench: error: nothing of linattn could be measured; cuda: no driver\n"
-
-
-@pytest.mark.vulkan
-def test_vulkan_kernel_time_by_its_clock(bench: Bench, tmp_path: Path) -> None:
-    file = tmp_path / "o.json"
-    arguments = ("--heads", "1", "--dim", "8", "--tokens", "2", "--targets", "vulkan", "--strategies", "recurrent")
-    status, _, _ = bench("op", *arguments, *QUICK, "--peers", "none", "--json", file)
-    row = json.loads(file.read_text())["rows"][0]
-    assert status == 0
-    assert row["kernel"]["method"] == "device clock, median"
-    assert row["kernel"]["seconds"] > 0
 
 
 def test_kernel_time_from_a_chain(monkeypatch: pytest.MonkeyPatch) -> None:
