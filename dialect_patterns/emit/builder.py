@@ -166,18 +166,18 @@ class Builder:
         return ir.AffineMap.get(len(order), 0, exprs)
 
     def _generic(
-        self, terms: Sequence[str], out: str, order: str, inputs: Sequence[ir.Value], init: ir.Value
+        self, terms: Sequence[str], out: str, order: str, inputs: Sequence[ir.Value], *inits: ir.Value
     ) -> tuple[linalg.GenericOp, ir.Block]:
-        maps = [self._affine(term, order) for term in (*terms, out)]
+        maps = [self._affine(term, order) for term in (*terms, *(out for _ in inits))]
         kinds = ["parallel" if letter in out else "reduction" for letter in order]
         op = linalg.GenericOp(
-            [init.type],
+            [init.type for init in inits],
             list(inputs),
-            [init],
+            list(inits),
             ir.ArrayAttr.get([ir.AffineMapAttr.get(m) for m in maps]),
             ir.ArrayAttr.get([ir.Attribute.parse(f"#linalg.iterator_type<{kind}>") for kind in kinds]),
         )
-        arguments = [ir.RankedTensorType(v.type).element_type for v in (*inputs, init)]
+        arguments = [ir.RankedTensorType(v.type).element_type for v in (*inputs, *inits)]
         location = ir.Location.current
         block = ir.Block.create_at_start(op.regions[0], arguments, [location] * len(arguments))
         return op, block
@@ -199,15 +199,29 @@ class Builder:
             dtype: Element type of the result.
             sizes: Sizes of letters that no input has.
         """
+        found = self.map_several(
+            equation, lambda *elements: [cast(Any, fn)(*elements)], *inputs, dtypes=[dtype or spec_of(inputs[0]).dtype],
+            sizes=sizes,
+        )  # fmt: skip
+        return found[0]
+
+    def map_several(
+        self,
+        equation: str,
+        fn: Callable[..., Sequence[Scalar]],
+        *inputs: ir.Value,
+        dtypes: Sequence[str],
+        sizes: dict[str, Size] | None = None,
+    ) -> list[ir.Value]:
+        """:meth:`map` with several results of one shape, in one loop: IREE makes a kernel of each loop."""
         terms, out, letters = self._letters(equation, inputs)
         letters.update(sizes or {})
-        dtype = dtype or spec_of(inputs[0]).dtype
-        init = self.empty([letters[letter] for letter in out], dtype)
-        op, block = self._generic(terms, out, out, inputs, init)
+        inits = [self.empty([letters[letter] for letter in out], dtype) for dtype in dtypes]
+        op, block = self._generic(terms, out, out, inputs, *inits)
         with ir.InsertionPoint(block):
-            result = cast(Any, fn)(*[Scalar(block.arguments[i]) for i in range(len(inputs))])
-            linalg.YieldOp([result.to(dtype).value])
-        return op.results[0]
+            found = fn(*[Scalar(block.arguments[i]) for i in range(len(inputs))])
+            linalg.YieldOp([value.to(dtype).value for value, dtype in zip(found, dtypes, strict=True)])
+        return list(op.results)
 
     def loop_index(self, axis: int) -> Scalar:
         """Inside a body of :meth:`map`: the index of output dimension ``axis``, an index scalar."""

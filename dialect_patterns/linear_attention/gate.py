@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from iree.compiler import ir
 
 from ..checks import float_input, is_wanted, only_attributes, require_dtype, require_shape
+from ..emit.builder import spec_of
 from ..emit.scalar import Scalar
 from ..node import Node, TensorSpec
 from ..op import MICROSOFT, LoweringContext, Op
@@ -58,7 +59,7 @@ def output_types(contract: LinearAttentionGate) -> Sequence[TensorSpec | None]:
 def lower(
     context: LoweringContext, contract: LinearAttentionGate, operands: Sequence[ir.Value | None]
 ) -> list[ir.Value | None]:
-    """One elementwise loop an output."""
+    """One elementwise loop, for both outputs."""
     builder = context.builder
     a, dt_bias, decay_scale = operands[:3]
     assert a is not None
@@ -71,12 +72,16 @@ def lower(
     def sigmoid(value: Scalar) -> Scalar:
         return value.to("f32").sigmoid()
 
-    results: list[ir.Value | None] = [builder.map("bth,h,h->bth", decay, a, dt_bias, decay_scale), None]
-    if contract.with_beta:
-        b = operands[3]
-        assert b is not None
-        results[1] = builder.map("bth->bth", sigmoid, b)
-    return results[: contract.outputs]
+    if not contract.with_beta:
+        return [builder.map("bth,h,h->bth", decay, a, dt_bias, decay_scale), None][: contract.outputs]
+    b = operands[3]
+    assert b is not None
+
+    def both(value: Scalar, bias: Scalar, scale: Scalar, beta: Scalar) -> Sequence[Scalar]:
+        return decay(value, bias, scale), sigmoid(beta)
+
+    dtypes = [spec_of(one).dtype for one in (a, b)]
+    return [*builder.map_several("bth,h,h,bth->bth", both, a, dt_bias, decay_scale, b, dtypes=dtypes)]
 
 
 OPS = (Op(MICROSOFT, "LinearAttentionGate", 1, parse, output_types, lower),)
