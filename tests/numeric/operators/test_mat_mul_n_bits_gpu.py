@@ -220,6 +220,14 @@ class TestMatrixUnits:
         (got,) = run_op("MatMul", [a, b], version=13, target="lavapipe")
         assert error(got, a.astype(np.float64) @ b.astype(np.float64)) <= BENIGN["float16"]
 
+    def test_few_deep_tiles_are_shared(self) -> None:
+        """As was measured; neither packed weights nor as many tiles as there are multiprocessors."""
+        target = replace(matrices.TARGET, workgroup_memory=49_152)
+        sizes = {2: (64, 3584, 7168), 1: (512, 1024, 4096)}
+        for along, size in sizes.items():
+            assert mma_plan.plan_for(mma_plan.Size(*size), target, transposed=False).along == along
+            assert mma_plan.plan_for(mma_plan.Size(*size), target, transposed=True).along == 1
+
     @pytest.mark.parametrize(
         ("copies", "cut"), [(0, {}), (32_768, {"rows": 32, "columns": 64, "depth": 64, "along": 2, "stages": 2})]
     )
