@@ -93,10 +93,9 @@ class ScalarMatrices(Kernel):
         last = Scalar.constant(2 * len(starts), "index")
         return _Sums(super().loop(zero, last, 1, list(sums), step))
 
-    def matrix_add_scaled(self, a: Any, b: Any, factor: float | ir.Value) -> Any:
+    def matrix_add_scaled(self, a: Any, b: Any, factor: float) -> Any:
         pairs = zip(self._done(a), self._done(b), strict=True)
-        scale = factor if isinstance(factor, ir.Value) else self.constant(factor)
-        return _Sums(self.fma(y, scale, x) for x, y in pairs)
+        return _Sums(self.fma(y, self.constant(factor), x) for x, y in pairs)
 
     def matrix_load_sums(self, buffer: Buffer, start: Scalar, stride: int, transposed: bool = False) -> Any:
         row, half = self._place()

@@ -464,10 +464,9 @@ class Kernel:
             "gpu.subgroup_mma_load_matrix", results=[self.matrix_type("COp")], operands=operands, attributes=attributes
         ).result
 
-    def matrix_add_scaled(self, a: ir.Value, b: ir.Value, factor: float | ir.Value) -> ir.Value:
-        """The sums ``a + factor b``; a factor that is a value is the same in the whole subgroup."""
-        operands = [factor if isinstance(factor, ir.Value) else self.constant(factor)]
-        sums = self.matrix_type("COp")
+    def matrix_add_scaled(self, a: ir.Value, b: ir.Value, factor: float) -> ir.Value:
+        """The sums ``a + factor b``."""
+        operands, sums = [self.constant(factor)], self.matrix_type("COp")
         factors = ir.Operation.create("gpu.subgroup_mma_constant_matrix", results=[sums], operands=operands).result
         return self.matrix_add(a, self.matrix_multiply(b, factors))
 

@@ -28,6 +28,27 @@ Of 64 heads the CUDA kernels had four warps a group; with two, as they have sinc
 shared their work. Vulkan's of d=64 are chosen from 32 tokens on, too, where they take 1.3 us more. On CUDA
 ``fused_mma_chunks`` takes 92 and 336 us for T=1024 and 4096 of 32 heads: for GPUs without ``mma.sync``.
 
+The same with decays of a key dimension, and in f32 with decays of a head (``--math fast``):
+
+| CUDA, H=16, decays per key | T=32 | 64 | 256 | 1024 | 4096 |
+|---|---|---|---|---|---|
+| fused_term_chunks | 12.5 | 14.4 | 26.4 | 93.6 | 358 |
+| fused_simt | 12.8 | 23.1 | 84.2 | 329 | 1787 |
+| H=32: fused_term_chunks | 14.7 | 17.8 | 42.3 | 155 | 575 |
+| fused_simt | | 32.5 | 116 | 519 | 2060 |
+| Vulkan, H=16: fused_term_chunks | 22.6 | 24.5 | 38.0 | 138 | 490 |
+| fused_simt | 22.6 | 36.8 | 122 | 461 | 1991 |
+| H=32: fused_term_chunks | 23.8 | 27.7 | 58.2 | 202 | 725 |
+| fused_simt | | 44.8 | 151 | 606 | |
+| CUDA, H=16, f32: fused_term_chunks | 10.2 | 12.6 | 26.8 | 99.6 | 384 |
+| fused_simt_chunks | 10.0 | 13.0 | 30.9 | 109 | 424 |
+| H=32: fused_term_chunks | 13.2 | 17.1 | 46.0 | 167 | 625 |
+| fused_simt_chunks | 13.4 | 18.2 | 47.9 | 184 | 712 |
+| Vulkan, H=16, f32: fused_term_chunks | | 27.7 | 43.8 | 146 | 494 |
+| fused_simt_chunks | | 23.8 | 43.2 | 140 | 482 |
+
+Of the rows of fused_term_chunks with decays per key the first kernel was measured in one run, the second in another.
+
 To measure again, with FLA's kernels beside them:
 
     for heads in 16 32; do
@@ -45,16 +66,17 @@ FASTER_FROM: dict[str, tuple[tuple[int, int], ...]] = {
     "chunks": ((1, 32),),  # fused_mma_chunks, Vulkan
     "keys, elements": ((1, 64),),  # fused_term_chunks, CUDA
     "keys, chunks": ((1, 64),),  # and Vulkan
+    "f32, elements": ((1, 64),),  # and CUDA in f32
 }
 """By what multiplies, ``warps`` or ``Target.matrix_stride``, the latter after ``keys, `` where decays are of key
-dimensions: (streams, tokens), streams from few to many."""
+dimensions, or after ``f32, ``: (streams, tokens), streams from few to many."""
 
 
 def least_tokens(kind: str | None, streams: int) -> int | None:
     """The least T from which on it is faster, by the last row with no more streams; None where none is known.
 
     Args:
-        kind: ``warps`` or the target's ``matrix_stride``, after ``keys, `` for decays of key dimensions.
+        kind: ``warps`` or the target's ``matrix_stride``, after ``keys, `` for decays of key dimensions or ``f32, ``.
         streams: B * max(Hq, Hkv).
     """
     known = [tokens for count, tokens in FASTER_FROM.get(kind or "", ()) if count <= streams]

@@ -24,7 +24,7 @@ from . import (
 )
 from .contract import LinearAttention, output_types, parse
 from .mma_chunk_operands import CHUNK
-from .mma_crossover import least_tokens
+from .mma_crossover import FASTER_FROM, least_tokens
 from .operands import prepare, present_state, refine_inputs, state_or_zeros
 
 _CHUNK_SIZES = (8, 16, 32, 64, 128)
@@ -96,10 +96,10 @@ def _fused_mma_chunks_is_preferred(contract: LinearAttention, target: Target, op
 
 
 def _fused_term_chunks_is_preferred(contract: LinearAttention, target: Target, options: LoweringOptions) -> Legality:
-    if contract.decay != "key":
-        return No("in f32 fused_simt_chunks is as fast where it was measured")
-    kind = None if target.matrix_stride is None else f"keys, {target.matrix_stride}"
-    return _from_measured_tokens(contract, options, kind, ", keys and queries with their decays in terms of f16")
+    kind = f"{'keys' if contract.decay == 'key' else 'f32'}, {target.matrix_stride}"
+    if kind not in FASTER_FROM:
+        return No("in f32 fused_simt_chunks is as fast here")
+    return _from_measured_tokens(contract, options, kind, ", keys and queries in terms of f16")
 
 
 STRATEGIES = (

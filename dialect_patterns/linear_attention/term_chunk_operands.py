@@ -23,8 +23,6 @@ from .contract import LinearAttention
 from .mma_chunk_factors import THREADS
 from .mma_chunk_operands import ACROSS, CHUNK, MATRIX, SIDE, VECTORS, WORDS, MmaPlan
 
-_FEW_ROWS = 64
-
 
 @dataclass(frozen=True)
 class TermPlan(MmaPlan):
@@ -82,28 +80,13 @@ class TermPlan(MmaPlan):
 
     @property
     def held(self) -> int:
-        """Tiles that the second kernel has in memory at once; ``from_q`` comes after ``from_k`` unless both are."""
-        return 3 if self.delta and self.subgroups > super().subgroups else 2
-
-    @property
-    def held_tile(self) -> int:
-        """Chunks of a tile there."""
-        return CHUNK * self.stride_k
+        """Tiles that the second kernel has in the workgroup's memory at once: for f32 ``from_q`` comes later."""
+        return 2 if self.terms == 2 or not self.delta else 3
 
     @property
     def rows(self) -> int:
         """Chunks for tiles, then for the state's sums."""
-        return max(self.held * self.held_tile, self.dk * self.stride_f)
-
-    @property
-    def subgroups(self) -> int:
-        """Twice as many where they have enough rows, and the sums of f32's terms are not in the way."""
-        return super().subgroups * (2 if self.terms == 1 and self.dk > _FEW_ROWS else 1)
-
-    @property
-    def parts(self) -> int:
-        """How many subgroups share a matrix of sums over the state's rows; keys and queries at once where held so."""
-        return self.subgroups // (CHUNK // SIDE) // (2 if self.held > 2 else 1)
+        return max(self.held * CHUNK * self.stride_k, self.dk * self.stride_f)
 
     @property
     def sums(self) -> int:
@@ -111,19 +94,9 @@ class TermPlan(MmaPlan):
         return CHUNK * self.stride_f
 
     @property
-    def sums_q(self) -> int:
-        """Where those of queries start, after those of keys, or of ``mix``."""
-        return self.sums * (self.parts if self.delta else 1)
-
-    @property
-    def updates(self) -> int:
-        """Where the terms of updates start."""
-        return self.sums_q + self.parts * self.sums
-
-    @property
     def work(self) -> int:
-        """Chunks for both terms of the state, then for sums and two terms of updates."""
-        return max(2 * self.dk * self.stride_s, self.updates + 2 * CHUNK * self.stride_s)
+        """Chunks for both terms of the state, then for four sums and two terms of updates."""
+        return max(2 * self.dk * self.stride_s, 4 * self.sums + 2 * CHUNK * self.stride_s)
 
     def memory(self, c: LinearAttention) -> int:
         """Bytes of the workgroup's memory."""

@@ -47,8 +47,9 @@ class TermChunks(MmaChunks):
     def __init__(self, k: Kernel, c: LinearAttention, p: TermPlan, streams: Scalar, tokens: Scalar) -> None:
         super().__init__(k, c, p, streams, tokens, p.record)
         self.plan = p
-        self.sums_q = p.sums_q
-        self.terms_u = p.updates, p.updates + CHUNK * p.stride_s
+        self.sums_q = 2 * p.sums
+        terms = 4 * p.sums
+        self.terms_u = terms, terms + CHUNK * p.stride_s
 
     @property
     def matrices_count(self) -> int:
@@ -136,72 +137,50 @@ class TermChunks(MmaChunks):
     # ---- products --------------------------------------------------------------------------------------------------
     def _multiply_keys_and_queries(self, queries: list[ir.Value], late: list[ir.Value]) -> None:
         """Sums of both with the state, in place of its terms; leaves ``to_k`` in the workgroup's memory."""
-        k, p = self.k, self.plan
-        zero = Scalar.constant(0, "index")
-        kind, rest = self.subgroup.divide_unsigned(p.subgroups // 2) if p.held > 2 else (zero, self.subgroup)
-        part, strip = rest.divide_unsigned(CHUNK // SIDE)
-        found: list[tuple[Scalar, ir.Value]] = []
-        if p.held > 2:
-            found.append((kind * self.sums_q, self._times_both(kind, part, strip)))
-        else:
-            if self.c.has_delta:
-                found.append((zero, self._times_state(part, strip, 2)))
+        k = self.k
+        found: list[tuple[int, ir.Value]] = []
+        if self.c.has_delta:
+            found.append((0, self._times_state(2)))
+            if self.plan.held == 2:
                 k.barrier()
                 self._put_tiles(queries)
                 k.barrier()
-            found.append((zero + self.sums_q, self._times_state(part, strip, p.terms)))
+        found.append((self.sums_q, self._times_state(self.plan.terms, 0 if self.plan.held == 2 else 2)))
         k.barrier()
         self._put_tiles(late)
+        half, rest = self.subgroup.divide_unsigned(self.p.subgroups // 2)
+        strip, column = rest.divide_unsigned(self.p.across)
         for start, sums in found:
-            self._put_sums(sums, self.work, start + part * p.sums + strip * (SIDE * p.stride_f))
+            self._put_sums(sums, self.work, self._sums_place(strip, column) + half * self.plan.sums + start)
         k.barrier()
 
-    def _factors_of(self, part: Scalar, strip: Scalar) -> list[tuple[Scalar, ir.Value, ir.Value]]:
-        """Over a part of the state's rows: where in a tile the left factor lies, and both terms of the right one."""
-        p = self.plan
-        found: list[tuple[Scalar, ir.Value, ir.Value]] = []
-        depths = p.dk // SIDE // p.parts
-        for i in range(depths):
-            depth = part * depths + i
-            place = depth * (SIDE * p.stride_s)
-            left = strip * (SIDE * p.stride_k) + depth * _HALF
-            found.append((left, self._right(place), self._right(place + p.dk * p.stride_s)))
-        return found
-
-    def _times_state(self, part: Scalar, strip: Scalar, terms: int) -> ir.Value:
-        """The terms of the tile times those of the state, over a part of its rows."""
-        k, p = self.k, self.plan
+    def _times_state(self, terms: int, tile: int = 0) -> ir.Value:
+        """The terms of a tile, from the ``tile``-th in memory on, times those of the state, over half of its rows."""
+        k, p = self.k, self.p
+        half, rest = self.subgroup.divide_unsigned(p.subgroups // 2)
+        strip, column = rest.divide_unsigned(p.across)
+        depths = p.dk // SIDE // 2
         sums, low = k.matrix_zero(), k.matrix_zero()
-        for place, right, rest in self._factors_of(part, strip):
-            left = self._left(self.rows, place, p.stride_k)
+        for i in range(depths):
+            depth = half * depths + i
+            left_place = strip * (SIDE * p.stride_k) + depth * _HALF + tile * (CHUNK * p.stride_k)
+            place = column * _HALF + depth * (SIDE * p.stride_s)
+            left, right = self._left(self.rows, left_place, p.stride_k), self._right(place)
             sums = k.matrix_multiply_add(left, right, sums)
-            low = k.matrix_multiply_add(left, rest, low)
+            low = k.matrix_multiply_add(left, self._right(place + p.dk * p.stride_s), low)
             if terms == 2:
-                low = k.matrix_multiply_add(self._left(self.rows, place + p.held_tile, p.stride_k), right, low)
+                small = self._left(self.rows, left_place + CHUNK * p.stride_k, p.stride_k)
+                low = k.matrix_multiply_add(small, right, low)
         return k.matrix_add_scaled(sums, low, 1 / LOW)
 
-    def _times_both(self, kind: Scalar, part: Scalar, strip: Scalar) -> ir.Value:
-        """The same of keys in two terms or of queries in one; the keys' second one is left out by a factor."""
-        k, p = self.k, self.plan
-        sums, low, more = (k.matrix_zero() for _ in range(3))
-        for place, right, rest in self._factors_of(part, strip):
-            left = self._left(self.rows, place + kind * (2 * p.held_tile), p.stride_k)
-            sums = k.matrix_multiply_add(left, right, sums)
-            low = k.matrix_multiply_add(left, rest, low)
-            more = k.matrix_multiply_add(self._left(self.rows, place + p.held_tile, p.stride_k), right, more)
-        factor = k.select(kind.equals(0), k.constant(1 / LOW), k.constant(0.0))
-        return k.matrix_add_scaled(k.matrix_add_scaled(sums, low, 1 / LOW), more, factor)
-
     def _seen(self, start: int) -> list[ir.Value]:
-        """This thread's eight of sums over all of the state's rows."""
-        found = self._sums(start)
-        for part in range(1, self.plan.parts):
-            found = [self.k.add(x, y) for x, y in zip(found, self._sums(start + part * self.plan.sums), strict=True)]
-        return found
+        """This thread's eight of sums over both halves of the state's rows."""
+        halves = (self._sums(start), self._sums(start + self.plan.sums))
+        return [self.k.add(x, y) for x, y in zip(*halves, strict=True)]
 
     def _updates(self, t: Scalar, value: list[ir.Value]) -> None:
         """The terms of u."""
-        k, is_first = self.k, self.half.equals(0)
+        k, p, is_first = self.k, self.p, self.half.equals(0)
         values = self.o.eight_of(value)
         start = Scalar.constant(self.terms_u[0], "index")
 
@@ -211,7 +190,7 @@ class TermChunks(MmaChunks):
         if self.c.has_delta:
             k.when(is_first, remainders)
             k.barrier()
-            k.when(self.subgroup < CHUNK // SIDE, self._solve)
+            k.when(self.subgroup < p.subgroups // 2, self._solve)
             k.barrier()
             updates = self._sums(0)
         else:
@@ -224,8 +203,9 @@ class TermChunks(MmaChunks):
     def _multiply_updates(self) -> None:
         """``mix`` u in place of sums of keys, and to_k^T u in place of to_k."""
         k, p = self.k, self.p
-        k.when(self.subgroup >= Scalar.constant(p.subgroups - CHUNK // SIDE, "index"), self._mix)
-        strip, column, apart = self.subgroup, Scalar.constant(0, "index"), p.subgroups
+        k.when(self.subgroup >= Scalar.constant(p.subgroups // 2, "index"), self._mix)
+        strip, column = self.subgroup.divide_unsigned(p.across)
+        apart = p.subgroups // p.across
         right = [[self._update(terms, depth, column) for terms in self.terms_u] for depth in range(CHUNK // SIDE)]
         found: list[ir.Value] = []
         for i in range(p.dk // SIDE // apart):
@@ -247,7 +227,7 @@ class TermChunks(MmaChunks):
 
     def _mix(self) -> None:
         k, p = self.k, self.p
-        strip, column = self.subgroup - (p.subgroups - CHUNK // SIDE), Scalar.constant(0, "index")
+        strip, column = (self.subgroup - p.subgroups // 2).divide_unsigned(p.across)
         first = self.plan.matrices - self.plan.terms
         sums, low = k.matrix_zero(), k.matrix_zero()
         for depth in range(CHUNK // SIDE):

@@ -238,9 +238,11 @@ def test_matrix_units_are_taken_where_measured(monkeypatch: pytest.MonkeyPatch) 
     fast = replace(warps, fast_math=True)
     assert choose(contract_of(keys, 64), fast, OPTIONS).strategy == "fused_term_chunks"
     assert choose(contract_of(keys, 64), warps, OPTIONS).rejected["fused_term_chunks"].endswith("for --math fast")
-    head = choose(contract_of(replace(keys, decay="head"), 64), fast, OPTIONS)
-    assert head.strategy == "fused_simt_chunks"
-    assert "as fast" in head.rejected["fused_term_chunks"]
+    head = contract_of(replace(keys, decay="head"), 64)
+    assert choose(head, fast, OPTIONS).strategy == "fused_term_chunks"
+    on_vulkan = choose(head, replace(fast, matrix_stride="chunks"), OPTIONS)
+    assert on_vulkan.strategy == "fused_simt_chunks"
+    assert "as fast" in on_vulkan.rejected["fused_term_chunks"]
 
 
 @pytest.mark.parametrize(
