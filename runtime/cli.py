@@ -219,7 +219,8 @@ def _generate(program: Program, inputs: Mapping[str, HostArray], count: int) -> 
             first = first or last - start
     finally:  # of a context that is full before the end, too
         if first:
-            print("\n".join(",".join(map(str, row)) for row in zip(*rows, strict=True)))
+            text = "\n".join(",".join(map(str, row)) for row in zip(*rows, strict=True))
+            print(text, flush=True)  # before the note, where both go into one pipe
     batch, prompt = inputs[name].shape
     rate = f", then {(count - 1) * batch / (last - start - first):.1f} tokens/s" if count > 1 else ""
     where = f"; chosen {chosen_where(program, Sampling())}"

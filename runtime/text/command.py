@@ -105,7 +105,7 @@ def _show(stream: TextStream, note: Note) -> str:
     for piece in stream:
         print(piece, end="", flush=True)
         pieces.append(piece)
-    print()
+    print(flush=True)
     fed = stream.prompt_tokens - stream.reused_tokens
     reused = f" ({stream.reused_tokens} more reused)" if stream.reused_tokens else ""
     steps = len(stream.ids) - 1

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import from_nothing
 import machines
 import pytest
@@ -31,10 +36,24 @@ def test_readme_says_how_large_each_extra_is() -> None:
 
 
 def test_without_containers_it_says_so(
-    tmp_path: machines.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert machines.debian(tmp_path / "none") is None
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("from nothing: folders in the place of containers, for ")
     assert not any((tmp_path / "none").iterdir())
+
+
+def test_ids_and_words_have_lines_of_their_own_in_one_pipe(tiny: Path) -> None:
+    """A container has no PYTHONUNBUFFERED, and what is compared there are lines."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+
+    def said(*options: str) -> str:
+        command = [sys.executable, "-m", "linattn", "run", str(tiny / "model.vmfb"), *options]
+        both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        done = subprocess.run(command, check=True, text=True, errors="replace", env=environment, **both)
+        return done.stdout
+
+    assert len(from_nothing.IDS.findall(said("--ids", "72,101", "--generate", "16"))) == 1
+    assert "\nlinattn-run: prompt of" in said("--prompt", "Hello", "--max-tokens", "4", "--seed", "1")
