@@ -1,12 +1,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -154,22 +154,38 @@ def test_missing_device(name: str, words: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+# Prints the priorities of a process's threads while a device is open, and which of them use their core.
+IDLE = """
+import json, os, time
+from pathlib import Path
+from linattn.runtime.opening import open_device
+device = open_device("vulkan")
+def ticks():
+    tasks = Path("/proc/self/task").iterdir()
+    return {task.name: int((task / "stat").read_text().rpartition(")")[2].split()[11]) for task in tasks}
+before = ticks()
+time.sleep(0.5)
+nice = {name: os.getpriority(os.PRIO_PROCESS, int(name)) for name in before}
+busy = [name for name, spent in ticks().items() if spent - before.get(name, 0) > 20]
+print(json.dumps([device.description, nice, busy]), flush=True)
+os._exit(0)
+"""
+
+
 @pytest.mark.vulkan
-def test_a_software_vulkan_device_lets_others_go_first(device: Device) -> None:
-    """Mesa spins where IREE's queue threads wait: what spins while the device is idle steps back, and nothing else."""
-    if device.driver != "vulkan" or "llvmpipe" not in device.description:
+def test_a_software_vulkan_device_lets_others_go_first() -> None:
+    """Mesa spins where IREE's queue threads wait: what spins while the device is idle steps back, and nothing else.
+
+    In a process that nothing keeps from spinning, unlike those of the tests (tests/lavapipe_naps.c).
+    """
+    given = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    done = subprocess.run([sys.executable, "-c", IDLE], env=given, capture_output=True, text=True, check=True)
+    description, nice, busy = json.loads(done.stdout)
+    if "llvmpipe" not in description:
         pytest.skip("for software Vulkan")
-    before = {task.name: _ticks(task) for task in Path("/proc/self/task").iterdir()}
-    time.sleep(0.5)
-    nice = {name: os.getpriority(os.PRIO_PROCESS, int(name)) for name in before}
-    busy = {task.name for task in Path("/proc/self/task").iterdir() if _ticks(task) - before.get(task.name, 0) > 20}
-    assert all(nice[name] == 10 for name in busy)
-    assert 1 <= list(nice.values()).count(10) <= 3, nice
-
-
-def _ticks(task: Path) -> int:
-    """Hundredths of a second that a thread has spent on a core."""
-    return int((task / "stat").read_text().rpartition(")")[2].split()[11])
+    stepped_back = [name for name, priority in nice.items() if priority == 10]
+    assert set(busy) <= set(stepped_back), nice
+    assert 1 <= len(stepped_back) <= 3, nice
 
 
 @pytest.mark.vulkan
