@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from linattn.runtime import InputError, Program, Sampling, Session, StateError, TextGenerator, generate, greedy
 
-from tests.e2e.test_steps import CONTEXT, IDS, program
+from tests.stepped import CONTEXT, IDS, program
 from tests.tolerances import BENIGN, error
 
 PROMPT = [int(token) for token in IDS[0, :9]]

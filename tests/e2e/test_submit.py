@@ -12,7 +12,8 @@ import pytest
 from linattn.runtime import InputError, Session, StateError
 from linattn.runtime.engine import engine_of
 
-from tests.e2e.test_steps import IDS, general, program
+from tests.e2e.test_steps import general
+from tests.stepped import IDS, program
 
 
 def test_futures_in_order_and_as_run() -> None:
