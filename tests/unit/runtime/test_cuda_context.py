@@ -1,4 +1,4 @@
-"""The context of a thread, with a driver that only counts; tests/e2e/test_chosen_steps.py has threads on real devices."""
+"""The context of a thread, with a driver that only counts; e2e/test_chosen_steps.py has threads on real devices."""
 
 from __future__ import annotations
 
