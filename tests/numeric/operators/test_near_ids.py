@@ -8,9 +8,13 @@ import numpy as np
 import pytest
 from harness import run_op
 from linattn.dialect_patterns.target import Limits, Target
+from linattn.frontend import CompileOptions
+from linattn.frontend import compile as compiler
 from linattn.frontend.graph.near_ids import near_ids
 from linattn.frontend.graph.specialize import SpecializedGraph
 from onnx import TensorProto, helper
+
+from samples.tiny_hybrid import build
 
 GPU = Target("vulkan", is_gpu=True)
 CPU = Target("cpu", is_gpu=False, limits=Limits())
@@ -52,3 +56,20 @@ def test_every_reader_of_a_prompts_ids_reads_one_copy() -> None:
 @pytest.mark.parametrize(("tokens", "target"), [(1, GPU), (8, GPU), (17, GPU), (32, CPU)])
 def test_a_step_odd_ids_and_cpus_have_none(tokens: int, target: Target) -> None:
     assert [kind for kind, _ in nodes(tokens, target)] == ["Gather", "Gather", "Identity"]
+
+
+def test_a_prompt_that_is_compiled_for_a_gpu_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, kinds = compiler._plan, dict[str, list[str]]()
+
+    def planned(*args: Any) -> Any:
+        found, graphs, needed = plan(*args)
+        for entry, graph in zip(found.entry_points, graphs, strict=True):
+            kinds[entry.symbol] = [node.op_type for node in graph.proto.graph.node]
+        return found, graphs, needed
+
+    monkeypatch.setattr(compiler, "_plan", planned)
+    for target in ("vulkan", "cpu"):
+        options = CompileOptions(target=target, max_context=64, prefill_blocks=(32,), dry_run=True)
+        compiler.compile_model(build(), options)
+        assert kinds["prefill_32"].count("NearIds") == (2 if target == "vulkan" else 0)  # ids and positions
+        assert "NearIds" not in kinds["decode"]
