@@ -1,6 +1,7 @@
 """Instructions that few CPUs have, written out with those that all have: the kernels around them run anywhere.
 
-AVX512_BF16's products of pairs and AMX's registers. Where a machine has them the same tests run them for real.
+AVX512_BF16's products of pairs, AMX's registers, and what Arm's BF16 makes of pairs. Where a machine has them the same
+tests run them for real.
 """
 
 from __future__ import annotations
@@ -14,29 +15,31 @@ import pytest
 from linattn.dialect_patterns.attention import amx_kernel
 from linattn.dialect_patterns.emit.amx_tiles import ROWS, SUMS, A, B
 from linattn.dialect_patterns.emit.kernel_text import Index, KernelText, vector_type
-from linattn.dialect_patterns.mat_mul import fused_amx, simd_pairs, simd_unit
+from linattn.dialect_patterns.mat_mul import fused_amx, simd_pairs, simd_squares, simd_unit
 from linattn.dialect_patterns.mat_mul_n_bits import fused_amx as bytes_amx
 from linattn.dialect_patterns.mat_mul_n_bits import fused_amx_bf16 as bits_amx
 from linattn.frontend import compile as compiling
 
 PAIRS = frozenset({"avx512bf16"})
+ARM = frozenset({"bf16"})
 STACK = "--iree-llvmcpu-stack-allocation-limit=262144"
 """What kernels with emulated registers take beside what those with real ones do."""
 AMX = PAIRS | fused_amx.FEATURES | bytes_amx.FEATURES
 
 
 def emulate(monkeypatch: pytest.MonkeyPatch, features: frozenset[str]) -> None:
-    """Models compiled in this process are for this machine with 512-bit vectors and these features besides."""
-    resolve = compiling.resolve_target
+    """Models compiled in this process are for this machine with these features besides, and their vectors."""
+    resolve, bits = compiling.resolve_target, 128 if features >= ARM else 512
 
     def with_features(*given: Any) -> Any:
         target = resolve(*given)
         machine = target.capabilities
-        machine = replace(machine, vector_bits=512, features=machine.features | features)
+        machine = replace(machine, vector_bits=bits, features=machine.features | features)
         return replace(target, capabilities=machine, flags=(*target.flags, STACK))
 
     monkeypatch.setattr(compiling, "resolve_target", with_features)
     monkeypatch.setattr(simd_pairs, "dot", dot)
+    monkeypatch.setattr(simd_squares, "multiply", multiply_squares)
     for kernels in (fused_amx, bytes_amx, bits_amx, simd_unit, amx_kernel):
         monkeypatch.setattr(kernels, "AmxTiles", Tiles)
 
@@ -55,6 +58,14 @@ def dot(k: KernelText, a: str, b: str, total: str) -> str:
         return as_f32(k.op(f"arith.shli {words}, {k.constant(16, kind)} : {kind}", kind))
 
     return k.fma(upper(a), upper(b), k.fma(lower(a), lower(b), total))
+
+
+def multiply_squares(k: KernelText, a: str, b: str, total: str) -> str:
+    """The sums of two rows by two columns, of two words each, and what is given."""
+    for word in range(2):
+        rows, columns = ([word + i for i in places] for places in ((0, 0, 2, 2), (0, 2, 0, 2)))
+        total = dot(k, k.shuffle(a, a, rows), k.shuffle(b, b, columns), total)
+    return total
 
 
 def dot_bytes(k: KernelText, a: str, b: str, total: str, *, signed: bool = False) -> str:

@@ -35,6 +35,7 @@ from .contract import MatMul
 from .simd_direct import write_direct
 from .simd_plan import Plan, plan, weight_layout
 from .simd_rows import write_rows
+from .simd_squares import SquareBody
 from .simd_tiled import TiledBody
 
 _BYTES = {"f32": 4, "f16": 2, "bf16": 2}
@@ -57,7 +58,8 @@ def describe(contract: MatMul, target: Target) -> str:
     """What the report says about it."""
     p = plan_for(contract, target.machines[0])
     pairs = ", pairs of bf16 in f32" if p.widened else ", bf16 in pairs" if p.pairs else ""
-    kind = ", on the matrix unit" if p.unit else pairs
+    squares = ", bf16 in 2 x 2 pairs" if p.squares else pairs
+    kind = ", on the matrix unit" if p.unit else squares
     return f"{rows_text(contract.rows)} by packed weights in one kernel{kind}"
 
 
@@ -122,7 +124,7 @@ def product_kernel(contract: MatMul, p: Plan, *, both: bool = False) -> Kernel:
         if p.direct:
             write_direct(k, p, [memrefs[0], *memrefs[-2:]])
         else:
-            TiledBody(k, p, count, memrefs[-3:]).write()
+            (SquareBody if p.squares else TiledBody)(k, p, count, memrefs[-3:]).write()
 
     return Kernel(
         name=f"mat_mul_fused_simd_{dtype}_{_dim(p.rows)}x{p.columns}x{contract.depth}_v{32 * p.lanes}{suffix(p)}",
@@ -140,12 +142,14 @@ def product_kernel(contract: MatMul, p: Plan, *, both: bool = False) -> Kernel:
 
 def _arranged(p: Plan) -> TensorSpec:
     """What ``simd_rows`` makes of the rows."""
-    return TensorSpec((p.tiles, p.tile * p.depth * p.parts), "i32" if p.pairs and not p.widened else "f32")
+    return TensorSpec((p.tiles, p.tile * p.filled * p.parts), "i32" if p.pairs and not p.widened else "f32")
 
 
 def suffix(p: Plan) -> str:
     """How it multiplies, in a kernel's name."""
-    return "_amx" if p.unit else "_widened" if p.widened else "_pairs" if p.pairs else ""
+    if p.unit or p.widened:
+        return "_amx" if p.unit else "_widened"
+    return "_squares" if p.squares else "_pairs" if p.pairs else ""
 
 
 def _dim(size: Dim) -> str:

@@ -2,7 +2,8 @@
 
     sums[c] += a[2j] * b[2j, c] + a[2j + 1] * b[2j + 1, c]        in f32, 16 or 4 columns and two rows of b at once
 
-AVX512_BF16 (Zen 4, Cooper Lake and on) and Arm's BF16 (Neoverse V1, Apple M2 and on), so far run in an emulator only.
+AVX512_BF16 (Zen 4, Cooper Lake and on) and Arm's BF16 (Neoverse V1, Apple M2 and on), so far run in an emulator only,
+which has an instruction for small matrices of pairs as well: see ``simd_squares``.
 Twice the multiply-adds of f32 in an instruction, and nothing to widen. Subnormal numbers count as zero. Some machines
 take longer for it than for what it stands for; they take the pairs apart.
 Source: Intel's Software Developer's Manual, VDPBF16PS; Arm's Architecture Reference Manual, BFDOT (vector).
@@ -32,6 +33,11 @@ def multiplies_pairs(dtype: str, target: Target) -> bool:
     """
     feature, _ = _DOTS.get(target.vector_bits // 32, ("", ""))
     return dtype == "bf16" and feature in target.features and not target.shares_weights
+
+
+def multiplies_squares(target: Target) -> bool:
+    """Whether a machine that multiplies pairs multiplies 2 x 2 of them at once."""
+    return target.vector_bits == 128 and "bf16" in target.features
 
 
 def has_fast_dot(target: Target) -> bool:

@@ -9,7 +9,7 @@ from ..emit.amx_tiles import ROWS
 from ..emit.workers import slowest_share
 from ..target import Target
 from .simd_layout import Layout, PairLayout, layout
-from .simd_pairs import has_fast_dot, multiplies_pairs
+from .simd_pairs import has_fast_dot, multiplies_pairs, multiplies_squares
 
 VECTORS = 2
 """Vectors side by side in a panel of columns, where a row does not have all registers for itself."""
@@ -21,6 +21,7 @@ UNIT_FEATURES = frozenset({"amx-tile", "amx-bf16"})
 """Of CPUs with a unit that multiplies matrices of bf16."""
 
 _ROWS = 6  # of a tile of two vectors each, in 16 registers
+_SQUARE_ROWS = 12  # where 2 x 2 sums are a vector, in 32
 _ROWS_OF_LINES = 2  # that have registers for vectors of whole lines of the shared layout
 _BLOCK_BYTES = 16 << 10  # of a panel in f32: half of a first-level cache
 _SUMS_BYTES = 12 << 10  # with a block, less than the 32 KiB of stack that IREE allows
@@ -30,6 +31,7 @@ _MAX_GROUP = 32  # panels of a workgroup where they are many
 _START = 1.0  # tiles by panels that would take as long as the start of a workgroup
 _FIRST = 0.5  # and as the first touch of a block's weights
 _LATENCY = 10  # multiply-adds that are under way at once
+_SQUARE_LATENCY = 16  # by LLVM's models of Neoverse V1 and V2
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Plan:
         half: Whether the last of these is an element alone.
         widened: Whether they are taken apart, and multiplied in f32.
         unit: Whether the CPU's matrix unit multiplies them, see ``simd_unit``.
+        squares: Whether they are multiplied two by two, see ``simd_squares``.
     """
 
     rows: int | None
@@ -69,11 +72,17 @@ class Plan:
     half: bool = False
     widened: bool = False
     unit: bool = False
+    squares: bool = False
 
     @property
     def parts(self) -> int:
         """Elements that are multiplied one by one, of each row of the weights."""
         return 2 if self.widened else 1
+
+    @property
+    def filled(self) -> int:
+        """The depth, and a row of zeros where two are taken at once and one is left."""
+        return self.depth + self.depth % 2 if self.squares else self.depth
 
     @property
     def width(self) -> int:
@@ -139,14 +148,19 @@ def plan(rows: int | None, elements: int, columns: int, target: Target, packed: 
         group = _group(panels, depth * lanes * vectors * (2 * weight_bytes if pairs else weight_bytes))
         unroll = _unroll(depth - half, depth - half)
         return Plan(rows, depth, columns, lanes, rows, depth, group, unroll, 0, packed, vectors, pairs, half, widened)
-    tile = (_ROWS if target.shares_weights else most) if rows is None else best_tile(rows, most)
+    squares = pairs and multiplies_squares(target)
+    if squares:
+        tile = _SQUARE_ROWS if rows is None else _square_tile(rows)
+    else:
+        tile = (_ROWS if target.shares_weights else most) if rows is None else best_tile(rows, most)
     blocks = -(-depth * width * (8 if widened else 4) // _BLOCK_BYTES)
     block = -(-depth // blocks)
     block += -block % lanes if blocks > 1 else 0
     longest = longest_chunk(tile, width)
     group, chunk = _share(panels, -(-rows // tile) if rows else longest, longest)
-    unroll = _unroll(depth, block)
-    return Plan(rows, depth, columns, lanes, tile, block, group, unroll, chunk, packed, VECTORS, pairs, half, widened)
+    unroll = max(_unroll(depth, block), 2 if squares else 1)
+    tiled = (tile, block, group, unroll, chunk, packed, VECTORS)
+    return Plan(rows, depth, columns, lanes, *tiled, pairs, half, widened, squares=squares)
 
 
 def _unroll(depth: int, block: int) -> int:
@@ -161,6 +175,12 @@ def longest_chunk(tile: int, width: int) -> int:
 def best_tile(rows: int, most: int) -> int:
     """Rows of a tile: few tiles, little filled up; small ones wait for their sums."""
     return min(range(2, most + 1), key=lambda tile: -(-rows // tile) * max(tile * VECTORS, _LATENCY + 1))
+
+
+def _square_tile(rows: int) -> int:
+    """The same of even rows, the most of those that are as good: fewer loads for a product."""
+    sizes = range(_SQUARE_ROWS, 0, -2)
+    return min(sizes, key=lambda tile: -(-rows // tile) * max(tile * VECTORS, _SQUARE_LATENCY))
 
 
 def _group(panels: int, panel_bytes: int) -> int:

@@ -1,6 +1,7 @@
 """Many rows as the products of strategy ``fused_simd`` take them: f32 or pairs of bf16, cut into tiles.
 
-    [tiles, K x tile]: the elements of all rows of a tile side by side; the last row stands for those beyond it
+    [tiles, K x tile]: the elements of all rows of a tile side by side (in ``simd_squares`` two pairs of each); the last
+    row stands for those beyond it
 
 So a tile streams through the caches as one piece of memory. Where they are, rows lie a multiple of 4 KiB apart more
 often than not, and would share a few lines of the first-level cache.
@@ -11,6 +12,7 @@ from __future__ import annotations
 from ..emit.kernel_text import Index, KernelText
 from .simd_pairs import load_half, load_pairs
 from .simd_plan import Plan
+from .simd_squares import write_square_rows
 
 
 def write_rows(k: KernelText, p: Plan, rows: Index, source: str, target: str) -> None:
@@ -27,6 +29,10 @@ def write_rows(k: KernelText, p: Plan, rows: Index, source: str, target: str) ->
     places = [k.add(k.mul(tile, p.tile), i) for i in range(p.tile)]
     if p.rows is None or p.rows % p.tile:
         places = [k.minimum(row, k.sub(rows, 1)) for row in places]
+
+    if p.squares:
+        write_square_rows(k, p, places, source, target, tile)
+        return
 
     def move(at: Index, lanes: int) -> list[str]:
         """Elements of K, or pairs of them, from ``at`` on."""

@@ -33,8 +33,7 @@ class TiledBody:
         self.k, self.p, self.rows, self.before = k, p, rows, before
         self.a, self.b, self.y = memrefs
         self.sums = k.alloca([p.chunk * p.tile, p.width]) if p.block < p.depth else ""
-        narrow = p.widened or k.element_bytes(self.b) < 4
-        self.wide = k.alloca([p.block * p.parts, p.width]) if narrow else ""
+        self.stack = self._stack()
         self.vector = vector_type(p.lanes)
         self.first, self.count = self._tiles()
         self.panel, self.panels = workgroup_range(self.k, "0", p.group, p.panels)
@@ -44,6 +43,12 @@ class TiledBody:
         k, p = self.k, self.p
         tiles = p.tiles if p.tiles is not None else k.div(k.add(self.rows, p.tile - 1), p.tile)
         return workgroup_range(self.k, "1", p.chunk, tiles)
+
+    def _stack(self) -> str:
+        """Memref for a block of weights as they are multiplied, none where that is as they lie."""
+        k, p = self.k, self.p
+        narrow = p.widened or k.element_bytes(self.b) < 4
+        return k.alloca([p.block * p.parts, p.width]) if narrow else ""
 
     def write(self) -> None:
         """The whole body."""
@@ -60,18 +65,21 @@ class TiledBody:
 
     def _block(self, panel: Index, start: Index, size: int) -> None:
         """All tiles by one block of one panel."""
-        k = self.k
-        if self.wide:
-            places = self._places(panel)
-
-            def widen(row: Index) -> None:
-                for v, (stored, column) in enumerate(places):
-                    vector = k.load(self.b, [stored, k.add(start, row), column], self.p.lanes)
-                    for part, value in enumerate(widened(k, vector) if self.p.widened else [vector]):
-                        k.store(value, self.wide, [k.add(k.mul(row, self.p.parts), part), v * self.p.lanes])
-
-            each(self.k, size, 1, widen)
+        if self.stack:
+            self._put_on_stack(panel, start, size)
         each(self.k, self.count, 1, lambda tile: self._tile(panel, start, size, tile))
+
+    def _put_on_stack(self, panel: Index, start: Index, size: int) -> None:
+        """The weights of a block, widened."""
+        k, p, places = self.k, self.p, self._places(panel)
+
+        def widen(row: Index) -> None:
+            for v, (stored, column) in enumerate(places):
+                vector = k.load(self.b, [stored, k.add(start, row), column], p.lanes)
+                for part, value in enumerate(widened(k, vector) if p.widened else [vector]):
+                    k.store(value, self.stack, [k.add(k.mul(row, p.parts), part), v * p.lanes])
+
+        each(k, size, 1, widen)
 
     def _tile(self, panel: Index, start: Index, size: int, tile: Index) -> None:
         k, p = self.k, self.p
@@ -123,17 +131,32 @@ class TiledBody:
             for offset in line(at):
                 for stream, column in ((stream, column) for stream in streams for column in lines):
                     k.prefetch(self.b, [stream, k.add(start, k.add(size, offset)), column])
-            for u in range(p.unroll * p.parts):
-                depth = k.add(k.mul(at, p.parts), u)
-                weights = [self._weight(places[v], start, depth, v) for v in range(p.vectors)]
-                elements = k.mul(k.add(k.mul(start, p.parts), depth), p.tile)
-                for i in range(p.tile):
-                    value = k.splat(k.load(self.a, [place, k.add(elements, i)]), p.lanes)
-                    for v, weight in enumerate(weights):
-                        sums[i * p.vectors + v] = multiply_add(k, value, weight, sums[i * p.vectors + v])
+            self._multiply(places, start, at, place, sums)
             return sums
 
-        return k.loop(size, initial, step, step=p.unroll)
+        return k.loop(size + -size % p.unroll, initial, step, step=p.unroll)
+
+    def _multiply(
+        self, places: Sequence[tuple[Index, Index]], start: Index, at: Index, place: Index, sums: list[str]
+    ) -> None:
+        """Add the products of an iteration.
+
+        Args:
+            places: Where the panel's vectors lie in the weights.
+            start: First row of the weights in the block.
+            at: First row of the iteration, counted from there.
+            place: The tile.
+            sums: Replaced by what they become.
+        """
+        k, p = self.k, self.p
+        for u in range(p.unroll * p.parts):
+            depth = k.add(k.mul(at, p.parts), u)
+            weights = [self._weight(places[v], start, depth, v) for v in range(p.vectors)]
+            elements = k.mul(k.add(k.mul(start, p.parts), depth), p.tile)
+            for i in range(p.tile):
+                value = k.splat(k.load(self.a, [place, k.add(elements, i)]), p.lanes)
+                for v, weight in enumerate(weights):
+                    sums[i * p.vectors + v] = multiply_add(k, value, weight, sums[i * p.vectors + v])
 
     def _places(self, panel: Index) -> list[tuple[Index, Index]]:
         """Where the vectors of a panel lie in the weights."""
@@ -141,8 +164,8 @@ class TiledBody:
         return [p.layout.place(self.k, p.width, stored, v * p.lanes) for v in range(p.vectors)]
 
     def _weight(self, place: tuple[Index, Index], start: Index, depth: Index, v: int) -> str:
-        if self.wide:
-            return self.k.load(self.wide, [depth, v * self.p.lanes], self.p.lanes)
+        if self.stack:
+            return self.k.load(self.stack, [depth, v * self.p.lanes], self.p.lanes)
         return self.k.load(self.b, [place[0], self.k.add(start, depth), place[1]], self.p.lanes)
 
     def _next_lines(self, size: int, tile: Index) -> Callable[[Index], list[Index]]:

@@ -44,6 +44,7 @@ CPU_UNITS = (
     Unit("amx-bf16, 3 products for one", 16 / 3, "mat_mul_fused_amx_(?:f16|f32)_"),
     Unit("avx512_bf16", 2, "mat_mul_fused_simd_bf16_.*_v512_pairs"),
     Unit("bfdot", 2, "mat_mul_fused_simd_bf16_.*_v128_pairs"),
+    Unit("bfmmla", 4, "mat_mul_fused_simd_bf16_.*_v128_squares"),
     # Four bytes a lane where f32 has one element; where two instructions make one product, in half of the time.
     Unit("avx512_vnni", 4, _BYTES + "avx512vnni_v512"),
     Unit("avx_vnni", 4, _BYTES + "avxvnni_v256"),

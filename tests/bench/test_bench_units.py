@@ -84,7 +84,8 @@ def bits(features: str, rounds: bool = True) -> list[str]:
         (bits, ("znver4", False), "f32, 512 bits"),
         (bits, ("cortex-a76",), "dotprod"),
         (bits, ("apple-m2",), "i8mm"),
-        (product, ("apple-m2", "bf16"), "bfdot"),
+        (product, ("apple-m2", "bf16", 1), "bfdot"),
+        (product, ("apple-m2", "bf16"), "bfmmla"),
     ],
 )
 def test_unit(make: Callable[..., list[str]], arguments: tuple[Any, ...], unit: str) -> None:

@@ -29,7 +29,10 @@ CPU = "cortex-a76"
 STEPS = 8
 FORM = {"prefill_blocks": (8,), "max_context": 128}
 
-UNITS = {"+dotprod": (b"_dotprod_v128", b"bf16_7x48x256_v128"), "+dotprod,+i8mm,+bf16": (b"_i8mm_v128", b"_v128_pairs")}
+UNITS = {
+    "+dotprod": (b"_dotprod_v128", b"bf16_7x48x256_v128"),
+    "+dotprod,+i8mm,+bf16": (b"_i8mm_v128", b"_v128_pairs", b"_v128_squares"),
+}
 
 # Runs in there: all products of modules, inputs and outputs in files.
 MULTIPLY = """

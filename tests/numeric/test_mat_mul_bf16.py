@@ -1,4 +1,4 @@
-"""Products by AVX512_BF16 and by AMX, against float64: real where this CPU has them, else emulated."""
+"""Products by AVX512_BF16, by AMX and by Arm's BF16, against float64: real where this CPU has them, else emulated."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from linattn.frontend.compile import CompileOptions, compile_model
 from linattn.runtime import Program
 from test_mat_mul import SHAPES, build, build_joined, check, inputs_of
 
-from tests.emulated_cpu import AMX, PAIRS, emulate
+from tests.emulated_cpu import AMX, ARM, PAIRS, emulate
 from tests.harness import HOST
 from tests.tolerances import BENIGN, error
 
@@ -43,6 +43,14 @@ FEW = [
 PAIRED = [*SHAPES, (9, 65, 20), (1, 77, 40), (2, 31, 9), (1, 1, 3), (13, 1, 5)]
 # Those of pairs that are not for the matrix unit.
 EVEN = [s for s in PAIRED if s[1] % 2 == 0 and (s[0] < 16 or s[1] % 32)] + [(5, 34, 70), (40, 130, 33), (26, 1058, 40)]
+# Rows around tiles of 8 to 12 and chunks of 48 of these; K around words, two of them and blocks of 512 words; N around
+# panels of 8.
+SQUARES = [
+    *((rows, 64, 20) for rows in (9, 12, 13, 40)),
+    *((7, depth, 9) for depth in (1, 2, 3, 4, 5, 6, 33, 1022, 1023, 1024, 1026, 2051)),
+    *((11, 130, columns) for columns in (4, 7, 8)),
+    (391, 1030, 12),
+]
 SLOW_PAIRS = PAIRS | {"amx-tile"}
 AMX_CPU = Target("cpu", vector_bits=512, features=AMX)
 
@@ -53,13 +61,15 @@ AMX_CPU = Target("cpu", vector_bits=512, features=AMX)
     [
         (PAIRS, PAIRED, b"mat_mul_fused_simd", BF16, "fast"),
         (SLOW_PAIRS, EVEN, b"mat_mul_fused_simd", BF16, "fast"),
+        (ARM, SQUARES, b"_v128_squares", BF16, "fast"),
+        (ARM, [(1, 33, 9), (2, 130, 20), (6, 64, 8)], b"_v128_pairs", BF16, "fast"),
         (AMX, UNIT, b"mat_mul_fused_amx_bf16_", BF16, "fast"),
         (AMX, FEW, b"_v512_amx", BF16, "fast"),
         (AMX, UNIT, b"mat_mul_fused_amx_f16_by_bf16_", np.float16, "fast"),
         (AMX, UNIT, b"mat_mul_fused_amx_f16_", np.float16, "strict"),
         (AMX, UNIT, b"mat_mul_fused_amx_f32_", np.float32, "fast"),
     ],
-    ids=["avx512_bf16", "widened", "amx", "amx-few", "amx-f16-fast", "amx-f16", "amx-f32"],
+    ids=["avx512_bf16", "widened", "arm", "arm-few", "amx", "amx-few", "amx-f16-fast", "amx-f16", "amx-f32"],
 )
 def test_products(
     how: str,
@@ -80,7 +90,7 @@ def test_products(
     compiled = compile_model(model, CompileOptions(math=math))
     assert compiled.module.count(kernel) >= len(shapes)
     assert (b"_by_bf16_" in compiled.module) == (b"_by_bf16_" in kernel)
-    assert (b"_pairs" in compiled.module) == (features == PAIRS)
+    assert (b"_pairs" in compiled.module) == (features == PAIRS or b"_pairs" in kernel)
     assert (b"_widened" in compiled.module) == (features == SLOW_PAIRS)
     # Rows that are rounded to bf16 leave the product of f16 with its error.
     check(Program.load(compiled.module), model, shapes, dtype, BF16 if b"_by_bf16_" in kernel else dtype)
@@ -97,24 +107,32 @@ def test_products_of_one_value_are_one_kernel(monkeypatch: pytest.MonkeyPatch) -
         assert error(found[name], right) <= BENIGN["bfloat16"], name
 
 
-@pytest.mark.parametrize("dtype", [BF16, np.float16], ids=["bf16", "f16"])
-def test_open_rows(dtype: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The number of rows is known at run time only: none of the unit's registers may be full."""
-    emulate(monkeypatch, AMX)
+@pytest.mark.parametrize(
+    ("features", "dtype", "kernel"),
+    [(AMX, BF16, b"mat_mul_fused_amx"), (AMX, np.float16, b"mat_mul_fused_amx"), (ARM, BF16, b"_v128_squares")],
+    ids=["bf16", "f16", "arm"],
+)
+def test_open_rows(features: frozenset[str], dtype: type, kernel: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The number of rows is known at run time only: none of the unit's registers, or of a tile's rows, may be full."""
+    emulate(monkeypatch, features)
     kinds = [(0, 352, 33)]
     model = build(kinds, dtype, "rows")
     compiled = compile_model(model, CompileOptions())
-    assert b"mat_mul_fused_amx" in compiled.module
+    assert kernel in compiled.module
     program = Program.load(compiled.module)
     for rows in (1, 16, 33, 400):
         check(program, model, [(rows, *kind[1:]) for kind in kinds], dtype)
 
 
-@pytest.mark.parametrize("dtype", [BF16, np.float16, np.float32], ids=["bf16", "f16", "f32"])
-def test_rows_that_are_not_numbers(dtype: type, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("features", "dtype"),
+    [(AMX, BF16), (AMX, np.float16), (AMX, np.float32), (ARM, BF16)],
+    ids=["bf16", "f16", "f32", "arm"],
+)
+def test_rows_that_are_not_numbers(features: frozenset[str], dtype: type, monkeypatch: pytest.MonkeyPatch) -> None:
     """NaN and inf stay in their row, inf is no NaN but with fast math, and a zero beyond an odd K meets neither."""
-    emulate(monkeypatch, AMX)
-    shapes = [(40, 64, 33), (3, 31, 9), (20, 31, 9)]
+    emulate(monkeypatch, features)
+    shapes = [(40, 64, 33), (3, 31, 9), (20, 31, 9), (9, 30, 9)]
     model = build(shapes, dtype)
     program = Program.load(compile_model(model, CompileOptions(math="fast")).module)
     feeds = inputs_of(shapes, dtype)
@@ -178,16 +196,18 @@ def test_choice(rows: int | None, depth: int, dtype: str, target: Target, strate
 
 
 @pytest.mark.parametrize(
-    ("bits", "features", "reason"),
+    ("rows", "bits", "features", "reason"),
     [
-        (512, PAIRS, ", bf16 in pairs"),
-        (512, AMX, ", on the matrix unit"),
-        (512, SLOW_PAIRS, ", pairs of bf16 in f32"),
-        (128, frozenset({"bf16"}), ", bf16 in pairs"),
-        (256, PAIRS, ""),
+        (2, 512, PAIRS, ", bf16 in pairs"),
+        (2, 512, AMX, ", on the matrix unit"),
+        (2, 512, SLOW_PAIRS, ", pairs of bf16 in f32"),
+        (2, 128, ARM, ", bf16 in pairs"),
+        (7, 128, ARM, ", bf16 in 2 x 2 pairs"),
+        (2, 256, PAIRS, ""),
+        (7, 128, PAIRS, ""),
     ],
 )
-def test_the_reason_names_how(bits: int, features: frozenset[str], reason: str) -> None:
-    contract = MatMul("m", TensorSpec((2, 64), "bf16"), TensorSpec((64, 64), "bf16"), True)
+def test_the_reason_names_how(rows: int, bits: int, features: frozenset[str], reason: str) -> None:
+    contract = MatMul("m", TensorSpec((rows, 64), "bf16"), TensorSpec((64, 64), "bf16"), True)
     choice = choose(contract, Target("cpu", vector_bits=bits, features=features), LoweringOptions())
-    assert choice.reason == f"2 rows by packed weights in one kernel{reason}"
+    assert choice.reason == f"{rows} rows by packed weights in one kernel{reason}"
