@@ -21,6 +21,8 @@ _FUNCTIONS = {
     "gated": ("fla.ops.simple_gla", "simple_gla"),
     "linear": ("fla.ops.linear_attn", "linear_attn"),
 }
+_BY_KEY = {"gated_delta": ("fla.ops.kda", "kda"), "gated": ("fla.ops.gla", "gla")}
+"""With a decay a dimension of the keys."""
 _REPLAYED = 16
 
 
@@ -30,6 +32,19 @@ def missing_fla() -> str | None:
         if importlib.util.find_spec(module) is None:
             return f"{module} is not installed (pip install flash-linear-attention)"
     return None
+
+
+def function_of(rule: str, form: str, *, by_key: bool) -> tuple[str, str, str]:
+    """The module and function for an update rule, and what it calls the decays.
+
+    Args:
+        rule: The update rule.
+        form: See :class:`FlaRunner`.
+        by_key: Whether there is a decay a dimension of the keys.
+    """
+    module, name = (_BY_KEY if by_key else _FUNCTIONS)[rule]
+    prefix = "chunk_" if form == "chunk" else "fused_recurrent_"
+    return module, prefix + name, "gk" if (name, form) == ("gla", "recurrent") else "g"
 
 
 class FlaRunner(Runner):
@@ -54,11 +69,11 @@ class FlaRunner(Runner):
         """See `Runner.prepare`; `attributes` are the node's."""
         torch, node = self._torch, dict(attributes or {})
         rule, heads = node["update_rule"], node["kv_num_heads"]
-        if node["q_num_heads"] != heads or ("decay" in feeds and feeds["decay"].shape[2] != heads):
-            raise InputError("measured for equal heads and a decay per head only", where="fla")
-        module, name = _FUNCTIONS[rule]
-        prefix = "chunk_" if self._form == "chunk" else "fused_recurrent_"
-        function = getattr(need(module, package="flash-linear-attention"), prefix + name)
+        if node["q_num_heads"] != heads:
+            raise InputError("measured for equal heads only", where="fla")
+        by_key = "decay" in feeds and feeds["decay"].shape[2] != heads
+        module, name, decay = function_of(rule, self._form, by_key=by_key)
+        function = getattr(need(module, package="flash-linear-attention"), name)
 
         def tensor(array: HostArray) -> Any:
             if array.dtype == numpy_dtype("bfloat16"):
@@ -70,7 +85,11 @@ class FlaRunner(Runner):
             short: tensor(feeds[long]).view(batch, tokens, heads, -1)
             for short, long in (("q", "query"), ("k", "key"), ("v", "value"))
         }
-        arguments |= {short: tensor(feeds[long]) for short, long in (("g", "decay"), ("beta", "beta")) if long in feeds}
+        arguments |= {
+            short: tensor(feeds[long]) for short, long in ((decay, "decay"), ("beta", "beta")) if long in feeds
+        }
+        if by_key:
+            arguments[decay] = arguments[decay].view(batch, tokens, heads, -1)
         arguments |= {"initial_state": tensor(feeds["past_state"]), "output_final_state": True}
         arguments["scale"] = arguments["q"].shape[-1] ** -0.5
         if rule == "linear":

@@ -10,7 +10,9 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import onnx
@@ -136,6 +138,44 @@ def test_absent_are_named(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None
     assert "absent    fla: torch is not installed" in out
     assert "absent    onnxruntime (tokens=2, dtype=bfloat16): " in out
     assert "cpu:default" in out
+
+
+@pytest.mark.parametrize(
+    ("rule", "form", "by_key", "function", "decay"),
+    [
+        ("gated_delta", "chunk", False, "fla.ops.gated_delta_rule chunk_gated_delta_rule", "g"),
+        ("gated_delta", "recurrent", True, "fla.ops.kda fused_recurrent_kda", "g"),
+        ("gated", "chunk", True, "fla.ops.gla chunk_gla", "g"),
+        ("gated", "recurrent", True, "fla.ops.gla fused_recurrent_gla", "gk"),
+    ],
+)
+def test_functions_of_fla(
+    rule: str, form: str, by_key: bool, function: str, decay: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are called with decays of heads [B, T, H] or of keys [B, T, H, dk], by the name they give them."""
+    case = AttentionCase(3, "float32", rule=rule, heads=2, kv_heads=2, dk=8, dv=4, key_decay=by_key)
+    called: dict[str, Any] = {}
+    torch = MagicMock()
+    torch.from_numpy = Tensor
+    module = SimpleNamespace(**{function.split()[1]: lambda **given: (called.update(given), 0)})
+    known = {"torch": torch, "fla": None, function.split()[0]: module}
+    monkeypatch.setattr(fla_runner, "need", lambda name, package: known[name])
+    fla_runner.FlaRunner(form).prepare("call", "", case.inputs(), case.attributes)
+    assert called[decay].array.shape == ((1, 3, 2, 8) if by_key else (1, 3, 2))
+    assert called["k"].array.shape == (1, 3, 2, 8)
+
+
+class Tensor:
+    """What the runner needs of PyTorch's."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array, self.shape = array, array.shape
+
+    def cuda(self) -> Tensor:
+        return self
+
+    def view(self, *shape: int) -> Tensor:
+        return Tensor(self.array.reshape(shape))
 
 
 def test_work_of_others_is_seen() -> None:
