@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+STACK_BYTES = 128 * 1024
+"""What a kernel's stack may have (CPU), where IREE refuses more than 32 KiB unless told: sums and unpacked operands of
+many rows lie there. Threads have megabytes."""
+
 
 @dataclass(frozen=True)
 class Limits:

@@ -16,7 +16,7 @@ from linattn.dialect_patterns.node import Node, TensorSpec
 from linattn.dialect_patterns.op import LoweringContext, LoweringOptions
 from linattn.dialect_patterns.registry import find_op
 from linattn.dialect_patterns.rewrite import lower_operators
-from linattn.dialect_patterns.target import Target
+from linattn.dialect_patterns.target import STACK_BYTES, Target
 from linattn.frontend.lower.iree import execute, verify_between_passes
 from linattn.frontend.lower.kernel_bodies import KernelBodies
 from linattn.frontend.targets import TargetOptions, resolve_target, vulkan
@@ -28,6 +28,7 @@ FLAGS = {
         "--iree-hal-target-device=local",
         "--iree-hal-local-target-device-backends=llvm-cpu",
         "--iree-llvmcpu-target-cpu=host",
+        f"--iree-llvmcpu-stack-allocation-limit={STACK_BYTES}",
     ],
     "vulkan": ["--iree-hal-target-device=vulkan"],
 }

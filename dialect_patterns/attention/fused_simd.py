@@ -3,10 +3,12 @@
     %y = flow.dispatch @attention_fused_simd_...[B](%q, %keys, %values, %first?, %limit?, %sink?, %bias?)
 
 Scores never reach memory, only keys that a query can see are read (a cache of large capacity costs what is in it),
-heads are neither split nor repeated. See ``simd_kernel.py``; the portable form is ``core.py``.
+heads are neither split nor repeated. See ``simd_kernel.py`` for few query rows of a key head and ``simd_many.py`` for
+32 and more; the portable form is ``core.py``.
 
 Legal: on CPUs, for a static number of tokens and head sizes that are multiples of 4. Cost: 4 * B*Hq*T*S*d flops over
-the visible keys, keys and values once for some 8 query rows of a key head.
+the visible keys, in bf16 half as many instructions where CPUs multiply pairs; keys and values once for 8 or for 32
+query rows of a key head.
 """
 
 from __future__ import annotations
@@ -21,17 +23,30 @@ from ..emit.dispatch import Kernel, dispatch
 from ..emit.kernel_text import Index, KernelText
 from ..emit.scalar import Scalar
 from ..machines import for_machines
+from ..mat_mul.simd_pairs import has_fast_dot, multiplies_pairs
 from ..node import Dim, TensorSpec
 from ..select import Legality, No, OtherMachine, Yes
-from ..target import Target
+from ..target import STACK_BYTES, Target
 from . import core
 from .core import AttentionShape, Heads, Visibility
 from .simd_kernel import Body
+from .simd_many import ManyBody
+from .simd_many_operands import KEYS as MANY_KEYS
+from .simd_many_operands import PAIR_LANES, Floats, Pairs
 from .simd_plan import KEYS, Plan
 
 _ROWS = 8
 _STACK_FLOATS = 7 * 1024  # IREE refuses kernels with more than 32 KiB on the stack
 _MIN_LANES = 4
+_MANY_ROWS = 32
+_MANY_FLOATS = (STACK_BYTES - 16 * 1024) // 4  # the rest: scores, bounds, what is widened
+
+
+def _is_for_many(heads: Heads, length: int, keys: Dim, masked: bool) -> bool:
+    """Whether a call has as many rows of a key head as the kernel for many takes at once, and it can do the rest."""
+    floats = _MANY_ROWS * (heads.dk + heads.dv) + 12 * heads.dk
+    enough = length * heads.group >= _MANY_ROWS and keys is not None and keys >= MANY_KEYS
+    return enough and not masked and floats <= _MANY_FLOATS
 
 
 def _rows(heads: Heads, length: int) -> int:
@@ -129,10 +144,13 @@ def emit_attention_fused_simd(
         axes.append(("B" if shared.bias_dims[0] else "_") + "__T")
     output = TensorSpec((spec_of(q).shape[0], length, heads.q * heads.dv), spec_of(q).dtype)
 
-    make_kernel = kernel_of or attention_kernel
+    many = kernel_of is None and _is_for_many(heads, length, spec_of(k).shape[2], mask is not None)
 
     def make(machine: Target) -> Kernel:
-        return make_kernel(replace(shared, lanes=_lanes(heads, machine)), specs, axes, output)
+        own = replace(shared, lanes=_lanes(heads, machine))
+        if many:
+            return _many_kernel(replace(own, rows=_MANY_ROWS), machine, specs, axes, output)
+        return (kernel_of or attention_kernel)(own, specs, axes, output)
 
     kernel = for_machines(target, make)
     return dispatch(b, kernel, operands, batch, b.dim(k, 2))[0]
@@ -153,6 +171,25 @@ def attention_kernel(p: Plan, specs: Sequence[TensorSpec], axes: Sequence[str], 
         workgroups=(p.tiles, p.kv_heads),
         write=write,
     )
+
+
+def _many_kernel(
+    p: Plan, machine: Target, specs: Sequence[TensorSpec], axes: Sequence[str], output: TensorSpec
+) -> Kernel:
+    """The kernel for many rows."""
+    base, keys = attention_kernel(p, specs, axes, output), specs[1].shape[2]
+    assert keys is not None
+    types = {spec.dtype for spec in specs[:3]}
+    pairs = p.lanes == PAIR_LANES and not p.dk % (2 * PAIR_LANES) and not p.dv % (2 * PAIR_LANES)
+    pairs = pairs and types == {"bf16"} and multiplies_pairs("bf16", machine) and has_fast_dot(machine)
+    registers = 32 if machine.vector_bits >= 512 else 16
+
+    def write(k: KernelText, batch: Index, count: Index, memrefs: Sequence[str]) -> None:
+        del batch, count
+        ManyBody(k, p, keys, Pairs if pairs else Floats, registers, memrefs).write()
+
+    kind = "_many_pairs_" if pairs else "_many_"
+    return replace(base, name=base.name.replace("_fused_simd_", f"_fused_simd{kind}"), write=write)
 
 
 def _lanes(heads: Heads, target: Target) -> int:

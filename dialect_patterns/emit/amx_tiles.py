@@ -18,9 +18,6 @@ from .kernel_text import Index, KernelText
 ROWS = 16
 """Rows of a register."""
 ROW_BYTES = 64
-STACK_BYTES = 128 * 1024
-"""Of a kernel's stack on machines with the unit, where IREE refuses more than 32 KiB unless told: weights are unpacked
-there for many rows, whose sums wait there. Threads have megabytes."""
 SUMS, A, B = (0, 1, 2, 3), (4, 5), (6, 7)
 """The registers by what a kernel of 32 x 32 sums has in them: a sum's are (A[i // 2], B[i % 2])."""
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import product
 
-from ..emit.amx_tiles import STACK_BYTES
 from ..emit.workers import slowest_share
-from ..target import Target
+from ..target import STACK_BYTES, Target
 from .contract import MatMulNBits
 from .simd_dot import DotInstruction, dot_instruction
 

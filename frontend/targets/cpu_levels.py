@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from linattn.dialect_patterns.target import Limits, Target
+from linattn.dialect_patterns.target import STACK_BYTES, Limits, Target
 from linattn.runtime.cpu import INSTRUCTION_SETS
 
 BASELINE = (
@@ -26,7 +26,7 @@ _WITHOUT = ("bmi", "bmi2", "lzcnt", "movbe", "prefer-256-bit")
 _EXECUTABLE = (
     '#hal.executable.target<"llvm-cpu", "embedded-elf-x86_64", {{cpu = "{cpu}", cpu_features = "{features}", '
     'data_layout = "e-m:e-p270:32:32-p271:32:32-p272:64:64-i64:64-i128:128-f80:128-n8:16:32:64-S128", '
-    "iree.encoding.resolver = #iree_cpu.cpu_encoding_resolver<>, max_stack_allocation_size = 32768 : i64, "
+    "iree.encoding.resolver = #iree_cpu.cpu_encoding_resolver<>, max_stack_allocation_size = {stack} : i64, "
     'native_vector_size = {bytes} : i64, target_triple = "x86_64-unknown-unknown-eabi-elf"}}>'
 )
 
@@ -65,7 +65,7 @@ class Level:
     @property
     def executable(self) -> str:
         """MLIR text of IREE's description of the machine."""
-        return _EXECUTABLE.format(cpu=self.cpu, features=self.flags, bytes=self.vector_bits // 8)
+        return _EXECUTABLE.format(cpu=self.cpu, features=self.flags, bytes=self.vector_bits // 8, stack=STACK_BYTES)
 
 
 LEVELS = (

@@ -9,8 +9,7 @@ from functools import cache
 
 from iree.compiler import ir
 from iree.compiler.api import Invocation, Session
-from linattn.dialect_patterns.emit.amx_tiles import STACK_BYTES
-from linattn.dialect_patterns.mat_mul.simd_plan import UNIT_FEATURES
+from linattn.dialect_patterns.target import STACK_BYTES
 from linattn.runtime.cpu import INSTRUCTION_SETS
 
 from ..lower.iree import execute
@@ -102,9 +101,7 @@ def query(architecture: str, cpu: str, features: str = "", usable: frozenset[str
         changes = ",".join([*filter(None, [given]), *(f"-{feature}" for feature in sorted(unusable))])
         kept = query(architecture, name, changes)
         return Cpu(kept.name, kept.flags, kept.instruction_sets, kept.vector_bits, tuple(sorted(unusable)))
-    flags = _flags(architecture, cpu, features)
-    if on >= UNIT_FEATURES:
-        flags = (*flags, f"--iree-llvmcpu-stack-allocation-limit={STACK_BYTES}")
+    flags = (*_flags(architecture, cpu, features), f"--iree-llvmcpu-stack-allocation-limit={STACK_BYTES}")
     return Cpu(name, flags, frozenset(on & known), vector_bits)
 
 

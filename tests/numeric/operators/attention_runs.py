@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import harness
@@ -19,6 +19,12 @@ from linattn.dialect_patterns.emit.builder import Builder
 from linattn.dialect_patterns.node import TensorSpec
 from linattn.dialect_patterns.op import LoweringContext
 from linattn.dialect_patterns.rewrite import lower_operators
+
+from tests.tolerances import BENIGN
+
+KINDS = {"bf16": ml_dtypes.bfloat16, "f16": np.float16, "f32": np.float32}
+CAPACITY = 200
+"""Of the caches that many query rows go over."""
 
 
 def error(got: np.ndarray, want: np.ndarray) -> float:
@@ -150,6 +156,100 @@ class CapacityRun:
                 given.append(to_device(array, self.target))
         results = self.function(*given, position)
         return to_host(results[0], self.target, self.dtype)
+
+
+def attend(
+    q: np.ndarray, keys: np.ndarray, values: np.ndarray, position: int, window: int | None, softcap: float, scale: float
+) -> np.ndarray:
+    """Causal attention of q [T, Hq, d] over keys and values [Hkv, P + T, d], in float64, a query at a time."""
+    tokens, heads, size = q.shape
+    y = np.zeros((tokens, heads, size))
+    for t in range(tokens):
+        seen = slice(0 if window is None else max(0, position + t + 1 - window), position + t + 1)
+        for h in range(heads):
+            kv = h * keys.shape[0] // heads
+            scores = keys[kv, seen] @ q[t, h] * scale
+            scores = softcap * np.tanh(scores / softcap) if softcap else scores
+            weights = np.exp(scores - scores.max())
+            y[t, h] = weights @ values[kv, seen] / weights.sum()
+    return y
+
+
+def rows(array: np.ndarray, kv_heads: int) -> np.ndarray:
+    """[T, Hkv * d] as [Hkv, T, d]."""
+    return array.astype(np.float64).reshape(len(array), kv_heads, -1).transpose(1, 0, 2)
+
+
+@dataclass(frozen=True)
+class ManyRows:
+    """A GroupQueryAttention of many query rows over a cache of 200 rows.
+
+    Attributes:
+        tokens: T.
+        heads: Hq.
+        kv_heads: Hkv.
+        size: Of a head.
+        window: How many keys a query sees, None for all.
+        softcap: Of the scores, 0 for none.
+        smooth: Whether the softmax sees a key of score 0 and value 0 besides.
+        dtype: Element type.
+    """
+
+    tokens: int
+    heads: int
+    kv_heads: int
+    size: int
+    window: int | None
+    softcap: float
+    smooth: bool
+    dtype: str
+
+    def check(self, target: str, positions: Sequence[int]) -> str:
+        """Runs it at positions of its first token; what it was lowered to.
+
+        What lies behind the position is NaN and is neither read nor weighed; a NaN that is seen spoils who sees it.
+        """
+        tokens, heads, kv_heads, size = self.tokens, self.heads, self.kv_heads, self.size
+        random, scale, kind = np.random.default_rng(tokens + heads), 0.3, KINDS[self.dtype]
+        limit = BENIGN[np.dtype(kind).name]
+        caches = [TensorSpec((1, kv_heads, CAPACITY, size), self.dtype)] * 2
+        specs = [TensorSpec((1, tokens, heads * size), self.dtype), *caches]
+
+        def normal(*shape: int) -> np.ndarray:
+            return random.standard_normal(shape).astype(kind)
+
+        cache = [normal(1, kv_heads, CAPACITY, size) for _ in range(2)]
+        lengths, total = np.zeros(1, np.int32), np.array(CAPACITY + tokens, np.int32)
+        attributes = {"num_heads": heads, "kv_num_heads": kv_heads, "scale": scale, "softcap": self.softcap}
+        if self.smooth:
+            attributes["smooth_softmax"] = 1
+        if self.window is not None:
+            attributes["local_window_size"] = self.window
+        new = [normal(1, tokens, heads * size), *(normal(1, tokens, kv_heads * size) for _ in range(2))]
+        inputs = [*new, *cache, lengths, total]
+        run = CapacityRun("GroupQueryAttention", "com.microsoft", 1, inputs, specs, attributes, (3, 4), target)
+        for position in (min(position, CAPACITY - tokens) for position in positions):
+            past = [array.copy() for array in cache]
+            for array in past:
+                array[:, :, position:] = np.nan
+            got = run.step([*new, None, None, lengths, total], [to_device(array, target) for array in past], position)
+            q = new[0][0].astype(np.float64).reshape(tokens, heads, size)
+            held = [array[0, :, :position].astype(np.float64) for array in past]
+            keys, values = (np.concatenate([a, rows(x[0], kv_heads)], 1) for a, x in zip(held, new[1:], strict=True))
+            if self.smooth:  # a key more, before all others
+                keys, values = (np.concatenate([np.zeros_like(x[:, :1]), x], 1) for x in (keys, values))
+            want = attend(q, keys, values, position + self.smooth, self.window, self.softcap, scale)
+            assert error(got[0], want.reshape(tokens, -1)) <= limit, f"position {position}"
+        spoilt, at = [array.copy() for array in new], tokens - 2
+        spoilt[2][0, at, 0] = np.nan  # the first column of the first head's value
+        again = run.step([*spoilt, None, None, lengths, total], [to_device(array, target) for array in past], position)
+        group, first = heads // kv_heads, again[0].reshape(tokens, heads, size)
+        assert np.isnan(first[at:, :group, 0].astype(np.float32)).all()
+        clean = got[0].reshape(tokens, heads, size)
+        for found, wanted in ((first[:at], clean[:at]), (first[:, group:], clean[:, group:])):
+            assert error(found, wanted) <= limit
+        assert error(first[at:, :group, 32:], clean[at:, :group, 32:]) <= limit
+        return run.lowered
 
 
 def stream_ir(text: str, target: str) -> str:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import ml_dtypes
 import numpy as np
 import pytest
-from attention_runs import CapacityRun, error, to_device
+from attention_runs import CAPACITY, CapacityRun, attend, error, to_device
 from harness import WIDTHS
 from linattn.dialect_patterns.attention import strategies as attention_strategies
 from linattn.dialect_patterns.attention.core import AttentionShape, Heads
@@ -16,26 +16,8 @@ from linattn.dialect_patterns.target import Target
 
 from tests.tolerances import BENIGN as TOLERANCE
 
-CAPACITY = 200
 POSITIONS = (0, 1, 54, 55, 56, 62, 63, 64, 65, 119, 120, 127, 128, 191)
 NAMES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
-
-
-def attend(
-    q: np.ndarray, keys: np.ndarray, values: np.ndarray, position: int, window: int | None, softcap: float, scale: float
-) -> np.ndarray:
-    """Causal attention of q [T, Hq, d] over keys and values [Hkv, P + T, d], in float64, a query at a time."""
-    tokens, heads, size = q.shape
-    y = np.zeros((tokens, heads, size))
-    for t in range(tokens):
-        seen = slice(0 if window is None else max(0, position + t + 1 - window), position + t + 1)
-        for h in range(heads):
-            kv = h * keys.shape[0] // heads
-            scores = keys[kv, seen] @ q[t, h] * scale
-            scores = softcap * np.tanh(scores / softcap) if softcap else scores
-            weights = np.exp(scores - scores.max())
-            y[t, h] = weights @ values[kv, seen] / weights.sum()
-    return y
 
 
 @pytest.mark.parametrize(
