@@ -49,7 +49,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_configure() -> None:
-    """What is started from here, xdist's workers among it, does not spin where it uses lavapipe (`NAPS`)."""
+    """What is started from here, xdist's workers among it, does not spin where it uses lavapipe (`NAPS`).
+
+    And it keeps Python's compiled files: hundreds of processes start, and each would compile the packages anew.
+    """
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     compiler = shutil.which("cc")
     if sys.platform != "linux" or compiler is None or "PYTEST_XDIST_WORKER" in os.environ:
         return
