@@ -7,6 +7,7 @@ from functools import cache
 from . import choose, near_ids, next_token, not_finite, split_columns
 from .attention import group_query as group_query_attention
 from .attention import op as attention
+from .attention import step as attention_step
 from .causal_conv import op as causal_conv
 from .draw_token import op as draw_token
 from .experts import gated_add
@@ -38,6 +39,7 @@ OPS: tuple[Op, ...] = (
     *causal_conv.OPS,
     *attention.OPS,
     *group_query_attention.OPS,
+    *attention_step.OPS,
     *experts.OPS,
     *gated_add.OPS,
     *gated_rms_norm.OPS,

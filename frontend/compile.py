@@ -33,6 +33,7 @@ from .graph.extra_outputs import add_outputs
 from .graph.finite_check import FINITE, check_finite
 from .graph.index_bounds import index_bounds
 from .graph.inline_functions import inline_functions
+from .graph.join_attention import join_attention
 from .graph.join_gates import join_gates
 from .graph.join_norms import join_norms
 from .graph.join_packed_products import join_packed_products
@@ -305,7 +306,8 @@ def _plan(
         lowering = _lowering_options(options)
         joined = join_products(ranked, versions, target.capabilities, lowering)
         packed = join_packed_products(joined, versions, target.capabilities, lowering)
-        gated = join_gates(packed, versions, target.capabilities, lowering)
+        stepped = join_attention(packed, versions, target.capabilities)
+        gated = join_gates(stepped, versions, target.capabilities, lowering)
         graphs.append(join_norms(gated, versions, target.capabilities, lowering))
     bounds = index_bounds(graphs, [spec.name for spec in plan.inputs])
     inputs = tuple(dataclasses.replace(spec, bounds=bounds.get(spec.name)) for spec in plan.inputs)

@@ -30,7 +30,7 @@ from ..target import Target
 from .core import AttentionShape
 from .simt_bias import Bias
 from .simt_call import WIDTH, Call, Sizes, why_not_by_position
-from .simt_join import LOWEST, emit_join
+from .simt_join import LOWEST, Gate, emit_join
 
 _MAX_ROWS = 8
 _THREADS = 128
@@ -64,7 +64,7 @@ def is_legal(shape: AttentionShape, target: Target) -> Legality:
 def emit_attention_fused_simt(
     b: Builder, target: Target, q: ir.Value, k: ir.Value, v: ir.Value, *,
     first: Size, scale: float, softcap: float, left: int | None, sink: ir.Value | None,
-    bias: ir.Value | None,
+    bias: ir.Value | None, gate: tuple[Gate, ir.Value] | None = None,
 ) -> ir.Value:  # fmt: skip
     """[B, Hq, T, dv] from q [B, Hq, T, dk] and the cache k, v [B, Hkv, S, d]; query i sees the keys up to first + i."""
     c = Call.of(q, k, v, scale, softcap, left, bias)
@@ -84,7 +84,7 @@ def emit_attention_fused_simt(
     outputs: list[tuple[ir.RankedTensorType, list[ir.Value]]] = [(stats, []), (sums, [])]
     inputs = [q, k, v] if bias is None else [q, k, v, bias]
     found = dispatch(name, group, c.parts, b.index(heads), numbers, inputs, outputs, parts)
-    return emit_join(b, target, c, c.parts, found, sink, TensorSpec(c.shape, c.dtype))
+    return emit_join(b, target, c, c.parts, found, sink, TensorSpec(c.shape, c.dtype), gate)
 
 
 @dataclass

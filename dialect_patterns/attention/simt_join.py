@@ -6,6 +6,8 @@ joined in the workgroup's memory: one after the other 36 parts took 10 us on an 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from iree.compiler import ir
 
 from ..emit.builder import Builder, spec_of, tensor_type
@@ -24,6 +26,19 @@ LOWEST = -3.4028234663852886e38
 """The lowest finite f32: no score is lower but -inf, and exp(-inf - it) is 0."""
 
 
+@dataclass(frozen=True)
+class Gate:
+    """Where the gates of the outputs of one token lie, a row of the batch after the other.
+
+    Attributes:
+        start: The first element.
+        stride: Elements from a head to the next one.
+    """
+
+    start: int
+    stride: int
+
+
 def sink_of_row(k: Kernel, c: Call, n: Sizes, dtype: str, binding: int, head: Scalar, row: Scalar) -> ir.Value:
     """The sink of a row of a key head (its query heads and their tokens), read from ``binding``."""
     sinks = k.buffer(binding, dtype, Scalar.constant(c.kv_heads * c.group, "index"))
@@ -32,8 +47,9 @@ def sink_of_row(k: Kernel, c: Call, n: Sizes, dtype: str, binding: int, head: Sc
 
 
 def emit_join(
-    b: Builder, target: Target, c: Call, parts: int, found: list[ir.Value], sink: ir.Value | None, result: TensorSpec
-) -> ir.Value:
+    b: Builder, target: Target, c: Call, parts: int, found: list[ir.Value], sink: ir.Value | None, result: TensorSpec,
+    gate: tuple[Gate, ir.Value] | None = None,
+) -> ir.Value:  # fmt: skip
     """The outputs from their parts.
 
     Args:
@@ -44,6 +60,7 @@ def emit_join(
         found: Maxima and sums [B * Hkv, P, R, 2] and weighted values [B * Hkv, P, R, dv], f32.
         sink: What the softmax of each query head sees beside its keys [Hq], or None.
         result: Type of the outputs [B, Hq, T, dv].
+        gate: What the outputs of one token are multiplied by the logistic function of, of their type; None for nothing.
     """
     heads, wide = c.batch * c.kv_heads, min(target.max_threads, c.dv // WIDTH)
     sink_type = "" if sink is None else spec_of(sink).dtype
@@ -52,24 +69,43 @@ def emit_join(
     slices = max(count for count in range(1, room + 1) if parts % count == 0)
     at_once = max(count for count in range(1, _AT_ONCE + 1) if parts // slices % count == 0)
     name = f"attention_fused_simt_join_{lead}_h{heads}_by{slices}x{at_once}_d{c.dv}"
+    of_gate = _OfGate(gate[0], spec_of(gate[1]).shape[-1] or 0) if gate is not None else None
+    name += "" if of_gate is None else f"_gate{of_gate.gate.start}by{of_gate.gate.stride}of{of_gate.width}g{c.group}"
     outputs: list[tuple[ir.RankedTensorType, list[ir.Value]]] = [(tensor_type(result.shape, result.dtype), [])]
 
     numbers = [b.index(size) for size in (c.tokens, c.rows, parts)]
 
     def body(kernel: Kernel) -> None:
         sizes = Sizes(*(kernel.number(i) for i in range(3)))
-        _emit_join(kernel, c, sizes, (slices, at_once), sink_type, result.dtype)
+        _emit_join(kernel, c, sizes, (slices, at_once), sink_type, result.dtype, of_gate)
 
-    inputs = found if sink is None else [*found, sink]
+    inputs = [*found, *([] if sink is None else [sink]), *([] if gate is None else [gate[1]])]
     return dispatch(name, Group(wide * slices, 0), 1, b.index(heads * c.rows), numbers, inputs, outputs, body)[0]
 
 
-def _emit_join(k: Kernel, c: Call, n: Sizes, counts: tuple[int, int], sink_type: str, dtype: str) -> None:
+@dataclass(frozen=True)
+class _OfGate:
+    gate: Gate
+    width: int  # of a row
+
+    def load(self, k: Kernel, c: Call, binding: int, dtype: str, heads: tuple[Scalar, Scalar], at: Scalar) -> ir.Value:
+        """The gates of a vector of a row of a key head."""
+        (head, row), size = heads, c.batch * self.width // WIDTH
+        gates = k.buffer(binding, dtype, Scalar.constant(size, "index"), WIDTH)
+        batch, key_head = head.divide_unsigned(c.kv_heads)
+        start = (key_head * c.group + row) * (self.gate.stride // WIDTH) + (self.gate.start // WIDTH)
+        return k.widen(gates, k.load(gates, batch * (self.width // WIDTH) + start + at))
+
+
+def _emit_join(
+    k: Kernel, c: Call, n: Sizes, counts: tuple[int, int], sink_type: str, dtype: str, gate: _OfGate | None
+) -> None:
     """Join the parts of one row, dealt out to so many slices, so many of one at once."""
     (slices, at_once), heads, vectors = counts, c.batch * c.kv_heads, c.dv // WIDTH
     rows = n.parts * n.rows * heads
     stats, sums = k.buffer(0, "f32", rows * 2), k.buffer(1, "f32", rows * vectors, WIDTH)
-    output = k.buffer(3 if sink_type else 2, dtype, n.rows * (heads * vectors), WIDTH)
+    of_gate = 3 if sink_type else 2
+    output = k.buffer(of_gate + (gate is not None), dtype, n.rows * (heads * vectors), WIDTH)
     head, row = k.item_by(n.rows)
     wide, each = k.group.threads // slices, n.parts.divide_unsigned(slices)[0]
     own, lane = k.thread().divide_unsigned(wide) if slices > 1 else (Scalar.constant(0, "index"), k.thread())
@@ -109,6 +145,10 @@ def _emit_join(k: Kernel, c: Call, n: Sizes, counts: tuple[int, int], sink_type:
             factor = k.exp(k.sub(other, most))
             total, result = k.fma(part, factor, total), k.fma(value, k.splat(factor, WIDTH), result)
         result = k.div(result, k.splat(k.maximum(total, k.constant(1e-30)), WIDTH))
+
+        if gate is not None:
+            factor = k.neg(gate.load(k, c, of_gate, dtype, (head, row), column))
+            result = k.div(result, k.add(k.exp(factor), k.constant(1.0, WIDTH)))
 
         def write(result: ir.Value = result, column: Scalar = column) -> None:
             k.store(result, output, (head * n.rows + row) * vectors + column)

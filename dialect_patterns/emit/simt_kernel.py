@@ -48,6 +48,7 @@ def dispatch(
     inputs: Sequence[ir.Value],
     outputs: Sequence[tuple[ir.RankedTensorType, list[ir.Value]]],
     body: Callable[[Kernel], None],
+    written: Sequence[int] = (),
 ) -> list[ir.Value]:
     """Run a kernel with ``tiles`` workgroups for each of ``items``; define it unless the module has it already.
 
@@ -60,9 +61,10 @@ def dispatch(
         inputs: Tensors that the kernel reads, its buffers 0, 1, ...
         outputs: Type and open sizes of each tensor that it writes, its further buffers.
         body: Emits the kernel for one tile of one item.
+        written: Inputs that the kernel writes into, too; their sizes are known.
 
     Returns:
-        The outputs.
+        The outputs, and then the inputs that were written into.
     """
     module = ir.InsertionPoint.current.block.owner.operation
     while module.name != "builtin.module":
@@ -71,12 +73,13 @@ def dispatch(
     block = module.regions[0].blocks[0]
     if name not in ir.SymbolTable(module):
         known = tiles if isinstance(tiles, int) else None
-        source = _source(name, group, known, len(numbers), len(inputs), len(outputs))
+        layout = _layout(len(numbers), len(inputs), len(outputs), written)
+        source = _source(name, group, known, layout)
         ir.InsertionPoint.at_block_begin(block).insert(source)
         functions = [op for op in _blocks(source)[0].operations if op.operation.name == "builtin.module"]
         function = _blocks(functions[0].operation)[0].operations[0]
         with ir.InsertionPoint(_blocks(function.operation)[0].operations[0]):
-            body(Kernel(group, len(numbers), len(inputs), len(outputs)))
+            body(Kernel(group, layout, len(inputs), written))
     i32 = ir.IntegerType.get_signless(32)
     constants = [arith.IndexCastOp(i32, number).result for number in numbers]
     input_dims = [
@@ -87,17 +90,21 @@ def dispatch(
     ]
     output_dims = [size for _, sizes in outputs for size in sizes]
     workload = [items] if isinstance(tiles, int) else [items, tiles]
+    attributes: dict[str, ir.Attribute] = {
+        "entry_points": ir.Attribute.parse(f"[@{name}::@{name}]"),
+        "operandSegmentSizes": ir.DenseI32ArrayAttr.get(
+            [len(workload), len(constants) + len(inputs), len(input_dims), len(output_dims)]
+        ),
+    }
+    if written:
+        tied = [-1] * len(outputs) + [len(constants) + i for i in written]
+        attributes["tied_operands"] = ir.ArrayAttr.get([ir.IntegerAttr.get(ir.IndexType.get(), i) for i in tied])
     return list(
         ir.Operation.create(
             "flow.dispatch",
-            results=[result for result, _ in outputs],
+            results=[*(result for result, _ in outputs), *(inputs[i].type for i in written)],
             operands=[*workload, *constants, *inputs, *input_dims, *output_dims],
-            attributes={
-                "entry_points": ir.Attribute.parse(f"[@{name}::@{name}]"),
-                "operandSegmentSizes": ir.DenseI32ArrayAttr.get(
-                    [len(workload), len(constants) + len(inputs), len(input_dims), len(output_dims)]
-                ),
-            },
+            attributes=attributes,
         ).results
     )
 
@@ -111,19 +118,19 @@ def _blocks(op: ir.Operation) -> list[ir.Block]:
     return list(op.regions[0].blocks)
 
 
-def _layout(numbers: int, inputs: int, outputs: int) -> str:
-    bindings = ["#hal.pipeline.binding<storage_buffer, ReadOnly>"] * inputs
-    bindings += ["#hal.pipeline.binding<storage_buffer>"] * outputs
+def _layout(numbers: int, inputs: int, outputs: int, written: Sequence[int]) -> str:
+    kinds = ["" if i in written else ", ReadOnly" for i in range(inputs)] + [""] * outputs
+    bindings = [f"#hal.pipeline.binding<storage_buffer{kind}>" for kind in kinds]
     return f"#hal.pipeline.layout<constants = {numbers}, bindings = [{', '.join(bindings)}]>"
 
 
-def _source(name: str, group: Group, tiles: int | None, numbers: int, inputs: int, outputs: int) -> ir.Operation:
+def _source(name: str, group: Group, tiles: int | None, layout: str) -> ir.Operation:
     """The executable with an empty kernel; without ``tiles`` they are given."""
     given, x = (", %x: index", "") if tiles is None else ("", f"%x = arith.constant {tiles} : index")
     subgroup = f" subgroup_size = {group.subgroup}" if group.subgroup else ""
     op = ir.Operation.parse(f"""
 hal.executable.source private @{name} {{
-  hal.executable.export public @{name} ordinal(0) layout({_layout(numbers, inputs, outputs)})
+  hal.executable.export public @{name} ordinal(0) layout({layout})
       count(%device: !hal.device, %items: index{given}) -> (index, index, index) {{
     {x}
     %most = arith.constant {MAX_GROUPS} : index
@@ -163,15 +170,15 @@ class Kernel:
 
     Args:
         group: The threads of a workgroup.
-        numbers: Count of the numbers that the dispatch gives.
+        layout: The numbers that the dispatch gives, and the buffers.
         inputs: Count of the input buffers.
-        outputs: Count of the output buffers.
+        written: Those of them that the kernel writes into, too.
     """
 
-    def __init__(self, group: Group, numbers: int, inputs: int, outputs: int) -> None:
+    def __init__(self, group: Group, layout: str, inputs: int, written: Sequence[int] = ()) -> None:
         self.group = group
-        self._layout = ir.Attribute.parse(_layout(numbers, inputs, outputs))
-        self._inputs = inputs
+        self._layout = ir.Attribute.parse(layout)
+        self._inputs, self._written = inputs, written
 
     # ---- where and on what -----------------------------------------------------------------------------------------
     def number(self, ordinal: int) -> Scalar:
@@ -203,7 +210,7 @@ class Kernel:
             "alignment": ir.IntegerAttr.get(index, 64),
             "operandSegmentSizes": ir.DenseI32ArrayAttr.get([1, 1]),
         }
-        if binding < self._inputs:
+        if binding < self._inputs and binding not in self._written:
             attributes["descriptor_flags"] = ir.Attribute.parse("1 : i32")
         result = ir.Type.parse(f"memref<?x{element}, #hal.descriptor_type<storage_buffer>>")
         zero = Scalar.constant(0, "index").value

@@ -111,7 +111,7 @@ def _emit(k: Kernel, rows: Scalar, size: int, dtype: str, epsilon: float, *, wit
         sums.append(value)
         places.append((inside, place))
     one, two, three, four = k.elements(squares)
-    mean = k.mul(_over_workgroup(k, k.add(k.add(one, two), k.add(three, four))), k.constant(1.0 / size))
+    mean = k.mul(sum_over_workgroup(k, k.add(k.add(one, two), k.add(three, four))), k.constant(1.0 / size))
     factor = k.splat(k.rsqrt(k.add(mean, k.constant(epsilon))), _WIDTH)
     for value, (inside, place) in zip(sums, places, strict=True):
 
@@ -124,8 +124,8 @@ def _emit(k: Kernel, rows: Scalar, size: int, dtype: str, epsilon: float, *, wit
         k.when(inside, write)
 
 
-def _over_workgroup(k: Kernel, value: ir.Value) -> ir.Value:
-    """The sum of a value over all threads."""
+def sum_over_workgroup(k: Kernel, value: ir.Value) -> ir.Value:
+    """The sum of a value over all threads, a power of two."""
     if not k.group.subgroup:
         return _through_memory(k, value)
     offset, subgroup = 1, k.group.subgroup

@@ -14,7 +14,6 @@ from typing import cast
 from iree.compiler import ir
 
 from ..checks import float_input, only_attributes, require_dtype, require_shape
-from ..emit.builder import Builder
 from ..emit.scalar import Scalar
 from ..node import Node, TensorSpec
 from ..op import MICROSOFT, LoweringContext, Op
@@ -31,19 +30,44 @@ _STREAMS = 3
 
 
 @dataclass(frozen=True)
+class Streams:
+    """Which position stream a column follows.
+
+    Attributes:
+        sections: Columns of the time, height and width stream.
+        interleaved: Whether the streams' columns alternate.
+    """
+
+    sections: tuple[int, int, int]
+    interleaved: bool
+
+    def __str__(self) -> str:
+        return "x".join(map(str, self.sections)) + ("i" if self.interleaved else "")
+
+    def of(self, column: Scalar) -> Scalar:
+        """The stream of a column, both as index."""
+        time, height, width = (Scalar.constant(i, "index") for i in range(_STREAMS))
+        if self.interleaved:
+            third = column % _STREAMS
+            is_height = third.equals(1) & (column < _STREAMS * self.sections[1])
+            is_width = third.equals(2) & (column < _STREAMS * self.sections[2])
+            return is_height.select(height, is_width.select(width, time))
+        is_time, is_height = column < self.sections[0], column < self.sections[0] + self.sections[1]
+        return is_time.select(time, is_height.select(height, width))
+
+
+@dataclass(frozen=True)
 class MRotaryEmbedding:
     """Contract.
 
     Attributes:
         rotation: What is rotated.
-        sections: Columns of the time, height and width stream.
-        interleaved_sections: Whether the streams' columns alternate.
+        streams: Which position each column follows.
         scale: Multiplies cosines and sines.
     """
 
     rotation: Rotation
-    sections: tuple[int, int, int]
-    interleaved_sections: bool
+    streams: Streams
     scale: float
 
 
@@ -75,24 +99,12 @@ def parse(node: Node) -> MRotaryEmbedding:
     layout = node.attr("mrope_layout", 0)
     if layout not in (0, 1):
         raise node.error("attribute 'mrope_layout'", got=layout, expected="0 or 1")
-    return MRotaryEmbedding(rotation, sections, layout == 1, node.attr("scale", 1.0))
+    return MRotaryEmbedding(rotation, Streams(sections, layout == 1), node.attr("scale", 1.0))
 
 
 def output_types(contract: MRotaryEmbedding) -> Sequence[TensorSpec]:
     """The outputs' types."""
     return [contract.rotation.x]
-
-
-def _stream(b: Builder, contract: MRotaryEmbedding, column: Scalar) -> Scalar:
-    """Which position stream a column follows, as an index."""
-    time, height, width = (b.constant(i, "index") for i in range(_STREAMS))
-    sections = contract.sections
-    if contract.interleaved_sections:
-        third = column % _STREAMS
-        is_height = third.equals(1) & (column < _STREAMS * sections[1])
-        is_width = third.equals(2) & (column < _STREAMS * sections[2])
-        return is_height.select(height, is_width.select(width, time))
-    return (column < sections[0]).select(time, (column < sections[0] + sections[1]).select(height, width))
 
 
 def lower(context: LoweringContext, contract: MRotaryEmbedding, operands: Sequence[ir.Value | None]) -> list[ir.Value]:
@@ -105,7 +117,7 @@ def lower(context: LoweringContext, contract: MRotaryEmbedding, operands: Sequen
     assert sin is not None
 
     def lookup(cache: ir.Value, batch: Scalar, token: Scalar, column: Scalar) -> Scalar:
-        position = b.load(position_ids, _stream(b, contract, column), batch, token)
+        position = b.load(position_ids, contract.streams.of(column), batch, token)
         value = b.load(cache, clamp_position(b, position, cache), column)
         return value if contract.scale == 1.0 else value.to("f32") * contract.scale
 

@@ -110,8 +110,9 @@ def _operations_by_types(op: ir.Operation, key: str, operands: Sequence[ir.Ranke
 
 def _moved(op: ir.Operation, key: str) -> int | None:
     """Bytes that a dispatch reads and writes, at most; None where a size is open."""
-    read = [_bytes(value.type) for value in op.operands]
-    written = [_bytes(value.type) for value in op.results]
+    into = _written_into(op)  # caches, whose new rows are other operands
+    read = [_bytes(value.type) for value in op.operands if value not in into]
+    written = [_bytes(value.type) for value in op.results][: len(op.results) - len(into)]
     known = [size for size in (*read, *written) if size is not None]
     if len(known) < len(read) + len(written):
         return None
@@ -122,6 +123,15 @@ def _moved(op: ir.Operation, key: str) -> int | None:
     most = max((_elements(value.type) for value in op.results), default=0)
     elements = [_elements(value.type) for value in (*op.operands, *op.results)]
     return sum(size if count <= most else size * most // count for size, count in zip(known, elements, strict=True))
+
+
+def _written_into(op: ir.Operation) -> list[ir.Value]:
+    """The operands that a kernel of ours writes into; their results are the last ones."""
+    if "tied_operands" not in op.attributes or "_dispatch_" in str(op.attributes["entry_points"]):
+        return []
+    tied = [ir.IntegerAttr(index).value for index in ir.ArrayAttr(op.attributes["tied_operands"])]
+    groups = next(i for i, value in enumerate(op.operands) if not isinstance(value.type, ir.IndexType))
+    return [op.operands[groups + index] for index in tied if index >= 0]
 
 
 def _elements(value_type: ir.Type) -> int:

@@ -18,7 +18,7 @@ from .entry_points import ModulePlan
 from .report import CompileReport, NodeRow
 
 STATE_OPS = ("LinearAttention", "GatedLinearAttention", "CausalConvWithState")
-REPORTED_OPS = (*STATE_OPS, "SelectiveScan", "Attention", "GroupQueryAttention")
+REPORTED_OPS = (*STATE_OPS, "SelectiveScan", "Attention", "GroupQueryAttention", "AttentionStep")
 """Operators with a row a node; of the others there are too many."""
 
 
