@@ -22,12 +22,22 @@ from iree.compiler import ir
 
 from ..emit.simt_kernel import Group
 from ..op import LoweringContext
-from ..select import Legality, No, OtherMachine, Yes
+from ..select import Legality, No, Yes
 from ..target import Target
 from .chunk_dispatches import ChunkKernels, emit_chunks
 from .contract import LinearAttention
 from .mma_chunk_factors import THREADS, MmaFactors
-from .mma_chunk_operands import CHUNK, SIDE, SUBGROUP, WORDS, MmaPlan, record, stride_unit
+from .mma_chunk_operands import (
+    CHUNK,
+    SIDE,
+    SUBGROUP,
+    WORDS,
+    MmaPlan,
+    record,
+    stride_unit,
+    why_no_matrices,
+    why_not_as_they_are,
+)
 from .mma_chunk_state import MmaChunks
 from .operands import Operands, kernel_name
 
@@ -38,14 +48,8 @@ _ENOUGH_GROUPS = 100  # workgroups that keep a large GPU busy
 def is_legal(contract: LinearAttention, target: Target) -> Legality:
     """Where subgroups multiply matrices, for 16 bits."""
     c = contract
-    if not target.is_gpu:
-        return OtherMachine(f"{target.name} is not a GPU")
-    if target.matrix_stride is None or target.subgroup_size != SUBGROUP:
-        return No(f"{target.name} is compiled for without products of 16x16 matrices by {SUBGROUP} threads")
-    if c.dtype not in ("f16", "bf16"):
-        return No(f"{c.dtype}: terms of 16 bits would lose some of it")
-    if c.decay == "key":
-        return No("decays per key cannot be applied to sums")
+    if reason := why_no_matrices(target) or why_not_as_they_are(c):
+        return reason
     if c.dk % _ROWS or c.dv % SIDE:
         return No(f"a {c.dk}x{c.dv} state does not divide into {_ROWS}x{SIDE}")
     p = plan_for(c, target)

@@ -24,11 +24,11 @@ from iree.compiler import ir
 
 from ..emit.simt_kernel import Group
 from ..op import LoweringContext
-from ..select import Legality, No, OtherMachine, Yes
+from ..select import Legality, No, Yes
 from ..target import Target
 from .chunk_dispatches import ChunkKernels, emit_chunks
 from .contract import LinearAttention
-from .mma_chunk_operands import CHUNK, SIDE, SUBGROUP, WORDS, stride_unit
+from .mma_chunk_operands import CHUNK, SIDE, SUBGROUP, WORDS, stride_unit, why_no_matrices
 from .operands import Operands, kernel_name
 from .term_chunk_factors import TermFactors
 from .term_chunk_operands import plan_for
@@ -41,10 +41,8 @@ _ROWS = (64, 128)  # of the state: two or four tokens a thread of the first kern
 def is_legal(contract: LinearAttention, target: Target) -> Legality:
     """Where subgroups multiply matrices, and whole keys and queries do not do as factors."""
     c = contract
-    if not target.is_gpu:
-        return OtherMachine(f"{target.name} is not a GPU")
-    if target.matrix_stride is None or target.subgroup_size != SUBGROUP:
-        return No(f"{target.name} is compiled for without products of 16x16 matrices by {SUBGROUP} threads")
+    if reason := why_no_matrices(target):
+        return reason
     if c.dtype == "f32" and not target.fast_math:
         return No("f32 by terms of 16 bits is for --math fast")
     if c.dtype != "f32" and c.decay != "key":

@@ -27,7 +27,7 @@ from ..target import Target
 from .chunk_dispatches import ChunkKernels, emit_chunks
 from .contract import LinearAttention
 from .mma_chunk_factors import THREADS, MmaFactors
-from .mma_chunk_operands import CHUNK, SIDE, WORDS, MmaPlan, record, stride_unit
+from .mma_chunk_operands import CHUNK, SIDE, WORDS, MmaPlan, record, stride_unit, why_not_as_they_are
 from .operands import Operands, kernel_name
 from .warp_chunk_state import COLUMNS, WarpChunks, WarpPlan
 
@@ -46,10 +46,8 @@ def is_legal(contract: LinearAttention, target: Target) -> Legality:
         return OtherMachine(f"{target.name} is not a GPU")
     if not target.copy_memory:
         return No(f"{target.name} is compiled for without mma.sync of 16 bits (CUDA, sm_80)")
-    if c.dtype not in ("f16", "bf16"):
-        return No(f"{c.dtype}: terms of 16 bits would lose some of it")
-    if c.decay == "key":
-        return No("decays per key cannot be applied to sums")
+    if reason := why_not_as_they_are(c):
+        return reason
     if c.dk % _ROWS or c.dv % (_GROUPS * COLUMNS):
         return No(f"a {c.dk}x{c.dv} state does not divide into {_ROWS}x{_GROUPS * COLUMNS}")
     need = plan_for(c).all_memory

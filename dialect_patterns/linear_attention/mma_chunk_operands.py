@@ -20,6 +20,7 @@ from iree.compiler import ir
 from ..emit.chunk_words import NUMBERS, pack, unpack
 from ..emit.scalar import Scalar
 from ..emit.simt_kernel import Buffer, Kernel
+from ..select import No, OtherMachine
 from ..target import Target
 from .contract import LinearAttention
 
@@ -41,6 +42,24 @@ MATRIX = CHUNK * CHUNK // NUMBERS
 """Chunks of a matrix of factors."""
 ACROSS = CHUNK // NUMBERS
 """Chunks of one of its rows."""
+
+
+def why_no_matrices(target: Target) -> No | None:
+    """Why subgroups of a target do not multiply matrices, if they do not."""
+    if not target.is_gpu:
+        return OtherMachine(f"{target.name} is not a GPU")
+    if target.matrix_stride is None or target.subgroup_size != SUBGROUP:
+        return No(f"{target.name} is compiled for without products of 16x16 matrices by {SUBGROUP} threads")
+    return None
+
+
+def why_not_as_they_are(c: LinearAttention) -> No | None:
+    """Why keys and queries cannot be factors as they are, with decays applied to sums, if they cannot."""
+    if c.dtype not in ("f16", "bf16"):
+        return No(f"{c.dtype}: terms of 16 bits would lose some of it")
+    if c.decay == "key":
+        return No("decays per key cannot be applied to sums")
+    return None
 
 
 def stride_unit(target: Target) -> tuple[int, int]:

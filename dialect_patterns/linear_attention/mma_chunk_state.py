@@ -12,6 +12,8 @@ whose numbers f16 cannot hold goes through token by token (``mma_chunk_steps``).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from iree.compiler import ir
 
 from ..emit.chunk_words import LOW, NUMBERS, pack, split, unpack
@@ -43,6 +45,8 @@ _HALF = SIDE // NUMBERS  # chunks of f16 across a matrix
 _FULL = SIDE // WORDS  # of f32
 Eight = tuple[ir.Value, ir.Value]
 """Eight neighbouring columns of a row in f32."""
+Begun = tuple[list[ir.Value], list[ir.Value], Callable[[], list[ir.Value]]]
+"""This thread's part of a chunk's values, what it has loaded of the next chunk, and what emits the next state."""
 
 
 class MmaChunks:
@@ -123,21 +127,26 @@ class MmaChunks:
         zero = Scalar.constant(0, "index")
 
         def chunk(t: Scalar, carried: list[ir.Value]) -> list[ir.Value]:
-            state, loaded = carried[:count], carried[count:]
-            value = self._unpack(state, loaded)
-            k.barrier()
-            following = self._fetch((t + CHUNK).minimum(self.tokens - 1))
-            self._multiply_state()
+            state = carried[:count]
+            value, following, finish = self._begin(t, state, carried[count:])
             self._updates(t, value)
             self._multiply_updates()
             ordinary = Scalar(k.load(self.vectors, Scalar.constant(ORDINARY, "index"))) > 0.5
             ordinary = ordinary & (Scalar(k.load(self.lost, zero)) < 0.5)
             types = [value.type for value in state]
-            state = k.choose(ordinary, lambda: self._finish(t, state), lambda: self.steps.emit(t, state), types)
+            state = k.choose(ordinary, finish, lambda: self.steps.emit(t, state), types)
             k.barrier()
             return [*state, *following]
 
         return k.loop(zero, self.tokens, CHUNK, [*state, *self._fetch(zero)], chunk)[:count]
+
+    def _begin(self, t: Scalar, state: list[ir.Value], loaded: list[ir.Value]) -> Begun:
+        """All of a chunk before its updates."""
+        value = self._unpack(state, loaded)
+        self.k.barrier()
+        following = self._fetch((t + CHUNK).minimum(self.tokens - 1))
+        self._multiply_state()
+        return value, following, lambda: self._finish(t, state)
 
     # ---- the state -------------------------------------------------------------------------------------------------
     def _state_place(self, row: Scalar, vector: Scalar) -> Scalar:

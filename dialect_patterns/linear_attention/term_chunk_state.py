@@ -19,13 +19,12 @@ from .contract import LinearAttention
 from .mma_chunk_operands import (
     CHUNK,
     MATRIX,
-    ORDINARY,
     SIDE,
     VECTORS,
     WORDS,
     within,
 )
-from .mma_chunk_state import MmaChunks
+from .mma_chunk_state import Begun, MmaChunks
 from .term_chunk_operands import TermPlan
 
 _HALF = SIDE // NUMBERS  # chunks of f16 across a matrix
@@ -57,40 +56,23 @@ class TermChunks(MmaChunks):
         return self.plan.matrices
 
     # ---- a chunk ---------------------------------------------------------------------------------------------------
-    def _chunks(self, state: list[ir.Value]) -> list[ir.Value]:
-        k, count = self.k, len(state)
-        zero = Scalar.constant(0, "index")
-        from_k, from_q, to_k = self.plan.tiles
-        key_terms = 2 if self.c.has_delta else 0
+    def _begin(self, t: Scalar, state: list[ir.Value], loaded: list[ir.Value]) -> Begun:
+        each, places = self.plan.tile // self.plan.threads, len(self.places)
+        keys, rest = loaded[: self._key_terms * each], loaded[self._key_terms * each :]
+        queries, rest = rest[: self.plan.terms * each], rest[self.plan.terms * each :]
+        totals, rest = rest[:places], rest[places:]
+        value = self._hand(state, rest)
+        at_once = self.plan.held > 2
+        self._put_tiles([*keys, *queries] if at_once else keys or queries)
+        self.k.barrier()
+        late = self._tiles(self._base(t), self.plan.tiles[2], 2)
+        following = self._fetch((t + CHUNK).minimum(self.tokens - 1))
+        self._multiply_keys_and_queries(queries, late)
+        return value, following, lambda: self._end(t, state, totals)
 
-        def fetch(t: Scalar) -> list[ir.Value]:
-            base = self._base(t)
-            tiles = [*self._tiles(base, from_k, key_terms), *self._tiles(base, from_q, self.plan.terms)]
-            return [*tiles, *self._totals(base), *self._others(base, t)]
-
-        def chunk(t: Scalar, carried: list[ir.Value]) -> list[ir.Value]:
-            state, rest = carried[:count], carried[count:]
-            each = self.plan.tile // self.plan.threads
-            keys, rest = rest[: key_terms * each], rest[key_terms * each :]
-            queries, rest = rest[: self.plan.terms * each], rest[self.plan.terms * each :]
-            totals, rest = rest[: len(self.places)], rest[len(self.places) :]
-            value = self._hand(state, rest)
-            at_once = self.plan.held > 2
-            self._put_tiles([*keys, *queries] if at_once else keys or queries)
-            k.barrier()
-            late = self._tiles(self._base(t), to_k, 2)
-            following = fetch((t + CHUNK).minimum(self.tokens - 1))
-            self._multiply_keys_and_queries(queries, late)
-            self._updates(t, value)
-            self._multiply_updates()
-            ordinary = Scalar(k.load(self.vectors, Scalar.constant(ORDINARY, "index"))) > 0.5
-            ordinary = ordinary & (Scalar(k.load(self.lost, zero)) < 0.5)
-            types = [value.type for value in state]
-            state = k.choose(ordinary, lambda: self._end(t, state, totals), lambda: self.steps.emit(t, state), types)
-            k.barrier()
-            return [*state, *following]
-
-        return k.loop(zero, self.tokens, CHUNK, [*state, *fetch(zero)], chunk)[:count]
+    @property
+    def _key_terms(self) -> int:
+        return 2 if self.c.has_delta else 0
 
     # ---- loads -----------------------------------------------------------------------------------------------------
     def decays(self, t: Scalar, i: Scalar, part: Scalar) -> list[ir.Value]:
@@ -100,6 +82,11 @@ class TermChunks(MmaChunks):
         k, o = self.k, self.o
         place = (o.row(t) * self.c.kv_heads + o.head) * self.plan.line + part
         return [k.splat(k.exp(value), WORDS) for value in o.eight_of(o.load_eight(self.log_decays, place))]
+
+    def _fetch(self, t: Scalar) -> list[ir.Value]:
+        base, (from_k, from_q, _) = self._base(t), self.plan.tiles
+        tiles = [*self._tiles(base, from_k, self._key_terms), *self._tiles(base, from_q, self.plan.terms)]
+        return [*tiles, *self._totals(base), *self._others(base, t)]
 
     def _base(self, t: Scalar) -> Scalar:
         """Where the factors of the chunk of a token start."""
