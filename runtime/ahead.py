@@ -1,12 +1,13 @@
-"""A step that has been submitted before anybody knows whether it will be wanted.
+"""Steps that were begun or done before anybody knows whether they will be wanted.
 
 Where the module chooses the token, the device needs no answer of the host to go on: the next step reads what the one
-before it chose. A session commits a step when its token is known; the one behind it is then already on its way.
+before it chose. A session commits a step when its token is known; the one behind it is then already on its way, or, on
+a CPU, done in the same call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,3 +42,29 @@ class Ahead:
     def is_next(self, now: Held, ids: HostArray, draw: bytes | None) -> bool:
         """Whether it is what appending these tokens, and choosing so, would be."""
         return self.draw == draw and self.base is now and self.ids is not None and np.array_equal(self.ids, ids)
+
+
+@dataclass(eq=False, slots=True)
+class Series:
+    """Steps that were done in one call, whose tokens are taken one by one.
+
+    Attributes:
+        base: What the session holds until all of them are taken.
+        held: What it holds then; None: that was given up, and what is taken is to be done again.
+        tokens: Of each row, what was appended first, and what each step chose.
+        draws: How each token was drawn; None: the largest logits.
+        taken: How many steps' tokens were taken; the session's position counts them.
+    """
+
+    base: Held
+    held: Held | None
+    tokens: list[list[int]]
+    draws: Sequence[bytes] | None
+    taken: int = 0
+
+    def is_next(self, now: Held, tokens: list[int], draw: bytes | None) -> bool:
+        """Whether what is appended next, and how its token is drawn, is what was done."""
+        done = self.taken < len(self.tokens) - 1 and self.held is not None and self.base is now
+        if not done or self.tokens[self.taken] != tokens:
+            return False
+        return draw is None if self.draws is None else self.draws[self.taken] == draw

@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from . import binding, held
 from .collect import Collector, Wanted
 from .device import DeviceArray, HostArray
-from .engine import engine_of
 from .errors import StateError
 from .feeds import Call, block_inputs, check_room, prepare
 from .held import Held
-from .holding import Holding
 from .manifest import EntryPoint
+from .serial import Serial
 from .step import Step
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 _Chosen = TypeVar("_Chosen")
 
 
-class Calling(Holding):
+class Calling(Serial):
     """The part of a `Session` that calls the module and commits what comes of it, or nothing."""
 
     _busy: threading.Lock
@@ -88,6 +87,8 @@ class Calling(Holding):
             self._cancelled = False
             if self._ahead is not None:
                 self._settle()
+            if self._series is not None:
+                self._catch_up()
             line, spare = self._line, self._spare
             now = line[-1]
             position, lease = now.position, now.lease
@@ -205,8 +206,33 @@ class Calling(Holding):
     def _in_use(self) -> StateError:
         return StateError("the session is in use by another thread", hint="use one session per thread")
 
+    def _begin_series(
+        self, tokens: list[int], count: int, draws: Callable[[int], bytes] | None, stops: Sequence[int]
+    ) -> int:
+        """Does up to so many steps; see `Follower`. `_next_of_series` gives their tokens.
+
+        Returns:
+            How many were done; 0: no two can be.
+
+        Raises:
+            TargetError: The call failed on the device.
+        """
+        with self._exclusive():
+            return self._do_series(tokens, count, draws, stops)
+
+    def _next_of_series(self, tokens: list[int], draw: bytes | None) -> list[int] | None:
+        """Commits the next step of a series and returns its tokens; None where appending these is not that."""
+        engine, busy = self._engine, self._busy
+        engine.module.check_usable()
+        if not busy.acquire(blocking=False):
+            raise self._in_use()
+        try:
+            return self._take(tokens, draw)
+        finally:
+            busy.release()
+
     @contextmanager
-    def _exclusive(self, keep_ahead: bool = False) -> Generator[None]:
+    def _exclusive(self, keep_ahead: bool = False, *, forget: bool = False) -> Generator[None]:
         self._engine.check_usable()
         if not self._busy.acquire(blocking=False):
             raise self._in_use()
@@ -214,6 +240,8 @@ class Calling(Holding):
             self._cancelled = False
             if not keep_ahead and self._ahead is not None:
                 self._settle()
+            if self._series is not None:
+                self._catch_up(forget=forget)
             yield
         finally:
             self._busy.release()
@@ -233,26 +261,6 @@ def advance(session: Session, ids: HostArray, choose: Callable[[HostArray], _Cho
         TargetError: The call failed on the device.
     """
     return session._advance(ids, choose)  # pyright: ignore[reportPrivateUsage]
-
-
-def row_follower(session: Session, settings: Callable[[], bytes] | None) -> Callable[[int], int | None] | None:
-    """`follow` for the one row of a session that holds its states alone, on a device without a queue.
-
-    Args:
-        session: As of `follow`.
-        settings: Says how each token is drawn; None: each is the one with the largest logit.
-
-    Returns:
-        A function that is given a token and gives the next one, or what `follow` has for none; None: `follow` does it.
-        None where it always does.
-    """
-    step = engine_of(session.program).row_chooser(settings is not None)
-    if step is None:
-        return None
-    append, read = session._append, step.token  # pyright: ignore[reportPrivateUsage]
-    if settings is None:
-        return lambda token: append(step, token, read)
-    return lambda token: append(step, token, read, settings())
 
 
 def follow(

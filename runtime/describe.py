@@ -105,7 +105,7 @@ def _strategies(nodes: Sequence[Any]) -> list[dict[str, Any]]:
 
 def _memory(module: Module, m: Manifest, path: Path, beside: Path | None) -> dict[str, Any]:
     """Bytes on the device: of the program, and of each sequence."""
-    symbols = [name for entry in m.entry_points for name in (entry.symbol, entry.last, entry.token, entry.draw) if name]
+    symbols = [name for entry in m.entry_points for name in entry.symbols]
     working = [module.workspace_bytes(symbol) for symbol in symbols]
     results = [
         sum(math.prod(spec[1]) * numpy_dtype(spec[0]).itemsize for spec in specs[: len(m.outputs)] if spec is not None)
@@ -164,8 +164,9 @@ def _entry_text(entry: Mapping[str, Any]) -> str:
     last = f"; {entry['last']}: the last position's logits only" if entry["last"] else ""
     token = f"; {entry['token']}: the likeliest next token" if entry["token"] else ""
     draw = f"; {entry['draw']}: the next token, drawn" if entry["draw"] else ""
+    steps = f"; {entry['steps']}: several steps of it" if entry["steps"] else ""
     alone = "; small: by the calling thread" if entry["alone"] else ""
-    return f"{entry['symbol']}  {count}{last}{token}{draw}{alone}"
+    return f"{entry['symbol']}  {count}{last}{token}{draw}{steps}{alone}"
 
 
 def _spec_text(spec: Mapping[str, Any]) -> str:

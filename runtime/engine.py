@@ -22,6 +22,7 @@ from .module import Module
 from .result_specs import ResultSpec
 from .state import next_states, state_shape
 from .step import Step, ids_alone, step_shapes
+from .step_loop import StepLoop
 from .turns import Turns
 from .usage import MemoryUse
 
@@ -67,6 +68,7 @@ class Engine:
         self._steps: dict[tuple[int, int, bool], Step | None] = {}
         self._choosers: dict[int, list[Step]] = {}  # those that nobody uses
         self._row_choosers: dict[bool, Step | None] = {}
+        self._loops: dict[int, StepLoop | None] = {}
         self.turns = Turns()
         self._workers: ThreadPoolExecutor | None = None
         self._holders: weakref.WeakKeyDictionary[object, Holding] = weakref.WeakKeyDictionary()
@@ -109,6 +111,8 @@ class Engine:
             steps = [step.nbytes for step in self._steps.values() if step is not None]
             steps += [step.nbytes for free in self._choosers.values() for step in free]
             steps += [step.nbytes for step in {*self._row_choosers.values()} if step is not None]
+            loops = [loop for loop in self._loops.values() if loop is not None]
+            steps += [loop.nbytes + (loop.step.nbytes if loop.rows > 1 else 0) for loop in loops]
             kept = [*self._inputs.values(), *(array for arrays in self._outputs.values() for array in arrays)]
         batch = m.batch or 1
         sizes = [
@@ -137,6 +141,7 @@ class Engine:
             self._steps.clear()
             self._choosers.clear()
             self._row_choosers.clear()
+            self._loops.clear()
             if self._workers is not None:
                 self._workers.shutdown(wait=False, cancel_futures=True)
             self._outputs.clear()
@@ -257,6 +262,18 @@ class Engine:
                 is_same = step is not None and other is not None and other.draws == step.draws
                 self._row_choosers[draws] = other if is_same else step
         return self._row_choosers[draws]
+
+    def loop(self, batch: int) -> StepLoop | None:
+        """Several steps of so many rows in a call, for whoever has the lock; None where there is no such function."""
+        if batch not in self._loops:
+            with self.exclusive():
+                name = next((entry.steps for entry in self.manifest.entry_points if entry.steps), None)
+                can = name is not None and not self.device.has_queue and self.manifest.batch == batch
+                step = (self.row_chooser(False) if batch == 1 else self.take_chooser(batch)) if can else None
+                self._loops[batch] = None
+                if name is not None and step is not None:
+                    self._loops[batch] = StepLoop(self.module, name, step, batch)
+        return self._loops[batch]
 
     def take_chooser(self, batch: int, *, draws: bool = False) -> Step | None:
         """A step of the entry point that chooses tokens, for whoever takes it alone; None where there is none.

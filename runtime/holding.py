@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from .ahead import Ahead
+from .ahead import Ahead, Series
 from .device import DeviceArray, HostArray, numpy_dtype
 from .engine import Engine
 from .errors import StateError, TargetError, require
@@ -37,11 +37,13 @@ class Holding(Owned):
     _line: list[Held]
     _spare: list[list[DeviceArray]]
     _ahead: Ahead | None
+    _series: Series | None
 
     @property
     def position(self) -> int:
         """Number of tokens committed."""
-        return self._line[-1].position
+        now, series = self._line[-1], self._series
+        return now.position + (series.taken if series is not None and series.base is now else 0)
 
     @property
     def batch(self) -> int | None:
@@ -52,11 +54,10 @@ class Holding(Owned):
         """Frees the states; the program calls it when it closes, after which a session has no use of them."""
         self._line = [nothing(self._engine.device, self.position)]
         self._spare = []
-        self._ahead = None
+        self._ahead = self._series = None
 
     def _all_arrays(self) -> list[DeviceArray]:
-        ahead = self._ahead
-        coming = [] if ahead is None else [ahead.held.moving]
+        coming = [one.held.moving for one in (self._ahead, self._series) if one is not None and one.held is not None]
         return [a for one in (*(now.all_arrays for now in self._line), *list(self._spare), *coming) for a in one]
 
     def _chooser(self, now: Held, draw: bytes | None) -> Step | None:

@@ -15,7 +15,7 @@ from .device import Device
 from .drivers import CPU_DRIVERS, DEVICE_URIS, has_worker_threads
 from .errors import TargetError
 from .gpu import check_gpu
-from .manifest import REFLECTION_KEY, Manifest, Target
+from .manifest import REFLECTION_KEY, STEPS_KEY, Manifest, Target
 from .module import Module
 from .opening import open_device
 
@@ -123,11 +123,15 @@ def read_manifest(module: Module) -> Manifest:
         hint = "compile the model with linattn-compile"
         raise TargetError("an IREE module without a linattn manifest", where=module.where, hint=hint)
     manifest = Manifest.from_json(text, module.where)
-    entries = [name for one in manifest.entry_points for name in (one.symbol, one.last, one.token, one.draw)]
+    entries = [name for one in manifest.entry_points for name in (*one.symbols, one.steps)]
     for symbol in (name for name in (*entries, manifest.finite) if name):
         if symbol not in module.functions:
             expected = ", ".join(name for name in module.functions if "$" not in name and name != "__init")
             raise TargetError("missing entry point", where=module.where, got=symbol, expected=expected)
+        called = next((one.draw or one.token for one in manifest.entry_points if one.steps == symbol), None)
+        if called is not None and module.reflection(symbol).get(STEPS_KEY) != called:
+            got = module.reflection(symbol).get(STEPS_KEY, "none")
+            raise TargetError(f"'{symbol}' calls another function", where=module.where, got=got, expected=called)
         specs, results = module.result_specs(symbol), len(manifest.outputs) + len(manifest.states)
         if symbol == manifest.finite:
             results = sum("float" in spec.dtype for spec in manifest.states)

@@ -24,6 +24,8 @@ DISPATCHES_KEY = "linattn.dispatches"
 RESULTS_KEY = "linattn.results"
 """Reflection attribute of functions that take memory as last arguments: for each result that is not written into an
 input, and for their intermediate values. It lists `[dtype, shape]` of each result, null for one in an input."""
+STEPS_KEY = "linattn.steps"
+"""Reflection attribute of a function of several steps: the name of the function of one that it calls."""
 MAX_ARRAY_BYTES = 1 << 40
 _MAX_NAME = 255
 
@@ -105,6 +107,8 @@ class EntryPoint:
             row, [B, 1], of the dtype of the token ids, -1 where there is a NaN; None: there is none.
         draw: A function that returns a token of each row likewise, and takes one argument more behind the states: how
             it is drawn, [B, 8] f32 (README.md has the order); None: there is none.
+        steps: A function that calls `draw`, or where there is none `token`, several times, each with the token that the
+            last one chose (README.md has its arguments); None: there is none. Optional in the JSON.
         alone: Committed tokens below which the calling thread is done sooner by itself than CPU workers, who have to be
             woken for each kernel; 0: never. Optional in the JSON.
     """
@@ -115,7 +119,13 @@ class EntryPoint:
     last: str | None = None
     token: str | None = None
     draw: str | None = None
+    steps: str | None = None
     alone: int = 0
+
+    @property
+    def symbols(self) -> list[str]:
+        """The names of all its functions that do what it does, each once."""
+        return [name for name in (self.symbol, self.last, self.token, self.draw) if name]
 
 
 @dataclass(frozen=True)
@@ -399,6 +409,7 @@ def _build(top: Reader, where: str) -> Manifest:
                 row.optional_text("last"),
                 row.optional_text("token"),
                 row.optional_text("draw"),
+                row.optional_text("steps"),
                 row.optional_whole("alone", 0, missing_ok=True) or 0,
             )
             for row in top.rows("entry_points")
@@ -417,7 +428,7 @@ def _check(manifest: Manifest, where: str) -> None:
     for name, role in m.dims.items():
         if role not in ("batch", "tokens", "past", "total", "open"):
             raise bad(where, f"dims.{name}", "unknown role", role, "batch | tokens | past | total | open")
-    entries = [name for entry in m.entry_points for name in (entry.symbol, entry.last, entry.token, entry.draw)]
+    entries = [name for entry in m.entry_points for name in (*entry.symbols, entry.steps)]
     symbols = [name for name in (*entries, m.finite) if name]
     for group, names in (
         ("input and state", [spec.name for spec in (*m.inputs, *m.states)]),
@@ -435,6 +446,8 @@ def _check(manifest: Manifest, where: str) -> None:
     for entry in m.entry_points:
         if entry.kind == "decode" and entry.tokens != 1:
             raise bad(where, entry.symbol, "wrong token count of a decode entry", entry.tokens, 1)
+        if entry.steps is not None and not (entry.token or entry.draw):
+            raise bad(where, entry.symbol, "several steps without one that chooses", entry.steps, "token or draw")
     for role in ("attention_mask", "position_ids"):
         if sum(spec.role == role for spec in m.inputs) > 1:
             raise bad(where, "inputs", f"more than one {role}")

@@ -293,6 +293,34 @@ class Module(Owned):
             self._wait_for(function, packed, results, alone)
         return results.size
 
+    def call_loop(self, function: str, one: str, refs: Iterable[Any], numbers: Iterable[int], alone: bool) -> int:
+        """Calls a function of several steps; see `steps` in README.md.
+
+        Args:
+            function: Its name.
+            one: That of the function of one step, whose workspace it takes.
+            refs: `DeviceArray.ref` of its arguments.
+            numbers: What follows the workspace.
+            alone: As of `call`.
+
+        Returns:
+            How many steps it did.
+
+        Raises:
+            TargetError: The call failed on the device.
+        """
+        if self._closed:
+            self.check_usable()
+        packed, results = _rt.VmVariantList(64), _rt.VmVariantList(1)
+        for ref in refs:
+            packed.push_ref(ref)
+        with self._lock:
+            packed.push_ref(self._workspace_of(one))
+            for number in numbers:
+                packed.push_int(number)
+            self._wait_for(function, packed, results, alone)
+        return int(results.get_variant(0))
+
     def submit_step(
         self, function: str, arrays: Sequence[DeviceArray], position: int | None, storage: Sequence[DeviceArray]
     ) -> Callable[[], None]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from . import held
-from .ahead import Ahead
+from .ahead import Ahead, Series
 from .arrays import as_array
 from .calling import Calling
 from .collect import find_wanted
@@ -75,6 +75,7 @@ class Session(Calling):
         # What is held now, last; before it what rollback goes back to.
         self._line = [self._empty() if snapshot is None else self._held_by(snapshot)]
         self._ahead: Ahead | None = None
+        self._series: Series | None = None
         names = [spec.name for spec in manifest.outputs]
         self._plain = {which: find_wanted(names, None, which, False, None) for which in ("all", "last")}
         self._cancelled = False
@@ -98,7 +99,7 @@ class Session(Calling):
 
         A batch size that a call or a snapshot had decided is forgotten too.
         """
-        with self._exclusive():
+        with self._exclusive(forget=True):
             now, batch = self._line[-1], self._fixed_batch
             self._replace([now])
             if batch is None or not self._is_own(now) or now.batch != batch:

@@ -23,6 +23,7 @@ from .module import Module
 DRAW_SETTINGS = 8
 """Numbers that say how a token is drawn, see `draw` in README.md."""
 
+_MANY = 1 << 31
 _PREPARED_ROLES = ("tokens", "attention_mask", "position_ids")
 
 
@@ -106,6 +107,8 @@ class Step:
             cells[:] = bytes(cells.nbytes)
         self._refs = [[array.ref for array in arrays] for arrays in (self._inputs, self._draw, outputs or ())]
         self._name, self._dtype = self._spec.name, self._ids.dtype
+        limits = np.iinfo(self._dtype)
+        self._range = self._spec.bounds or (int(limits.min), int(limits.max))
         self._row = self._one_row()
         self._memory = [*self._inputs, *self._draw, *(outputs or ())]  # goes last: the views above are of it
 
@@ -153,6 +156,11 @@ class Step:
         """Whether `append` does this token at this position; `call` says what is wrong with others."""
         row, limit = self._row, self._limit
         return row is not None and row.low <= token <= row.high and (limit is None or position < limit)
+
+    def is_token(self, token: int) -> bool:
+        """Whether it is one of the model's tables."""
+        low, high = self._range
+        return low <= token <= high
 
     def draw_by(self, settings: bytes | None) -> None:
         """Says how the next call chooses: 8 f32 of `draw` in README.md, for all rows or each; None: the largest."""
@@ -254,6 +262,50 @@ class Step:
         return self._module.submit_step(self._symbol, [*inputs, *states, *self._draw], position, storage), moving
 
     @property
+    def symbol(self) -> str:
+        """The function that it calls."""
+        return self._symbol
+
+    @property
+    def ids_dtype(self) -> np.dtype[Any]:
+        """Of the token ids."""
+        return self._dtype
+
+    def start_positions(self) -> None:
+        """Makes what is written into the low halves of numbers, as a loop in the module does, all of them."""
+        for view, _ in self._positions:
+            view.fill(0)
+
+    def is_alone(self, position: int) -> bool:
+        """Whether the calling thread does it without workers."""
+        return position < self._alone
+
+    def steps_alike(self, position: int) -> int:
+        """How many steps there is room for from a position on, up to where workers take over."""
+        ends = [end for end in (self._limit, self._alone) if end is not None and end > position]
+        has_room = self._limit is None or position < self._limit
+        return min(ends, default=_MANY) - position if has_room else 0
+
+    def start_loop(self, now: Held, storage: Sequence[DeviceArray]) -> list[Any]:
+        """What a call of several steps takes of this one: its inputs but the ids, states, and memory but the token's.
+
+        Args:
+            now: The states before the first of them.
+            storage: Memory for moving states.
+        """
+        inputs, _, outputs = self._refs
+        self._write_columns(now.position)
+        self._filled = -1  # unknown until `end_loop`: the module writes a column after each step
+        states = self._in_order([array.ref for array in (*now.moving, *now.lease.caches.arrays)])
+        others = [ref for i, ref in enumerate(outputs) if i != self._logits_at]
+        ids, following = self._ids_at, [array.ref for array in storage]
+        return [*inputs[:ids], *inputs[ids + 1 :], *states, *others, *following]
+
+    def end_loop(self, position: int) -> None:
+        """Says how many tokens are committed after it."""
+        self._filled = position
+
+    @property
     def draws(self) -> bool:
         """Whether its entry point draws tokens."""
         return self._rows > 0
@@ -334,8 +386,7 @@ class Step:
             is_one = False
         if not is_one or any(view.dtype.kind not in "iub" for view in views):
             return None
-        limits, bounds = np.iinfo(self._ids.dtype), self._spec.bounds
-        low, high = (int(limits.min), int(limits.max)) if bounds is None else bounds
+        low, high = self._range
         numbers = [view.reshape(-1).data for view in first]
         cells = None if columns is None else columns.reshape(-1).data
         return _Row(self._ids.reshape(-1).data, numbers, cells, low, high)

@@ -56,9 +56,9 @@ def with_alone(manifest: Manifest, table: Mapping[str, Rows]) -> Manifest:
     rates = next(rates for name, rates in RATES.items() if not name or name in manifest.target.instruction_sets)
 
     def alone(entry: EntryPoint) -> int:
-        symbols = [name for name in (entry.symbol, entry.last, entry.token, entry.draw) if name]
         tokens = _rows(manifest) if entry.kind == "main" else entry.tokens
-        return min(positions_alone(table.get(name, ()), tokens, sum(caches), token_bytes, rates) for name in symbols)
+        rows = [table.get(name, ()) for name in entry.symbols]
+        return min(positions_alone(one, tokens, sum(caches), token_bytes, rates) for one in rows)
 
     entries = tuple(dataclasses.replace(entry, alone=alone(entry)) for entry in manifest.entry_points)
     return dataclasses.replace(manifest, entry_points=entries)

@@ -31,6 +31,7 @@ from .kernel_bodies import KernelBodies
 from .kernel_loads import load_side_by_side
 from .native_cuda import add_native_code
 from .reflection import set_reflection
+from .step_loops import add_step_loops, with_step_loops
 
 _TORCH_PIPELINE = "builtin.module(func.func(convert-torch-onnx-to-torch),torch-to-iree{externalize-transients=%s})"
 _NAMED = re.compile(r'loc\("([^"]*)"')
@@ -184,7 +185,7 @@ class Compiler:
             table = describe_dispatches(module.operation)
             attach_dispatches(module.operation, table)
             if not self._target.capabilities.is_gpu and takes_results:
-                manifest = with_alone(manifest, table)
+                manifest = with_step_loops(with_alone(manifest, table))
                 set_reflection(module.operation, REFLECTION_KEY, manifest.to_json())
         nodes = dispatch_nodes(table)
         limits = DispatchLimits(self._target.capabilities, self._target.description, nodes)
@@ -211,8 +212,9 @@ class Compiler:
                 fill_empty_ranges(module.operation)
                 if takes_results:  # else whoever calls expects kernels that are loaded with the module
                     load_side_by_side(module.operation)
-        if levels:
-            with self.building():
+        with self.building():
+            add_step_loops(module.operation, manifest)
+            if levels:
                 load_before_asking(module.operation)
         if self._target.native is not None:
             show(f"native code for {', '.join(self._target.native.names)} ... ")

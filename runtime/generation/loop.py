@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Generator, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -9,10 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..calling import advance, follow, row_follower, settle
+from ..calling import advance, follow, settle
 from ..device import HostArray
 from ..engine import engine_of
 from ..errors import InputError, require, require_list, require_whole
+from ..follower import Follower
 from ..program import Program
 from ..session import Session
 from .feeding import Embed, Feeder, prompt_ids
@@ -59,10 +61,11 @@ def greedy_rows(session: Session, ids: ArrayLike, count: int) -> Iterator[tuple[
     _check_count(count)
     feeder, output = Feeder(session), _logits(session)
     feed = prompt_ids(feeder, ids)
+    follower = None if engine_of(session.program).device.has_queue else Follower(session)
     try:
         for turn in range(count):
             if turn:
-                best = _greedy_step(session, feed, turn + 1 < count)
+                best = _greedy_step(session, feed, count - turn, follower)
             else:
                 best = _largest(session.run(feeder.first(feed), logits="last")[output])
             feed = best.astype(feed.dtype)
@@ -143,14 +146,15 @@ def generate(
         return
     try:
         chooses = sampler.is_plain and (sampler.is_greedy or drawn_from is not None)
-        settings = None if sampler.is_greedy else partial(sampler.settings, drawn_from or 0, 0)
-        quick = row_follower(session, settings) if chooses else None
+        settings = None if sampler.is_greedy else partial(sampler.settings, drawn_from or 0)
+        chooses = chooses and not engine_of(session.program).device.has_queue
+        quick = Follower(session, settings, stop) if chooses else None
         token = known[-1]
         for turn in range(count):
             if turn == 0 or not feeder.is_plain:
                 call = feeder.step(feed) if turn else feeder.first(feed)
                 token = sampler.choose(session.run(call, logits="last", outputs=[output])[output][0, -1])
-            elif (chosen := quick(token) if quick is not None else None) is not None:
+            elif (chosen := quick.row(token, count - turn) if quick is not None else None) is not None:
                 token = sampler.take(chosen)
             else:
                 token = _step(session, token, feed.dtype, sampler, drawn_from, turn + 1 < count)
@@ -206,9 +210,13 @@ def _drawn_from(session: Session) -> int | None:
     return size if draws and isinstance(size, int) else None
 
 
-def _greedy_step(session: Session, feed: HostArray, more: bool) -> HostArray:
-    """The next token of every row, [B, 1]: chosen by the module where it can, else here."""
-    tokens = follow(session, feed, more)
+def _greedy_step(session: Session, feed: HostArray, wanted: int, follower: Follower | None) -> HostArray:
+    """The next token of every row, [B, 1]: chosen by the module where it can, several steps a call, else here."""
+    found = None if follower is None else follower.rows(feed[:, 0].tolist(), wanted)
+    start = time.perf_counter()
+    tokens = follow(session, feed, wanted > 1) if found is None else np.array(found)[:, None]
+    if found is None and tokens is not None and follower is not None:
+        follower.took(1, time.perf_counter() - start)
     if tokens is None:
         return advance(session, feed, _largest)
     if tokens.min() < 0:
