@@ -9,6 +9,9 @@ from linattn.runtime.sizes import size_text
 
 _SHORT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 
+_BEYOND = 1.25
+"""Of a unit's rate is no share of it: numpy's product, which tells the rates, reaches more than 80 % of its peak."""
+
 
 def to_text(result: Mapping[str, Any]) -> str:
     """The whole result: where, the rows, what is absent."""
@@ -244,8 +247,14 @@ def _profile_lines(result: Mapping[str, Any]) -> list[str]:
         )
         lines += [*grid(header, rows), ""]
     lines.append("all of one call; bytes: of all operands and results, an upper bound where only a part is read")
-    if any(row["unit_share"] is not None for profile in result["rows"] for row in profile["rows"]):
+    shares = [row["unit_share"] or 0.0 for profile in result["rows"] for row in profile["rows"]]
+    if any(shares):
         lines.append(f"unit: what a product ran on; of it: the part of its rate, {result['method']['unit_rates']}")
+    if max(shares, default=0.0) > _BEYOND:
+        lines.append(
+            f"a product at {max(shares):.0%} of its unit's rate: others worked while the f32 rate was measured, and "
+            "all shares say too much; repeat it on a machine that does nothing else"
+        )
     return lines
 
 

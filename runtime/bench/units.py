@@ -45,6 +45,8 @@ CPU_UNITS = (
     Unit("avx512_bf16", 2, "mat_mul_fused_simd_bf16_.*_v512_pairs"),
     Unit("bfdot", 2, "mat_mul_fused_simd_bf16_.*_v128_pairs"),
     Unit("bfmmla", 4, "mat_mul_fused_simd_bf16_.*_v128_squares"),
+    Unit("amx-bf16", 16, "attention_fused_amx_"),
+    Unit("avx512_bf16", 2, "attention_fused_simd_many_pairs_.*_v512"),
     # Four bytes a lane where f32 has one element; where two instructions make one product, in half of the time.
     Unit("avx512_vnni", 4, _BYTES + "avx512vnni_v512"),
     Unit("avx_vnni", 4, _BYTES + "avxvnni_v256"),
@@ -61,13 +63,15 @@ CPU_UNITS = (
 """Of CPUs, the first that fits."""
 
 GPU_UNITS = (
-    Unit("matrix units", 0, "_fused_mma_"),
+    Unit("matrix units", 0, "_fused_mma_|linear_attention_.*_(?:mma|warp|term)_"),
     Unit("f32", 1, "_fused_(?:simt|tiled)_"),
     Unit("IREE's", 0, _OWN),
 )
 """Of GPUs; 0: the rate of matrix products in f16 is measured itself, where somebody tells it."""
 
-_PRODUCT = re.compile(r"mat_?mul|matvec|mmt4d|vecmat|experts_(?:first|second|product)")
+_PRODUCT = re.compile(
+    r"mat_?mul|matvec|mmt4d|vecmat|experts_(?:first|second|product)|attention_(?!step_|fused_simt_join_)"
+)
 _BYTES_OF_LEVELS = "_avx512vnni_v512_"
 _LEVELS = {"x86-64-v4+vnni": ("avx512vnni", "v512"), "x86-64-v3": ("avx2", "v256"), "x86-64-v2": ("ssse3", "v128")}
 _ARRANGED = re.compile(r"mat_mul_(?:n_bits_)?(?:amx_)?rows_|_rounded_")

@@ -278,7 +278,8 @@ def test_profile(bench: Bench, compiled: Path, tmp_path: Path) -> None:
     (logits,) = (row for row in profile["rows"] if "node.logits" in row["nodes"])
     assert logits["flop"] == 2 * 256 * 64
     assert re.fullmatch(r"f32, \d+ bits", logits["unit"])
-    assert (fused["unit"], fused["unit_share"], logits["unit_share"]) == (None, None, None)  # --no-ceilings
+    assert (fused["unit"], fused["flop"], fused["unit_share"]) == (logits["unit"], None, None)
+    assert logits["unit_share"] is None  # --no-ceilings
     assert "node.logits" in out
     assert logits["unit"] in out
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import harness
+import ml_dtypes
+import numpy as np
 import pytest
+from data import Shape, linear_attention
 from linattn.dialect_patterns.machines import for_machines
 from linattn.dialect_patterns.mat_mul import fused_amx, fused_simd
 from linattn.dialect_patterns.mat_mul.amx_rows import rows_kernel
@@ -20,6 +25,7 @@ from linattn.dialect_patterns.node import TensorSpec
 from linattn.frontend.lower.dispatches import operations
 from linattn.frontend.targets import TargetOptions, resolve_target
 from linattn.runtime import cpu
+from linattn.runtime.bench.table import to_text
 from linattn.runtime.bench.units import add_units, unit_of
 from linattn.runtime.manifest import Target
 
@@ -128,12 +134,63 @@ def test_portable_modules_name_what_this_machine_took(
         ("mat_mul_n_bits_fused_simt_f32_1x128x96_p", "f32"),
         ("main$async_dispatch_3_matmul_64x96x128_f16xf16xf32", "IREE's"),
         ("dispatch_9_reduction_1024x128_f32", None),
-        ("linear_attention_fused_mma_f16", None),
+        ("causal_conv_fused_simt_f16_n_c64", None),
     ],
 )
 def test_gpus(key: str, unit: str | None) -> None:
     found = unit_of(key, GPU)
     assert (None if found is None else found.name) == unit
+
+
+@pytest.mark.parametrize(
+    ("target", "where", "op", "dtype", "unit"),
+    [
+        ("cpu", "sapphirerapids", "Attention", np.float16, "amx-bf16"),
+        ("cpu", "znver4", "Attention", ml_dtypes.bfloat16, "avx512_bf16"),
+        ("cpu", "znver4", "Attention", np.float32, "f32, 512 bits"),
+        ("cpu", "apple-m2", "Attention", ml_dtypes.bfloat16, "f32, 128 bits"),
+        ("cpu", "x86-64-v3", "LinearAttention", np.float16, "f32, 256 bits"),
+        ("cuda", "sm_90", "Attention", np.float16, "matrix units"),
+        ("cuda", "sm_90", "Attention", np.float32, "f32"),
+        ("cuda", "sm_90", "LinearAttention", np.float16, "matrix units"),
+        ("vulkan", "hopper", "LinearAttention", np.float16, "matrix units"),
+        ("vulkan", "baseline", "LinearAttention", np.float32, "f32"),
+    ],
+)
+def test_what_attention_multiplies_with(
+    target: str, where: str, op: str, dtype: type, unit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels whose operations no name tells have a unit all the same."""
+    resolved = machine(where) if target == "cpu" else resolve_target(target, TargetOptions(gpu_target=where))
+    monkeypatch.setitem(harness.TARGETS, "here", resolved.capabilities)
+    if op == "Attention":
+        attributes: dict[str, Any] = {"is_causal": 1}
+        inputs = [np.zeros((1, 2, 64, 64), dtype)] * 3
+    else:
+        shape = Shape(q_heads=2, dk=64, dv=64)
+        attributes, inputs = shape.attributes, linear_attention(shape, 1, 64, dtype=dtype)
+    outputs = 1 if op == "Attention" else 2
+    specs = [harness.spec(array) for array in inputs]
+    text = str(harness.lowered("", op, 27, specs, attributes, outputs, "here"))
+    kernels = [name for name in re.findall(r"flow.dispatch @(\w+)", text) if "_step_" not in name]
+    assert kernels
+    for name in kernels:
+        found = unit_of(name, X86 if target == "cpu" else GPU)
+        assert found is not None
+        assert (found.name, operations(name)) == (unit, None)
+
+
+def test_a_share_that_is_none_is_said() -> None:
+    row = {"key": "k", "nodes": [], "count": 1, "seconds": 1e-3, "share": 1.0, "bytes": 1, "flop": 2, "unit": "bfmmla"}
+    profile = {"subject": "m", "target": "cpu", "entry": "decode", "position": 0, "count": 1, "dispatch_s": 1e-3}
+    result: dict[str, Any] = {"kind": "profile", "devices": {}, "versions": {}, "absent": []}
+    result["method"] = {"unit_rates": ""}
+    result["machine"] = {"cpu": "c", "cores": 2, "load_average": None}
+    said = []
+    for share in (1.2, 1.3):
+        text = to_text(result | {"rows": [profile | {"rows": [row | {"unit_share": share}]}]})
+        said.append("all shares say too much" in " ".join(text.split()))
+    assert said == [False, True]
 
 
 def test_share_of_the_rate() -> None:
