@@ -79,6 +79,7 @@ def row_of(
     prefill = summarize([repeat["prefill_s"] for repeat in repeats])
     steps = summarize([step for repeat in repeats for step in repeat["steps_s"]])
     overheads = [seconds for repeat in repeats for seconds in repeat["overheads_s"]]
+    generated = [repeat["generated_s"] for repeat in repeats if repeat["generated_s"] is not None]
     row: dict[str, Any] = {
         "subject": entrant.name,
         "kind": entrant.kind,
@@ -96,6 +97,7 @@ def row_of(
         "prefill": {"tokens_per_s": length / prefill["median"]},
         "decode": {"tokens_per_s": 1 / steps["median"], "step": steps},
         "overhead": summarize(overheads) if overheads else None,
+        "generate_overhead": summarize(generated) if generated else None,
         "error": None,
         "greedy": None,
         "status": "ok",

@@ -16,6 +16,7 @@ from linattn.runtime.engine import engine_of
 from linattn.runtime.errors import InputError
 from linattn.runtime.feeds import block_inputs, complete_inputs
 from linattn.runtime.generation.feeding import token_input
+from linattn.runtime.generation.loop import generate
 from linattn.runtime.generation.sampling import index_of_largest
 from linattn.runtime.loading import read_manifest
 from linattn.runtime.manifest import EntryPoint, Manifest, OutputSpec
@@ -74,10 +75,17 @@ class ModelRunner:
         Returns:
             `prefill_s` (until the first token is known; of a short prompt the median of several times), `steps_s` (each
             until the next is known), `overheads_s` (of each what `step` took beyond the call itself, if that is known),
-            the `tokens` (1 + count of them), and the memory of the process.
+            `generated_s` (what `generate` took beyond the calls for a token, if that is known), the `tokens`
+            (1 + count of them), and the memory of the process.
         """
         with self._watches.setdefault(len(prompt), Watch()).watching():
-            return self._repeat(prompt, count)
+            found = self._repeat(prompt, count)
+            generated = self.generated(prompt, count)
+        return found | {"generated_s": generated, "memory_bytes": resident_bytes()}
+
+    def generated(self, prompt: Sequence[int], count: int) -> float | None:
+        """Seconds of each token that generating some took beyond the calls themselves; None: it is not known."""
+        return None
 
     def watched(self, length: int) -> dict[str, Any]:
         """What the CPU did during the timed turns with a prompt of a length."""
@@ -118,8 +126,7 @@ class ModelRunner:
             steps.append(time.perf_counter() - start)
             if before is not None and after is not None:
                 overheads.append(stepped - (after - before))
-        found = {"prefill_s": statistics.median(prompts), "steps_s": steps, "overheads_s": overheads, "tokens": tokens}
-        return found | {"memory_bytes": resident_bytes()}
+        return {"prefill_s": statistics.median(prompts), "steps_s": steps, "overheads_s": overheads, "tokens": tokens}
 
 
 class IreeModel(ModelRunner):
@@ -171,6 +178,18 @@ class IreeModel(ModelRunner):
     def step(self, ids: HostArray) -> HostArray:
         """See `ModelRunner.step`."""
         return self._session.run({self._name: ids.astype(self._dtype)}, logits=self._wanted)[self._logits][0, -1]
+
+    def generated(self, prompt: Sequence[int], count: int) -> float | None:
+        """See `ModelRunner.generated`: where the module chooses the tokens, and waits for each call."""
+        if not count or self._program.device.has_queue or engine_of(self._program).row_chooser(draws=False) is None:
+            return None
+        self.reset()
+        tokens = generate(self._session, prompt, count + 1)
+        next(tokens)
+        before, start = self._inside, time.perf_counter()
+        for _ in tokens:
+            pass
+        return (time.perf_counter() - start - (self._inside - before)) / count
 
     def kernels(self, symbol: str, position: int, calls: int) -> list[list[tuple[str, float]]]:
         """The kernels of calls of one entry point on a CUDA device, see `cuda_kernels`.

@@ -173,10 +173,11 @@ def model_table(result: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[
     """Header and rows of the result of whole models."""
     header = (
         "subject", "weights", "prompt", "first token", "prefill", "decode", "median", "p95", "p99", "+-", "logits err",
-        "tokens", "threads", "others", "memory", "load", "overhead", "strategy",
+        "tokens", "threads", "others", "memory", "load", "overhead", "generating", "strategy",
     )  # fmt: skip
     rows: list[tuple[str, ...]] = []
     for row in result["rows"]:
+        generated = row.get("generate_overhead")  # results of older versions have none
         steps, error, greedy = row["decode"]["step"], row["error"], row["greedy"]
         rows.append(
             (
@@ -194,6 +195,7 @@ def model_table(result: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[
                 size_text(row["memory_bytes"]["peak"]) if row["memory_bytes"]["peak"] else "-",
                 time_text(row["load_s"]),
                 time_text(row["overhead"]["median"] if row["overhead"] else None),
+                time_text(generated["median"] if generated else None),
                 row["strategy"] or "-",
             )
         )
@@ -212,6 +214,7 @@ def _model_lines(result: Mapping[str, Any]) -> list[str]:
     ]
     lines.append(
         "median, p95, p99, +- (deviation): of one decode step; overhead: what a step takes beyond the call itself; "
+        "generating: what a token of `generate` does, where the module chooses it; "
         "memory: peak of the subject's process on the host; threads: that worked; others: cores of other processes"
     )
     return lines + notes(result)

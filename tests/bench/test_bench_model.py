@@ -59,6 +59,7 @@ def test_json(result: dict[str, Any]) -> None:
         assert row["decode"]["step"]["n"] == 6
         assert (row["overhead"] is None) == (row["kind"] != "linattn")
         assert row["overhead"] is None or 0 < row["overhead"]["median"] < row["decode"]["step"]["max"]
+        assert (row["generate_overhead"] is not None) == (row["subject"] == "tiny:cpu:default")  # it chooses tokens
         assert row["first_token_s"]["n"] == 2
         assert row["decode"]["tokens_per_s"] == pytest.approx(1 / row["decode"]["step"]["median"])
         assert row["decode"]["step"]["median"] <= row["decode"]["step"]["p95"] <= row["decode"]["step"]["max"]
