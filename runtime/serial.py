@@ -92,7 +92,7 @@ class Serial(Holding):
         first, second = self._memory_like(base), self._memory_like(base)
         lease = base.lease.caches.extend(base.lease, base.position + count)
         try:
-            with self._engine.exclusive():
+            with self._engine.lock:  # whoever calls has looked whether it is usable
                 now = Held(base.moving, lease, base.position, base.batch)
                 chosen, moving = loop.run(tokens, now, first, second, count, draws, stops)
         except BaseException:

@@ -45,13 +45,14 @@ class StepLoop:
         self._tokens = device.host_buffer([MOST_STEPS + 1, size], "uint8")
         self._stops = device.host_buffer([MOST_STOPS], "int32")
         self._draws: DeviceArray | None = None
-        stops, tokens = device.host_view(self._stops), device.host_view(self._tokens)
+        stops, view = device.host_view(self._stops), device.host_view(self._tokens)
         assert stops is not None, "only on CPUs"
-        assert tokens is not None
-        tokens.fill(0)
+        assert view is not None
+        view.fill(0)
         self._stop_view: HostArray = stops
-        self._token_view: HostArray = tokens.view(ids)[:, :rows]
-        self._stopped_by: tuple[int, ...] | None = None
+        self._cells: memoryview = view.view(ids).reshape(-1).data  # numpy's assignments have code of their own
+        self._row = size // ids.itemsize
+        self._stopped_by: Sequence[int] | None = None
         self._drawn_by: list[bytes] = []
         self._memory = [self._tokens, self._stops]
         if step.draws:
@@ -100,7 +101,9 @@ class StepLoop:
         Raises:
             TargetError: The call failed on the device.
         """
-        self._token_view[0] = tokens
+        cells, row, rows = self._cells, self._row, range(self.rows)
+        for i in rows:
+            cells[i] = tokens[i]
         self._draw_by(count, draws)
         known = self._stop_by(stops)
         views = self.step.start_loop(now, [*first, *second])
@@ -111,7 +114,8 @@ class StepLoop:
         if not 1 <= done <= count:
             raise TargetError("wrong number of steps", where=self._symbol, got=done, expected=f"1 to {count}")
         self.step.end_loop(now.position + done)
-        return self._token_view[1 : done + 1].tolist(), first if done % 2 else second
+        chosen = [[cells[place + i] for i in rows] for place in range(row, row * (done + 1), row)]
+        return chosen, first if done % 2 else second
 
     def _draw_by(self, count: int, draws: Sequence[bytes] | None) -> None:
         if self._draws is not None:
@@ -123,10 +127,9 @@ class StepLoop:
                 self._drawn_by = wanted
 
     def _stop_by(self, stops: Sequence[int]) -> int:
-        key = tuple(stops)
-        if key != self._stopped_by:
+        if stops is not self._stopped_by:
             self._stopped_by = None
-            known = [token for token in key if 0 <= token <= _GREATEST][:MOST_STOPS]
+            known = [token for token in stops if 0 <= token <= _GREATEST][:MOST_STOPS]
             self._stop_view[: len(known)] = known
-            self._stop_count, self._stopped_by = len(known), key
+            self._stop_count, self._stopped_by = len(known), stops
         return self._stop_count

@@ -75,17 +75,17 @@ class ModelRunner:
         Returns:
             `prefill_s` (until the first token is known; of a short prompt the median of several times), `steps_s` (each
             until the next is known), `overheads_s` (of each what `step` took beyond the call itself, if that is known),
-            `generated_s` (what `generate` took beyond the calls for a token, if that is known), the `tokens`
-            (1 + count of them), and the memory of the process.
+            `generated_s` (the same of each token of `generate`, a call's tokens alike), the `tokens` (1 + count of
+            them), and the memory of the process.
         """
         with self._watches.setdefault(len(prompt), Watch()).watching():
             found = self._repeat(prompt, count)
             generated = self.generated(prompt, count)
         return found | {"generated_s": generated, "memory_bytes": resident_bytes()}
 
-    def generated(self, prompt: Sequence[int], count: int) -> float | None:
-        """Seconds of each token that generating some took beyond the calls themselves; None: it is not known."""
-        return None
+    def generated(self, prompt: Sequence[int], count: int) -> list[float]:
+        """Seconds of each token that generating some took beyond the calls themselves; none if that is not known."""
+        return []
 
     def watched(self, length: int) -> dict[str, Any]:
         """What the CPU did during the timed turns with a prompt of a length."""
@@ -179,17 +179,20 @@ class IreeModel(ModelRunner):
         """See `ModelRunner.step`."""
         return self._session.run({self._name: ids.astype(self._dtype)}, logits=self._wanted)[self._logits][0, -1]
 
-    def generated(self, prompt: Sequence[int], count: int) -> float | None:
+    def generated(self, prompt: Sequence[int], count: int) -> list[float]:
         """See `ModelRunner.generated`: where the module chooses the tokens, and waits for each call."""
-        if not count or self._program.device.has_queue or engine_of(self._program).row_chooser(draws=False) is None:
-            return None
+        if self._program.device.has_queue or engine_of(self._program).row_chooser(draws=False) is None:
+            return []
         self.reset()
-        tokens = generate(self._session, prompt, count + 1)
-        next(tokens)
-        before, start = self._inside, time.perf_counter()
-        for _ in tokens:
-            pass
-        return (time.perf_counter() - start - (self._inside - before)) / count
+        found, since, tokens = list[float](), 0.0, 0
+        inside = self._inside
+        for _ in generate(self._session, prompt, count + 1):
+            now = time.perf_counter()
+            if self._inside != inside:  # the first token of a call
+                found += [(now - since - (self._inside - inside)) / max(tokens, 1)] * tokens
+                since, inside, tokens = now, self._inside, 0
+            tokens += 1
+        return found[1:]  # without the prompt's
 
     def kernels(self, symbol: str, position: int, calls: int) -> list[list[tuple[str, float]]]:
         """The kernels of calls of one entry point on a CUDA device, see `cuda_kernels`.
