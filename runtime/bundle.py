@@ -14,8 +14,9 @@ from typing import Any
 
 from .errors import TargetError
 from .integrity import read_seal
-from .manifest import Target, is_plain_name, read_target
 from .manifest_reader import Reader, bad
+from .manifest_rules import is_plain_name
+from .manifest_target import Target, read_target
 
 FORMAT = 1
 INDEX = "bundle.json"

@@ -19,7 +19,7 @@ from typing import Any
 
 from . import amx
 from .errors import TargetError
-from .manifest import Target
+from .manifest_target import Target
 
 # LLVM name -> the word in the flags of /proc/cpuinfo.
 _X86_64 = {

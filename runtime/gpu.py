@@ -20,7 +20,7 @@ from typing import Any
 
 from .drivers import list_devices, subgroup_sizes
 from .errors import TargetError
-from .manifest import Target
+from .manifest_target import Target
 
 _LIBRARIES = {"win32": ("vulkan-1.dll",), "darwin": ("libvulkan.dylib", "libvulkan.1.dylib", "libMoltenVK.dylib")}
 _OTHER_LIBRARIES = ("libvulkan.so.1", "libvulkan.so")

@@ -15,7 +15,8 @@ from .device import Device
 from .drivers import CPU_DRIVERS, DEVICE_URIS, has_worker_threads
 from .errors import TargetError
 from .gpu import check_gpu
-from .manifest import REFLECTION_KEY, STEPS_KEY, Manifest, Target
+from .manifest import REFLECTION_KEY, STEPS_KEY, Manifest
+from .manifest_target import Target
 from .module import Module
 from .opening import open_device
 

@@ -7,15 +7,15 @@ trusts nothing: sizes, names, roles and references are checked before anything i
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .device import DTYPE_NAMES, numpy_dtype
-from .drivers import DEVICE_URIS
+from .device import DTYPE_NAMES
 from .errors import TargetError
-from .manifest_reader import Reader, bad
+from .manifest_reader import Reader
+from .manifest_rules import check
+from .manifest_target import Target, read_target
 
 FORMAT = 2
 REFLECTION_KEY = "linattn.manifest"
@@ -26,8 +26,6 @@ RESULTS_KEY = "linattn.results"
 input, and for their intermediate values. It lists `[dtype, shape]` of each result, null for one in an input."""
 STEPS_KEY = "linattn.steps"
 """Reflection attribute of a function of several steps: the name of the function of one that it calls."""
-MAX_ARRAY_BYTES = 1 << 40
-_MAX_NAME = 255
 
 Dim = int | str
 Shape = tuple[Dim, ...]
@@ -126,69 +124,6 @@ class EntryPoint:
     def symbols(self) -> list[str]:
         """The names of all its functions that do what it does, each once."""
         return [name for name in (self.symbol, self.last, self.token, self.draw) if name]
-
-
-@dataclass(frozen=True)
-class CpuLevel:
-    """One of the machines that a portable CPU module has code for.
-
-    Attributes:
-        name: For people, such as `x86-64-v3`.
-        instruction_sets: What its code needs, as in `Target`.
-    """
-
-    name: str
-    instruction_sets: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class DeviceNeeds:
-    """The most that any kernel of a GPU's module uses.
-
-    Attributes:
-        threads: Of a workgroup.
-        shared_memory: Bytes of a workgroup.
-        storage_buffers: Of a dispatch.
-        push_constants: Bytes of a dispatch.
-        features: In Vulkan's words, such as `shaderInt64`; `subgroup` and an operation, such as `subgroupShuffle`.
-    """
-
-    threads: int
-    shared_memory: int
-    storage_buffers: int
-    push_constants: int
-    features: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Target:
-    """What the module was compiled for.
-
-    Attributes:
-        name: `cpu` | `cuda` | `vulkan`.
-        device: The device URI that runs it by default.
-        description: For people: CPU features, GPU architecture.
-        subgroup_size: Lanes of a subgroup that the kernels count on; None: any. Optional in the JSON. Checked at load,
-            since IREE 3.13.0 runs a kernel for 32 lanes on a device of 8 and returns wrong numbers.
-        architecture: `x86_64` | `aarch64`; None: not a CPU. Checked at load, like what follows: the process would die.
-        instruction_sets: What the code needs beyond what every CPU of the architecture has, in LLVM's names.
-        levels: Best first, where the module has code for several CPUs and takes the first level that a machine has; the
-            last one needs `instruction_sets`.
-        native: NVIDIA GPUs that there is native code for, such as `sm_90`; any other compiles the PTX that it has too.
-            Optional in the JSON. Nothing is checked by it.
-        needs: What the kernels need of a GPU; None: not a GPU. Checked at load, on Vulkan, which takes kernels that
-            need more without a word.
-    """
-
-    name: str
-    device: str
-    description: str = ""
-    subgroup_size: int | None = None
-    architecture: str | None = None
-    instruction_sets: tuple[str, ...] = ()
-    levels: tuple[CpuLevel, ...] = ()
-    native: tuple[str, ...] = ()
-    needs: DeviceNeeds | None = None
 
 
 @dataclass(frozen=True)
@@ -316,47 +251,8 @@ class Manifest:
             hint = "use the linattn.runtime version that fits the compiler"
             raise TargetError("unknown manifest format", where=where, got=version, expected=FORMAT, hint=hint)
         manifest = _build(top, where)
-        _check(manifest, where)
+        check(manifest, where)
         return manifest
-
-
-def read_target(target: Reader, where: str) -> Target:
-    """What a module was compiled for; a bundle says it in the same words.
-
-    Raises:
-        TargetError: a broken rule of the format.
-    """
-    found = Target(
-        target.choice("name", tuple(DEVICE_URIS)),
-        target.text("device"),
-        target.text("description"),
-        target.optional_whole("subgroup_size", 1, missing_ok=True),
-        None if target.get("architecture") is None else target.text("architecture"),
-        target.texts("instruction_sets"),
-        tuple(CpuLevel(row.text("name"), row.texts("instruction_sets")) for row in target.rows("levels")),
-        target.texts("native", missing_ok=True),
-        None if target.get("needs") is None else _needs(target.child("needs")),
-    )
-    if (found.name == "cpu") != (found.architecture is not None):
-        raise bad(where, "target.architecture", f"wrong for target {found.name}", found.architecture)
-    if found.levels and found.levels[-1].instruction_sets != found.instruction_sets:
-        raise bad(where, "target.levels", "the last one is not what the module needs", found.levels[-1].name)
-    return found
-
-
-def is_plain_name(name: str) -> bool:
-    """Whether it names a file without a folder, on any system."""
-    return 0 < len(name) <= _MAX_NAME and not set(name) & set("/\\:\0") and name not in (".", "..")
-
-
-def _needs(row: Reader) -> DeviceNeeds:
-    return DeviceNeeds(
-        row.whole("threads", 1),
-        row.whole("shared_memory", 0),
-        row.whole("storage_buffers", 0),
-        row.whole("push_constants", 0),
-        row.texts("features"),
-    )
 
 
 def _build(top: Reader, where: str) -> Manifest:
@@ -421,60 +317,3 @@ def _build(top: Reader, where: str) -> Manifest:
         row_masks=top.flag("row_masks", missing_ok=True),
         producer={name: str(version) for name, version in producer.items()},
     )
-
-
-def _check(manifest: Manifest, where: str) -> None:
-    m = manifest
-    for name, role in m.dims.items():
-        if role not in ("batch", "tokens", "past", "total", "open"):
-            raise bad(where, f"dims.{name}", "unknown role", role, "batch | tokens | past | total | open")
-    entries = [name for entry in m.entry_points for name in (*entry.symbols, entry.steps)]
-    symbols = [name for name in (*entries, m.finite) if name]
-    for group, names in (
-        ("input and state", [spec.name for spec in (*m.inputs, *m.states)]),
-        ("output", [*(spec.name for spec in m.outputs), *(state.output for state in m.states)]),
-        ("entry point", symbols),
-    ):
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise bad(where, f"{group} names", "not unique", ", ".join(twice))
-    if not m.entry_points:
-        raise bad(where, "entry_points", "empty")
-    for symbol in symbols:
-        if symbol == "__init" or "$" in symbol:
-            raise bad(where, "entry_points", "not a function to call", symbol)
-    for entry in m.entry_points:
-        if entry.kind == "decode" and entry.tokens != 1:
-            raise bad(where, entry.symbol, "wrong token count of a decode entry", entry.tokens, 1)
-        if entry.steps is not None and not (entry.token or entry.draw):
-            raise bad(where, entry.symbol, "several steps without one that chooses", entry.steps, "token or draw")
-    for role in ("attention_mask", "position_ids"):
-        if sum(spec.role == role for spec in m.inputs) > 1:
-            raise bad(where, "inputs", f"more than one {role}")
-    for spec in (*m.inputs, *m.outputs, *m.states):
-        unknown = [dim for dim in spec.shape if isinstance(dim, str) and dim not in m.dims]
-        if unknown:
-            raise bad(where, spec.name, "dims without a role", ", ".join(map(str, unknown)), "an entry in dims")
-        known = {"batch": m.batch or 1, "past": m.max_context or 1, "total": m.max_context or 1}
-        sizes = [known.get(m.dims[dim], 1) if isinstance(dim, str) else dim for dim in spec.shape]
-        nbytes = math.prod(sizes) * numpy_dtype(spec.dtype).itemsize
-        if nbytes > MAX_ARRAY_BYTES:
-            raise bad(where, spec.name, "too large", f"{nbytes} bytes", f"at most {MAX_ARRAY_BYTES}")
-    for spec in m.inputs:
-        if spec.bounds is not None and numpy_dtype(spec.dtype).kind not in "iu":
-            raise bad(where, spec.name, "bounds of values that are no indices", spec.dtype, "an integer dtype")
-    for output in m.outputs:
-        if output.token_axis is not None and output.token_axis >= len(output.shape):
-            raise bad(where, output.name, "token_axis out of range", output.token_axis, f"< {len(output.shape)}")
-    for state in m.states:
-        axis = state.length_axis
-        if axis is not None and axis >= len(state.shape):
-            raise bad(where, state.name, "length_axis out of range", axis, f"< {len(state.shape)}")
-        if (state.kind == "kv_cache") != (axis is not None):
-            raise bad(where, state.name, f"wrong length_axis of a {state.kind} state", axis)
-        if axis is not None and m.role(state.shape[axis]) != "past":
-            raise bad(where, state.name, "the length axis is not a past dim", state.shape[axis])
-        if state.in_place and not (state.kind == "kv_cache" and m.max_context):
-            raise bad(where, state.name, "in_place without a capacity", state.kind, "a kv_cache and max_context")
-    if m.parameters and not is_plain_name(m.parameters.file):
-        raise bad(where, "parameters.file", "not a plain file name", repr(m.parameters.file))

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from .device import DTYPE_NAMES, numpy_dtype
 from .errors import TargetError
-from .manifest import MAX_ARRAY_BYTES
+from .manifest_rules import MAX_ARRAY_BYTES
 
 ResultSpec = tuple[str, list[int]]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from iree.compiler import ir
-from linattn.runtime.manifest import DeviceNeeds
+from linattn.runtime.manifest_target import DeviceNeeds
 
 from .executables import kernels, spirv_capabilities
 

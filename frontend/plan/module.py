@@ -7,7 +7,7 @@ from importlib import metadata
 from typing import Any
 
 from linattn.runtime.manifest import Manifest, Parameters
-from linattn.runtime.manifest import Target as ManifestTarget
+from linattn.runtime.manifest_target import Target as ManifestTarget
 
 from ..graph.row_masks import has_row_masks
 from ..lower.parameters import PARAMETER_SCOPE

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from linattn.dialect_patterns.target import Target
-from linattn.runtime.manifest import CpuLevel
+from linattn.runtime.manifest_target import CpuLevel
 
 from .ptxas import Assembler
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from linattn.dialect_patterns.target import Limits, Target
 from linattn.runtime.cpu import machine_architecture, machine_features
 from linattn.runtime.errors import TargetError
-from linattn.runtime.manifest import CpuLevel
+from linattn.runtime.manifest_target import CpuLevel
 
 from .base import CompileTarget, TargetOptions
 from .cpu_levels import LEVELS, device_attribute, portable_target

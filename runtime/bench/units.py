@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from linattn.runtime.cpu import chosen_level
-from linattn.runtime.manifest import Target
+from linattn.runtime.manifest_target import Target
 
 HOW = "the measured f32 rate times the operations that the unit has for one of it"
 

@@ -27,7 +27,7 @@ from linattn.frontend.targets import TargetOptions, resolve_target
 from linattn.runtime import cpu
 from linattn.runtime.bench.table import to_text
 from linattn.runtime.bench.units import add_units, unit_of
-from linattn.runtime.manifest import Target
+from linattn.runtime.manifest_target import Target
 
 X86, GPU = (Target("t", "d", architecture=name) for name in ("x86_64", None))
 ROWS, DEPTH, COLUMNS = 64, 128, 96

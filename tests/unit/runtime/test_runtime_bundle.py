@@ -21,7 +21,7 @@ from linattn.runtime.choice import choose
 from linattn.runtime.cli import main
 from linattn.runtime.discover import SOFTWARE, FoundDevice
 from linattn.runtime.integrity import SEAL_BYTES, sealed
-from linattn.runtime.manifest import Target
+from linattn.runtime.manifest_target import Target
 from tiny_hybrid import Hybrid, reference
 
 from tests.conftest import NO_GPUS

@@ -8,7 +8,7 @@ import pytest
 from linattn.runtime import Program, greedy
 from linattn.runtime.cli import main
 from linattn.runtime.loading import _compiled_first
-from linattn.runtime.manifest import Target
+from linattn.runtime.manifest_target import Target
 from tiny_hybrid import Hybrid, reference
 
 

@@ -12,7 +12,8 @@ import pytest
 from iree.compiler.tools import compile_str
 from linattn.runtime import Program, TargetError, amx, cpu
 from linattn.runtime.integrity import sealed
-from linattn.runtime.manifest import CpuLevel, EntryPoint, InputSpec, Manifest, OutputSpec, Target
+from linattn.runtime.manifest import EntryPoint, InputSpec, Manifest, OutputSpec
+from linattn.runtime.manifest_target import CpuLevel, Target
 from linattn.runtime.module import Module
 from tiny_hybrid import ANY_CPU, FLAGS
 

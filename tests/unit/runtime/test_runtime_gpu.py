@@ -14,7 +14,7 @@ from conftest import need_device
 from linattn.runtime import Program, TargetError, gpu
 from linattn.runtime.drivers import list_devices
 from linattn.runtime.gpu import Offer, missing_of_gpu
-from linattn.runtime.manifest import DeviceNeeds, Target
+from linattn.runtime.manifest_target import DeviceNeeds, Target
 from tiny_hybrid import Hybrid
 
 NEEDS = DeviceNeeds(256, 32_768, 9, 12, ("shaderFloat16", "shaderInt64", "subgroupShuffle"))

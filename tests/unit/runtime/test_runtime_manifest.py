@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 from linattn.runtime import Manifest, TargetError
-from linattn.runtime.manifest import DeviceNeeds, EntryPoint, Parameters, Target
+from linattn.runtime.manifest import EntryPoint, Parameters
+from linattn.runtime.manifest_target import DeviceNeeds, Target
 from tiny_hybrid import Hybrid, open_form
 
 GOOD = json.loads(Hybrid().manifest().to_json())

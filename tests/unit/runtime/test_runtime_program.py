@@ -17,7 +17,8 @@ from conftest import need_device
 from iree.compiler.tools import compile_str
 from linattn.runtime import InputError, Program, StateError, TargetError
 from linattn.runtime.integrity import seal_file, sealed
-from linattn.runtime.manifest import EntryPoint, InputSpec, Manifest, OutputSpec, Parameters, StateSpec, Target
+from linattn.runtime.manifest import EntryPoint, InputSpec, Manifest, OutputSpec, Parameters, StateSpec
+from linattn.runtime.manifest_target import Target
 from linattn.runtime.module import Module
 from linattn.runtime.opening import open_device
 from test_runtime_session import some_ids

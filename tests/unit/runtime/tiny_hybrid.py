@@ -14,7 +14,8 @@ import numpy as np
 from iree.compiler.tools import compile_str
 from linattn.runtime.cpu import machine_architecture
 from linattn.runtime.integrity import sealed
-from linattn.runtime.manifest import EntryPoint, InputSpec, Manifest, OutputSpec, StateSpec, Target
+from linattn.runtime.manifest import EntryPoint, InputSpec, Manifest, OutputSpec, StateSpec
+from linattn.runtime.manifest_target import Target
 
 FLAGS = {
     "cpu": (
