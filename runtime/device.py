@@ -380,9 +380,14 @@ class Device(Owned):
     def _execute(self, commands: Any) -> None:
         commands.end()
         semaphore = self.hal_device.create_semaphore(0)
-        done = _rt.HalFence.create_at(semaphore, 1)
+        done = self.fence(semaphore, 1)
         self.hal_device.queue_execute(commands, [(semaphore, 0)], done)
         self.wait(semaphore, 1, done)
+
+    @staticmethod
+    def fence(semaphore: Any, value: int) -> Any:
+        """What is reached when a semaphore has a value."""
+        return _rt.HalFence.create_at(semaphore, value)
 
     def wait(self, semaphore: Any, value: int, fence: Any) -> None:
         """Waits until a semaphore has reached a value.

@@ -6,7 +6,7 @@ Facts about IREE 3.13.0 that shape this file (each has a test):
 * A module at an unaligned address computes zeros (iree#13887), so bytes are copied.
 * `VmModule.mmap` wants to write to the file, and closes the map by a call of Python: where an exception travels at that
   time, it is replaced by a SystemError. So the map is made here, and goes with the last reference to it.
-* A CPU worker wakes the caller before it is done; see `_set_policy`.
+* A CPU worker wakes the caller before it is done; see `scheduling.py`.
 * The memory of one CPU device is any other's: a module that is linked to two has one set of weights, and calls on both
   take the same arrays.
 """
@@ -20,9 +20,8 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import iree.runtime as _untyped_rt  # pyright: ignore[reportMissingTypeStubs]
 
@@ -33,6 +32,8 @@ from .integrity import check_seal
 from .manifest import RESULTS_KEY
 from .owned import Owned, check_process, is_process
 from .result_specs import ResultSpec, read_result_specs
+from .scheduling import is_ordinary_thread, set_policy
+from .submissions import Submissions, Submitted
 
 _rt: Any = cast(Any, _untyped_rt)
 _log = logging.getLogger("linattn.runtime")
@@ -41,22 +42,6 @@ _IREE_ERRORS = (RuntimeError, ValueError, LookupError, NotImplementedError)
 _WORKSPACE_BYTES = "iree.abi.transients.size.constant"
 _LOAD_KERNEL = "load_kernel$"
 """How the names of the functions begin that load one kernel, those with the largest code first."""
-_NO_PRIORITY: Any = os.sched_param(0) if hasattr(os, "SCHED_BATCH") else None
-"""What Linux's ordinary scheduling policies want to be told; None on other systems."""
-
-
-class Submitted(NamedTuple):
-    """A call that a device has been given.
-
-    Attributes:
-        semaphore: It reaches the value when the call is done.
-        value: The value.
-        fence: Of the two.
-    """
-
-    semaphore: Any
-    value: int
-    fence: Any
 
 
 class Module(Owned):
@@ -75,7 +60,7 @@ class Module(Owned):
     def __init__(self, source: Path | bytes, *, verify: bool = False) -> None:
         self._verify = verify
         self._device: Device | None = None
-        self._closed = self._has_workers = self._has_queue = False
+        self._closed = self._has_workers = False
         self.file = source if isinstance(source, Path) else None
         self.where = str(source) if self.file else "module bytes"
         self.file_bytes = 0
@@ -86,8 +71,7 @@ class Module(Owned):
         self._workspace: DeviceArray | None = None
         self._workspace_ref: Any = None
         self._workspace_bytes: dict[str, int | None] = {}
-        self._semaphore: Any = None
-        self._submitted = 0
+        self._submissions: Submissions | None = None
         self._flying: dict[object, object] = {}
         self._result_specs: dict[str, list[ResultSpec | None] | None] = {}
         self._instance: Any = _rt.VmInstance()
@@ -148,10 +132,10 @@ class Module(Owned):
             return
         with self._lock:
             self._closed = True
-            if self._semaphore is not None:
-                _rt.HalFence.create_at(self._semaphore, self._submitted).wait()
+            if self._submissions is not None:
+                self._submissions.close()
             self._flying.clear()
-            self._context = self._alone = self._module = self._semaphore = None
+            self._context = self._alone = self._module = None
             self._workspace = self._workspace_ref = None
             self.functions.clear()
 
@@ -167,7 +151,8 @@ class Module(Owned):
         Raises:
             TargetError: The module was compiled for another device, or the parameter file does not fit or is damaged.
         """
-        self._device, self._has_workers, self._has_queue = device, device.has_workers, device.has_queue
+        self._device, self._has_workers = device, device.has_workers
+        self._submissions = Submissions(device) if device.has_queue else None
         start, before = time.perf_counter(), device.allocated_bytes()
         if parameters is not None:
             self.file_bytes += parameters[1].stat().st_size
@@ -335,18 +320,19 @@ class Module(Owned):
             packed.push_ref(array.ref)
         if position is not None:
             packed.push_int(position)
-        key = object()
+        key, submissions = object(), self._submissions
+        assert submissions is not None
         try:
             with self._lock:
                 self._push_memory(function, packed, storage)
                 self._flying[key] = arrays, storage  # freed by nobody before it is done
-                submitted = self._submit(function, packed, _rt.VmVariantList(8))
+                submitted = self._submit(submissions, function, packed, _rt.VmVariantList(8))
         except _IREE_ERRORS as error:
             raise self._failed(function, error) from error
 
         def wait() -> None:
             try:
-                self._wait(submitted)
+                submissions.wait(submitted)
             except _IREE_ERRORS as error:
                 raise self._failed(function, error) from error
             finally:
@@ -364,17 +350,17 @@ class Module(Owned):
         return results
 
     def _wait_for(self, function: str, packed: Any, results: Any, alone: bool) -> None:
-        """Calls with everything packed, and waits; on CPU workers as `_set_policy` says."""
+        """Calls with everything packed, and waits; on CPU workers as `scheduling.py` says."""
         alone = alone and self._alone is not None
-        waits = not alone and self._has_workers and _is_ordinary_thread()
+        waits = not alone and self._has_workers and is_ordinary_thread()
         try:
             try:
                 if waits:
-                    _set_policy(os.SCHED_BATCH)
+                    set_policy(os.SCHED_BATCH)
                 self._invoke(function, packed, results, alone)
             finally:  # after a Ctrl-C anywhere in between, too
                 if waits:
-                    _set_policy(os.SCHED_OTHER)
+                    set_policy(os.SCHED_OTHER)
         except _IREE_ERRORS as error:
             raise self._failed(function, error) from error
 
@@ -390,44 +376,19 @@ class Module(Owned):
         return TargetError(f"the call failed on {self.device.uri}", where=function, hint=hint)
 
     def _invoke(self, function: str, packed: Any, results: Any, alone: bool) -> None:
-        """Calls and waits; on a GPU with a semaphore that is kept, which takes half the time of IREE's own waiting."""
+        """Calls and waits."""
+        submissions = self._submissions
         if alone:
             self._alone.invoke(self.functions[function], packed, results)
-        elif not self._has_queue or f"{function}$async" not in self.functions:
+        elif submissions is None or f"{function}$async" not in self.functions:
             self.device.enter()
             self._context.invoke(self.functions[function], packed, results)
         else:
-            self._wait(self._submit(function, packed, results))
+            submissions.wait(self._submit(submissions, function, packed, results))
 
-    def _submit(self, function: str, packed: Any, results: Any) -> Submitted:
-        """Calls without waiting; the device takes one call after the other, whoever submits them."""
-        self.device.enter()
-        if self._semaphore is None:
-            self._semaphore, self._submitted = self.device.hal_device.create_semaphore(0), 0
-        semaphore, value = self._semaphore, self._submitted + 1
-        before = _rt.HalFence.create_at(semaphore, value - 1)
-        after = _rt.HalFence.create_at(semaphore, value)
-        packed.push_ref(before.ref)
-        packed.push_ref(after.ref)
-        self._semaphore = None  # one that has failed stays failed
-        try:
-            self._context.invoke(self.functions[f"{function}$async"], packed, results)
-        except BaseException:
-            with suppress(RuntimeError):  # the next call has a semaphore of its own, and does not wait for those before
-                before.wait()
-            raise
-        self._semaphore, self._submitted = semaphore, value
-        return Submitted(semaphore, value, after)
-
-    def _wait(self, call: Submitted) -> None:
-        try:
-            self.device.wait(*call)
-        except BaseException as error:
-            if isinstance(error, RuntimeError):
-                self._semaphore = None
-            with suppress(RuntimeError):  # nothing of it may go on behind a Ctrl-C
-                call.fence.wait()
-            raise
+    def _submit(self, submissions: Submissions, function: str, packed: Any, results: Any) -> Submitted:
+        asynchronous = self.functions[f"{function}$async"]
+        return submissions.submit(packed, lambda: self._context.invoke(asynchronous, packed, results))
 
     @property
     def workspace_now(self) -> int:
@@ -475,21 +436,3 @@ def _map(path: Path) -> mmap.mmap:
             flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
             return mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ)
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-
-def _is_ordinary_thread() -> bool:
-    """Whether this thread's scheduling is Linux's ordinary one, which any thread may leave and come back to."""
-    return _NO_PRIORITY is not None and os.sched_getscheduler(0) == os.SCHED_OTHER
-
-
-def _set_policy(policy: int) -> None:
-    """SCHED_BATCH before a wait for CPU workers: being woken does not take the CPU from the worker that wakes.
-
-    IREE 3.13 wakes the caller from within a worker and has it spin until that worker is out of its callback. Where the
-    caller is put on that worker's CPU, it spins until the scheduler's next tick: up to 4 ms, in a fourth of the calls
-    on 2 CPUs that the call keeps busy. A thread of Linux's SCHED_BATCH waits for its turn instead.
-    """
-    try:
-        os.sched_setscheduler(0, policy, _NO_PRIORITY)
-    except OSError:  # not allowed here; calls are only slower
-        return

@@ -240,7 +240,8 @@ def test_a_failure_at_every_boundary_of_the_queue(target: str, when: str, monkey
     module = engine_of(loaded).module
     names: list[tuple[Any, str]] = [(module, "_invoke")]
     if loaded.device.has_queue:
-        names += [(module, "_submit"), (module, "_wait"), (Step, "submit"), (Step, "_write"), (Step, "chosen")]
+        queue = module._submissions
+        names += [(queue, "submit"), (queue, "wait"), (Step, "submit"), (Step, "_write"), (Step, "chosen")]
     else:  # one by one; tests/e2e/test_step_series.py has those of several
         names += [(module, "call_step"), (Step, "append"), (Caches, "grow")]
         monkeypatch.setattr("linattn.runtime.follower.MOST_STEPS", 1)
