@@ -18,15 +18,19 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from ..emit.kernel_text import Index, KernelText
 from .contract import LinearAttention
 from .simd_factors import Factors
+from .simd_fetch import Share, ask
 from .simd_operands import Operands
 from .simd_products import Row, product, row_blocks
 from .simd_rows import Rows
 from .simd_tiling import PAIR_TOKENS, Blocks
+
+Ask = Callable[[Index, int], None]
+"""Asks for some of what is next in a step of so many."""
 
 _MAX_GROWTH = 80.0
 _UNROLL = 2
@@ -112,17 +116,17 @@ class BlocksBody:
         self.k.loop(self.x.panels, [], once)
 
     def _each_element(self, body: Callable[[Index, Index, int], None]) -> None:
-        """``body(panel, row, vector)`` for the whole state."""
+        """``body(panel, row, vector)`` for the whole state, row by row, as past and present state lie."""
 
-        def panel(p: Index) -> None:
-            def row(d: str, _: list[str]) -> list[str]:
+        def row(d: str, _: list[str]) -> list[str]:
+            def panel(p: Index) -> None:
                 for n in range(self.x.vectors):
                     body(p, d, n)
-                return []
 
-            self.k.loop(self.c.dk, [], row)
+            self._each_panel(panel)
+            return []
 
-        self._each_panel(panel)
+        self.k.loop(self.c.dk, [], row)
 
     # ---- chunks ----------------------------------------------------------------------------------------------------
     def _chunk_sizes(self) -> list[int]:
@@ -186,42 +190,54 @@ class BlocksBody:
             self.factors.queries(chunk, 0)
 
             def all_of(panel: Index) -> None:
-                self._fetch(panel, k.add(t, tokens), tokens)
-                self._solve(panel, t, tokens)
-                self._emit_output(panel, t, tokens, 0)
+                asks = self._asks(panel, k.add(t, tokens), tokens)
+                self._solve(panel, t, tokens, asks)
+                self._emit_output(panel, t, tokens, 0, asks)
                 self._advance(panel, t, tokens)
 
             self._each_panel(all_of)
             return
 
         def solve(panel: Index) -> None:
-            self._fetch(panel, k.add(t, tokens), tokens)
-            self._solve(panel, t, tokens)
+            self._solve(panel, t, tokens, self._asks(panel, k.add(t, tokens), tokens))
 
         self._each_panel(solve)
 
         def query_head(head: str, _: list[str]) -> list[str]:
             self.factors.queries(chunk, head)
-            self._each_panel(lambda panel: self._emit_output(panel, t, tokens, head))
+            self._each_panel(lambda panel: self._emit_output(panel, t, tokens, head, iter(())))
             return []
 
         k.loop(self.c.rows, [], query_head)
         self._each_panel(lambda panel: self._advance(panel, t, tokens))
 
-    def _reads(self, rows: Sequence[Callable[[Index], str]], panel: Index) -> list[Row]:
+    def _reads(self, rows: Sequence[Callable[[Index], str]], panel: Index, asks: Iterator[Ask]) -> list[Row]:
         """Rows times a panel of the state."""
         x = self.x
-        return product(self.k, rows, lambda d: self._row(panel, d), self.c.dk, x.lanes, x.vectors)
+        return product(self.k, rows, lambda d: self._row(panel, d), self.c.dk, x.lanes, x.vectors, next(asks, None))
 
-    def _fetch(self, panel: Index, t: Index, tokens: int) -> None:
-        """Ask for a panel's share of what the next chunk reads and writes: tokens lie far apart, and each waits."""
-        k, c, x = self.k, self.c, self.x
-        keys = c.dk // x.panels
-        for i in range(tokens):
-            self.o.fetch(k.add(t, i), self._at(panel, 0), x.width)
-            self.rows.fetch(k.add(t, i), k.mul(panel, keys), keys)
+    def _shares(self, panel: Index) -> list[Share]:
+        """A panel's share of what tokens have in memory."""
+        keys = self.c.dk // self.x.panels
+        return [*self.rows.shares(self.k.mul(panel, keys), keys), *self.o.shares(self._at(panel, 0), self.x.width)]
 
-    def _solve(self, panel: Index, t: Index, tokens: int) -> None:
+    def _asks(self, panel: Index, t: Index, tokens: int) -> Iterator[Ask]:
+        """What the products of a chunk with a panel do besides: they ask for the next chunk's share of it."""
+        shares, c = self._shares(panel), self.c
+        loops = len(row_blocks(tokens, self.x.rows)) * (c.has_delta + (c.rows == 1))
+
+        def ask_for(some: list[Share]) -> Ask:
+            return lambda step, steps: ask(self.k, some, t, tokens, step, steps)
+
+        def all_of(step: str, _: list[str]) -> list[str]:
+            ask_for(shares)(step, c.dk)
+            return []
+
+        if not loops:  # several query heads without updates: no product is made once a panel
+            self.k.loop(c.dk, [], all_of)
+        return iter([ask_for(shares[loop::loops]) for loop in range(loops)])
+
+    def _solve(self, panel: Index, t: Index, tokens: int, asks: Iterator[Ask]) -> None:
         """The updates u."""
         k, x, f = self.k, self.x, self.factors
         for first, count in row_blocks(tokens, x.rows):
@@ -231,7 +247,7 @@ class BlocksBody:
                 for i in block
             }  # fmt: skip
             if self.c.has_delta:
-                read = self._reads([self.rows.key(t, i) for i in block], panel)
+                read = self._reads([self.rows.key(t, i) for i in block], panel, asks)
                 for i, held in zip(block, read, strict=True):
                     rows[i] = [k.fma(f.known(i), r, k.mulf(f.rate(i), v)) for r, v in zip(held, rows[i], strict=True)]
                 self._add_updates(f.solve, rows, panel, tokens, 0, first)
@@ -274,12 +290,12 @@ class BlocksBody:
             sums = self.k.loop(stop, [vector for row in rows.values() for vector in row], add, start=start)
             rows.update({i: sums[n * x.vectors : (n + 1) * x.vectors] for n, i in enumerate(rows)})
 
-    def _emit_output(self, panel: Index, t: Index, tokens: int, head: Index) -> None:
+    def _emit_output(self, panel: Index, t: Index, tokens: int, head: Index, asks: Iterator[Ask]) -> None:
         """The outputs o for one query head."""
         k, x, f = self.k, self.x, self.factors
         for first, count in row_blocks(tokens, x.rows):
             block = range(first, first + count)
-            read = self._reads([self.rows.query(t, i, head) for i in block], panel)
+            read = self._reads([self.rows.query(t, i, head) for i in block], panel, asks)
             rows = {i: [k.mulf(f.scaled(i), r) for r in row] for i, row in zip(block, read, strict=True)}
             self._add_updates(f.mix, rows, panel, tokens, 0, first)
             for few in _few(block):

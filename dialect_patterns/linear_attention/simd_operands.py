@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 from ..emit.kernel_text import Index, KernelText
 from .contract import LinearAttention
-
-_LINE = 64
+from .simd_fetch import Share
 
 
 class Gates:
@@ -90,15 +89,13 @@ class Operands:
         k = self._k
         return k.load(self._value, [self.batch, t, k.add(k.mul(self.head, self._c.dv), column)], lanes)
 
-    def fetch(self, t: Index, first: Index, columns: int) -> None:
-        """Ask for some columns of the value and the outputs of a token, for the second cache; beyond T for nothing."""
+    def shares(self, first: Index, columns: int) -> list[Share]:
+        """Some columns of the value and the outputs of a token."""
         k, c = self._k, self._c
-        for memref, heads in ((self._value, 1), (self._output, c.rows)):
-            for head in range(heads):
-                row = k.add(k.mul(self.head, heads), head)
-                for column in range(0, columns, _LINE // k.element_bytes(memref)):
-                    at = k.add(k.mul(row, c.dv), k.add(first, column))
-                    k.prefetch(memref, [self.batch, t, at], level=2, write=memref == self._output)
+        heads = [(self._value, self.head, False)]
+        heads += [(self._output, k.add(k.mul(self.head, c.rows), row), True) for row in range(c.rows)]
+        own = [(memref, k.add(k.mul(head, c.dv), first), writes) for memref, head, writes in heads]
+        return [Share(memref, self.batch, column, columns, writes) for memref, column, writes in own]
 
     def load_past(self, d: Index, column: Index, lanes: int) -> str | None:
         """A vector of the past state, None if there is none."""

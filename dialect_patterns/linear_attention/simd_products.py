@@ -30,6 +30,7 @@ def product(
     depth: int,
     lanes: int,
     vectors: int,
+    also: Callable[[Index, int], None] | None = None,
 ) -> list[Row]:
     """Each row times a panel.
 
@@ -40,6 +41,7 @@ def product(
         depth: Elements of a row, a multiple of 4.
         lanes: Of a vector.
         vectors: Of the panel.
+        also: What else each step of the loop does, given its number and how many there are.
     """
     size = len(rows) * vectors
     unroll = 2
@@ -47,6 +49,8 @@ def product(
 
     def step(d: str, carried: list[str]) -> list[str]:
         sums = list(carried)
+        if also is not None:
+            also(k.div(d, unroll), depth // unroll)
         for u in range(unroll):
             at = k.add(d, u)
             held = panel(at)

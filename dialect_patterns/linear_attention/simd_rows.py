@@ -14,9 +14,8 @@ from collections.abc import Callable, Sequence
 
 from ..emit.kernel_text import Index, KernelText
 from .contract import LinearAttention
+from .simd_fetch import Share
 from .simd_operands import Operands
-
-_LINE = 64
 
 
 class Rows:
@@ -64,13 +63,10 @@ class Rows:
         base = self._query_base(head)
         return lambda d: self._element(self._query, self._queries if self._copied else "", t, i, base, d)
 
-    def fetch(self, t: Index, first: Index, columns: int) -> None:
-        """Ask for some elements of the key and the queries of a token, for the second cache; beyond T for nothing."""
-        k = self._k
+    def shares(self, first: Index, columns: int) -> list[Share]:
+        """Some elements of the key and the queries of a token."""
         heads = [(self._key, self._key_base), *((self._query, self._query_base(head)) for head in range(self._c.rows))]
-        for memref, base in heads:
-            for column in range(0, columns, _LINE // k.element_bytes(memref)):
-                k.prefetch(memref, [self._batch, t, k.add(k.add(base, first), column)], level=2)
+        return [Share(memref, self._batch, self._k.add(base, first), columns) for memref, base in heads]
 
     def total(self, d: Index) -> str:
         """The decay of row d over the chunk, where decays are per key dimension."""
