@@ -11,7 +11,7 @@ anew each time. A loop outside of kernels stays in the bytecode that IREE's runt
         the end where a token cannot be fed (negative: there was none) or is one of `stops`, or `count` steps are done
     }
 
-It has no kernel of its own, and is added where IREE has made everything else, so it costs a KB and no time.
+It has no kernel of its own, and is added where IREE has made everything else, so it costs a KB of module.
 """
 
 from __future__ import annotations
