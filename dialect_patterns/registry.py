@@ -14,6 +14,7 @@ from .experts import gated_add
 from .experts import op as experts
 from .gather_block_quantized import op as gather_block_quantized
 from .gather_columns import op as gather_columns
+from .linear_attention import convolved as convolved_linear_attention
 from .linear_attention import gate as linear_attention_gate
 from .linear_attention import gated as gated_linear_attention
 from .linear_attention import op as linear_attention
@@ -47,6 +48,7 @@ OPS: tuple[Op, ...] = (
     *gather_columns.OPS,
     *linear_attention_gate.OPS,
     *gated_linear_attention.OPS,
+    *convolved_linear_attention.OPS,
     *lp_normalization.OPS,
     *m_rotary_embedding.OPS,
     *mat_mul_n_bits.OPS,

@@ -34,6 +34,7 @@ from .graph.finite_check import FINITE, check_finite
 from .graph.index_bounds import index_bounds
 from .graph.inline_functions import inline_functions
 from .graph.join_attention import join_attention
+from .graph.join_convolutions import join_convolutions
 from .graph.join_gates import join_gates
 from .graph.join_norms import join_norms
 from .graph.join_packed_products import join_packed_products
@@ -308,7 +309,8 @@ def _plan(
         packed = join_packed_products(joined, versions, target.capabilities, lowering)
         stepped = join_attention(packed, versions, target.capabilities)
         gated = join_gates(stepped, versions, target.capabilities, lowering)
-        graphs.append(join_norms(gated, versions, target.capabilities, lowering))
+        convolved = join_convolutions(gated, versions, target.capabilities, lowering)
+        graphs.append(join_norms(convolved, versions, target.capabilities, lowering))
     bounds = index_bounds(graphs, [spec.name for spec in plan.inputs])
     inputs = tuple(dataclasses.replace(spec, bounds=bounds.get(spec.name)) for spec in plan.inputs)
     ids = [spec.name for spec in plan.inputs if spec.role in ("tokens", "position_ids")]

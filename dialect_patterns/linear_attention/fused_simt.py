@@ -25,6 +25,7 @@ from iree.compiler import ir
 from ..emit.builder import Size, tensor_type
 from ..emit.scalar import Scalar
 from ..emit.simt_kernel import Kernel, dispatch
+from ..node import TensorSpec
 from ..op import LoweringContext
 from ..select import Legality, No, OtherMachine, Yes
 from ..target import Target
@@ -83,3 +84,34 @@ def emit_linear_attention_fused_simt(
     name = kernel_name(c, x, f"{plan}{before}")
     tiles = -(-c.dv // plan.tile)
     return dispatch(name, plan.group, tiles, b.index(states), numbers, inputs, outputs, body)
+
+
+def emit_convolved(
+    context: LoweringContext,
+    contract: LinearAttention,
+    before: Before,
+    inputs: Sequence[ir.Value],
+    present: TensorSpec,
+) -> list[ir.Value]:
+    """Emit output, present state and the convolution's, of one token (``convolved.py``).
+
+    Args:
+        context: Where, and for what.
+        contract: What to compute.
+        before: What to compute of the operands first, the convolution among it.
+        inputs: The convolution's input, weight, bias and past, the past state, what makes decays and rates.
+        present: Type of the convolution's state.
+    """
+    b, c = context.builder, contract
+    plan, states = plan_for(c, context.target), (c.batch or 0) * c.kv_heads
+    assert plan is not None
+
+    def body(k: Kernel) -> None:
+        Recurrence(k, c, plan, Scalar.constant(states, "index"), 1, before).emit()
+
+    specs = [*output_specs(c), present]
+    outputs: list[tuple[ir.RankedTensorType, list[ir.Value]]] = [
+        (tensor_type([size or 0 for size in spec.shape], spec.dtype), []) for spec in specs
+    ]
+    name, tiles = kernel_name(c, None, f"{plan}{before}"), -(-c.dv // plan.tile)
+    return dispatch(name, plan.group, tiles, b.index(states), [], inputs, outputs, body)

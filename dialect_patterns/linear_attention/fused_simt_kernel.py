@@ -10,23 +10,26 @@ from iree.compiler import ir
 from ..emit.scalar import Scalar
 from ..emit.simt_kernel import Buffer, Kernel
 from .contract import LinearAttention
+from .fused_simt_convolved import CHANNELS, Convolution, Convolved
 from .fused_simt_lanes import Lanes
 from .fused_simt_plan import Plan
 
 
 @dataclass(frozen=True)
 class Before:
-    """What the kernel computes of its operands first (``gated.py``).
+    """What the kernel computes of its operands first (``gated.py``, ``convolved.py``).
 
     Attributes:
         query_norm: Whether queries are divided by their length.
         key_norm: Likewise keys.
         gates: Whether decay and beta are made of what the gates take.
+        convolution: What queries, keys and values are made by; None: they are given.
     """
 
     query_norm: bool = False
     key_norm: bool = False
     gates: bool = False
+    convolution: Convolution | None = None
 
     @property
     def flags(self) -> tuple[bool, bool, bool]:
@@ -34,7 +37,8 @@ class Before:
         return self.query_norm, self.key_norm, self.gates
 
     def __str__(self) -> str:
-        return "".join(f"_{name}" for name, is_there in zip("qkg", self.flags, strict=True) if is_there)
+        last = "" if self.convolution is None else str(self.convolution)
+        return "".join(f"_{name}" for name, is_there in zip("qkg", self.flags, strict=True) if is_there) + last
 
 
 @dataclass(frozen=True)
@@ -105,11 +109,17 @@ class Recurrence:
     def _make_buffers(self) -> None:
         k, c, p = self.k, self.c, self.p
         rows = self.states.divide_unsigned(c.kv_heads)[0] * self.tokens
+        convolution, one = self.before.convolution, Scalar.constant(1, "index")
         sizes: list[tuple[Scalar, int, str, int]] = [
             (rows, c.q_heads * c.dk, c.dtype, p.width),
             (rows, c.k_heads * c.dk, c.dtype, p.width),
             (rows, c.kv_heads * c.dv, c.dtype, p.columns),
         ]
+        if convolution is not None:
+            own = (convolution.taps, *([1] if convolution.has_bias else []))
+            sizes = [(one, convolution.channels * size, c.dtype, CHANNELS) for size in own]
+            sizes.insert(0, (rows, convolution.channels, c.dtype, CHANNELS))
+            sizes.append((rows, convolution.channels * (convolution.taps - 1), c.dtype, CHANNELS))
         if c.has_past:
             sizes.append((self.states, c.dk * c.dv, c.state_dtype, p.columns))
         if c.decay != "none":
@@ -118,13 +128,20 @@ class Recurrence:
         if c.beta != "none":
             sizes.append((rows, c.kv_heads if c.beta == "head" else 1, c.dtype, 1))
         if self.before.gates:
-            sizes += [(Scalar.constant(1, "index"), c.kv_heads, "f32", 1)] * 2
+            sizes += [(one, c.kv_heads, "f32", 1)] * 2
         sizes.append((rows, c.out_heads * c.dv, c.dtype, p.columns))
         sizes.append((self.states, c.dk * c.dv, c.state_dtype, p.columns))
+        if convolution is not None:
+            sizes.append((rows, convolution.channels * (convolution.taps - 1), c.dtype, CHANNELS))
         buffers = [
             k.buffer(i, dtype, count * (elements // width), width)
             for i, (count, elements, dtype, width) in enumerate(sizes)
         ]
+        self.convolved: Convolved | None = None
+        if convolution is not None:
+            count = 3 + convolution.has_bias
+            self.convolved = Convolved(k, c, p, convolution, [*buffers[:count], buffers.pop()])
+            buffers = [*self.convolved.found, *buffers[count:]]
         self.query, self.key, self.value, *rest, self.output, self.present = buffers
         self.past = rest.pop(0) if c.has_past else None
         self.decay = rest.pop(0) if c.decay != "none" else None
@@ -145,6 +162,9 @@ class Recurrence:
         else:
             lane, column = thread.divide_unsigned(across)
         self.lane, self.lanes = lane, Lanes(k, p, lane, column, self.scratch, c.rows, c.has_delta)
+        if self.convolved is not None:
+            self.convolved.emit(self.batch, self.head)
+        self.place = column
         column = k.tile() * across + column
         limit = c.dv // p.columns
         self.valid = self.lane.equals(0)
@@ -225,15 +245,19 @@ class Recurrence:
     def _load_token(self, t: Scalar) -> Token:
         k, c, p = self.k, self.c, self.p
         row = self.batch * self.tokens + t
+        found = self.convolved
 
         def part(buffer: Buffer, heads: int, head: Scalar) -> list[ir.Value]:
             start = (row * heads + head) * (c.dk // p.width) + self.lane
             return [k.load(buffer, start + i * p.lanes) for i in range(p.loads)]
 
-        key = part(self.key, c.k_heads, self.head.divide_unsigned(c.kv_heads // c.k_heads)[0])
-        share = c.out_heads // c.q_heads
-        query = [part(self.query, c.q_heads, (self.head * c.rows + m).divide_unsigned(share)[0]) for m in range(c.rows)]
-        value = k.load(self.value, (row * c.kv_heads + self.head) * (c.dv // p.columns) + self.column)
+        if found is not None:
+            query, key, value = found.values(self.lane, self.place)
+        else:
+            key = part(self.key, c.k_heads, self.head.divide_unsigned(c.kv_heads // c.k_heads)[0])
+            share, heads = c.out_heads // c.q_heads, [self.head * c.rows + m for m in range(c.rows)]
+            query = [part(self.query, c.q_heads, head.divide_unsigned(share)[0]) for head in heads]
+            value = k.load(self.value, (row * c.kv_heads + self.head) * (c.dv // p.columns) + self.column)
         decay: list[ir.Value] = []
         if self.decay is not None:
             by_key = c.decay == "key"

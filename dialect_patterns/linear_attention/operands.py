@@ -72,15 +72,16 @@ def present_state(b: Builder, contract: LinearAttention, batch: Size, state: ir.
     return b.expand(b.cast(state, contract.state_dtype), 0, [batch, contract.kv_heads])
 
 
-def kernel_name(c: LinearAttention, x: Operands, plan: str) -> str:
+def kernel_name(c: LinearAttention, x: Operands | None, plan: str) -> str:
     """The name of a GPU kernel: all that it depends on; short, since IREE names files after it, twice.
 
     Args:
         c: What it computes.
-        x: The operands, for open sizes.
+        x: The operands, for open sizes; None for one token.
         plan: How the work is cut.
     """
-    lead = "x".join("n" if not isinstance(size, int) else str(size) for size in (x.batch, x.tokens))
+    sizes = (c.batch, 1) if x is None else (x.batch, x.tokens)
+    lead = "x".join("n" if not isinstance(size, int) else str(size) for size in sizes)
     heads = str(c.kv_heads) if c.q_heads == c.k_heads == c.kv_heads else f"{c.q_heads}_{c.k_heads}_{c.kv_heads}"
     types = c.dtype if c.dtype == c.state_dtype else f"{c.dtype}_{c.state_dtype}"
     name = f"linear_attention_{c.rule}_fused_simt_{types}_{lead}_h{heads}_d{c.dk}x{c.dv}_{plan}"

@@ -17,7 +17,7 @@ from ..targets import CompileTarget
 from .entry_points import ModulePlan
 from .report import CompileReport, NodeRow
 
-STATE_OPS = ("LinearAttention", "GatedLinearAttention", "CausalConvWithState")
+STATE_OPS = ("LinearAttention", "GatedLinearAttention", "ConvolvedLinearAttention", "CausalConvWithState")
 REPORTED_OPS = (*STATE_OPS, "SelectiveScan", "Attention", "GroupQueryAttention", "AttentionStep")
 """Operators with a row a node; of the others there are too many."""
 
