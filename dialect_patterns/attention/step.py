@@ -80,6 +80,7 @@ def parse(node: Node) -> AttentionStep:
     rows = StepRows(
         heads,
         past.dtype,
+        cos.dtype,
         capacity,
         node.attr("query_start", 0),
         node.attr("query_stride", 0),

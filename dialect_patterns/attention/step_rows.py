@@ -55,7 +55,8 @@ class StepRows:
 
     Attributes:
         heads: Counts and sizes.
-        dtype: Element type of everything.
+        dtype: Element type of everything but cosines and sines.
+        angles: Of these.
         capacity: Rows of the cache.
         start: The first element of the queries where they are read.
         stride: Elements from a head to the next one there.
@@ -66,6 +67,7 @@ class StepRows:
 
     heads: Heads
     dtype: str
+    angles: str
     capacity: int
     start: int
     stride: int
@@ -117,7 +119,7 @@ def emit_step_rows(
     streams = "" if turning.streams is None else f"_{turning.streams}"
     kind = f"{'i' if turning.interleaved else ''}{turning.rotated}{'b' if turning.by_row else ''}{streams}"
     name = f"attention_step_{rows.dtype}_{rows.batch}x{heads.q}x{heads.kv}_d{heads.dk}_s{rows.capacity}"
-    name += f"_at{rows.start}by{rows.stride}_{turning.positions}_{kind}_of{rows.cached}"
+    name += f"_at{rows.start}by{rows.stride}_{turning.positions}_{kind}_of{rows.cached}{rows.angles}"
     name += f"_{'_'.join(words)}_g{target.subgroup_size}"
     inputs = [*new, *turned, *gammas, *caches]
     return dispatch(
@@ -140,11 +142,11 @@ class _Rows:
         self.k, self.rows, self.shapes = k, rows, shapes
 
     def _buffer(self, binding: int, dtype: str = "") -> Buffer:
-        size = 1
+        size = 2 if dtype == "i64" else 1  # words
         for dim in self.shapes[binding]:
             size *= dim or 0
-        words = 2 if dtype == "i64" else 1
-        return self.k.buffer(binding, "i32" if dtype else self.rows.dtype, Scalar.constant(size * words, "index"))
+        stored = "i32" if dtype == "i64" else dtype or self.rows.dtype
+        return self.k.buffer(binding, stored, Scalar.constant(size, "index"))
 
     def emit(self) -> None:
         """Emit everything."""
@@ -211,7 +213,7 @@ class _Rows:
         position = self._position(batch, column)
         factors: list[ir.Value] = []
         for binding in (4, 5):
-            cache = self._buffer(binding)
+            cache = self._buffer(binding, self.rows.angles)
             found = k.widen(cache, k.load(cache, position * half + column))
             factors.append(found if turning.scale == 1.0 else k.mul(found, k.constant(turning.scale)))
         cosine, sine = factors

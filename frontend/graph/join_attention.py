@@ -129,8 +129,8 @@ class _Finder:
         return onnx.helper.make_node(step.ATTENTION_STEP, inputs, outputs, node.name, domain=INTERNAL, **attributes)
 
     def _head(self, name: str, heads: int) -> _Head | None:
-        """How queries or keys were rotated, and normalised before."""
-        node = self._made_by.get(name)
+        """How queries or keys were rotated, maybe in f32 for it, and normalised before."""
+        node = self._made_by.get(self._cast_of(name))
         contract = None if node is None else self.contracts.get(node.name)
         turning: dict[str, Any] = {}
         if isinstance(contract, MRotaryEmbedding):
@@ -146,7 +146,12 @@ class _Finder:
         if rotation.x.rank != 3 or rotation.heads != heads or cache is None or cache.rank != 2 or None in cache.shape:
             return None
         turning |= {"rotated": rotation.rotated, "interleaved": int(rotation.interleaved)}
-        source, gamma, epsilon = self._normed(node.input[0], heads, rotation.head_size)
+        want, inner = spec_of_type(self._types.get(name)), node.input[0]
+        if rotation.x != want:
+            inner = self._cast_of(inner)
+            if rotation.x.dtype != "f32" or spec_of_type(self._types.get(inner)) != want:
+                return None
+        source, gamma, epsilon = self._normed(inner, heads, rotation.head_size)
         position, cos, sin = (node.input[i] for i in ids)
         return _Head(source, (position, cos, sin), turning, gamma, epsilon)
 
@@ -198,6 +203,11 @@ class _Finder:
             return name, ""
         same = spec_of_type(self._types.get(name)) == spec_of_type(self._types.get(sigmoid.input[0]))
         return (times.output[0], sigmoid.input[0]) if same else (name, "")
+
+    def _cast_of(self, name: str) -> str:
+        """What a value is in another type; itself where it is none."""
+        node = self._made_by.get(name)
+        return node.input[0] if node is not None and node.op_type == "Cast" and domain_of(node) == "" else name
 
     def _reshaped(self, name: str) -> str:
         """What a value is another shape of."""

@@ -39,6 +39,7 @@ class Case:
     gate: bool = True
     left: int = -1
     softcap: float = 0.0
+    wide: bool = False
 
     @property
     def size(self) -> int:
@@ -50,7 +51,7 @@ CASES = {
     "as Qwen3.5": Case(np.array([[[7]], [[3]], [[11]]], I64), rotated=8, sections=(2, 1, 1), by=1),
     "sections in runs": Case(np.array([[[7]], [[3]], [[11]]], I64), sections=(3, 3, 2), scale=1.5, left=2),
     "two rows, pairs": Case(np.array([[[9], [4]]] * 3, I64), batch=2, interleaved=1, sections=(4, 2, 2), by=1),
-    "bf16": Case(np.array([[9]], I64), BF16, (2, 2, 32), rotated=32, softcap=3.0),
+    "bf16": Case(np.array([[9]], I64), BF16, (2, 2, 32), rotated=32, softcap=3.0, wide=True),
     "one position": Case(np.array([6], I64), rotated=4, gate=False),
     "out of range": Case(np.array([[1 << 40], [-1]], I64), batch=2),
     "out of range by one bit": Case(np.array([[0x80000000], [0x1_0000_0005]], I64), batch=2),
@@ -93,7 +94,8 @@ def test_steps(name: str) -> None:
         return rng.standard_normal(dims).astype(case.dtype)
 
     stride, phase = 3 * d, 3 * rng.standard_normal((POSITIONS, case.rotated // 2))
-    cos, sin = np.cos(phase).astype(case.dtype), np.sin(phase).astype(case.dtype)
+    angles = F32 if case.wide else case.dtype
+    cos, sin = np.cos(phase).astype(angles), np.sin(phase).astype(angles)
     gammas = [values(d), values(d)] if case.norms else [None, None]
     attributes: dict[str, Any] = {
         "num_heads": hq, "scale": 0.4, "softcap": case.softcap, "left": case.left, "rotated": case.rotated,

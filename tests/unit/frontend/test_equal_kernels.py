@@ -109,10 +109,11 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, A
 
 def test_a_step_is_few_dispatches(rows: dict[str, list[dict[str, Any]]]) -> None:
     """Each costs beside its work: on an H100 a microsecond and more, with Vulkan three."""
-    assert len(rows["decode"]) == 33
-    layer = [row["key"] for row in rows["decode"] if "layers.1/" in row["node"]]
-    assert len(layer) == 6
-    assert not [key for key in layer if "elementwise" in key]
+    assert len(rows["decode"]) == 24
+    for layer, count in (("layers.1/", 5), ("layers.3/", 7)):
+        keys = [row["key"] for row in rows["decode"] if layer in row["node"]]
+        assert len(keys) == count
+        assert not [key for key in keys if "_dispatch_" in key]
 
 
 def test_prompts_of_several_sizes_share_kernels(rows: dict[str, list[dict[str, Any]]]) -> None:

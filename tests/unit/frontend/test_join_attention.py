@@ -29,11 +29,12 @@ class Layer:
         gate: Whether there is a gate.
         parts: Whether queries and gates lie in one value head by head.
         sinks: Whether attention has sinks.
+        half: Whether all is in f16 but for the rotation, which is in f32.
     """
 
     def __init__(
         self, tokens: int = 1, rotary: str = "MRotaryEmbedding", norm: str = "qk", gate: bool = True,
-        parts: bool = True, sinks: bool = False,
+        parts: bool = True, sinks: bool = False, half: bool = False,
     ) -> None:  # fmt: skip
         self.nodes: list[onnx.NodeProto] = []
         self.weights = {"gamma": np.ones(SIZE, np.float32), "last": np.zeros(1, np.int32), "all": np.array(1, np.int32)}
@@ -60,7 +61,13 @@ class Layer:
             turning: dict[str, Any] = {"num_heads": HEADS[name], "rotary_embedding_dim": 8}
             if rotary == "MRotaryEmbedding":
                 turning |= {"mrope_section": [2, 1, 1], "mrope_layout": 1}
-            self.add(rotary, [source, "ids", "cos", "sin"], [f"{name}.turned"], MICROSOFT, **turning)
+            if half:
+                self.add("Cast", [source], [f"{name}.wide"], to=TensorProto.FLOAT)
+                source = f"{name}.wide"
+            turned = f"{name}.turned" + (".wide" if half else "")
+            self.add(rotary, [source, "ids", "cos", "sin"], [turned], MICROSOFT, **turning)
+            if half:
+                self.add("Cast", [turned], [f"{name}.turned"], to=TensorProto.FLOAT16)
         pasts = ["past_k", "past_v", "last", "all"]
         others = ["", "", "", "", self.weight("sinks", np.zeros(HEADS["q"], np.float32))] if sinks else []
         counts = {"num_heads": HEADS["q"], "kv_num_heads": HEADS["k"], "local_window_size": 5, "linattn.capacity": 1}
@@ -69,6 +76,8 @@ class Layer:
         if gate:
             self.add("Sigmoid", ["gate"], ["open"])
             self.add("Mul", ["y", "open"], ["gated"])
+        self.kind = TensorProto.FLOAT16 if half else TensorProto.FLOAT
+        self.weights["gamma"] = np.ones(SIZE, np.float16 if half else np.float32)
         self.streams = [3, 1, tokens] if rotary == "MRotaryEmbedding" else [1, tokens]
         self.results = ["gated" if gate else "y", *outputs[1:]]
 
@@ -84,15 +93,15 @@ class Layer:
         return name
 
     def graph(self) -> SpecializedGraph:
-        values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in self.shapes.items()]
+        values = [helper.make_tensor_value_info(name, self.kind, shape) for name, shape in self.shapes.items()]
         values.append(helper.make_tensor_value_info("ids", TensorProto.INT64, self.streams))
-        results = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in self.results]
+        results = [helper.make_tensor_value_info(name, self.kind, None) for name in self.results]
         weights = [numpy_helper.from_array(array, name) for name, array in self.weights.items()]
         proto = helper.make_graph(self.nodes, "g", values, results, weights)
         model = helper.make_model(proto, opset_imports=[helper.make_opsetid("", 22), helper.make_opsetid(MICROSOFT, 1)])
         types = infer_types(model)
         for name in ("present_k", "present_v"):  # as for a cache of fixed capacity
-            types[name] = helper.make_tensor_type_proto(TensorProto.FLOAT, CACHE)
+            types[name] = helper.make_tensor_type_proto(self.kind, CACHE)
         return SpecializedGraph(model, types)
 
 
@@ -127,6 +136,7 @@ def test_parts_of_it() -> None:
     assert (given["query_start"], given["query_stride"], "sections" in given) == (0, 16, False)
     inputs, given = step_of(Layer(parts=False))
     assert (inputs[0], inputs[10], given["gate_start"], given["gate_stride"]) == ("q", "gate", 0, 16)
+    assert step_of(Layer(half=True)) == step_of(Layer())
 
 
 def test_what_others_read_is_computed_for_them() -> None:
