@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 STACK_BYTES = 128 * 1024
 """What a kernel's stack may have (CPU), where IREE refuses more than 32 KiB unless told: sums and unpacked operands of
-many rows lie there. Threads have megabytes."""
+many rows lie there. IREE's workers have 128 KiB by default, some of which is not a kernel's; more is a crash."""
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from .simd_edges import each, workgroup_range
 
 WORDS = 16
 """Words of a row in a register."""
+_AHEAD = 2  # pairs of registers
 AXES = "_R____"
 """The letters of the arranged rows' dimensions, as in ``Kernel.axes``."""
 
@@ -63,6 +64,14 @@ def arrange(build: Builder, rows: Rows, a: ir.Value) -> ir.Value:
     """The arranged rows of ``a`` [M, K]."""
     count = build.dim(a, 0)
     return dispatch(build, rows_kernel(rows), [a], count, count, blocks_of(build, count))[0]
+
+
+def ask_rows(k: KernelText, tiles: str, place: Sequence[Index]) -> None:
+    """Ask for the registers that come after the next two, for the first-level cache: [term, block, number]."""
+    term, block, number = place
+    for half in range(2):
+        for i in range(ROWS):
+            k.prefetch(tiles, [term, block, k.add(number, _AHEAD), half, i, 0])
 
 
 def rows_kernel(rows: Rows) -> Kernel:

@@ -9,9 +9,10 @@ on the stack. With --math fast the rows of an f16 product are rounded to bf16, i
     for each panel of 32 columns:  for each block of K:  for each 32 rows:
       sums [2 x 2 registers of 16 x 16] += a [2 registers of 16 rows x 32] * b [2 of 32 x 16 columns]
 
-Four products for four loads, so that the unit waits for no memory within the second-level cache. A block of a panel
-stays in the first-level cache while the rows stream past it; sums wait on the stack for the next block. Where rows lie,
-a register's would be kilobytes apart and share a few lines of the first-level cache.
+Four products for four loads. A chunk of rows stays in the second-level cache for all panels and K is one block, so that
+no sums wait; where weights are taken apart there are several, and sums wait on the stack for the next one. Results are
+written beside the next products (``amx_overlap``), rows asked for ahead: loads of the unit may take long. Where rows
+lie, a register's would be kilobytes apart and share a few lines of the first-level cache.
 
 Rows are arranged in whole blocks of 32; what is beyond the last one is computed, not written. Where 32 does not divide
 K, what is left of it is a block of its own, whose weights are on the stack with zeros below them.
@@ -38,7 +39,8 @@ from ..op import LoweringContext, weight_symbol
 from ..select import Legality, No, OtherMachine, Yes, rows_text
 from ..target import Target
 from . import fused_simd
-from .amx_rows import AXES, Rows, arrange, blocks_of
+from .amx_overlap import overlapped
+from .amx_rows import AXES, Rows, arrange, ask_rows, blocks_of
 from .amx_rows import WORDS as _WORDS
 from .bf16_terms import PRODUCTS, terms_of, write_split_weights
 from .contract import MatMul
@@ -47,9 +49,10 @@ from .simd_plan import LINE, UNIT_FEATURES, Plan, weight_layout
 
 FEATURES = UNIT_FEATURES
 _COLUMNS = 32  # of a panel
-# By terms of the weights: words of K in a block, 20 KiB of a panel or 16 on the stack; blocks of 32 rows whose sums
-# wait there. Two terms of weights are made for more rows: 15 % faster for 512 of them (Sapphire Rapids).
-_BLOCK, _CHUNK = {1: 160, 2: 64}, {1: 6, 2: 8}
+# By terms of the weights: words of K in a block at most, of two terms 32 KiB on the stack; blocks of 32 rows of a chunk
+# at most, and at least however long they are: two terms of weights are made anew for each chunk.
+_BLOCK, _CHUNK, _LEAST_CHUNK = {1: 2048, 2: 128}, {1: 16, 2: 16}, {1: 4, 2: 8}
+_CACHE_BYTES = 1 << 20  # of a chunk's rows: half of a second-level cache
 _MOST_PANELS = 16
 _START = 8.0  # products of 32 x 32 x 32 that would take as long as the start of a workgroup
 
@@ -97,7 +100,8 @@ def is_legal(contract: MatMul, target: Target) -> Legality:
 def tiling(contract: MatMul, target: Target) -> Tiling:
     """The sizes for a product that is legal."""
     terms = terms_of(contract.a.dtype, target.fast_math)
-    most, most_rows = _BLOCK[terms[1]], _CHUNK[terms[1]]
+    most, fits = _BLOCK[terms[1]], _CACHE_BYTES // (4 * ROWS * terms[0] * contract.depth)
+    most_rows = min(_CHUNK[terms[1]], max(_LEAST_CHUNK[terms[1]], fits))
     whole, rest = contract.depth // (2 * _WORDS) * _WORDS, _WORDS if contract.depth % (2 * _WORDS) else 0
     words = whole + rest
     block = -(-whole // (-(-whole // most) * _WORDS)) * _WORDS
@@ -194,17 +198,20 @@ class AmxBody:
         blocks = k.div(k.add(self.rows, 2 * ROWS - 1), 2 * ROWS)
         step, steps = workgroup_range(self.k, "1", t.chunk, blocks)
         known = t.words - t.rest
-        whole = known // t.block * t.block
+        whole, left = divmod(known, t.block)
+        ends = [*([(whole * t.block, left)] if left else []), *([(known, t.rest)] if t.rest else [])]
+        if not ends:
+            whole -= 1
+            ends = [(whole * t.block, t.block)]
         for part in self.last:
             each(k, _WORDS, 1, lambda word, part=part: self._clear(part, word))
 
         def one(index: Index) -> None:
             at = k.add(panel, index)
-            each(self.k, whole, t.block, lambda start: self._block(at, step, steps, start, t.block))
-            if known > whole:
-                self._block(at, step, steps, whole, known - whole)
-            if t.rest:
-                self._block(at, step, steps, known, t.rest)
+            if whole:
+                each(self.k, whole * t.block, t.block, lambda start: self._block(at, step, steps, start, t.block))
+            for start, size in ends:
+                self._block(at, step, steps, start, size)
 
         each(self.k, panels, 1, one)
         self.tiles.release()
@@ -219,14 +226,45 @@ class AmxBody:
         elif parts:
             write_split_weights(k, self.p, panel, start, size, self.b, parts)
 
-        def rows(index: Index) -> None:
-            block = k.add(first, index)
-            waiting = k.mul(index, 2 * ROWS) if t.block < t.words else 0
-            self._begin(start, waiting)
-            self._products(panel, block, start, size, index, parts)
-            self._end(panel, k.mul(block, 2 * ROWS), k.add(start, size), waiting)
+        def waiting(index: Index) -> Index:
+            return k.mul(index, 2 * ROWS) if t.block < t.words else 0
 
-        each(self.k, steps, 1, rows)
+        def row(index: Index, i: Index = 0) -> Index:
+            return k.add(k.mul(k.add(first, index), 2 * ROWS), i)
+
+        def begin(index: Index) -> None:
+            self._begin(start, waiting(index))
+
+        def step(index: Index, number: Index) -> None:
+            self._step(panel, k.add(first, index), start, size, index, k.mul(number, _WORDS), parts)
+
+        def end(index: Index) -> None:
+            for register in SUMS:
+                self.tiles.store(register, self.sums, self._place(register, waiting(index)))
+
+        if isinstance(start, int) and start + size == t.words:
+
+            def last_step(index: Index, number: Index) -> None:
+                step(index, number)
+                share = -(-2 * ROWS * _WORDS // size)
+                for i in range(share):
+                    place = [row(index, k.add(k.mul(number, share), i)), k.mul(panel, _COLUMNS)]
+                    k.prefetch(self.y, place, write=True)
+
+            def finish(index: Index, i: Index) -> None:
+                at = k.add(waiting(index), i)
+                sums = [k.load(self.sums, [at, v * self.p.lanes], self.p.lanes) for v in range(self.p.vectors)]
+                store_rows(k, self.p, self.y, self.rows, row(index, i), panel, sums)
+
+            overlapped(k, steps, size // _WORDS, begin, last_step, end, finish)
+            return
+
+        def whole(index: Index) -> None:
+            begin(index)
+            each(k, size // _WORDS, 1, lambda number: step(index, number))
+            end(index)
+
+        each(self.k, steps, 1, whole)
 
     def _begin(self, start: Index, waiting: Index) -> None:
         k = self.k
@@ -263,66 +301,43 @@ class AmxBody:
                 words = k.load(self.b, [panel, start + word, column], p.lanes)
                 k.store(words, self.last[0], [word, column])
 
-    def _products(
-        self, panel: Index, block: Index, start: Index, size: int, index: Index, parts: Sequence[str]
+    def _step(
+        self, panel: Index, block: Index, start: Index, size: int, index: Index, at: Index, parts: Sequence[str]
     ) -> None:
+        """A register's words of K of 32 rows, from word ``at`` of a block of K on."""
         k, tiles, t = self.k, self.tiles, self.t
+        word, last = k.add(start, at), (-1, -1)
 
-        def load_rows(term: int, word: Index) -> None:
+        def load_rows(term: int) -> None:
             for half, register in enumerate(A):
                 tiles.load(register, self.a, [term, block, k.div(word, _WORDS), half, 0, 0])
 
-        def load_columns(term: int, word: Index, at: Index) -> None:
+        def load_columns(term: int) -> None:
             for half, register in enumerate(B):
                 if parts:
                     tiles.load(register, parts[term], [at, half * ROWS])
                 else:
                     tiles.load(register, self.b, [panel, word, half * ROWS])
 
-        def ask_next(at: Index) -> None:
-            """A share of the weights of the next block, which follow in memory: for the second-level cache."""
-            share = -(-_WORDS // t.chunk)
-            word = k.add(k.add(k.add(start, size), at), k.mul(index, share))
-            rows, line = (1 if self.p.pairs else 2), LINE // k.element_bytes(self.b)
-            for row in range(share * rows):
-                for column in range(0, _COLUMNS, line):
-                    k.prefetch(self.b, [panel, k.add(k.mul(word, rows), row), column], level=2)
+        self._ask_next(panel, k.add(k.add(k.add(start, size), at), k.mul(index, -(-_WORDS // t.chunk))))
+        for term in range(t.terms[0]):
+            ask_rows(k, self.a, [term, block, k.div(word, _WORDS)])
+        for terms in PRODUCTS[t.terms]:
+            if terms[0] != last[0]:
+                load_rows(terms[0])
+            if terms[1] != last[1]:
+                load_columns(terms[1])
+            for register in SUMS:
+                tiles.multiply_bf16(register, A[register // 2], B[register % 2])
+            last = terms
 
-        def step(at: Index, _: list[str]) -> list[str]:
-            word, last = k.add(start, at), (-1, -1)
-            ask_next(at)
-            for terms in PRODUCTS[t.terms]:
-                if terms[0] != last[0]:
-                    load_rows(terms[0], word)
-                if terms[1] != last[1]:
-                    load_columns(terms[1], word, at)
-                for register in SUMS:
-                    tiles.multiply_bf16(register, A[register // 2], B[register % 2])
-                last = terms
-            return []
-
-        k.loop(size, [], step, step=_WORDS)
-
-    def _end(self, panel: Index, row: Index, stop: Index, waiting: Index) -> None:
-        """The sums of two registers' rows: to y, or to the stack for the next block."""
-        k, p, t = self.k, self.p, self.t
-        for register in SUMS:
-            self.tiles.store(register, self.sums, self._place(register, waiting))
-
-        def finish() -> list[str]:
-            def one(i: Index) -> None:
-                at = k.add(waiting, i)
-                sums = [k.load(self.sums, [at, v * p.lanes], p.lanes) for v in range(p.vectors)]
-                store_rows(k, p, self.y, self.rows, k.add(row, i), panel, sums)
-
-            each(self.k, 2 * ROWS, 1, one)
-            return []
-
-        if isinstance(stop, int):
-            if stop == t.words:
-                finish()
-        elif not t.rest and t.words % t.block == 0:
-            k.when(k.less(stop, t.words), [], lambda: [], finish)
+    def _ask_next(self, panel: Index, word: Index) -> None:
+        """A share of the weights of the next block, which follow in memory: for the second-level cache."""
+        k, share = self.k, -(-_WORDS // self.t.chunk)
+        rows, line = (1 if self.p.pairs else 2), LINE // k.element_bytes(self.b)
+        for row in range(share * rows):
+            for column in range(0, _COLUMNS, line):
+                k.prefetch(self.b, [panel, k.add(k.mul(word, rows), row), column], level=2)
 
     def _place(self, register: int, waiting: Index) -> list[Index]:
         """Where the stack has a register of sums."""

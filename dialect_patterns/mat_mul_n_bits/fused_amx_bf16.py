@@ -8,6 +8,8 @@
         sums [2 x 2 registers of 16 x 16] += a [2 registers of 16 rows x 32] * b [2 of 32 x 16 columns]
 
 Sums in f32 go through the blocks of a slab in the unit's registers, where ``fused_amx`` counts each block's by itself.
+A slab is all of K where the stack has room for its weights, as of K = 1024; else sums wait on the stack. Results are
+written beside the next products, see ``mat_mul.amx_overlap``.
 Rounded to bf16 are A and weights times scales: 0.24 % from the exact product of normal numbers (K = 1024, blocks of
 32), where A in int8 with a step a block is 0.53 % off.
 
@@ -25,8 +27,10 @@ from iree.compiler import ir
 from ..emit.amx_tiles import ROWS, SUMS, A, AmxTiles, B
 from ..emit.dispatch import Kernel, dispatch
 from ..emit.kernel_text import Index, KernelText, vector_type
-from ..mat_mul.amx_rows import AXES, WORDS, Rows, arrange, blocks_of
+from ..mat_mul.amx_overlap import overlapped
+from ..mat_mul.amx_rows import AXES, WORDS, Rows, arrange, ask_rows, blocks_of
 from ..mat_mul.bf16_terms import pair
+from ..mat_mul.simd_edges import each
 from ..mat_mul.simd_plan import UNIT_FEATURES
 from ..op import LoweringContext
 from ..select import Legality, No, OtherMachine, Yes, rows_text
@@ -147,30 +151,109 @@ class Bf16Body(TiledBody):
         upper = k.constant(_UPPER, ints)
         return [pair(k, weight(i), k.andi(weight(i + 1), upper)) for i in range(0, self.c.per_word, 2)]
 
+    def _stack_for_sums(self) -> str:
+        rows = 2 * ROWS if self.p.slab == self.c.blocks else self.p.row_block
+        return self.k.alloca([rows, self.p.tile])
+
+    def _tile(self, column: Index) -> None:
+        p, c = self.p, self.c
+        last = (c.blocks - 1) // p.slab * p.slab
+
+        def slab(block: Index) -> None:
+            self._unpack(column, block, p.slab)
+            self._all_rows(block, p.slab)
+
+        if last:
+            each(self.k, last, p.slab, slab)
+        self._unpack(column, last, c.blocks - last)
+        self._last_rows(column, last)
+
     def _all_rows(self, block: Index, blocks: Index) -> None:
         """All rows times the unpacked weights, 32 at a time."""
-        k, unit, steps = self.k, self.unit, self.c.block_size // (2 * WORDS)
-        first, count = k.mul(block, steps), k.mul(blocks, steps)
-        start = k.div(self.first, 2 * ROWS)
 
-        def one(row: str, _: list[str]) -> list[str]:
-            places = [[k.add(row, register // 2 * ROWS), register % 2 * ROWS] for register in SUMS]
-            for register, place in zip(SUMS, places, strict=True):
-                unit.load(register, self.sums, place)
+        def one(index: Index) -> None:
+            self._begin(index, block)
+            self.k.loop(self._steps(blocks), [], lambda number, _: self._step(index, block, number))
+            self._end(index)
 
-            def step(at: Index, _: list[str]) -> list[str]:
-                own = k.add(start, k.div(row, 2 * ROWS))
-                for half, register in enumerate(A):
-                    unit.load(register, self.tiles, [0, own, k.add(first, at), half, 0, 0])
-                for half, register in enumerate(B):
-                    unit.load(register, self.unpacked, [k.mul(at, WORDS), half * ROWS])
-                for register in SUMS:
-                    unit.multiply_bf16(register, A[register // 2], B[register % 2])
+        each(self.k, self._row_blocks, 1, one)
+
+    def _last_rows(self, column: Index, block: int) -> None:
+        """The same of the last slab, with the results."""
+        k, p = self.k, self.p
+        steps = self._steps(self.c.blocks - block)
+        assert isinstance(steps, int)
+
+        def finish(index: Index, i: Index) -> None:
+            row = k.add(k.mul(index, 2 * ROWS), i)
+
+            def write() -> list[str]:
+                at = k.add(self._waiting(index), i)
+                sums = [k.load(self.sums, [at, v * p.lanes], p.lanes) for v in range(p.vectors)]
+                self.edges.write(k.add(self.first, row), column, sums)
                 return []
 
-            k.loop(count, [], step)
-            for register, place in zip(SUMS, places, strict=True):
-                unit.store(register, self.sums, place)
+            if isinstance(self.count, int) and self.count % (2 * ROWS) == 0:
+                write()
+            else:
+                k.when(k.less(row, self.count), [], write, lambda: [])
+
+        def step(index: Index, number: Index) -> None:
+            self._step(index, block, number)
+            share = -(-2 * ROWS // steps)
+            for i in range(share):
+                row = k.add(k.mul(index, 2 * ROWS), k.add(k.mul(number, share), i))
+                self.edges.ask(k.add(self.first, row), column)
+
+        overlapped(k, self._row_blocks, steps, lambda index: self._begin(index, block), step, self._end, finish)
+
+    @property
+    def _row_blocks(self) -> Index:
+        return self.k.div(self.k.add(self.count, 2 * ROWS - 1), 2 * ROWS)
+
+    def _steps(self, blocks: Index) -> Index:
+        """Of 32 along K, of some blocks."""
+        return self.k.mul(blocks, self.c.block_size // (2 * WORDS))
+
+    def _waiting(self, index: Index) -> Index:
+        """Where 32 rows' sums are on the stack."""
+        return 0 if self.p.slab == self.c.blocks else self.k.mul(index, 2 * ROWS)
+
+    def _places(self, index: Index) -> list[list[Index]]:
+        row = self._waiting(index)
+        return [[self.k.add(row, register // 2 * ROWS), register % 2 * ROWS] for register in SUMS]
+
+    def _begin(self, index: Index, block: Index) -> None:
+        """Sums of 32 rows so far, zeros at the first block."""
+
+        def zeros() -> list[str]:
+            for register in SUMS:
+                self.unit.zero(register)
             return []
 
-        k.loop(self.count, [], one, step=2 * ROWS)
+        def again() -> list[str]:
+            for register, place in zip(SUMS, self._places(index), strict=True):
+                self.unit.load(register, self.sums, place)
+            return []
+
+        if isinstance(block, int):
+            (again if block else zeros)()
+        else:
+            self.k.when(self.k.less(0, block), [], again, zeros)
+
+    def _step(self, index: Index, block: Index, number: Index) -> list[str]:
+        """32 rows by 32 of K, counted from a slab's first block on."""
+        k, unit = self.k, self.unit
+        own, at = k.add(k.div(self.first, 2 * ROWS), index), k.add(self._steps(block), number)
+        ask_rows(k, self.tiles, [0, own, at])
+        for half, register in enumerate(A):
+            unit.load(register, self.tiles, [0, own, at, half, 0, 0])
+        for half, register in enumerate(B):
+            unit.load(register, self.unpacked, [k.mul(number, WORDS), half * ROWS])
+        for register in SUMS:
+            unit.multiply_bf16(register, A[register // 2], B[register % 2])
+        return []
+
+    def _end(self, index: Index) -> None:
+        for register, place in zip(SUMS, self._places(index), strict=True):
+            self.unit.store(register, self.sums, place)

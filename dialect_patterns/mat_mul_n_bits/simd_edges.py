@@ -60,3 +60,7 @@ class Edges:
             if self._bias is not None:
                 value = k.addf(value, k.load(self._bias, [at], self.p.lanes))
             k.store(value, self._product, [row, at])
+
+    def ask(self, row: Index, column: Index) -> None:
+        """Ask for the product's memory from a row and column on, which is written soon."""
+        self.k.prefetch(self._product, [row, column], write=True)

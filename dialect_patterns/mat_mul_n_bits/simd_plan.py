@@ -22,6 +22,8 @@ _AMX_STACK_BYTES = 30 * 1024
 _REST_BYTES = 8 * 1024  # of a stack, for all but weights and sums
 _AMX_ROW_BLOCKS = (128, 64, 32, 16)
 _AMX_BF16_ROW_BLOCKS = (512, 256, 128, 64, 32)
+_CACHE_BYTES = 1 << 20  # of A in bf16: half of a second-level cache
+_CACHED_ROWS = 128  # which a workgroup has however long they are
 _AMX_COUNTED = (2, 1)  # with the products of the next ones about as many instructions as a core has under way
 _SLAB_BYTES = 19 * 1024
 _MAX_COLUMNS = 512  # of a workgroup
@@ -145,13 +147,18 @@ def amx_bf16_plan(contract: MatMulNBits) -> Plan | str:
     if c.columns < tile:
         return f"N={c.columns} is less than the {tile} columns of the matrix unit"
     block_bytes = tile * (2 * c.block_size + (8 if zeros else 4))
+    room, least = STACK_BYTES - 3 * _REST_BYTES, _AMX_BF16_ROW_BLOCKS[-1]
     for row_block in _AMX_BF16_ROW_BLOCKS:
-        most = (STACK_BYTES - _REST_BYTES - 4 * tile * row_block) // block_bytes
-        if most > 0 and (row_block < 2 * (c.rows or row_block) or row_block == _AMX_BF16_ROW_BLOCKS[-1]):
+        too_many = row_block > _CACHED_ROWS and 2 * row_block * c.depth > _CACHE_BYTES
+        if row_block > least and (too_many or row_block >= 2 * (c.rows or row_block)):
+            continue
+        slab, most = c.blocks, (room - 4 * tile * 2 * AMX_LANES) // block_bytes
+        if most < slab:  # sums wait for the next one
+            most = (room - 4 * tile * row_block) // block_bytes
             slab = _slab(c.blocks, max(1, most - most % CHUNK))
-            if slab <= most:
-                columns = _workgroup_columns(c, tile, -(-(c.rows or 1) // row_block))
-                return Plan(None, AMX_LANES, 2, AMX_LANES, row_block, slab, columns)
+        if slab <= most:
+            columns = _workgroup_columns(c, tile, -(-(c.rows or 1) // row_block))
+            return Plan(None, AMX_LANES, 2, AMX_LANES, row_block, slab, columns)
     return f"a block of {c.block_size} weights of {tile} columns does not fit on the stack"
 
 

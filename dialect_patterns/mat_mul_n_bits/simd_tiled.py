@@ -50,13 +50,17 @@ class TiledBody:
         self.unpacked = self._stack_for_weights()
         self.scales = k.alloca([p.slab, p.tile])
         self.zeros = k.alloca([p.slab, p.tile]) if zeros else None
-        self.sums = k.alloca([p.row_block, p.tile])
+        self.sums = self._stack_for_sums()
         self.first, self.count = self._rows_of_workgroup()
 
     def _stack_for_weights(self) -> str:
         """Memref of unpacked weights on the stack."""
         rows = self.p.slab * self.c.block_words * self.parts
         return self.k.alloca([rows, self.p.tile], "i32" if self.bytes else "f32")
+
+    def _stack_for_sums(self) -> str:
+        """Memref of the sums on the stack."""
+        return self.k.alloca([self.p.row_block, self.p.tile])
 
     def _rows_of_workgroup(self) -> tuple[Index, Index]:
         """First and number of this workgroup's rows."""
@@ -121,7 +125,8 @@ class TiledBody:
                 return []
 
             if isinstance(size, int):
-                rest()
+                if size % chunk:
+                    rest()
             else:
                 k.when(k.less(whole, size), [], rest, lambda: [])
 

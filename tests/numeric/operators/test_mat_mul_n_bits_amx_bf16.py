@@ -133,7 +133,7 @@ def test_choice(rows: int | None, block: int, dtype: str, rounds: bool, fast: bo
     assert reason in choice.rejected.get("fused_amx_bf16", "")
 
 
-@pytest.mark.parametrize(("rows", "block", "row_block"), [(16, 32, 32), (33, 32, 64), (512, 32, 512), (None, 64, 512)])
+@pytest.mark.parametrize(("rows", "block", "row_block"), [(16, 32, 32), (33, 32, 64), (512, 32, 256), (None, 64, 256)])
 def test_plan(rows: int | None, block: int, row_block: int) -> None:
     """As many rows as there are share unpacked weights, and the rest of the stack is for these."""
     asked = MatMulNBits("m", TensorSpec((rows, 2048), "f32"), 64, 2048, 4, block, "default", False, True)
