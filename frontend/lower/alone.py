@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from linattn.runtime.device import numpy_dtype
@@ -32,6 +32,8 @@ FLOP = 100e3
 """Operations of one core in a microsecond."""
 CHUNK = 8
 """Tokens of which more make a kernel slower by as much, where its operations are not known."""
+JOINED_BYTES = 1 << 20
+"""Of a dispatch that others of such a call are not joined with: where `device=` has workers run it, they share it."""
 ANY_POSITION = 1 << 31
 """`EntryPoint.alone` where no number of committed tokens makes a call slower: the largest that a manifest takes."""
 
@@ -62,6 +64,20 @@ def with_alone(manifest: Manifest, table: Mapping[str, Rows]) -> Manifest:
 
     entries = tuple(dataclasses.replace(entry, alone=alone(entry)) for entry in manifest.entry_points)
     return dataclasses.replace(manifest, entry_points=entries)
+
+
+def joins(manifest: Manifest, table: Mapping[str, Rows]) -> Callable[[str, str], bool]:
+    """Which dispatches may be joined: those of calls that one thread runs, as far as workers have no use for them.
+
+    Args:
+        manifest: With what `with_alone` says.
+        table: Function -> its dispatches.
+    """
+    small = {name for entry in manifest.entry_points if entry.alone for name in entry.symbols}
+    found = {
+        (name, row["key"]) for name in small for row in table.get(name, ()) if (row["bytes"] or 0) <= JOINED_BYTES
+    }
+    return lambda function, key: (function, key) in found
 
 
 def _rows(manifest: Manifest) -> int | None:
@@ -96,6 +112,7 @@ def positions_alone(
     fixed = sum(
         max(row["bytes"] / rate, row["flop"] / FLOP) if row["flop"] is not None else row["bytes"] / rate * longer
         for row in rows
+        if "kernels" not in row  # joined ones are one thread's in any case
     )
     fixed = max(fixed - cache_bytes / rate * longer, 0.0)
     room = (CALL_US + KERNEL_US * len(rows)) / SAVED - fixed

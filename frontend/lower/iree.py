@@ -20,13 +20,14 @@ from linattn.runtime.manifest import REFLECTION_KEY, Manifest
 from linattn.runtime.owned import never_free
 
 from ..targets import CompileTarget
-from .alone import with_alone
+from .alone import joins, with_alone
 from .cpu_variants import add_conditions, load_before_asking
 from .device_needs import device_needs
 from .dispatch_limits import DispatchLimits
 from .dispatches import attach_dispatches, describe_dispatches, dispatch_nodes
 from .empty_ranges import fill_empty_ranges
 from .executables import state_spirv_versions
+from .join_dispatches import join_dispatches, joined_rows
 from .kernel_bodies import KernelBodies
 from .kernel_loads import load_side_by_side
 from .native_cuda import add_native_code
@@ -184,9 +185,9 @@ class Compiler:
         with self.building():
             table = describe_dispatches(module.operation)
             attach_dispatches(module.operation, table)
-            if not self._target.capabilities.is_gpu and takes_results:
-                manifest = with_step_loops(with_alone(manifest, table))
-                set_reflection(module.operation, REFLECTION_KEY, manifest.to_json())
+            by_sizes = not self._target.capabilities.is_gpu and takes_results
+            if by_sizes:
+                manifest = with_alone(manifest, table)
         nodes = dispatch_nodes(table)
         limits = DispatchLimits(self._target.capabilities, self._target.description, nodes)
         show(f"{len(nodes)} kernels ... ")
@@ -198,6 +199,13 @@ class Compiler:
         with self.building():
             limits.check_kernels(module.operation)
             state_spirv_versions(module.operation)
+            if by_sizes:
+                of_driver = self._target.capabilities.limits
+                joined = join_dispatches(module.operation, joins(manifest, table), of_driver)
+                table = joined_rows(table, joined)
+                attach_dispatches(module.operation, table)
+                manifest = with_step_loops(with_alone(manifest, table))
+                set_reflection(module.operation, REFLECTION_KEY, manifest.to_json())
             if self._target.capabilities.is_gpu:
                 target = dataclasses.replace(manifest.target, needs=device_needs(module.operation))
                 manifest = dataclasses.replace(manifest, target=target)
