@@ -197,6 +197,7 @@ def compile_model(
         code = compiler.compile(module, manifest, progress.write, takes_results=signature.takes_results)
         manifest = code.manifest
         report.alone = describe_alone(manifest)
+        report.joined = code.joined
     with progress.stage("write"):
         if take_weights is not None:
             take_weights(weights.archive())

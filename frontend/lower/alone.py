@@ -74,9 +74,7 @@ def joins(manifest: Manifest, table: Mapping[str, Rows]) -> Callable[[str, str],
         table: Function -> its dispatches.
     """
     small = {name for entry in manifest.entry_points if entry.alone for name in entry.symbols}
-    found = {
-        (name, row["key"]) for name in small for row in table.get(name, ()) if (row["bytes"] or 0) <= JOINED_BYTES
-    }
+    found = {(name, row["key"]) for name in small for row in table.get(name, ()) if (row["bytes"] or 0) <= JOINED_BYTES}
     return lambda function, key: (function, key) in found
 
 

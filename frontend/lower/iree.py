@@ -27,7 +27,7 @@ from .dispatch_limits import DispatchLimits
 from .dispatches import attach_dispatches, describe_dispatches, dispatch_nodes
 from .empty_ranges import fill_empty_ranges
 from .executables import state_spirv_versions
-from .join_dispatches import join_dispatches, joined_rows
+from .join_dispatches import describe_joined, join_dispatches, joined_rows
 from .kernel_bodies import KernelBodies
 from .kernel_loads import load_side_by_side
 from .native_cuda import add_native_code
@@ -65,11 +65,13 @@ class CompiledCode:
     Args:
         invocation: The run of IREE's pipeline that has made it.
         manifest: What the module says about itself.
+        joined: A line for people about each function with joined dispatches.
     """
 
-    def __init__(self, invocation: Invocation, manifest: Manifest) -> None:
+    def __init__(self, invocation: Invocation, manifest: Manifest, joined: list[str]) -> None:
         self._invocation = invocation
         self.manifest = manifest
+        self.joined = joined
 
     def to_bytes(self) -> bytes:
         """The bytes of the ``.vmfb``."""
@@ -199,9 +201,10 @@ class Compiler:
         with self.building():
             limits.check_kernels(module.operation)
             state_spirv_versions(module.operation)
+            joined: dict[str, list[list[str]]] = {}
             if by_sizes:
-                of_driver = self._target.capabilities.limits
-                joined = join_dispatches(module.operation, joins(manifest, table), of_driver)
+                limits_of_driver = self._target.capabilities.limits
+                joined = join_dispatches(module.operation, joins(manifest, table), limits_of_driver)
                 table = joined_rows(table, joined)
                 attach_dispatches(module.operation, table)
                 manifest = with_step_loops(with_alone(manifest, table))
@@ -230,7 +233,7 @@ class Compiler:
                 add_native_code(module.operation, self._target.native)
         show("assembled ... ")
         self._run(invocation, module, "FromPhase", "hal", "ToPhase", "end")
-        return CompiledCode(invocation, manifest)
+        return CompiledCode(invocation, manifest, describe_joined(joined))
 
     def _run(self, invocation: Invocation, module: ir.Module, *phases: str) -> None:
         try:

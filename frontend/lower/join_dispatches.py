@@ -57,15 +57,23 @@ def join_dispatches(
     named = [(joined_name(name, i), run) for name, runs in found.items() for i, run in enumerate(runs)]
     if not named:
         return {}
-    add_executable(module, named)
+    machines = add_executable(module, named)
     for name, run in named:
-        _replace(name, run)
+        _replace(name, run, machines)
     return {name: [[one.key for one in run.members] for run in runs] for name, runs in found.items() if runs}
 
 
 def joined_name(function: str, index: int) -> str:
     """The name of a joined dispatch of a function."""
     return f"{function}_{EXECUTABLE}_{index}"
+
+
+def describe_joined(joined: Mapping[str, Sequence[Sequence[str]]]) -> list[str]:
+    """A line for people about each function with joined dispatches, of what ``join_dispatches`` tells."""
+    return [
+        f"{name}: {sum(map(len, runs))} kernels in {len(runs)} {'dispatches' if len(runs) > 1 else 'dispatch'}"
+        for name, runs in joined.items()
+    ]
 
 
 def joined_rows(
@@ -241,8 +249,8 @@ def _counts(export: ir.Operation, workload: Sequence[int | None]) -> tuple[int, 
     return None
 
 
-def _replace(name: str, run: Run) -> None:
-    """Put one call where the last of them was, and take them all out."""
+def _replace(name: str, run: Run, machines: Sequence[str]) -> None:
+    """Put one call where the last of them was, and take them all out; ``machines``: names of the variants."""
     last: Any = run.members[-1].op
     place = last
     while place.parent.name != "stream.cmd.execute":
@@ -263,7 +271,6 @@ def _replace(name: str, run: Run) -> None:
         *(binding.size if all_of else binding.length for binding, all_of in zip(bindings, whole, strict=True)),
     ]
     i32, count = ir.IntegerType.get_signless(32), len(bindings)
-    machines = [symbol_of(kernel.op) for kernel in run.members[0].kernels]
     places = [ir.Attribute.parse(f'@{EXECUTABLE}::@{machine}::@"{name}"') for machine in machines]
     with ir.InsertionPoint(place), run.members[0].op.location:
         ir.Operation.create(

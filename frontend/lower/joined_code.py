@@ -160,8 +160,16 @@ class Run:
         return True
 
 
-def add_executable(module: ir.Operation, named: Sequence[tuple[str, Run]]) -> None:
-    """Put the executable with all joined dispatches at the module's start."""
+def add_executable(module: ir.Operation, named: Sequence[tuple[str, Run]]) -> list[str]:
+    """Put the executable with all joined dispatches at the module's start.
+
+    Args:
+        module: The module.
+        named: Joined dispatches and their names.
+
+    Returns:
+        The names of its variants; those of other executables may have others.
+    """
     machines = range(len(named[0][1].members[0].kernels))
     variants = "\n".join(_variant_text(named, machine) for machine in machines)
     parsed: Any = ir.Module.parse(f"hal.executable private @{EXECUTABLE} {{\n{variants}\n}}")
@@ -189,6 +197,7 @@ def add_executable(module: ir.Operation, named: Sequence[tuple[str, Run]]) -> No
     block: Any = module.regions[0].blocks[0]
     start: Any = ir.InsertionPoint.at_block_begin(block)
     start.insert(executable.detach_from_parent())
+    return [symbol_of(kernel.op) for kernel in named[0][1].members[0].kernels]
 
 
 def _own(key: str) -> str:

@@ -52,6 +52,7 @@ class CompileReport:
         states: Kind -> number of states and bytes in all; ``token_bytes`` for each token where the context is open.
         entry_points: Names of the compiled functions.
         alone: Those that are too small for CPU workers: the thread that calls runs them.
+        joined: Those with kernels that one thread does one after the other, and how many these are.
         output: File written.
         output_bytes: Its size.
         weight_bytes: Size of the weights.
@@ -69,6 +70,7 @@ class CompileReport:
     states: dict[str, dict[str, int]] = field(default_factory=dict[str, dict[str, int]])
     entry_points: list[str] = field(default_factory=list[str])
     alone: list[str] = field(default_factory=list[str])
+    joined: list[str] = field(default_factory=list[str])
     output: str = ""
     output_bytes: int = 0
     weight_bytes: int = 0
@@ -99,6 +101,8 @@ class CompileReport:
         lines.append(f"entries   {', '.join(self.entry_points)}")
         if self.alone:
             lines.append(f"alone     {', '.join(self.alone)}: done sooner by the thread that calls than by workers")
+        if self.joined:
+            lines.append(f"joined    {', '.join(self.joined)}")
         if self.call_bytes:
             symbol, most = max(self.call_bytes.items(), key=lambda item: item[1])
             lines.append(f"memory    up to {size_text(most)} in a call of {symbol}, beside the weights")

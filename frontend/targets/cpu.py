@@ -22,10 +22,11 @@ from .base import CompileTarget, TargetOptions
 from .cpu_levels import LEVELS, device_attribute, portable_target
 from .cpu_names import CPUS, FEATURES
 
-# IREE 3.13's loader of CPU code (executable_library.h); a workgroup is one thread with a stack.
+# IREE 3.13's loader of CPU code (executable_library.h), of bindings its VM (modules/hal/module.c: 64 load, but no call
+# of more than 32 goes through); a workgroup is one thread with a stack.
 _ANY = 2**32 - 1
 _COUNTS = (_ANY, _ANY, 65_535)
-LIMITS = Limits(64, 64, memory=_ANY, declared=_ANY, threads=_ANY, sizes=_COUNTS, counts=_COUNTS)
+LIMITS = Limits(32, 64, memory=_ANY, declared=_ANY, threads=_ANY, sizes=_COUNTS, counts=_COUNTS)
 
 HOST, GENERIC, PORTABLE = "host", "generic", "portable"
 _SPELLINGS = {"x86_64": "x86_64", "amd64": "x86_64", "x64": "x86_64", "aarch64": "aarch64", "arm64": "aarch64"}

@@ -53,7 +53,7 @@ def profile_entry(
     Returns:
         `entry`, `tokens`, `position`, `calls` (profiled), `dispatch_s` (the sum), `count` (dispatches of a call) and
         `rows`, the slowest first: `key`, `count` (a call), `seconds` (a call), `share`, `bytes`, `flop` (a call; None
-        where unknown), `dtype` (of the largest operand) and `nodes`.
+        where unknown), `dtype` (of the largest operand), `kernels` (of a joined dispatch the names of those in it) and `nodes`.
 
     Raises:
         TargetError: The tools are missing, or the driver does not profile; one line says so.
@@ -148,6 +148,7 @@ def _rows(calls: Sequence[Dispatches], described: Mapping[str, list[dict[str, An
             complete = len(values) == row["count"] and None not in values
             row[field] = sum(values) if complete else None
         row["dtype"] = known[0].get("dtype") if known else None
+        row["kernels"] = [kernel["key"] for item in known[:1] for kernel in item.get("kernels", ())]
         row["nodes"] = list(dict.fromkeys(item["node"] for item in known if item["node"]))
         row["share"] = row["seconds"] / total if total else 0.0
     ordered = sorted(rows.values(), key=lambda row: -row["seconds"])

@@ -112,7 +112,9 @@ def add_units(rows: Sequence[dict[str, Any]], target: Target, ceilings: Mapping[
         cores: The part of the machine's cores that worked.
     """
     for row in rows:
-        unit = unit_of(row["key"], target)
+        units = [unit_of(key, target) for key in row.get("kernels") or [row["key"]]]
+        several = {unit for unit in units if unit is not None}
+        unit = several.pop() if len(several) == 1 else None  # joined dispatches may use more than one
         rate = None if unit is None else _rate(unit, row["dtype"], ceilings or {})
         rate = rate and rate * cores
         known = rate and row["flop"] and row["seconds"]

@@ -42,7 +42,8 @@ def table(path: Path) -> dict[str, list[dict[str, Any]]]:
     """The dispatches of each function."""
     module = Module(path)
     tables = [text for name in module.functions if (text := module.reflection(name).get(DISPATCHES_KEY))]
-    return json.loads(tables[0])
+    found = json.loads(tables[0]).items()
+    return {name: [kernel for row in rows for kernel in row.get("kernels", [row])] for name, rows in found}
 
 
 @pytest.mark.parametrize(
