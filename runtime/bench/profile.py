@@ -53,7 +53,8 @@ def profile_entry(
     Returns:
         `entry`, `tokens`, `position`, `calls` (profiled), `dispatch_s` (the sum), `count` (dispatches of a call) and
         `rows`, the slowest first: `key`, `count` (a call), `seconds` (a call), `share`, `bytes`, `flop` (a call; None
-        where unknown), `dtype` (of the largest operand), `kernels` (of a joined dispatch the names of those in it) and `nodes`.
+        where unknown), `dtype` (of the largest operand), `nodes` and
+        `kernels` (the names of those in a joined dispatch).
 
     Raises:
         TargetError: The tools are missing, or the driver does not profile; one line says so.

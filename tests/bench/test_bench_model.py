@@ -260,7 +260,29 @@ def test_module_without_a_peer(bench: Bench, compiled: Path) -> None:
     assert "linattn-bench: repeat 2 of 2" in err
 
 
-def test_profile(bench: Bench, compiled: Path, tmp_path: Path) -> None:
+def test_profile_of_joined_dispatches(bench: Bench, compiled: Path, tmp_path: Path) -> None:
+    """Such a dispatch has one time for all its kernels; which these are is told, and the unit that all products use."""
+    file = tmp_path / "p.json"
+    status, out, _ = bench("model", compiled, *QUICK, "--profile", "--json", file)
+    assert status == 0
+    (profile,) = json.loads(file.read_text())["rows"]
+    joined = [row for row in profile["rows"] if row["kernels"]]
+    assert sum("linear_attention" in kernel for row in joined for kernel in row["kernels"]) == 2
+    products = [row for row in joined if any("mat_mul" in kernel for kernel in row["kernels"])]
+    assert products
+    assert all(re.fullmatch(r"f32, \d+ bits", row["unit"]) for row in products)
+    assert products[0]["unit"] in out
+
+
+def test_profile(bench: Bench, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a module in which every kernel is a dispatch."""
+    from linattn.frontend import CompileOptions
+    from linattn.frontend.compile import compile_model
+    from linattn.frontend.lower import iree
+
+    monkeypatch.setattr(iree, "join_dispatches", lambda *_: {})
+    compiled = tmp_path / "apart.vmfb"
+    compile_model(tiny_model, CompileOptions(max_context=16, prefill_blocks=()), output=compiled)
     file = tmp_path / "p.json"
     status, out, _ = bench("model", compiled, *QUICK, "--profile", "--json", file)
     assert status == 0
