@@ -403,9 +403,25 @@ class Kernel(Values):
     def chunk_of_f16(self, values: Sequence[ir.Value]) -> ir.Value:
         """Eight f32 values, rounded to f16, as a chunk of 16 bytes."""
         pairs = [self.join(values[i : i + 2]) for i in range(0, len(values), 2)]
-        rounded = [arith.TruncFOp(self.type(2, "f16"), pair).result for pair in pairs]
+        return self.chunk_of_pairs([arith.TruncFOp(self.type(2, "f16"), pair).result for pair in pairs])
+
+    def pair_of_f16(self, bits: Scalar) -> ir.Value:
+        """The two f16 in an i32, the first one in the low half."""
+        single = ir.Operation.create(
+            "vector.broadcast", results=[ir.Type.parse("vector<1xi32>")], operands=[bits.value]
+        ).result
+        return ir.Operation.create("vector.bitcast", results=[self.type(2, "f16")], operands=[single]).result
+
+    def constant_pair_of_f16(self, value: float) -> ir.Value:
+        """A number twice."""
+        kind = self.type(2, "f16")
+        number = ir.FloatAttr.get(ir.F16Type.get(), value)
+        return arith.ConstantOp(kind, ir.DenseElementsAttr.get_splat(kind, number)).result
+
+    def chunk_of_pairs(self, pairs: Sequence[ir.Value]) -> ir.Value:
+        """Four pairs of f16 as a chunk of 16 bytes."""
         single = ir.Type.parse("vector<1xf32>")
-        words = [ir.Operation.create("vector.bitcast", results=[single], operands=[pair]).result for pair in rounded]
+        words = [ir.Operation.create("vector.bitcast", results=[single], operands=[pair]).result for pair in pairs]
         return self.join([vector.ExtractOp(word, [], [0]).result for word in words])
 
     def matrix_type(self, role: str) -> ir.Type:

@@ -29,7 +29,7 @@ from iree.compiler import ir
 
 from ..emit.scalar import Scalar
 from ..emit.simt_kernel import Buffer, Kernel
-from .mma_plan import CHUNK, FACTOR, SIDE, VECTOR, Plan
+from .mma_plan import CHUNK, SIDE, VECTOR, Plan
 
 REST = 2.0**-11
 """What the second term of an element counts: that which the first, of 11 bits, has left fills its own 11 then."""
@@ -250,53 +250,59 @@ class Product:
         return k.loop(zero, steps, 1, [zero.value, last.value, *initial], step)[2:]
 
     def _step_products(self, sums: list[ir.Value], stage: Scalar) -> list[ir.Value]:
-        if not self.p.scaled:
-            return self._added(sums, stage)
-        k, stride = self.k, FACTOR * VECTOR // self.p.unit[1]
-        start = stage + self.p.factors
-
-        def factors(first: Scalar, count: int, place: int, transposed: bool) -> list[ir.Value]:
-            at = first * (count * SIDE * FACTOR) + (start + place)
-            return [
-                k.matrix_load_sums(self.memory, at + i * SIDE * FACTOR, stride, transposed=transposed)
-                for i in range(count)
-            ]
-
-        rows = factors(self.down, self.high, 0, False)
-        columns = factors(self.across, self.wide, self.p.rows * FACTOR, True)
-        found = self._added([k.matrix_zero() for _ in sums], stage)
-        pairs = [(row, column) for row in rows for column in columns]
-        return [
-            k.matrix_add(total, k.matrix_multiply(k.matrix_multiply(value, row), column))
-            for total, value, (row, column) in zip(sums, found, pairs, strict=True)
-        ]
-
-    def _added(self, sums: list[ir.Value], stage: Scalar) -> list[ir.Value]:
-        """The sums with the products of a stage."""
-        k, p = self.k, self.p
-        unit, chunks, each = p.unit[0], SIDE // CHUNK, self.high * self.wide
-
-        def left(depth: Scalar, term: int) -> list[ir.Value]:
-            stride, start = p.stride_a * CHUNK // unit, stage + depth * chunks + term * p.chunks_a
-            first = self.down * (self.high * SIDE * p.stride_a) + start
-            return [k.matrix_load("AOp", self.memory, first + i * SIDE * p.stride_a, stride) for i in range(self.high)]
-
-        def right(depth: Scalar, term: int) -> list[ir.Value]:
-            tile = stage + p.terms * p.chunks_a
-            return [self.right.matrix(depth, self.across * self.wide + j, term, tile) for j in range(self.wide)]
-
-        def more(rows: list[ir.Value], columns: list[ir.Value], sums: list[ir.Value]) -> list[ir.Value]:
-            pairs = [(a, b) for a in rows for b in columns]
-            return [k.matrix_multiply_add(a, b, s) for (a, b), s in zip(pairs, sums, strict=True)]
-
-        for part in range(0, p.depth // SIDE, p.along):
+        p, each = self.p, self.high * self.wide
+        for part in range(0, p.depth // SIDE, p.along * (p.scaled // SIDE or 1)):
+            if p.scaled:
+                sums = self._counted(sums, stage, part)
+                continue
             depth = Scalar.constant(part, "index") if p.along == 1 else self.along + part
-            first, others = left(depth, 0), right(depth, 0)
-            sums[:each] = more(first, others, sums[:each])
+            first, others = self._left(stage, depth, 0), self._right(stage, depth, 0)
+            sums[:each] = self._more(first, others, sums[:each])
             if p.terms > 1:  # the product of both second terms is below the last bit
-                sums[each:] = more(left(depth, 1), others, sums[each:])
-                sums[each:] = more(first, right(depth, 1), sums[each:])
+                sums[each:] = self._more(self._left(stage, depth, 1), others, sums[each:])
+                sums[each:] = self._more(first, self._right(stage, depth, 1), sums[each:])
         return sums
+
+    def _counted(self, sums: list[ir.Value], stage: Scalar, part: int) -> list[ir.Value]:
+        """The sums with the products of the K that share factors, from matrix ``part`` of a stage on.
+
+        A matrix of factors is read with a stride of nothing: its rows, or its columns, are the same 16 numbers.
+        """
+        k, p = self.k, self.p
+        group = Scalar.constant(part * SIDE // p.scaled, "index") if p.along == 1 else self.along + part * SIDE // p.scaled
+        depths = [group * (p.scaled // SIDE) + i for i in range(p.scaled // SIDE)]
+        left = [self._left(stage, depth, 0) for depth in depths]
+        right = [self._right(stage, depth, 0) for depth in depths]
+        size = SIDE // VECTOR
+        start = stage + p.factors + group * p.group
+        row, column = start + self.down * (self.high * size), start + self.across * (self.wide * size) + p.rows // VECTOR
+        rows = [k.matrix_load_sums(self.memory, row + i * size, 0, transposed=True) for i in range(self.high)]
+        columns = [k.matrix_load_sums(self.memory, column + i * size, 0) for i in range(self.wide)]
+        total: list[ir.Value] = []
+        for i in range(self.high):
+            for j in range(self.wide):
+                found = k.matrix_zero()
+                for a, b in zip(left, right, strict=True):
+                    found = k.matrix_multiply_add(a[i], b[j], found)
+                counted = k.matrix_multiply(k.matrix_multiply(found, rows[i]), columns[j])
+                total.append(k.matrix_add(sums[len(total)], counted))
+        return total
+
+    def _left(self, stage: Scalar, depth: Scalar, term: int) -> list[ir.Value]:
+        """The left factor's matrices of this subgroup, ``depth`` matrices along K of a stage."""
+        p = self.p
+        stride, start = p.stride_a * CHUNK // p.unit[0], stage + depth * (SIDE // CHUNK) + term * p.chunks_a
+        first = self.down * (self.high * SIDE * p.stride_a) + start
+        return [self.k.matrix_load("AOp", self.memory, first + i * SIDE * p.stride_a, stride) for i in range(self.high)]
+
+    def _right(self, stage: Scalar, depth: Scalar, term: int) -> list[ir.Value]:
+        """The right factor's."""
+        tile = stage + self.p.terms * self.p.chunks_a
+        return [self.right.matrix(depth, self.across * self.wide + j, term, tile) for j in range(self.wide)]
+
+    def _more(self, rows: list[ir.Value], columns: list[ir.Value], sums: list[ir.Value]) -> list[ir.Value]:
+        pairs = [(a, b) for a in rows for b in columns]
+        return [self.k.matrix_multiply_add(a, b, s) for (a, b), s in zip(pairs, sums, strict=True)]
 
     def _write(self, sums: list[ir.Value]) -> None:
         """Some rows of each subgroup at a time, through its part of the workgroup's memory."""

@@ -14,9 +14,6 @@ SIDE = 16
 CHUNK = 8
 """Elements of f16 in a chunk of 16 bytes."""
 
-FACTOR = SIDE // 4 + 1
-"""Chunks of a factor."""
-
 VECTOR = 4
 """Elements of f32 in a chunk; columns of one store."""
 
@@ -59,7 +56,7 @@ class Plan:
         terms: f16 numbers of an element of a factor; with two, the second counts 2^-11 and is what the first leaves.
         along: Subgroups along K, each of which multiplies its part of every tile.
         gated: Whether half of the columns are gates, and a result silu(gate) * up.
-        scaled: Whether the products of each step count what its rows and columns of factors say.
+        scaled: K of the products that count what factors of their rows and columns say; 0: all count the same.
         stages: Tiles that the workgroup's memory holds.
         copies: Whether they get there past the registers.
     """
@@ -75,7 +72,7 @@ class Plan:
     terms: int = 1
     along: int = 1
     gated: bool = False
-    scaled: bool = False
+    scaled: int = 0
     stages: int = 2
     copies: bool = False
 
@@ -107,11 +104,16 @@ class Plan:
     @property
     def stage(self) -> int:
         """Chunks of the tiles of both factors, and of what their rows and columns count."""
-        return self.factors + ((self.rows + self.columns) * FACTOR if self.scaled else 0)
+        return self.factors + (self.depth // self.scaled * self.group if self.scaled else 0)
+
+    @property
+    def group(self) -> int:
+        """Chunks of what the rows, then the columns of a tile count for the same K."""
+        return (self.rows + self.columns) // VECTOR
 
     @property
     def factors(self) -> int:
-        """Where the rows' factors start, then the columns': 16 times each, and a chunk against bank conflicts."""
+        """Where what rows and columns count starts."""
         return self.terms * (self.chunks_a + self.chunks_b)
 
     @property
@@ -154,12 +156,12 @@ class Plan:
         terms = f"_{self.terms}terms" if self.terms > 1 else ""
         stages = f"c{self.stages}" if self.copies else ""
         along = f"x{self.along}" if self.along > 1 else ""
-        kind = "g" if self.gated else "w" if self.scaled else ""
+        kind = "g" if self.gated else f"w{self.scaled}" if self.scaled else ""
         return f"{kind}t{self.rows}x{self.columns}x{self.depth}s{self.down}x{self.across}{along}{stages}{terms}"
 
 
 def plan_for(
-    size: Size, target: Target, transposed: bool, terms: int = 1, *, gated: bool = False, scaled: bool = False
+    size: Size, target: Target, transposed: bool, terms: int = 1, *, gated: bool = False, scaled: int = 0
 ) -> Plan:
     """The largest tiles of which there are enough, and that fit; by measurement (H100).
 
@@ -221,7 +223,7 @@ def fits(plan: Plan, target: Target) -> bool:
 
 
 def is_possible(
-    size: Size, target: Target, transposed: bool, step: int, terms: int = 1, *, scaled: bool = False
+    size: Size, target: Target, transposed: bool, step: int, terms: int = 1, *, scaled: int = 0
 ) -> Legality:
     """Whether a target multiplies such matrices.
 

@@ -32,7 +32,7 @@ from ..emit.builder import tensor_type
 from ..emit.scalar import Scalar
 from ..emit.simt_kernel import Group, Kernel, dispatch
 from ..mat_mul.mma_kernel import Extent, Product
-from ..mat_mul.mma_plan import CHUNK, FACTOR, SIDE, VECTOR, Plan, Size, is_possible, plan_for
+from ..mat_mul.mma_plan import CHUNK, SIDE, VECTOR, Plan, Size, is_possible, plan_for
 from ..op import LoweringContext
 from ..select import Legality, No, OtherMachine, rows_text
 from ..target import Target
@@ -43,7 +43,7 @@ from .simt_weights import PackedWeights, bound, readable
 from .split_rows import emit_split, two_terms
 
 _MAX_WIDTH = 4  # words of a load
-_STEP = 32  # K of a step where factors are whole numbers
+_STEP, _MOST_STEP = 32, 64  # K that count the same where factors are whole numbers
 
 
 def _size(contract: MatMulNBits) -> Size:
@@ -53,6 +53,11 @@ def _size(contract: MatMulNBits) -> Size:
 def _is_whole(contract: MatMulNBits) -> bool:
     """Whether both factors are whole numbers, with a scale for each block of whole steps of K; f16 has its own way."""
     return contract.rounds_a and contract.a.dtype != "f16" and contract.block_size % _STEP == 0
+
+
+def _scaled(contract: MatMulNBits) -> int:
+    """K of the products that share scales, as far as a tile holds them; 0 where factors are no whole numbers."""
+    return min(contract.block_size, _STEP) if _is_whole(contract) else 0
 
 
 def _terms(contract: MatMulNBits) -> int:
@@ -71,7 +76,7 @@ def is_legal(contract: MatMulNBits, target: Target) -> Legality:
         return No("bf16, neither f16 nor f32")
     if terms > 1 and not target.fast_math:
         return No("f32, which --math fast takes as two terms of f16")
-    return is_possible(_size(contract), target, transposed=True, step=VECTOR, terms=terms, scaled=whole)
+    return is_possible(_size(contract), target, transposed=True, step=VECTOR, terms=terms, scaled=_scaled(contract))
 
 
 def describe(contract: MatMulNBits, target: Target) -> str:
@@ -83,14 +88,14 @@ def describe(contract: MatMulNBits, target: Target) -> str:
 
 def _plan(contract: MatMulNBits, target: Target) -> Plan:
     size, terms = _size(contract), _terms(contract)
-    return plan_for(size, target, transposed=True, terms=terms, scaled=_is_whole(contract))
+    return plan_for(size, target, transposed=True, terms=terms, scaled=_scaled(contract))
 
 
 def emit_mat_mul_n_bits_fused_mma(context: LoweringContext, contract: MatMulNBits, x: Operands) -> ir.Value:
     """Emit the product [M, N]."""
     c, b, size = contract, context.builder, _size(contract)
     plan, dtype = _plan(contract, context.target), contract.a.dtype
-    split, more = plan.terms > 1, plan.terms > 1 or plan.scaled
+    split, more = plan.terms > 1, plan.terms > 1 or plan.scaled > 0
     assert c.rows is not None
 
     def body(k: Kernel) -> None:
@@ -153,27 +158,25 @@ class _Packed:
     def put(self, loaded: Sequence[ir.Value], step: Scalar, tile: Scalar) -> None:
         """Unpack that part into the workgroup's memory."""
         size = len(loaded) // self._size
-        chunks = self.weights.per_load // CHUNK
 
         def write() -> None:
             for i, (column, place) in enumerate(self._places):
                 part = list(loaded[i * size : (i + 1) * size])
-                values = self._numbers(part, self._columns[i], step * self._loads + place)
-                for j in range(chunks):
-                    numbers = values[j * CHUNK : (j + 1) * CHUNK]
-                    terms = two_terms(self.k, numbers) if self.p.terms > 1 else (numbers,)
-                    at = tile + (column * self.p.stride_b + place * chunks + j)
-                    for term, kept in enumerate(terms):
-                        self.k.store_as_is(self.k.chunk_of_f16(kept), self.memory, at + term * self.p.chunks_b)
+                at = tile + (column * self.p.stride_b + place * (self.weights.per_load // CHUNK))
+                for term, kept in enumerate(self._chunks(part, self._columns[i], step * self._loads + place)):
+                    for j, chunk in enumerate(kept):
+                        self.k.store_as_is(chunk, self.memory, at + (j + term * self.p.chunks_b))
 
         if self._partial:
             self.k.when(self._takes_part, write)
         else:
             write()
 
-    def _numbers(self, loads: list[ir.Value], column: Scalar, place: Scalar) -> list[ir.Value]:
-        """The weights that were loaded."""
-        return self.weights.dequantise(loads, column, place)
+    def _chunks(self, loads: list[ir.Value], column: Scalar, place: Scalar) -> list[list[ir.Value]]:
+        """Of each term the chunks of the weights that were loaded."""
+        numbers = self.weights.dequantise(loads, column, place)
+        terms = two_terms(self.k, numbers) if self.p.terms > 1 else (numbers,)
+        return [[self.k.chunk_of_f16(t[i : i + CHUNK]) for i in range(0, len(t), CHUNK)] for t in terms]
 
     def copy(self, step: Scalar, tile: Scalar) -> None:
         """There is no copying what has to be unpacked."""
@@ -200,36 +203,44 @@ class _Scaled(_Packed):
         """Emit what comes before the loop."""
         super().start(product)
         k, c, p = self.k, self.c, self.p
-        self._steps = k.buffer(self.weights.output, "f32", product.size.rows * c.blocks)
-        rows = [thread.divide_unsigned(SIDE // VECTOR) for thread in self._turns(product, p.rows)]
-        columns = [thread.divide_unsigned(SIDE // VECTOR) for thread in self._turns(product, p.columns)]
-        self._row_spots = [((product.row + row).minimum(product.size.rows - 1), row, part) for row, part in rows]
-        self._column_spots = [
-            ((product.tile * p.columns + column).minimum(c.columns - 1), column, part) for column, part in columns
-        ]
+        groups = p.depth // p.scaled
+        self._vectors = (product.size.rows + (VECTOR - 1)).divide_unsigned(VECTOR)[0]
+        self._steps = k.chunks(self.weights.output, self._vectors * c.blocks)
+        rows, columns = p.rows // VECTOR, p.columns // VECTOR
+        self._row_spots = [spot.divide_unsigned(rows) for spot in self._turns(product, groups * rows)]
+        self._column_spots = [spot.divide_unsigned(columns) for spot in self._turns(product, groups * columns)]
+        self._row, self._column = product.row.divide_unsigned(VECTOR)[0], product.tile * columns
 
     def _turns(self, product: Product, count: int) -> list[Scalar]:
-        """Numbers of this thread's chunks of so many factors, the last one again where there are too few."""
-        total = count * (SIDE // VECTOR)
-        return [(product.thread + i).minimum(total - 1) for i in range(0, total, self.p.threads)]
+        """Numbers of this thread's chunks of so many, the last one again where there are too few."""
+        return [(product.thread + i).minimum(count - 1) for i in range(0, count, self.p.threads)]
 
     def load(self, step: Scalar) -> list[ir.Value]:
         """Load this thread's part of a tile, and of the scales."""
-        block = step.divide_unsigned(self.c.block_size // self.p.depth)[0]
-        rows = [self.k.load(self._steps, row * self.c.blocks + block) for row, _, _ in self._row_spots]
-        columns = [self.weights.load_scale(column, block) for column, _, _ in self._column_spots]
-        return [*rows, *columns, *super().load(step)]
+        k, c, p = self.k, self.c, self.p
+
+        def block(group: Scalar) -> Scalar:
+            return (step * (p.depth // p.scaled) + group).divide_unsigned(c.block_size // p.scaled)[0]
+
+        found: list[ir.Value] = []
+        for group, row in self._row_spots:
+            found.append(k.load(self._steps, block(group) * self._vectors + (self._row + row).minimum(self._vectors - 1)))
+        for group, vector in self._column_spots:
+            first = (self._column + vector).minimum(c.columns // VECTOR - 1) * VECTOR
+            found += [self.weights.load_scale(first + i, block(group)) for i in range(VECTOR)]
+        return [*found, *super().load(step)]
 
     def put(self, loaded: Sequence[ir.Value], step: Scalar, tile: Scalar) -> None:
         """Write that part to the workgroup's memory."""
-        k, p, count = self.k, self.p, len(self._row_spots)
-        scales = [*loaded[:count], *(self.weights.scale(s) for s in loaded[count : count + len(self._column_spots)])]
-        start = tile + p.terms * p.chunks_b
-        spots = [(row, part, 0) for _, row, part in self._row_spots]
-        spots += [(column, part, p.rows * FACTOR) for _, column, part in self._column_spots]
-        for (line, part, first), scale in zip(spots, scales, strict=True):
-            k.store_as_is(k.splat(scale, VECTOR), self.memory, line * FACTOR + part + (start + first))
-        super().put(loaded[len(spots) :], step, tile)
+        k, p, rows = self.k, self.p, len(self._row_spots)
+        start, used = tile + p.chunks_b, rows + VECTOR * len(self._column_spots)
+        for (group, row), steps in zip(self._row_spots, loaded, strict=False):
+            k.store_as_is(steps, self.memory, start + (group * p.group + row))
+        for i, (group, vector) in enumerate(self._column_spots):
+            stored = loaded[rows + VECTOR * i : rows + VECTOR * (i + 1)]
+            scales = k.join([self.weights.scale(value) for value in stored])
+            k.store_as_is(scales, self.memory, start + (group * p.group + vector + p.rows // VECTOR))
+        super().put(loaded[used:], step, tile)
 
-    def _numbers(self, loads: list[ir.Value], column: Scalar, place: Scalar) -> list[ir.Value]:
-        return self.weights.whole(loads, column, place)
+    def _chunks(self, loads: list[ir.Value], column: Scalar, place: Scalar) -> list[list[ir.Value]]:
+        return [self.weights.whole(loads, column, place)]

@@ -18,6 +18,7 @@ from ..emit.builder import Builder, spec_of, tensor_type
 from ..emit.scalar import Scalar
 from ..emit.simt_kernel import Buffer, Group, Kernel, dispatch
 from .contract import INT8_MAX, MatMulNBits
+from .simt_weights import order
 
 _VECTOR = 4
 _KEPT = 8  # vectors of a block that stay in registers between the two passes
@@ -66,25 +67,34 @@ def emit_a(b: Builder, contract: MatMulNBits, a: ir.Value, dtype: str) -> ir.Val
 
 
 def emit_whole(b: Builder, contract: MatMulNBits, a: ir.Value) -> list[ir.Value]:
-    """``a`` [M, K] rounded to whole numbers of a step for each block: f16 [M, blocks * block size], f32 [M, blocks]."""
+    """``a`` [M, K] rounded to whole numbers of a step for each block.
+
+    Returns:
+        The numbers, f16 [M, blocks * block size], in the order in which the weights of a word are taken apart; and the
+        steps, f32 [blocks, M], M in whole vectors, as tiles of rows want them.
+    """
     c, a = contract, b.pad_end(a, 1, contract.padded_depth)
     source, rows = spec_of(a).dtype, contract.rows
     assert rows is not None
+    wide = -(-rows // _VECTOR) * _VECTOR
 
     def body(k: Kernel) -> None:
         blocks, vectors = k.number(0) * c.blocks, c.block_size // _VECTOR
+        across = (k.number(0) + (_VECTOR - 1)).divide_unsigned(_VECTOR)[0] * _VECTOR
         given = k.buffer(0, source, blocks * vectors, _VECTOR)
-        result, steps = k.buffer(1, "f16", blocks * vectors, _VECTOR), k.buffer(2, "f32", blocks)
+        result, steps = k.buffer(1, "f16", blocks * vectors, _VECTOR), k.buffer(2, "f32", across * c.blocks)
         block = k.item() * _THREADS + k.thread()
 
         def write() -> None:
-            k.store(_round_block(k, given, result, block * vectors, vectors, whole=True), steps, block)
+            row, inside = block.divide_unsigned(c.blocks)
+            step = _round_block(k, given, result, block * vectors, vectors, whole=order(c))
+            k.store(step, steps, inside * across + row)
 
         k.when(block < blocks, write)
 
     outputs: list[tuple[ir.RankedTensorType, list[ir.Value]]] = [
         (tensor_type((rows, c.padded_depth), "f16"), []),
-        (tensor_type((rows, c.blocks), "f32"), []),
+        (tensor_type((c.blocks, wide), "f32"), []),
     ]
     items = b.index(-(-rows * c.blocks // _THREADS))
     name = f"mat_mul_n_bits_rounded_{source}_whole_b{c.block_size}_nx{c.padded_depth}"
@@ -92,9 +102,9 @@ def emit_whole(b: Builder, contract: MatMulNBits, a: ir.Value) -> list[ir.Value]
 
 
 def _round_block(
-    k: Kernel, given: Buffer, result: Buffer, start: Scalar, vectors: int, *, whole: bool = False
+    k: Kernel, given: Buffer, result: Buffer, start: Scalar, vectors: int, *, whole: list[int] | None = None
 ) -> ir.Value:
-    """Write a block's rounded elements, whole numbers of steps if so wanted; returns the step."""
+    """Write a block's rounded elements, or whole numbers of steps in the order that is wanted; returns the step."""
     share = min(vectors, _KEPT)
 
     def load(at: Scalar) -> list[list[ir.Value]]:
@@ -105,10 +115,13 @@ def _round_block(
         return [largest_of(carried[0], [e for vector in load(at) for e in vector])]
 
     def write(values: list[list[ir.Value]], at: Scalar, inverse: ir.Value, step: ir.Value) -> None:
-        for i, vector in enumerate(values):
-            rounded = [round_even(k, k.mul(e, inverse)) for e in vector]
-            rounded = rounded if whole else [k.mul(number, step) for number in rounded]
-            k.store(k.join(rounded), result, start + at + i)
+        rounded = [round_even(k, k.mul(e, inverse)) for vector in values for e in vector]
+        if whole is None:
+            rounded = [k.mul(number, step) for number in rounded]
+        else:
+            rounded = [rounded[i + place] for i in range(0, len(rounded), len(whole)) for place in whole]
+        for i in range(0, len(rounded), _VECTOR):
+            k.store(k.join(rounded[i : i + _VECTOR]), result, start + at + i // _VECTOR)
 
     zero = Scalar.constant(0, "index")
     if share == vectors:

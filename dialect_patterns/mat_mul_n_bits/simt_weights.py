@@ -19,6 +19,7 @@ from iree.compiler.dialects import arith
 from ..emit.builder import tensor_type
 from ..emit.scalar import Scalar
 from ..emit.simt_kernel import Kernel
+from ..mat_mul.mma_plan import CHUNK
 from ..select import Legality, No, Yes
 from .contract import WORD, MatMulNBits
 from .operands import Operands
@@ -26,6 +27,7 @@ from .operands import Operands
 _MANTISSA = 23
 _TWO_TO_23 = 0x4B000000  # as bits
 _HALF = 16  # fields that start here are shifted down first, so that they fit in a mantissa
+_1024, _TWO_1024 = 1024.0, 0x64006400  # of f16, whose last bit counts 1; two, as bits
 _FIRST = 1  # binding after A
 
 
@@ -52,6 +54,12 @@ def bound(contract: MatMulNBits, x: Operands) -> list[ir.Value]:
             "flow.tensor.bitcast", results=[tensor_type((words,), "i32")], operands=[zeros], attributes=no_dims
         ).result
     return [value for value in (x.words, x.scales, zeros, x.bias) if value is not None]
+
+
+def order(contract: MatMulNBits) -> list[int]:
+    """Which weights of a word follow each other where words are taken apart by their halves, two fields at a time."""
+    half = contract.per_word // 2
+    return [start + which for start in range(half) for which in (0, half)]
 
 
 @dataclass(frozen=True)
@@ -126,12 +134,27 @@ class PackedWeights:
         return parts
 
     def whole(self, loads: list[ir.Value], column: Scalar, place: Scalar) -> list[ir.Value]:
-        """The weights that :meth:`load` loaded without their scales, f32: whole numbers where zero points are."""
-        return [
-            value if part.offset is None else self.k.sub(value, part.offset)
-            for part in self.unpack(loads, column, place)
-            for value in part.values
-        ]
+        """The weights that :meth:`load` loaded without their scales, as chunks of f16, in the order of :func:`order`.
+
+        Of each half of a word a field at a time: with its bits in the mantissa of 1024, which f16 ends with, it is
+        1024 + q, two of which one subtraction makes whole numbers less their zero points.
+        """
+        k, c, blocks = self.k, self.c, self._blocks
+        words, zeros = k.elements(loads[0]), loads[1 + blocks :]
+        share = self.width // blocks
+        pairs: list[ir.Value] = []
+        for i, block in enumerate(self._blocks_of(place)):
+            if zeros:
+                field = Scalar(zeros[i]).shift_right(self._zero_bit(column, block)[1].to("i32")) & ((1 << c.bits) - 1)
+                zero = k.pair_of_f16((field * ((1 << _HALF) + 1)) | _TWO_1024)
+            else:
+                zero = k.constant_pair_of_f16(_1024 + c.default_zero)
+            for word in words[i * share : (i + 1) * share]:
+                for start in range(0, _HALF, c.bits):
+                    bits = Scalar(word) if start == 0 else Scalar(word).shift_right(start)
+                    field = (bits & (((1 << c.bits) - 1) * ((1 << _HALF) + 1))) | _TWO_1024
+                    pairs.append(k.sub(k.pair_of_f16(field), zero))
+        return [k.chunk_of_pairs(pairs[i : i + CHUNK // 2]) for i in range(0, len(pairs), CHUNK // 2)]
 
     def load_scale(self, column: Scalar, block: Scalar) -> ir.Value:
         """The scale of a column's block, as stored."""
