@@ -387,6 +387,10 @@ class Kernel(Values):
         """The products of the elements of two matrices of sums."""
         return self._matrix_elementwise("mulf", a, b)
 
+    def matrix_add_product(self, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+        """The sums and products of elements ``a + b c``; in two steps, as there is no operation for both."""
+        return self.matrix_add(a, self.matrix_multiply(b, c))
+
     def _matrix_elementwise(self, name: str, a: ir.Value, b: ir.Value) -> ir.Value:
         operation = {"opType": ir.Attribute.parse(f"#gpu<mma_element_wise<{name}>>")}
         return ir.Operation.create(

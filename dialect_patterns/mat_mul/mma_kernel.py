@@ -269,13 +269,15 @@ class Product:
         A matrix of factors is read with a stride of nothing: its rows, or its columns, are the same 16 numbers.
         """
         k, p = self.k, self.p
-        group = Scalar.constant(part * SIDE // p.scaled, "index") if p.along == 1 else self.along + part * SIDE // p.scaled
+        first = part * SIDE // p.scaled
+        group = Scalar.constant(first, "index") if p.along == 1 else self.along + first
         depths = [group * (p.scaled // SIDE) + i for i in range(p.scaled // SIDE)]
         left = [self._left(stage, depth, 0) for depth in depths]
         right = [self._right(stage, depth, 0) for depth in depths]
         size = SIDE // VECTOR
         start = stage + p.factors + group * p.group
-        row, column = start + self.down * (self.high * size), start + self.across * (self.wide * size) + p.rows // VECTOR
+        row = start + self.down * (self.high * size)
+        column = start + self.across * (self.wide * size) + p.rows // VECTOR
         rows = [k.matrix_load_sums(self.memory, row + i * size, 0, transposed=True) for i in range(self.high)]
         columns = [k.matrix_load_sums(self.memory, column + i * size, 0) for i in range(self.wide)]
         total: list[ir.Value] = []
@@ -284,8 +286,7 @@ class Product:
                 found = k.matrix_zero()
                 for a, b in zip(left, right, strict=True):
                     found = k.matrix_multiply_add(a[i], b[j], found)
-                counted = k.matrix_multiply(k.matrix_multiply(found, rows[i]), columns[j])
-                total.append(k.matrix_add(sums[len(total)], counted))
+                total.append(k.matrix_add_product(sums[len(total)], k.matrix_multiply(found, rows[i]), columns[j]))
         return total
 
     def _left(self, stage: Scalar, depth: Scalar, term: int) -> list[ir.Value]:

@@ -224,7 +224,9 @@ class _Scaled(_Packed):
 
         found: list[ir.Value] = []
         for group, row in self._row_spots:
-            found.append(k.load(self._steps, block(group) * self._vectors + (self._row + row).minimum(self._vectors - 1)))
+            found.append(
+                k.load(self._steps, block(group) * self._vectors + (self._row + row).minimum(self._vectors - 1))
+            )
         for group, vector in self._column_spots:
             first = (self._column + vector).minimum(c.columns // VECTOR - 1) * VECTOR
             found += [self.weights.load_scale(first + i, block(group)) for i in range(VECTOR)]
