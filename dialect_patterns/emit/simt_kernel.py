@@ -49,6 +49,7 @@ def dispatch(
     outputs: Sequence[tuple[ir.RankedTensorType, list[ir.Value]]],
     body: Callable[[Kernel], None],
     written: Sequence[int] = (),
+    kernel: type[Kernel] | None = None,
 ) -> list[ir.Value]:
     """Run a kernel with ``tiles`` workgroups for each of ``items``; define it unless the module has it already.
 
@@ -62,6 +63,7 @@ def dispatch(
         outputs: Type and open sizes of each tensor that it writes, its further buffers.
         body: Emits the kernel for one tile of one item.
         written: Inputs that the kernel writes into, too; their sizes are known.
+        kernel: What ``body`` emits instructions with, where it is none for all GPUs.
 
     Returns:
         The outputs, and then the inputs that were written into.
@@ -79,7 +81,7 @@ def dispatch(
         functions = [op for op in _blocks(source)[0].operations if op.operation.name == "builtin.module"]
         function = _blocks(functions[0].operation)[0].operations[0]
         with ir.InsertionPoint(_blocks(function.operation)[0].operations[0]):
-            body(Kernel(group, layout, len(inputs), written))
+            body((kernel or Kernel)(group, layout, len(inputs), written))
     i32 = ir.IntegerType.get_signless(32)
     constants = [arith.IndexCastOp(i32, number).result for number in numbers]
     input_dims = [
@@ -415,12 +417,6 @@ class Kernel(Values):
             "vector.broadcast", results=[ir.Type.parse("vector<1xi32>")], operands=[bits.value]
         ).result
         return ir.Operation.create("vector.bitcast", results=[self.type(2, "f16")], operands=[single]).result
-
-    def constant_pair_of_f16(self, value: float) -> ir.Value:
-        """A number twice."""
-        kind = self.type(2, "f16")
-        number = ir.FloatAttr.get(ir.F16Type.get(), value)
-        return arith.ConstantOp(kind, ir.DenseElementsAttr.get_splat(kind, number)).result
 
     def chunk_of_pairs(self, pairs: Sequence[ir.Value]) -> ir.Value:
         """Four pairs of f16 as a chunk of 16 bytes."""

@@ -9,7 +9,7 @@ eight columns.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 from iree.compiler import ir
 
@@ -19,8 +19,11 @@ from .simt_kernel import Buffer, Kernel
 from .warp import LANES
 
 _CHUNK = 16  # bytes
-_HALVES, _SINGLES = 8, 4  # of a chunk
-_MMA = "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
+_HALVES = 8  # of a chunk
+_MULTIPLY_ADD = (
+    "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+    "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
+)
 
 
 class WarpMatrices(Kernel):
@@ -48,7 +51,7 @@ class WarpMatrices(Kernel):
         sums: list[ir.Value] = []
         for half in range(2):
             operands = [*a, *b[2 * half : 2 * half + 2], *c[4 * half : 4 * half + 4]]
-            sums += assembly(_MMA, "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", operands, ["f32"] * 4, is_pure=True)
+            sums += assembly(_MULTIPLY_ADD, "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", operands, ["f32"] * 4, is_pure=True)
         return sums
 
     def matrix_load_sums(self, buffer: Buffer, start: Scalar, stride: int, transposed: bool = False) -> Any:
@@ -97,10 +100,10 @@ class WarpMatrices(Kernel):
         body: Callable[[Scalar, list[Any]], Sequence[Any]],
     ) -> list[Any]:  # fmt: skip
         """``scf.for`` that carries matrices too."""
-        sizes = [len(value) if isinstance(value, list) else 0 for value in initial]
+        sizes = [len(_parts(value)) if isinstance(value, list) else 0 for value in initial]
 
         def flat(values: Sequence[Any]) -> list[ir.Value]:
-            return [part for value in values for part in (value if isinstance(value, list) else [value])]
+            return [part for value in values for part in _parts(value)]
 
         def grouped(values: list[ir.Value]) -> list[Any]:
             rest = iter(values)
@@ -117,3 +120,8 @@ class WarpMatrices(Kernel):
         operation = "memref.extract_aligned_pointer_as_index"
         base = Scalar(ir.Operation.create(operation, results=[ir.IndexType.get()], operands=[buffer.value]).result)
         return base.to("i32") + start.to("i32") * _CHUNK
+
+
+def _parts(value: Any) -> list[ir.Value]:
+    """What a matrix, or a value, is made of."""
+    return cast("list[ir.Value]", value) if isinstance(value, list) else [value]

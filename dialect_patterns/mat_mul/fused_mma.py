@@ -18,6 +18,7 @@ from ..select import Legality, No, OtherMachine
 from ..target import Target
 from .contract import MatMul
 from .fused_simt import is_narrow
+from .mma_copies import CopiedProduct
 from .mma_kernel import Extent, Product
 from .mma_plan import CHUNK, SIDE, VECTOR, Plan, Size, fits, is_possible, plan_for
 
@@ -68,7 +69,8 @@ def emit_products(
     def body(k: Kernel) -> None:
         counts = tuple(k.number(2 + i) for i in range(len(results)))
         extent = Extent(k.number(0), k.number(1).divide_unsigned(CHUNK)[0], counts)
-        Product(k, extent, plan, _Matrices(k, extent, plan), 1 + len(weights)).emit()
+        kind = CopiedProduct if plan.copies else Product
+        kind(k, extent, plan, _Matrices(k, extent, plan), 1 + len(weights)).emit()
 
     lead, index = [size or 0 for size in c.a.shape[:-1]], context.builder.index
     outputs: list[tuple[ir.RankedTensorType, list[ir.Value]]] = [

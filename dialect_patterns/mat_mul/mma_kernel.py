@@ -7,9 +7,9 @@
       sums through the workgroup's memory, rounded, to y
     }
 
-Where threads can copy past their registers (cp.async) there are up to four stages, and up to three tiles are under way.
-Elsewhere there are two: a step writes what the one before it has loaded, loads what the next one writes, and multiplies
-meanwhile. No value that is under way is handed from one to another: the move would wait for it.
+There are two stages: a step writes what the one before it has loaded, loads what the next one writes, and multiplies
+meanwhile. No value that is under way is handed from one to another: the move would wait for it. Where threads can copy
+past their registers, ``mma_copies`` has more.
 
 Tensor cores on CUDA and cooperative matrices on Vulkan are made of the same text. Rows of the tiles in the workgroup's
 memory are one chunk of 16 bytes longer than they need, against bank conflicts. Rows and columns beyond the end are read
@@ -48,10 +48,6 @@ class RightFactor(Protocol):
 
     def put(self, loaded: Sequence[ir.Value], step: Scalar, tile: Scalar) -> None:
         """Write that part to the workgroup's memory, where the tile starts at chunk ``tile``."""
-        ...
-
-    def copy(self, step: Scalar, tile: Scalar) -> None:
-        """Begin to copy this thread's part there past the registers."""
         ...
 
     def matrix(self, depth: Scalar, across: Scalar, term: int, tile: Scalar) -> ir.Value:
@@ -190,18 +186,12 @@ class Product:
             self.k.store_as_is(value, self.memory, stage + place)
         self.right.put(loaded[len(places) :], step, stage + self.p.terms * self.p.chunks_a)
 
-    def _copy(self, step: Scalar, stage: Scalar) -> None:
-        """Begin to copy it there."""
-        for at, place in self._chunks_a(step):
-            self.k.copy_chunk(self.a, at, self.memory, stage + place)
-        self.right.copy(step, stage + self.p.terms * self.p.chunks_a)
-
     def _products(self) -> list[ir.Value]:
         """The sums of this thread's subgroup, row after row."""
         p, each = self.p, self.high * self.wide
         steps = self.size.depth.divide_unsigned(p.depth // CHUNK)[0]
         initial = [self.k.matrix_zero() for _ in range(each * p.terms)]
-        found = self._copied(steps, initial) if p.copies else self._loaded(steps, initial)
+        found = self._loop(steps, initial)
         if p.terms == 1:
             return found
         return [self.k.matrix_add_scaled(a, b, REST) for a, b in zip(found[:each], found[each:], strict=True)]
@@ -211,8 +201,8 @@ class Product:
         last = (self.p.stages - 1) * self.p.stage
         return stage.equals(last).select(Scalar.constant(0, "index"), stage + self.p.stage)
 
-    def _loaded(self, steps: Scalar, initial: list[ir.Value]) -> list[ir.Value]:
-        """Products of tiles that pass through registers."""
+    def _loop(self, steps: Scalar, initial: list[ir.Value]) -> list[ir.Value]:
+        """The sums after all steps; tiles pass through registers."""
         k, zero = self.k, Scalar.constant(0, "index")
         self._put(self._load(zero), zero, zero)
         following = self._load(Scalar.constant(1, "index").minimum(steps - 1))
@@ -227,27 +217,6 @@ class Product:
             return [after.value, *later, *self._step_products(sums, stage)]
 
         return k.loop(zero, steps, 1, [zero.value, *following, *initial], step)[1 + size :]
-
-    def _copied(self, steps: Scalar, initial: list[ir.Value]) -> list[ir.Value]:
-        """Products of tiles that are copied."""
-        k, p, zero = self.k, self.p, Scalar.constant(0, "index")
-
-        def copy(step: Scalar, stage: Scalar) -> None:
-            k.when(step < steps, lambda: self._copy(step, stage))
-            k.end_copies()  # of none at the end: the count of groups tells which tiles are there
-
-        for i in range(p.stages - 1):
-            copy(Scalar.constant(i, "index"), Scalar.constant(i * p.stage, "index"))
-
-        def step(index: Scalar, carried: list[ir.Value]) -> list[ir.Value]:
-            stage, free, sums = Scalar(carried[0]), Scalar(carried[1]), carried[2:]
-            k.await_copies(p.stages - 2)
-            k.barrier()
-            copy(index + (p.stages - 1), free)
-            return [self._next(stage).value, stage.value, *self._step_products(sums, stage)]
-
-        last = Scalar.constant((p.stages - 1) * p.stage, "index")
-        return k.loop(zero, steps, 1, [zero.value, last.value, *initial], step)[2:]
 
     def _step_products(self, sums: list[ir.Value], stage: Scalar) -> list[ir.Value]:
         p, each = self.p, self.high * self.wide

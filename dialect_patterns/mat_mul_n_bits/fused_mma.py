@@ -31,6 +31,7 @@ from iree.compiler import ir
 from ..emit.builder import tensor_type
 from ..emit.scalar import Scalar
 from ..emit.simt_kernel import Group, Kernel, dispatch
+from ..emit.warp_matrices import WarpMatrices
 from ..mat_mul.mma_kernel import Extent, Product
 from ..mat_mul.mma_plan import CHUNK, SIDE, VECTOR, Plan, Size, is_possible, plan_for
 from ..op import LoweringContext
@@ -114,7 +115,8 @@ def emit_mat_mul_n_bits_fused_mma(context: LoweringContext, contract: MatMulNBit
         a, factors = emit_a(b, c, x.a, dtype), list[ir.Value]()
     inputs, items = [a, *bound(c, x), *factors], b.index(plan.workgroups(c.rows, [c.columns]))
     group = Group(plan.threads, plan.subgroup)
-    return dispatch(name, group, 1, items, [b.index(c.rows)], inputs, outputs, body)[0]
+    kernel = WarpMatrices if plan.scaled and context.target.copy_memory else None
+    return dispatch(name, group, 1, items, [b.index(c.rows)], inputs, outputs, body, kernel=kernel)[0]
 
 
 class _Packed:
@@ -177,10 +179,6 @@ class _Packed:
         numbers = self.weights.dequantise(loads, column, place)
         terms = two_terms(self.k, numbers) if self.p.terms > 1 else (numbers,)
         return [[self.k.chunk_of_f16(t[i : i + CHUNK]) for i in range(0, len(t), CHUNK)] for t in terms]
-
-    def copy(self, step: Scalar, tile: Scalar) -> None:
-        """There is no copying what has to be unpacked."""
-        raise NotImplementedError
 
     def matrix(self, depth: Scalar, across: Scalar, term: int, tile: Scalar) -> ir.Value:
         """A matrix of a term's tile in memory."""

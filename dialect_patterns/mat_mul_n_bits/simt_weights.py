@@ -27,7 +27,7 @@ from .operands import Operands
 _MANTISSA = 23
 _TWO_TO_23 = 0x4B000000  # as bits
 _HALF = 16  # fields that start here are shifted down first, so that they fit in a mantissa
-_1024, _TWO_1024 = 1024.0, 0x64006400  # of f16, whose last bit counts 1; two, as bits
+_TWO_1024 = 0x64006400  # as bits; of f16, whose last bit counts 1 there
 _FIRST = 1  # binding after A
 
 
@@ -146,9 +146,9 @@ class PackedWeights:
         for i, block in enumerate(self._blocks_of(place)):
             if zeros:
                 field = Scalar(zeros[i]).shift_right(self._zero_bit(column, block)[1].to("i32")) & ((1 << c.bits) - 1)
-                zero = k.pair_of_f16((field * ((1 << _HALF) + 1)) | _TWO_1024)
             else:
-                zero = k.constant_pair_of_f16(_1024 + c.default_zero)
+                field = Scalar.constant(int(c.default_zero), "i32")
+            zero = k.pair_of_f16((field * ((1 << _HALF) + 1)) | _TWO_1024)
             for word in words[i * share : (i + 1) * share]:
                 for start in range(0, _HALF, c.bits):
                     bits = Scalar(word) if start == 0 else Scalar(word).shift_right(start)
