@@ -17,6 +17,7 @@ from iree.compiler.dialects import arith
 from ..emit.builder import Builder, spec_of, tensor_type
 from ..emit.scalar import Scalar
 from ..emit.simt_kernel import Buffer, Group, Kernel, dispatch
+from ..mat_mul.mma_plan import CHUNK
 from .contract import INT8_MAX, MatMulNBits
 from .simt_weights import order
 
@@ -82,7 +83,7 @@ def emit_whole(b: Builder, contract: MatMulNBits, a: ir.Value) -> list[ir.Value]
         blocks, vectors = k.number(0) * c.blocks, c.block_size // _VECTOR
         across = (k.number(0) + (_VECTOR - 1)).divide_unsigned(_VECTOR)[0] * _VECTOR
         given = k.buffer(0, source, blocks * vectors, _VECTOR)
-        result, steps = k.buffer(1, "f16", blocks * vectors, _VECTOR), k.buffer(2, "f32", across * c.blocks)
+        result, steps = k.chunks(1, blocks * (c.block_size // CHUNK)), k.buffer(2, "f32", across * c.blocks)
         block = k.item() * _THREADS + k.thread()
 
         def write() -> None:
@@ -97,14 +98,14 @@ def emit_whole(b: Builder, contract: MatMulNBits, a: ir.Value) -> list[ir.Value]
         (tensor_type((c.blocks, wide), "f32"), []),
     ]
     items = b.index(-(-rows * c.blocks // _THREADS))
-    name = f"mat_mul_n_bits_rounded_{source}_whole_b{c.block_size}_nx{c.padded_depth}"
+    name = f"mat_mul_n_bits_rounded_{source}_whole_{c.bits}bit_b{c.block_size}_nx{c.padded_depth}"
     return dispatch(name, Group(_THREADS, 0), 1, items, [b.index(rows)], [a], outputs, body)
 
 
 def _round_block(
     k: Kernel, given: Buffer, result: Buffer, start: Scalar, vectors: int, *, whole: list[int] | None = None
 ) -> ir.Value:
-    """Write a block's rounded elements, or whole numbers of steps in the order that is wanted; returns the step."""
+    """Write a block's rounded elements, or in the order ``whole`` chunks of whole numbers of steps; returns the step."""
     share = min(vectors, _KEPT)
 
     def load(at: Scalar) -> list[list[ir.Value]]:
@@ -117,11 +118,14 @@ def _round_block(
     def write(values: list[list[ir.Value]], at: Scalar, inverse: ir.Value, step: ir.Value) -> None:
         rounded = [round_even(k, k.mul(e, inverse)) for vector in values for e in vector]
         if whole is None:
-            rounded = [k.mul(number, step) for number in rounded]
-        else:
-            rounded = [rounded[i + place] for i in range(0, len(rounded), len(whole)) for place in whole]
-        for i in range(0, len(rounded), _VECTOR):
-            k.store(k.join(rounded[i : i + _VECTOR]), result, start + at + i // _VECTOR)
+            for i in range(0, len(rounded), _VECTOR):
+                numbers = [k.mul(number, step) for number in rounded[i : i + _VECTOR]]
+                k.store(k.join(numbers), result, start + at + i // _VECTOR)
+            return
+        ordered = [rounded[i + place] for i in range(0, len(rounded), len(whole)) for place in whole]
+        first = (start + at).divide_unsigned(CHUNK // _VECTOR)[0]
+        for i in range(0, len(ordered), CHUNK):
+            k.store_as_is(k.chunk_of_f16(ordered[i : i + CHUNK]), result, first + i // CHUNK)
 
     zero = Scalar.constant(0, "index")
     if share == vectors:

@@ -172,17 +172,20 @@ class TestMatrixUnits:
             assert error(got[0, row], want[0, row]) <= BENIGN["float32"], row
 
     @pytest.mark.parametrize(
-        ("dtype", "bits", "block", "zeros", "depth", "columns", "tokens"),
+        ("dtype", "bits", "block", "zeros", "depth", "columns", "tokens", "cut"),
         [
-            (np.float32, 4, 32, "", 96, 72, 70),
-            (np.float32, 4, 128, "packed", 200, 40, 20),  # a block of several steps, the last one not full
-            (np.float32, 8, 32, "packed", 96, 36, 12),
-            (np.float32, 2, 64, "packed", 128, 40, 9),
-            (ml_dtypes.bfloat16, 4, 64, "packed", 128, 44, 33),
+            (np.float32, 4, 32, "", 96, 72, 70, {}),
+            (np.float32, 4, 128, "packed", 200, 40, 20, {}),  # a block of several steps, the last one not full
+            (np.float32, 8, 32, "packed", 96, 36, 12, {}),
+            (np.float32, 2, 64, "packed", 128, 40, 9, {}),
+            (ml_dtypes.bfloat16, 4, 64, "packed", 128, 44, 33, {}),
+            # Two steps of scales in a tile, one to each of two subgroups along K; both by one subgroup.
+            (np.float32, 4, 32, "packed", 128, 40, 41, {"rows": 64, "columns": 32, "depth": 64, "along": 2}),
+            (np.float32, 4, 32, "", 64, 72, 34, {"rows": 32, "columns": 64, "depth": 64}),
         ],
     )
     def test_whole_numbers(
-        self, dtype: Any, bits: int, block: int, zeros: str, depth: int, columns: int, tokens: int,
+        self, dtype: Any, bits: int, block: int, zeros: str, depth: int, columns: int, tokens: int, cut: dict[str, int],
         monkeypatch: pytest.MonkeyPatch,
     ):  # fmt: skip
         """A rounded to int8 by the packed weights, exact in f16; scales of rows and columns after each step."""
@@ -193,6 +196,8 @@ class TestMatrixUnits:
         assert (
             fused_mma.describe(replace(case, bits=bits), matrices.TARGET).partition(", ")[0].endswith("whole numbers")
         )
+        plan = mma_plan.plan_for
+        monkeypatch.setattr(fused_mma, "plan_for", lambda *size, **given: replace(plan(*size, **given), **cut))
         check(attributes, inputs, target="lavapipe")
 
     @pytest.mark.parametrize(
