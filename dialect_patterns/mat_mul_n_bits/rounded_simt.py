@@ -105,7 +105,7 @@ def emit_whole(b: Builder, contract: MatMulNBits, a: ir.Value) -> list[ir.Value]
 def _round_block(
     k: Kernel, given: Buffer, result: Buffer, start: Scalar, vectors: int, *, whole: list[int] | None = None
 ) -> ir.Value:
-    """Write a block's rounded elements, or in the order ``whole`` chunks of whole numbers of steps; returns the step."""
+    """Write a block's rounded elements, or whole numbers of steps in that order, in chunks; returns the step."""
     share = min(vectors, _KEPT)
 
     def load(at: Scalar) -> list[list[ir.Value]]:
