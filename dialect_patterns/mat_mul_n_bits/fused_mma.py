@@ -14,7 +14,10 @@ NaN. By operations it takes three times the f16 product, where f32 has a 15th of
 
 Where ``accuracy_level`` 4 has f32 or bf16 rounded and blocks are of 32 or more, both factors are whole numbers that f16
 holds, whatever the math: A's rounded ones, with a step for each block, and the weights less their zero points. Their
-products are exact; those of 32 K are multiplied by the scales of their row and their column and added to the sums.
+products are exact; those of 32 K are multiplied by the scales of their row and their column and added to the sums. The
+scales are matrices of factors that are read with a stride of nothing, 4 bytes a row; on CUDA (sm_80) sums lie in
+registers that are known (``warp_matrices``), and a scale is a multiply-add. Words are taken apart two fields at a time,
+as whole numbers of f16, in an order that the rounding of A follows.
 
 Legal: f16, and f32 and bf16 so, on GPUs with such products, for 9 static rows or more, if 32 divides K in whole blocks
 and 4 divides N.
