@@ -341,3 +341,22 @@ def test_compiles_for_cuda(rows: int, dtype: Any, fast: bool, dispatches: int, m
     assert found.count("flow.dispatch") == dispatches
     assert "linalg.generic" not in found
     assert len(compile_module(module, session, "cuda")) > 0
+
+
+@pytest.mark.parametrize("memory", [0, 49_152])
+def test_whole_numbers_in_the_registers_of_warps(memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From sm_80 on by instructions of their own, so that a scale is one multiply-add; nothing is run."""
+    monkeypatch.setitem(TARGETS, "cuda", replace(CUDA, copy_memory=memory))
+    found: list[set[str]] = []
+    for bits in (4, 8):
+        attributes = shape_attributes(128, 32, bits, 4, 96)
+        specs = [spec(a) for a in operands(attributes, (1, 40), zeros="packed")]
+        session = Session()
+        session.set_flags("--iree-hal-target-device=cuda", "--iree-cuda-target=sm_89", "--iree-input-type=none")
+        module = lowered(MICROSOFT, OP, 1, specs, attributes, 1, "cuda", OPTIONS, session.context)
+        text = str(module)
+        assert ("mma.sync" in text) == (memory > 0) == ("gpu.subgroup_mma" not in text)
+        assert "math.fma" in text or not memory
+        found.append({line.split("@")[1].split(" ")[0] for line in text.splitlines() if "executable.source" in line})
+        assert len(compile_module(module, session, "cuda")) > 0
+    assert not found[0] & found[1], "the rounding of A is in another order for other bits, and needs a name of its own"
