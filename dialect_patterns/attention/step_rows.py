@@ -163,7 +163,7 @@ class _Rows:
         def place(index: Scalar, most: int) -> Scalar:
             return index.maximum(0).minimum(most - 1)
 
-        from_query = batch * (self.shapes[0][-1] or 0) + place(head, heads.q) * rows.stride + rows.start
+        from_query = batch * (heads.q * rows.stride) + place(head, heads.q) * rows.stride + rows.start
         from_key = (batch * heads.kv + place(of_key, heads.kv)) * heads.dk
         from_value = (batch * heads.kv + place(of_value, heads.kv)) * heads.dk
 

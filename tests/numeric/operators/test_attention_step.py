@@ -24,7 +24,10 @@ POSITIONS = 40
 
 @dataclass(frozen=True)
 class Case:
-    """A layer's heart; ``ids`` are rows a stream, of as many columns as the batch or one."""
+    """A layer's heart; ``ids`` are rows a stream, of as many columns as the batch or one.
+
+    ``apart``: queries come as [B, 1, Hq, ...], as where a node between the reshape and the norm makes them.
+    """
 
     ids: Any
     dtype: Any = F32
@@ -40,6 +43,7 @@ class Case:
     left: int = -1
     softcap: float = 0.0
     wide: bool = False
+    apart: bool = False
 
     @property
     def size(self) -> int:
@@ -55,6 +59,7 @@ CASES = {
     "one position": Case(np.array([6], I64), rotated=4, gate=False),
     "out of range": Case(np.array([[1 << 40], [-1]], I64), batch=2),
     "out of range by one bit": Case(np.array([[0x80000000], [0x1_0000_0005]], I64), batch=2),
+    "two rows, heads apart": Case(np.array([[9], [4]], I64), batch=2, apart=True),
     "in 32 bits": Case(np.array([[POSITIONS], [-1]], I32), batch=2, norms=False, gate=False),
 }
 
@@ -111,6 +116,7 @@ def test_steps(name: str) -> None:
     def inputs() -> list[np.ndarray | None]:
         row = values(case.batch, 1, hq * stride)
         new = [row, values(case.batch, 1, hkv * d), values(case.batch, 1, hkv * d)]
+        new[0] = row.reshape(case.batch, 1, hq, stride) if case.apart else row
         return [*new, *caches, case.ids, cos, sin, *gammas, row if case.gate else None]
 
     kind = NAMES[case.dtype]
