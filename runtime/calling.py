@@ -75,9 +75,10 @@ class Calling(Serial):
                 return choose(self._step(step, ids, now, step.logits))
 
     def _append(self, step: Step, token: int, read: Callable[[], _Chosen], draw: bytes | None = None) -> _Chosen | None:
-        """`_step` for one row whose states nobody else holds, so that they are grown in place; else None.
+        """`_step` for one row of which nothing is kept for `rollback`, so that its states are grown in place; else None.
 
-        Nothing is committed before the last line but one, which no signal comes between.
+        States that somebody else holds too are left to them, which a fork's first step pays for with memory of its own.
+        Nothing is committed before the last lines but one, which no signal comes between.
         """
         engine, busy = self._engine, self._busy
         engine.module.check_usable()
@@ -91,29 +92,31 @@ class Calling(Serial):
                 self._catch_up()
             line, spare = self._line, self._spare
             now = line[-1]
-            position, lease = now.position, now.lease
-            if now.shared or now.mask is not None or not spare or len(line) > 1 or self._window or self._guard:
+            position, old = now.position, now.lease
+            if now.mask is not None or len(line) > 1 or self._window or self._guard:
                 return None
             if now.batch != 1 or not step.is_for(token, position):
                 return None
-            caches, is_grown = lease.caches, False
-            with engine.lock:
-                try:
-                    is_grown = caches.grow(lease, position)
-                    if not is_grown:
-                        return None
-                    into = spare.pop()
+            caches, is_grown, lease = old.caches, False, None
+            try:
+                is_grown = caches.grow(old, position)
+                lease = old if is_grown else caches.extend(old, position + 1)
+                with engine.lock:
+                    into = spare.pop() if spare else step.new_moving()
                     if step.draws:
                         step.draw_by(draw)
-                    step.append(token, now, into)
+                    step.append(token, now, lease.caches, into)
                     found = read()
-                except BaseException:
-                    if is_grown:
-                        caches.shrink(lease, position)
-                    raise
-            old = now.moving
-            now.moving, now.position = into, position + 1
-            spare.append(old)
+            except BaseException:
+                if is_grown:
+                    caches.shrink(old, position)
+                elif lease is not None:
+                    lease.release()
+                raise
+            before, is_own = now.moving, not now.shared
+            now.moving, now.position, now.lease, now.shared = into, position + 1, lease, False
+            if is_own:
+                spare.append(before)
             return found
         finally:
             busy.release()

@@ -12,8 +12,9 @@ from .step_loop import MOST_STEPS
 if TYPE_CHECKING:
     from .session import Session
 
-LONGEST_SECONDS = 0.05
-"""Of a call of several steps: as long tokens may keep whoever reads them waiting, and a Ctrl-C."""
+LONGEST_SECONDS = 0.1
+"""Of a call of several steps, and so how long tokens and a Ctrl-C may keep somebody waiting: 0.1 s is the limit below which an
+answer feels immediate."""
 
 
 class Follower:

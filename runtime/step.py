@@ -16,7 +16,7 @@ from .arrays import as_array, check_bounds
 from .binding import Sizes, axis_of
 from .device import DeviceArray, HostArray
 from .errors import InputError, TargetError
-from .held import Held
+from .held import Caches, Held
 from .manifest import InputSpec, Manifest
 from .module import Module
 
@@ -197,11 +197,11 @@ class Step:
         position = now.position if self._takes_position else None
         if self._outputs is None:
             return self._call_for_memory(states, position)
-        moving = self._new_moving() if into is None else into
+        moving = self.new_moving() if into is None else into
         self._invoke([array.ref for array in states], position, moving, now.position)
         return self._outputs, moving
 
-    def append(self, token: int, now: Held, into: list[DeviceArray]) -> None:
+    def append(self, token: int, now: Held, caches: Caches, into: list[DeviceArray]) -> None:
         """`call` for one row, where `is_for` says so, with as little code as possible.
 
         Weights that go through the caches leave nothing of it there, and each line of memory that it takes to append a
@@ -221,7 +221,7 @@ class Step:
             else:
                 self._write_columns(position)
         states = [array.ref for array in now.moving]
-        states += [array.ref for array in now.lease.caches.arrays]
+        states += [array.ref for array in caches.arrays]
         self._invoke(self._in_order(states), position if self._takes_position else None, into, position)
 
     def _invoke(self, states: Sequence[Any], number: int | None, moving: Sequence[DeviceArray], position: int) -> None:
@@ -257,7 +257,7 @@ class Step:
             self._write(ids, now.position)
         states = self._in_order([*now.moving, *now.lease.caches.arrays])
         position = now.position if self._takes_position else None
-        moving = self._new_moving() if into is None else into
+        moving = self.new_moving() if into is None else into
         storage = [*self._outputs, *moving]
         return self._module.submit_step(self._symbol, [*inputs, *states, *self._draw], position, storage), moving
 
@@ -391,7 +391,8 @@ class Step:
         cells = None if columns is None else columns.reshape(-1).data
         return _Row(self._ids.reshape(-1).data, numbers, cells, low, high)
 
-    def _new_moving(self) -> list[DeviceArray]:
+    def new_moving(self) -> list[DeviceArray]:
+        """Memory for the moving states, where the entry point takes it."""
         device, specs = self._module.device, self._module.result_specs(self._symbol) or []
         return [device.empty(spec[1], spec[0]) for spec in specs[len(self._manifest.outputs) :] if spec is not None]
 
