@@ -60,6 +60,7 @@ DTYPE_NAMES = tuple(_HAL_TYPES)
 _KEPT_STAGING = 1 << 20
 _POLLED_SECONDS = 0.02
 _ZERO = np.zeros(1, np.uint8)
+_DEVICE_MEMORY = int(_rt.MemoryType.DEVICE_LOCAL), int(_rt.BufferUsage.DEFAULT)
 _HOST_MEMORY = (
     int(_rt.MemoryType.HOST_LOCAL) | int(_rt.MemoryType.DEVICE_VISIBLE),
     int(_rt.BufferUsage.DEFAULT) | int(_rt.BufferUsage.MAPPING_SCOPED),
@@ -255,7 +256,7 @@ class Device(Owned):
 
         For small inputs that change with every call: nothing is submitted to the device's queue for them.
         """
-        return self._empty(shape, dtype, *_HOST_MEMORY)
+        return self._empty(shape, dtype, _HOST_MEMORY)
 
     def write(self, target: DeviceArray, array: HostArray) -> None:
         """Overwrites an array of `host_buffer`; no call that reads it may be under way.
@@ -313,8 +314,10 @@ class Device(Owned):
             return
         if not self.has_queue:
             check_process(self.pid, self.uri)
+            mapped, target = None, _ZERO
             for move in moves:
-                target = _bytes_of(move.target)
+                if move.target is not mapped:  # those of one array come one after the other
+                    mapped, target = move.target, _bytes_of(move.target)
                 source = None if move.source is None else _bytes_of(move.source)
                 for start, place, nbytes in move.regions:
                     target[place : place + nbytes] = 0 if source is None else source[start : start + nbytes]
@@ -360,19 +363,14 @@ class Device(Owned):
             raise TargetError("a result does not fit the manifest", got=got, expected=f"{needed} bytes of {dtype}")
         return self._array(shape, dtype, view)
 
-    def _empty(self, shape: Sequence[int], dtype: str, memory: Any = None, usage: Any = None) -> DeviceArray:
-        sizes = tuple(int(size) for size in shape)
+    def _empty(self, shape: Sequence[int], dtype: str, memory: tuple[int, int] = _DEVICE_MEMORY) -> DeviceArray:
+        sizes = [*map(int, shape)]
         nbytes = math.prod(sizes) * numpy_dtype(dtype).itemsize
         try:
-            buffer = self._allocator.allocate_buffer(
-                memory_type=int(_rt.MemoryType.DEVICE_LOCAL if memory is None else memory),
-                allowed_usage=int(_rt.BufferUsage.DEFAULT if usage is None else usage),
-                allocation_size=max(nbytes, 16),
-            )
+            buffer = self._allocator.allocate_buffer(*memory, max(nbytes, 16))
         except (RuntimeError, MemoryError) as error:
             raise TargetError("cannot allocate", where=self.uri, got=f"{nbytes} bytes", hint=one_line(error)) from error
-        view = _rt.HalBufferView(buffer, list(sizes), _hal_type(dtype))
-        return self._array(sizes, dtype, view)
+        return self._array(sizes, dtype, _rt.HalBufferView(buffer, sizes, _hal_type(dtype)))
 
     def _array(self, shape: Sequence[int], dtype: str, view: Any) -> DeviceArray:
         return DeviceArray(tuple(shape), dtype, view, view.ref, self._hal_allocator)
