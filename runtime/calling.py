@@ -75,7 +75,7 @@ class Calling(Serial):
                 return choose(self._step(step, ids, now, step.logits))
 
     def _append(self, step: Step, token: int, read: Callable[[], _Chosen], draw: bytes | None = None) -> _Chosen | None:
-        """`_step` for one row of which nothing is kept for `rollback`, so that its states are grown in place; else None.
+        """`_step` for one row of which nothing is kept for `rollback`, with as little as possible besides; else None.
 
         States that somebody else holds too are left to them, which a fork's first step pays for with memory of its own.
         Nothing is committed before the last lines but one, which no signal comes between.
@@ -103,6 +103,7 @@ class Calling(Serial):
                 lease = old if is_grown else caches.extend(old, position + 1)
                 with engine.lock:
                     into = spare.pop() if spare else step.new_moving()
+                    new = None if is_grown and not now.shared else Held(into, lease, position + 1, 1)
                     if step.draws:
                         step.draw_by(draw)
                     step.append(token, now, lease.caches, into)
@@ -113,9 +114,12 @@ class Calling(Serial):
                 elif lease is not None:
                     lease.release()
                 raise
-            before, is_own = now.moving, not now.shared
-            now.moving, now.position, now.lease, now.shared = into, position + 1, lease, False
-            if is_own:
+            before = now.moving
+            if new is None:
+                now.moving, now.position = into, position + 1
+            else:
+                self._line = [new]
+            if not now.shared:
                 spare.append(before)
             return found
         finally:

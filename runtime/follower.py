@@ -13,8 +13,10 @@ if TYPE_CHECKING:
     from .session import Session
 
 LONGEST_SECONDS = 0.1
-"""Of a call of several steps, and so how long tokens and a Ctrl-C may keep somebody waiting: 0.1 s is the limit below which
-an answer feels immediate."""
+"""Of a call of several steps, and so how long tokens and a Ctrl-C may keep somebody waiting.
+
+0.1 s is the limit below which an answer feels immediate.
+"""
 
 
 class Follower:

@@ -53,9 +53,9 @@ def test_steps_are_prepared_and_equal_general_calls(target: str, monkeypatch: py
     prepared = list[int]()
     for right in (Step.call, Step.append):
 
-        def counted(self: Step, ids: Any, now: Any, into: Any, right: Any = right) -> Any:
+        def counted(self: Step, ids: Any, now: Any, *memory: Any, right: Any = right) -> Any:
             prepared.append(now.position)
-            return right(self, ids, now, into)
+            return right(self, ids, now, *memory)
 
         monkeypatch.setattr(Step, right.__name__, counted)
     one, two, want = program(target).session(window=4), program(target).session(), expected(target)
@@ -71,6 +71,57 @@ def test_steps_are_prepared_and_equal_general_calls(target: str, monkeypatch: py
     np.testing.assert_array_equal(steps(fork, 30, 40), want[:, 30:40])
     np.testing.assert_array_equal(steps(one, 30, 40), want[:, 30:40])
     assert prepared == [*range(20), *range(3), *range(20, 25), *range(22, 30), 0, 1, *range(30, 40), *range(30, 40)]
+
+
+@TARGETS
+def test_a_fork_goes_the_shortest_way_from_its_first_step(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So do the session that it comes from and one that went back to a snapshot: nobody's states change another's."""
+    want = expected(target)
+    monkeypatch.setattr(Step, "call", None)  # the longer way
+    monkeypatch.setattr(Session, "_run", None)  # the longest
+    session = program(target).session()
+    steps(session, 0, 10)
+    snapshot = session.snapshot()
+    forks = [session.fork() for _ in range(3)]
+    for at in range(10, 20):
+        for one in (*forks, session):
+            np.testing.assert_array_equal(run(one, at, at + 1), want[:, at : at + 1])
+    session.restore(snapshot)
+    np.testing.assert_array_equal(steps(session, 10, 20), want[:, 10:20])
+    np.testing.assert_array_equal(steps(program(target).session(snapshot), 10, 20), want[:, 10:20])
+
+
+@TARGETS
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_failure_at_every_boundary_of_a_fork_s_first_step(
+    target: str, when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fork stands where it stood and shares what it shared; the other goes on in between."""
+    loaded, want = program(target), expected(target)
+    engine = engine_of(loaded)
+    step = engine.step(1)
+    boundaries = [(engine.module, "_invoke"), (loaded.device, "_empty"), (loaded.device, "move")]
+    session = loaded.session()
+    steps(session, 0, 10)
+    snapshot = session.snapshot()
+    for owner, name in [*boundaries, (step, "append"), (step, "read_all"), (step, "new_moving")]:
+        session.restore(snapshot)
+        fork = session.fork()
+        steps(session, 10, 11)  # so that the fork must copy
+        right = getattr(owner, name)
+
+        def broken(*args: Any, right: Any = right) -> Any:
+            if when == "after":
+                right(*args)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, broken)
+            with pytest.raises(KeyboardInterrupt):
+                run(fork, 10, 11)
+        assert fork.position == 10, name
+        np.testing.assert_array_equal(steps(session, 11, 13), want[:, 11:13])
+        np.testing.assert_array_equal(steps(fork, 10, 13), want[:, 10:13])
 
 
 @TARGETS
