@@ -28,13 +28,16 @@ AMX = PAIRS | fused_amx.FEATURES | bytes_amx.FEATURES
 
 
 def emulate(monkeypatch: pytest.MonkeyPatch, features: frozenset[str]) -> None:
-    """Models compiled in this process are for this machine with these features besides, and their vectors."""
+    """Models compiled in this process are for this machine with these features, without its own of their kind.
+
+    A CPU with AMX would take that for what the others are to show, and no CPU has those of Arm beside it.
+    """
     resolve, bits = compiling.resolve_target, 128 if features >= ARM else 512
 
     def with_features(*given: Any) -> Any:
         target = resolve(*given)
         machine = target.capabilities
-        machine = replace(machine, vector_bits=bits, features=machine.features | features)
+        machine = replace(machine, vector_bits=bits, features=machine.features - (AMX | ARM) | features)
         return replace(target, capabilities=machine, flags=(*target.flags, STACK))
 
     monkeypatch.setattr(compiling, "resolve_target", with_features)
