@@ -13,7 +13,7 @@ A layer's queries and keys are divided by the Euclidean norm of each head when t
 in f32, by shuffles among the threads that move a head. A head of zeros stays zeros.
 
 Legal: on GPUs, for parts of whole chunks of 16 bytes; norms of heads whose chunks are a power of two that a subgroup
-has threads for. Cost: x once in and once out.
+has threads for, where each begins at a multiple of its size in every row. Cost: x once in and once out.
 """
 
 from __future__ import annotations
@@ -77,12 +77,24 @@ def is_splittable(x: TensorSpec, sizes: Sequence[int], target: Target) -> bool:
     return target.is_gpu and whole and known and 2 <= len(sizes) < target.limits.bindings
 
 
-def can_divide(x: TensorSpec, heads: Sequence[int], target: Target) -> bool:
-    """Whether parts may be divided by the norms of heads of so many columns, 0 where there are none, on the way."""
+def can_divide(x: TensorSpec, sizes: Sequence[int], heads: Sequence[int], target: Target) -> bool:
+    """Whether parts may be divided by the norms of heads of so many columns, 0 where there are none, on the way.
+
+    The threads that shuffle are neighbours from a multiple of their number on: in each row a head has to begin there.
+    """
     each = FLOAT_BITS[x.dtype]
     threads = {head * each // _CHUNK_BITS for head in heads if head}
     whole = all(head * each % _CHUNK_BITS == 0 for head in heads)
-    return whole and len(threads) == 1 and all(n & (n - 1) == 0 and n <= target.subgroup_size for n in threads)
+    starts = itertools.accumulate(sizes, initial=0)
+    in_place = all(
+        head == 0 or start % head == sum(sizes) % head == 0 for head, start in zip(heads, starts, strict=False)
+    )
+    return (
+        whole
+        and in_place
+        and len(threads) == 1
+        and all(n & (n - 1) == 0 and n <= target.subgroup_size for n in threads)
+    )
 
 
 def parse(node: Node) -> SplitColumns:

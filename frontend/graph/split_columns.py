@@ -35,7 +35,7 @@ def split_columns(graph: SpecializedGraph, target: Target) -> SpecializedGraph:
         if sizes := found.get(node.name):
             x, norms = spec_of_type(graph.types[node.input[0]]), [chains.norm(name) for name in node.output]
             heads = [norm.head if norm is not None else 0 for norm in norms]
-            if x is None or not any(heads) or not can_divide(x, heads, target):
+            if x is None or not any(heads) or not can_divide(x, sizes, heads, target):
                 norms, heads = [None] * len(norms), [0] * len(norms)
             outputs = [name if norm is None else norm.result for name, norm in zip(node.output, norms, strict=True)]
             factors = [1.0 if norm is None else norm.factor for norm in norms]

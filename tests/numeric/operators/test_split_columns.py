@@ -7,7 +7,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from harness import run_op
+from harness import TARGETS, run_op, spec
+from linattn.dialect_patterns.node import TensorSpec
+from linattn.dialect_patterns.split_columns import can_divide
 from linattn.dialect_patterns.target import Limits, Target
 from linattn.frontend.graph.schema import infer_types
 from linattn.frontend.graph.specialize import SpecializedGraph
@@ -53,6 +55,7 @@ def test_parts_over_the_norms_of_their_heads(
     dtype: Any, rows: int, sizes: tuple[int, ...], heads: tuple[int, ...], factors: tuple[float, ...]
 ) -> None:
     x = np.random.default_rng(rows).standard_normal((1, rows, sum(sizes))).astype(dtype)
+    assert can_divide(spec(x), sizes, heads, TARGETS["lavapipe"])
     x[0, 1] = 0
     given = {"sizes": list(sizes), "heads": list(heads), "factors": list(factors)}
     common = {"domain": "linattn", "version": 1, "num_outputs": len(sizes), "target": "lavapipe"}
@@ -65,6 +68,21 @@ def test_parts_over_the_norms_of_their_heads(
             assert error(part, want) <= BENIGN[np.dtype(dtype).name]
         else:
             assert part.tobytes() == want.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "heads", "possible"),
+    [
+        ((32, 32, 64), (32, 32, 0), True),
+        ((32, 32, 20), (32, 32, 0), False),  # the second row's heads begin between two groups of threads
+        ((20, 32, 12), (0, 32, 0), False),  # heads of every row do
+        ((32, 20, 12), (32, 0, 0), True),
+    ],
+)
+def test_where_heads_begin(sizes: tuple[int, ...], heads: tuple[int, ...], possible: bool) -> None:
+    """Their threads are neighbours that begin at a multiple of their number: others would sum over two heads."""
+    x = TensorSpec((1, 5, sum(sizes)), "f32")
+    assert can_divide(x, sizes, heads, TARGETS["lavapipe"]) is possible
 
 
 def kinds(
@@ -113,11 +131,11 @@ def test_what_is_made_of_it(
 
 
 @pytest.mark.parametrize(
-    ("elsewhere", "axis", "factor", "heads"),
-    [("", -1, 0.25, [16, 0]), ("", 3, 0.0, [16, 0]), ("y0", -1, 0.25, [0, 0]), ("normed", -1, 0.25, [0, 0]),
-     ("", 2, 0.25, [0, 0])],
+    ("elsewhere", "axis", "factor", "rest", "heads"),
+    [("", -1, 0.25, 32, [16, 0]), ("", 3, 0.0, 32, [16, 0]), ("y0", -1, 0.25, 32, [0, 0]),
+     ("normed", -1, 0.25, 32, [0, 0]), ("", 2, 0.25, 32, [0, 0]), ("", -1, 0.25, 24, [0, 0])],
 )  # fmt: skip
-def test_a_norm_behind_a_part(elsewhere: str, axis: int, factor: float, heads: list[int]) -> None:
+def test_a_norm_behind_a_part(elsewhere: str, axis: int, factor: float, rest: int, heads: list[int]) -> None:
     """It is part of the kernel where nothing else reads what is on the way; without a factor there is no product."""
     nodes = [
         helper.make_node("Split", ["x", "sizes"], ["y0", "y1"], "split", axis=-1),
@@ -128,11 +146,11 @@ def test_a_norm_behind_a_part(elsewhere: str, axis: int, factor: float, heads: l
     nodes += [helper.make_node("Mul", ["z", "factor"], ["q"], "times")] if factor else []
     nodes.append(helper.make_node("Neg", ["q" if factor else "z"], ["end"], "end"))
     nodes += [helper.make_node("Neg", [elsewhere], ["other"], "other")] if elsewhere else []
-    given = {"sizes": [64, 32], "apart": [0, 0, 4, 16], "flat": [0, 0, 64]}
+    given = {"sizes": [64, rest], "apart": [0, 0, 4, 16], "flat": [0, 0, 64]}
     constants = [numpy_helper.from_array(np.array(value), name) for name, value in given.items()]
     constants.append(numpy_helper.from_array(np.array(factor, np.float16), "factor"))
     ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT16, None) for name in ("end", "y1")]
-    x = [helper.make_tensor_value_info("x", TensorProto.FLOAT16, (1, 8, 96))]
+    x = [helper.make_tensor_value_info("x", TensorProto.FLOAT16, (1, 8, 64 + rest))]
     imports = [helper.make_opsetid("", 21)]
     model = helper.make_model(helper.make_graph(nodes, "g", x, ends, constants), opset_imports=imports)
     target = Target("vulkan", is_gpu=True, subgroup_size=32)
