@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, cast
 
 import iree.runtime as _untyped_rt  # pyright: ignore[reportMissingTypeStubs]
@@ -121,12 +121,19 @@ class Move:
     regions: Sequence[tuple[int, int, int]]
 
 
-def row_regions(array: DeviceArray, axis: int, first: int, last: int) -> list[tuple[int, int, int]]:
+def row_regions(array: DeviceArray, axis: int, first: int, last: int) -> tuple[tuple[int, int, int], ...]:
     """Where rows of one axis lie, from `first` up to `last`, as the regions of a `Move` to the same place."""
-    row = math.prod(array.shape[axis + 1 :]) * numpy_dtype(array.dtype).itemsize
-    block = row * array.shape[axis]
-    starts = [i * block + first * row for i in range(math.prod(array.shape[:axis]))]
-    return [(start, start, (last - first) * row) for start in starts]
+    return _row_regions(array.shape, numpy_dtype(array.dtype).itemsize, axis, first, last)
+
+
+@lru_cache(maxsize=64)
+def _row_regions(
+    shape: tuple[int, ...], itemsize: int, axis: int, first: int, last: int
+) -> tuple[tuple[int, int, int], ...]:
+    row = math.prod(shape[axis + 1 :]) * itemsize
+    block = row * shape[axis]
+    starts = [i * block + first * row for i in range(math.prod(shape[:axis]))]
+    return tuple((start, start, (last - first) * row) for start in starts)
 
 
 class Device(Owned):
@@ -364,13 +371,14 @@ class Device(Owned):
         return self._array(shape, dtype, view)
 
     def _empty(self, shape: Sequence[int], dtype: str, memory: tuple[int, int] = _DEVICE_MEMORY) -> DeviceArray:
-        sizes = [*map(int, shape)]
-        nbytes = math.prod(sizes) * numpy_dtype(dtype).itemsize
+        sizes, nbytes, element = _layout(tuple(shape), dtype)
+        self.enter()
         try:
-            buffer = self._allocator.allocate_buffer(*memory, max(nbytes, 16))
+            buffer = self._hal_allocator.allocate_buffer(*memory, max(nbytes, 16))
         except (RuntimeError, MemoryError) as error:
             raise TargetError("cannot allocate", where=self.uri, got=f"{nbytes} bytes", hint=one_line(error)) from error
-        return self._array(sizes, dtype, _rt.HalBufferView(buffer, sizes, _hal_type(dtype)))
+        view = _rt.HalBufferView(buffer, sizes, element)
+        return DeviceArray(sizes, dtype, view, view.ref, self._hal_allocator)
 
     def _array(self, shape: Sequence[int], dtype: str, view: Any) -> DeviceArray:
         return DeviceArray(tuple(shape), dtype, view, view.ref, self._hal_allocator)
@@ -437,6 +445,13 @@ class Device(Owned):
         if nbytes <= _KEPT_STAGING:
             self._staging = staging
         return staging
+
+
+@lru_cache(maxsize=256)
+def _layout(shape: tuple[int, ...], dtype: str) -> tuple[tuple[int, ...], int, Any]:
+    """Sizes, bytes and element type of an array; a fork makes ten of those that all forks make."""
+    sizes = tuple(map(int, shape))
+    return sizes, math.prod(sizes) * numpy_dtype(dtype).itemsize, _hal_type(dtype)
 
 
 def _hal_type(dtype: str) -> Any:

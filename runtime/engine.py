@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
+from .collect import find_wanted
 from .device import Device, DeviceArray, HostArray, numpy_dtype
 from .dlpack import borrowed
 from .errors import InputError
@@ -77,6 +78,9 @@ class Engine:
         self._ids = tokens[0] if len(tokens) == 1 else None
         sizes = {entry.tokens for entry in manifest.entry_points}
         self._step_sizes = {1} if None in sizes else {1, *sizes}  # what takes any number of tokens takes all but one
+        names = [spec.name for spec in manifest.outputs]
+        self.plain = {which: find_wanted(names, None, which) for which in ("all", "last")}
+        """What a call wants that asks for nothing but which logits."""
         self._result_dtypes = [spec.dtype for spec in (*manifest.outputs, *manifest.states)]
 
     @property

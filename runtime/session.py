@@ -76,8 +76,7 @@ class Session(Calling):
         self._line = [self._empty() if snapshot is None else self._held_by(snapshot)]
         self._ahead: Ahead | None = None
         self._series: Series | None = None
-        names = [spec.name for spec in manifest.outputs]
-        self._plain = {which: find_wanted(names, None, which, False, None) for which in ("all", "last")}
+        self._plain = engine.plain
         self._cancelled = False
         self._submitted: Future[dict[str, Any]] | None = None
         self._spare: list[list[DeviceArray]] = []  # memory of moving states that nobody needs any more

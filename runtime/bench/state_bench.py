@@ -148,7 +148,7 @@ def _forks(
         held = program.memory().held
     what = f"{forks} forks of {prompt} tokens, {steps} steps each: against sessions of their own"
     bytes_ratio = (held - before) / max(before - nothing, 1)
-    ratio, first = sum(together[1:]) / sum(alone[1:]), together[0] / alone[0]
+    ratio, first = statistics.median(together[1:]) / statistics.median(alone[1:]), together[0] / alone[0]
     return [
         {"what": what, "cpu_ratio": ratio, "bytes_ratio": bytes_ratio},
         {"what": "the same in memory new to the process", "cpu_ratio": first, "bytes_ratio": bytes_ratio},
