@@ -81,7 +81,8 @@ def test_all_dialects_are_loaded_that_operations_are_built_of() -> None:
             session.context.get_dialect_descriptor(name)
             dialects.add(name)
     assert {"arith", "flow", "hal", "llvm", "torch", "vector"} < dialects
-    assert dialects - {"stream"} == set(DIALECTS)  # stream's are built where IREE has loaded it: behind its phase of that name
+    # Operations of stream are built where IREE has loaded it: behind its phase of that name.
+    assert dialects - {"stream"} == set(DIALECTS)
 
 
 def test_verified_between_phases_not_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
