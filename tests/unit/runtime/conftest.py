@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import pytest
-from linattn.runtime import Program, TargetError
+from linattn.runtime import Program
 from linattn.runtime.device import Device
-from linattn.runtime.opening import open_device
+from needed import need_device
 from tiny_hybrid import Hybrid
-
-
-def need_device(uri: str) -> Device:
-    """The device, or a skip; LINATTN_REQUIRE=vulkan (as in CI) turns the skip into a failure."""
-    try:
-        return open_device(uri)
-    except TargetError as error:
-        if uri.partition("://")[0] in os.environ.get("LINATTN_REQUIRE", "").split(","):
-            raise
-        pytest.skip(str(error))
 
 
 @pytest.fixture(params=["local-task", "local-sync", pytest.param("vulkan", marks=pytest.mark.vulkan)])

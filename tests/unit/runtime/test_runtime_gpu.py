@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import need_device
 from linattn.runtime import Program, TargetError, gpu
 from linattn.runtime.drivers import list_devices
 from linattn.runtime.gpu import Offer, missing_of_gpu
 from linattn.runtime.manifest_target import DeviceNeeds, Target
+from needed import need_device
 from tiny_hybrid import Hybrid
 
 NEEDS = DeviceNeeds(256, 32_768, 9, 12, ("shaderFloat16", "shaderInt64", "subgroupShuffle"))

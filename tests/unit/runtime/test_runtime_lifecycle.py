@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import need_device
 from linattn.runtime import Program, Session, StateError, TargetError
 from linattn.runtime.module import Module
+from needed import need_device
 from tiny_hybrid import Hybrid
 
 IDS = {"input_ids": np.array([[1, 2, 3]])}

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import need_device
 from linattn.runtime import DeviceTensor, InputError, Program, StateError
 from linattn.runtime.device import Device
 from linattn.runtime.dlpack import borrowed, from_outside, on_device
 from linattn.runtime.opening import open_device
+from needed import need_device
 from tiny_hybrid import reference
 
 Load = Callable[..., Program]

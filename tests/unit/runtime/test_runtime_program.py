@@ -13,7 +13,6 @@ import iree.runtime as rt
 import linattn
 import numpy as np
 import pytest
-from conftest import need_device
 from iree.compiler.tools import compile_str
 from linattn.runtime import InputError, Program, StateError, TargetError
 from linattn.runtime.integrity import seal_file, sealed
@@ -21,6 +20,7 @@ from linattn.runtime.manifest import EntryPoint, InputSpec, Manifest, OutputSpec
 from linattn.runtime.manifest_target import Target
 from linattn.runtime.module import Module
 from linattn.runtime.opening import open_device
+from needed import need_device
 from test_runtime_session import some_ids
 from tiny_hybrid import ANY_CPU, FLAGS, Hybrid, open_form, reference
 

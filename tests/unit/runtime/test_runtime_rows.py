@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import need_device
 from linattn.runtime import InputError, Program, Session, StateError, TargetError
+from needed import need_device
 from tiny_hybrid import Hybrid, open_form, reference
 
 URIS = ["local-task", pytest.param("vulkan", marks=pytest.mark.vulkan)]

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import need_device
 from linattn.runtime import InputError, LinattnError, Program, Session, StateError
+from needed import need_device
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from tiny_hybrid import Hybrid, open_form, reference

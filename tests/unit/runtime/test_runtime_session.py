@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import need_device
 from linattn.runtime import InputError, Program, Session, StateError, TargetError, greedy, greedy_rows
 from linattn.runtime.binding import plan_blocks
 from linattn.runtime.device import Move
 from linattn.runtime.manifest import EntryPoint, Manifest
+from needed import need_device
 from tiny_hybrid import Hybrid, open_form, reference
 
 Load = Callable[..., Program]

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import need_device
 from linattn.runtime import InputError, Program, Session, StateError
 from linattn.runtime.dlpack import from_outside
 from linattn.runtime.manifest import StateSpec
+from needed import need_device
 from tiny_hybrid import Hybrid, open_form, reference
 
 IDS = np.random.default_rng(0).integers(1, 8, (1, 12))
