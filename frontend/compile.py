@@ -16,6 +16,7 @@ from linattn.dialect_patterns.guarded_divisions import guard_divisions
 from linattn.dialect_patterns.guarded_reads import guard_reads
 from linattn.dialect_patterns.kept_nans import keep_nans
 from linattn.dialect_patterns.op import INTERNAL, LoweringContext, LoweringOptions
+from linattn.dialect_patterns.reduced_angles import reduce_angles
 from linattn.dialect_patterns.rewrite import lower_operators
 from linattn.dialect_patterns.unsigned_reductions import make_reductions_unsigned
 from linattn.dialect_patterns.wide_conversions import widen_conversions
@@ -184,6 +185,8 @@ def compile_model(
         with compiler.building():
             guard_reads(module)
             guard_divisions(module)
+            if not target.capabilities.matrix_units:
+                reduce_angles(module)
             if target.capabilities.is_gpu and not target.capabilities.matrix_units:
                 widen_conversions(module)
                 keep_nans(module)
