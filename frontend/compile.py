@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 from iree.compiler import ir
 from linattn.dialect_patterns.emit.builder import Builder
+from linattn.dialect_patterns.exact_gelu import mend_gelu
 from linattn.dialect_patterns.guarded_divisions import guard_divisions
 from linattn.dialect_patterns.guarded_reads import guard_reads
 from linattn.dialect_patterns.kept_nans import keep_nans
@@ -185,6 +186,7 @@ def compile_model(
         with compiler.building():
             guard_reads(module)
             guard_divisions(module)
+            mend_gelu(module)
             if not target.capabilities.matrix_units:
                 reduce_angles(module)
             if target.capabilities.is_gpu and not target.capabilities.matrix_units:
