@@ -61,7 +61,7 @@ def rows_of(result: Row, name: str | None = None, commit: str | None = None) -> 
     for weights, target in dict.fromkeys((r["weights"], r["target"]) for r in result["rows"] if r["kind"] == "linattn"):
         same = [row for row in result["rows"] if row["weights"] == weights]
         ours = [row for row in same if row["kind"] == "linattn" and row["target"] == target]
-        peers = [row for row in same if row["kind"] != "linattn"]
+        peers = [row for row in same if row["kind"] == "onnxruntime"]
         device = result["devices"][target]
         why = [] if weights else ["a module does not say of what kind its weights are: measure the .onnx"]
         why += [] if any(row["prompt"] == SHOWN for row in ours) else [f"no prompt of {SHOWN} tokens"]

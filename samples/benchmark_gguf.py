@@ -105,10 +105,7 @@ def _keys(arrays: dict[str, np.ndarray]) -> Keys:
         "ssm.group_count": heads,
         "full_attention_interval": 4,
     }
-    keys: dict[str, tuple[int, object]] = {
-        "general.architecture": (STRING, "qwen35"),
-        "general.name": (STRING, "benchmark"),
-    }
+    keys: Keys = {"general.architecture": (STRING, "qwen35"), "general.name": (STRING, "benchmark")}
     for name, size in sizes.items():
         keys[f"qwen35.{name}"] = UINT, size
     keys["qwen35.attention.layer_norm_rms_epsilon"] = (FLOAT, 1e-6)

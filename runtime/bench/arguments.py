@@ -9,7 +9,7 @@ from linattn.runtime.completion import add_completion
 
 from .cases import RULES
 from .op_models import DOMAINS, MICROSOFT
-from .options import DEFAULT, OP_PEERS
+from .options import DEFAULT, MODEL_PEERS, OP_PEERS
 
 OPS = {"linear_attention": "LinearAttention", "causal_conv": "CausalConvWithState"}
 _EPILOG = """Examples:
@@ -125,7 +125,7 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     add("--repeats", type=int, default=3, metavar="N", help="turns of each subject (default: 3)")
     add("--warmup", type=int, default=1, metavar="N", help="untimed prompts before the first turn (default: 1)")
     add("--strategies", default=DEFAULT, metavar="NAME,...", help="strategies to force; default: linattn's choice")
-    add("--peers", default="onnxruntime", metavar="onnxruntime", help="peers, or none (default: onnxruntime)")
+    add("--peers", default="onnxruntime", metavar=",".join(MODEL_PEERS), help="peers, or none (default: onnxruntime)")
     add("--all-logits", action="store_true", help="of a prompt the logits of all positions, not of the last one only")
     add(
         "--profile",

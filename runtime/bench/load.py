@@ -30,12 +30,12 @@ class Watch:
     def watching(self) -> Generator[None]:
         """Around what is timed."""
         busy, threads = _busy_seconds(), _thread_seconds()
-        own, start = time.process_time(), time.perf_counter()
+        own, start = _own_seconds(), time.perf_counter()
         try:
             yield
         finally:
             self._wall += time.perf_counter() - start
-            self._own += time.process_time() - own
+            self._own += _own_seconds() - own
             for thread, seconds in _thread_seconds().items():
                 self._threads[thread] = self._threads.get(thread, 0.0) + seconds - threads.get(thread, 0.0)
             after = _busy_seconds()
@@ -58,6 +58,12 @@ class Watch:
             "cores_of_others": None if others is None else round(others, 2),
             "spoiled": None if others is None else others > _SPOILED * core_count(),
         }
+
+
+def _own_seconds() -> float:
+    """CPU seconds of this process, and of those that it started and that have ended."""
+    children = os.times()
+    return time.process_time() + children.children_user + children.children_system
 
 
 def _busy_seconds() -> float | None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,8 +17,9 @@ from linattn.runtime.loading import read_manifest
 from linattn.runtime.manifest import Manifest
 from linattn.runtime.module import Module
 
-from .lazy import compiler_side, need
+from .lazy import compiler_side
 from .machine import commit, core_count, describe_machine, versions
+from .model_peers import peers_of, weights_of
 from .model_rows import Entrant, row_of
 from .model_runners import vocabulary_of
 from .op_bench import FORMAT
@@ -90,7 +89,7 @@ def run_model(options: ModelOptions, note: Note) -> dict[str, Any]:
             entrants = _start_all(entrants, options, absent, note)
             prompts, forced = _prompts(entrants, options)
             entrants = _measure(entrants, prompts, forced, options, absent, order, note)
-            peers = {e.manifest.model_sha256: e for e in entrants if e.kind != "linattn"}
+            peers = {e.manifest.model_sha256: e for e in entrants if e.kind == "onnxruntime"}
             warmup = {"prompts": options.warmup, "steps": options.warmup * len(forced)}
             rows = [
                 row_of(entrant, peers.get(entrant.manifest.model_sha256), prompt, warmup)
@@ -160,15 +159,16 @@ def _compile_all(
                     ours.append(_compile(name, path, options, choice, strategy, folder))
                 except LinattnError as error:
                     absent.add(name, error)
-        weights, rounds = _weights(path) if ours else ("", False)
+        weights, rounds = weights_of(path) if ours else ("", False)
         for entrant in ours:
             entrant.facts["weights"] = weights
         entrants += ours
-        if ours and options.peers and not options.profile:
-            facts = {"quantized": rounds, "weights": weights}
-            entrants.append(Entrant(f"{prefix}onnxruntime", "onnxruntime", "cpu", ours[0].manifest, path, facts))
-    if options.peers and not options.profile and not any(entrant.kind == "onnxruntime" for entrant in entrants):
-        absent.add("onnxruntime", "it runs .onnx files, and none was given that compiled")
+        if ours and not options.profile:
+            entrants += peers_of(options, prefix, path, ours, {"quantized": rounds, "weights": weights})
+    for peer in () if options.profile else options.peers:
+        if not any(entrant.kind == peer for entrant in entrants):
+            runs = "the .gguf beside an .onnx file" if peer == "llama.cpp" else ".onnx files"
+            absent.add(peer, f"it runs {runs}, and none was given that compiled")
     return entrants
 
 
@@ -196,25 +196,6 @@ def _strategies(manifest: Manifest) -> str:
     return "; ".join(sorted(set(found), key=found.count, reverse=True))
 
 
-def _weights(path: Path) -> tuple[str, bool]:
-    """What an ONNX model's weights are, such as `float32` or `int4`, and whether its products may round activations.
-
-    That is where ONNX Runtime may compute products of quantised weights with activations in int8.
-    """
-    onnx = need("onnx", "compile")
-    graph = onnx.load_model(str(path), load_external_data=False).graph
-    products = [{a.name: a.i for a in node.attribute} for node in graph.node if node.op_type == "MatMulNBits"]
-    if products:
-        bits = Counter(int(product.get("bits", 4)) for product in products)
-        rounds = any(product.get("accuracy_level", 0) > 0 for product in products)
-        return f"int{bits.most_common(1)[0][0]}", rounds
-    held = Counter[str]()
-    for tensor in graph.initializer:
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
-        held[dtype.name] += math.prod(tensor.dims) * dtype.itemsize
-    return held.most_common(1)[0][0] if held else "none", False
-
-
 def _start_all(entrants: list[Entrant], options: ModelOptions, absent: Absences, note: Note) -> list[Entrant]:
     """Loads each in its process, one after the other; those that do not load are absent."""
     started: list[Entrant] = []
@@ -235,6 +216,9 @@ def _start(entrant: Entrant, options: ModelOptions, *, exact: bool = False) -> S
     if entrant.kind == "linattn":
         arguments |= {"module": str(entrant.path), "device": entrant.device, "all_logits": options.all_logits}
         return start(entrant.name, "model_runners:IreeModel", arguments)
+    if entrant.kind == "llama.cpp":
+        arguments |= {"model": str(entrant.path), "target": entrant.target}
+        return start(entrant.name, "llama_runner:LlamaCpp", arguments)
     bare = dataclasses.replace(entrant.manifest, nodes=())
     arguments |= {"model": str(entrant.path), "manifest": bare.to_json(), "exact": exact}
     return start(entrant.name, "model_runners:OrtModel", arguments)
@@ -327,6 +311,8 @@ def _measure(
 def _warm_up(entrant: Entrant, prompt: Sequence[int], forced: Sequence[int], options: ModelOptions) -> None:
     """The untimed turns; their logits are compared. Of a quantised model ONNX Runtime tells its noise, too."""
     length = len(prompt)
+    if entrant.kind == "llama.cpp":  # which warms up itself and shows no logits
+        return
     for _ in range(options.warmup):
         entrant.logits[length] = entrant.call("check", prompt=prompt, forced=forced)
     if not entrant.facts.get("quantized"):

@@ -34,7 +34,7 @@ class Entrant:
 
     Attributes:
         name: What rows call it.
-        kind: `linattn` or `onnxruntime`.
+        kind: `linattn`, `onnxruntime` or `llama.cpp`.
         target: Where it runs.
         manifest: What linattn found out about the model.
         path: The module or the ONNX model.
@@ -103,7 +103,7 @@ def row_of(
         "status": "ok",
         "reference": None,
     }
-    if reference is not None and reference is not entrant:
+    if reference is not None and entrant.kind == "linattn":
         row |= _judged(entrant, reference, prompt)
     return row
 

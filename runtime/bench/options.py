@@ -11,7 +11,7 @@ from .op_models import MICROSOFT
 from .subjects import TargetChoice
 
 OP_PEERS = ("onnxruntime", "onnxruntime-std", "fla")
-MODEL_PEERS = ("onnxruntime",)
+MODEL_PEERS = ("onnxruntime", "llama.cpp")
 DEFAULT = "default"
 """The strategy that linattn chooses itself."""
 
@@ -75,7 +75,7 @@ class ModelOptions:
     warmup: int = 1
     targets: Sequence[TargetChoice] = (TargetChoice("cpu"),)
     strategies: Sequence[str] = (DEFAULT,)
-    peers: Sequence[str] = MODEL_PEERS
+    peers: Sequence[str] = ("onnxruntime",)
     threads: int | None = None
     seed: int = 0
     ceilings: bool = True

@@ -116,6 +116,12 @@ def test_all_logits_is_an_option(compiled: Path, tmp_path: Path) -> None:
     assert json.loads(file.read_text())["method"]["all_logits"] is True
 
 
+def test_a_module_has_no_gguf(bench: Bench, compiled: Path) -> None:
+    status, out, _ = bench("model", compiled, *QUICK, "--quiet", "--peers", "llama.cpp")
+    assert status == 0
+    assert "it runs the .gguf beside an .onnx file, and none was given" in out
+
+
 def test_plot(result: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from linattn.runtime.bench.plot import draw

@@ -48,6 +48,14 @@ def test_a_row() -> None:
     assert "| 2 cores of a CPU | fp32 | 512,020 / 562 | 512,020 / 562 | `abc1234`, 2026-11-26 |" in speeds.table([row])
 
 
+def test_llama_cpp_has_no_column() -> None:
+    """A row compares with ONNX Runtime, whoever else took part."""
+    with_it = result()
+    rates = {"prefill": {"tokens_per_s": 1.0}, "decode": {"tokens_per_s": 1.0}}
+    with_it["rows"] += [row | {"kind": "llama.cpp", "subject": "it"} | rates for row in with_it["rows"]]
+    assert speeds.rows_of(with_it) == speeds.rows_of(result())
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [
