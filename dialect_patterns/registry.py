@@ -9,6 +9,7 @@ from .attention import group_query as group_query_attention
 from .attention import op as attention
 from .attention import step as attention_step
 from .causal_conv import op as causal_conv
+from .causal_conv import parts as causal_conv_parts
 from .draw_token import op as draw_token
 from .experts import gated_add
 from .experts import op as experts
@@ -38,6 +39,7 @@ from .tensor_scatter import op as tensor_scatter
 OPS: tuple[Op, ...] = (
     *linear_attention.OPS,
     *causal_conv.OPS,
+    *causal_conv_parts.OPS,
     *attention.OPS,
     *group_query_attention.OPS,
     *attention_step.OPS,

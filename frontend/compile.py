@@ -55,6 +55,7 @@ from .graph.schema import check_contracts, check_supported, domain_of, infer_typ
 from .graph.single_token import squeezes_tokens
 from .graph.specialize import SpecializedGraph, specialize
 from .graph.split_columns import split_columns
+from .graph.split_convolutions import split_convolutions
 from .graph.state_names import Pairing
 from .graph.states import find_states
 from .graph.trailing_inputs import drop_trailing_inputs
@@ -311,7 +312,8 @@ def _plan(
         ranked = rank_top_k(specialized, target.capabilities)
         ranked = split_columns(ranked, target.capabilities)
         lowering = _lowering_options(options)
-        joined = join_products(ranked, versions, target.capabilities, lowering)
+        cut = split_convolutions(ranked, versions, target.capabilities, lowering)
+        joined = join_products(cut, versions, target.capabilities, lowering)
         packed = join_packed_products(joined, versions, target.capabilities, lowering)
         stepped = join_attention(packed, versions, target.capabilities)
         gated = join_gates(stepped, versions, target.capabilities, lowering)

@@ -30,7 +30,7 @@ from ..select import Legality, No, OtherMachine, Yes
 from ..target import Target
 from .contract import CausalConv
 from .direct import Operands
-from .simd_channels import ChannelsBody
+from .simd_channels import ChannelsBody, Part
 from .simd_kernel import Body, write_one_token
 
 _MAX_STATE = 256  # elements of the state of the channels of one vector, and of one channel
@@ -71,25 +71,27 @@ def emit_causal_conv_fused_simd(context: LoweringContext, contract: CausalConv, 
     return _emit(context, contract, kernel, x)
 
 
-def emit_causal_conv_rows(context: LoweringContext, contract: CausalConv, x: Operands) -> list[ir.Value]:
-    """Emit output and present state for ``x.input`` [B, T, C]; the output is [B, T, C] too."""
-    kernel = for_machines(context.target, lambda machine: rows_kernel(contract, machine))
+def emit_causal_conv_rows(
+    context: LoweringContext, contract: CausalConv, x: Operands, parts: Sequence[Part] = ()
+) -> list[ir.Value]:
+    """Emit output and present state for ``x.input`` [B, T, C]; the output is [B, T, C] too, or its parts."""
+    kernel = for_machines(context.target, lambda machine: rows_kernel(contract, machine, parts))
     return _emit(context, contract, kernel, x)
 
 
 def _emit(context: LoweringContext, c: CausalConv, kernel: Kernel, x: Operands) -> list[ir.Value]:
     b = context.builder
-    flat, flat_state = (spec.rank == 2 for spec in kernel.outputs)
+    flat, flat_state = (spec.rank == 2 for spec in (kernel.outputs[0], kernel.outputs[-1]))
     batch = b.dim(x.input, 0)
     value = b.collapse(x.input, 1, 2) if flat else x.input
     operands = [value, _taps(context, x.weight), *([x.bias] if x.bias is not None else [])]
     operands += [b.collapse(x.past, 1, 2) if flat_state else x.past] if c.has_past else []
-    output, state = dispatch(b, kernel, operands, batch, x.tokens)
+    *outputs, state = dispatch(b, kernel, operands, batch, x.tokens)
     if flat:
-        output = b.expand(output, 1, [c.channels, 1])
+        outputs = [b.expand(outputs[0], 1, [c.channels, 1])]
     if flat_state:
         state = b.expand(state, 1, [c.channels, c.state_length])
-    return [output, state]
+    return [*outputs, state]
 
 
 def _taps(context: LoweringContext, weight: ir.Value) -> ir.Value:
@@ -119,23 +121,45 @@ def causal_conv_kernel(contract: CausalConv, target: Target) -> Kernel:
         value, state = (TensorSpec((batch, c.channels), dtype), "B_"), (_flat_state(c), "B_")
     else:
         value, state = (c.input, "B_T"), (c.state_spec, "B__")
-    return _kernel(c, _symbol(c, target), value, state, channels, write)
+    return _kernel(c, _symbol(c, target), (value, [value]), state, channels, write)
 
 
-def rows_kernel(contract: CausalConv, target: Target) -> Kernel:
-    """The kernel of a contract for input and output [B, T, C]."""
+def rows_kernel(contract: CausalConv, target: Target, parts: Sequence[Part] = ()) -> Kernel:
+    """The kernel of a contract for input and output [B, T, C], or some parts of that."""
     c, lanes = contract, _row_lanes(contract, target)
     batch, _, tokens = c.input.shape
     channels = min(
-        _row_sizes(c, lanes), key=lambda size: slowest_share(-(-c.channels // size), size * (tokens or 256) + _START)
+        _part_sizes(c, lanes, parts),
+        key=lambda size: slowest_share(-(-c.channels // size), size * (tokens or 256) + _START),
     )
 
     def write(k: KernelText, batch: Index, tokens: Index, memrefs: Sequence[str]) -> None:
         del batch
-        ChannelsBody(k, c, channels, lanes, tokens, memrefs).write()
+        ChannelsBody(k, c, parts or [Part(0, c.channels)], channels, lanes, tokens, memrefs).write()
 
     value = TensorSpec((batch, tokens, c.channels), c.input.dtype), "BT_"
-    return _kernel(c, f"{_symbol(c, target)}_rows", value, (_flat_state(c), "B_"), channels, write)
+    outputs = [(TensorSpec((batch, tokens, part.size), c.input.dtype), "BT_") for part in parts] or [value]
+    kinds = [f"{part.size}" + (f"n{part.head}x{part.factor.hex()}" if part.head else "") for part in parts]
+    name = "_".join([f"{_symbol(c, target)}_rows", *kinds]).replace(".", "p").replace("-", "m").replace("+", "")
+    return _kernel(c, name, (value, outputs), (_flat_state(c), "B_"), channels, write)
+
+
+def _part_sizes(c: CausalConv, lanes: int, parts: Sequence[Part]) -> list[int]:
+    """Channels that a workgroup may have: whole heads of one part, or of none in particular where there are none."""
+    sizes = _row_sizes(c, lanes)
+    if not parts:
+        return sizes
+    whole = [size for size in sizes if all(part.start % size == part.size % size == 0 for part in parts)]
+    return [size for size in whole if all(not part.head or size % part.head == 0 for part in parts)]
+
+
+def takes_parts(contract: CausalConv, parts: Sequence[Part], target: Target) -> bool:
+    """Whether there is a kernel for input [B, T, C] and such parts of the output, one after the other."""
+    if not takes_rows(contract, target):
+        return False
+    lanes = {_row_lanes(contract, machine) for machine in target.machines}
+    heads = [part.head for part in parts if part.head]
+    return all(_part_sizes(contract, n, parts) and all(head % n == 0 for head in heads) for n in lanes)
 
 
 def _row_lanes(c: CausalConv, target: Target) -> int:
@@ -158,19 +182,20 @@ def _row_sizes(c: CausalConv, lanes: int) -> list[int]:
 def _kernel(
     c: CausalConv,
     name: str,
-    value: tuple[TensorSpec, str],
+    values: tuple[tuple[TensorSpec, str], Sequence[tuple[TensorSpec, str]]],
     state: tuple[TensorSpec, str],
     channels: int,
     write: Callable[[KernelText, Index, Index, Sequence[str]], None],
 ) -> Kernel:
+    value, outputs = values
     given = [value, (TensorSpec((c.channels * c.kernel,), c.input.dtype), "_")]
     given += [(TensorSpec((c.channels,), c.input.dtype), "_")] if c.has_bias else []
     given += [state] if c.has_past else []
     return Kernel(
         name=name,
         inputs=tuple(spec for spec, _ in given),
-        outputs=(value[0], state[0]),
-        axes=(*(term for _, term in given), value[1], state[1]),
+        outputs=(*(spec for spec, _ in outputs), state[0]),
+        axes=(*(term for _, term in given), *(term for _, term in outputs), state[1]),
         workgroups=(-(-c.channels // channels), 1),
         write=write,
     )

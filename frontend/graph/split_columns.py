@@ -29,7 +29,7 @@ def split_columns(graph: SpecializedGraph, target: Target) -> SpecializedGraph:
     if not found:
         return graph
     model = graph.copied()
-    chains = _Chains(model.graph, graph.types)
+    chains = Chains(model.graph, graph.types)
     gone: set[str] = set()
     for node in model.graph.node:
         if sizes := found.get(node.name):
@@ -52,8 +52,8 @@ def split_columns(graph: SpecializedGraph, target: Target) -> SpecializedGraph:
 
 
 @dataclass(frozen=True)
-class _Norm:
-    """What becomes of a part.
+class PartNorm:
+    """What becomes of a part of a value.
 
     Attributes:
         head: Columns that are divided by their norm together.
@@ -68,8 +68,13 @@ class _Norm:
     nodes: tuple[str, ...]
 
 
-class _Chains:
-    """Finds the nodes behind a value."""
+class Chains:
+    """Finds the nodes behind a value.
+
+    Args:
+        graph: The graph.
+        types: Types of its values.
+    """
 
     def __init__(self, graph: onnx.GraphProto, types: Mapping[str, onnx.TypeProto]) -> None:
         self._types, self._outputs = types, {value.name for value in graph.output}
@@ -79,11 +84,11 @@ class _Chains:
             for name in node.input:
                 self._readers.setdefault(name, []).append(node)
 
-    def norm(self, name: str) -> _Norm | None:
+    def norm(self, name: str) -> PartNorm | None:
         """The norm that is all that is read of a part, if it is one of its heads."""
-        apart = self._reader(name, "Reshape")
-        norm = None if apart is None else self._reader(apart.output[0], "LpNormalization")
-        flat = None if norm is None else self._reader(norm.output[0], "Reshape")
+        apart = self.reader(name, "Reshape")
+        norm = None if apart is None else self.reader(apart.output[0], "LpNormalization")
+        flat = None if norm is None else self.reader(norm.output[0], "Reshape")
         if apart is None or norm is None or flat is None:
             return None
         shape, given = spec_of_type(self._types.get(apart.output[0])), attributes_of(norm)
@@ -91,7 +96,7 @@ class _Chains:
         if shape is None or given.get("axis", -1) not in (-1, shape.rank - 1) or given.get("p", 2) != 2 or not same:
             return None
         nodes, result, factor = [apart, norm, flat], flat.output[0], 1.0
-        times = self._reader(result, "Mul")
+        times = self.reader(result, "Mul")
         for other in () if times is None else times.input:
             tensor = self._constants.get(other)
             if tensor is None or tensor.data_location == onnx.TensorProto.EXTERNAL or len(tensor.dims) > shape.rank - 1:
@@ -101,9 +106,9 @@ class _Chains:
                 factor = float(values.item())
         if times is not None and factor != 1.0:
             nodes, result = [*nodes, times], times.output[0]
-        return _Norm(shape.shape[-1] or 0, factor, result, tuple(node.name for node in nodes))
+        return PartNorm(shape.shape[-1] or 0, factor, result, tuple(node.name for node in nodes))
 
-    def _reader(self, name: str, op_type: str) -> onnx.NodeProto | None:
+    def reader(self, name: str, op_type: str) -> onnx.NodeProto | None:
         """The only node that reads a value, if it is of that kind."""
         readers = self._readers.get(name, [])
         if len(readers) != 1 or name in self._outputs or readers[0].op_type != op_type or domain_of(readers[0]) != "":
@@ -113,11 +118,22 @@ class _Chains:
 
 def _sizes(node: onnx.NodeProto, graph: SpecializedGraph, target: Target) -> list[int]:
     """Columns of each part of a node that is meant, else none."""
+    x, sizes = spec_of_type(graph.types.get(node.input[0])), columns_of(node, graph.types)
+    return sizes if x is not None and sizes and is_splittable(x, sizes, target) else []
+
+
+def columns_of(node: onnx.NodeProto, types: Mapping[str, onnx.TypeProto]) -> list[int]:
+    """Columns of each part of a Split of floats along the last axis; none of another node.
+
+    Args:
+        node: Any node.
+        types: Types of the graph's values.
+    """
     if node.op_type != "Split" or domain_of(node) != "" or not all(node.output):
         return []
-    x = spec_of_type(graph.types.get(node.input[0]))
-    parts = [spec_of_type(graph.types.get(name)) for name in node.output]
+    x = spec_of_type(types.get(node.input[0]))
+    parts = [spec_of_type(types.get(name)) for name in node.output]
     if x is None or x.dtype not in FLOATS or attributes_of(node).get("axis", 0) not in (-1, x.rank - 1):
         return []
     sizes = [part.shape[-1] or 0 for part in parts if part is not None and part.rank == x.rank]
-    return sizes if len(sizes) == len(parts) and is_splittable(x, sizes, target) else []
+    return sizes if len(sizes) == len(parts) else []
