@@ -71,6 +71,12 @@ def test_linearity_is_drawn_of_what_was_measured() -> None:
     assert text("docs/linearity.svg") == script["draw"](script["read"]()), "run docs/linearity.py"
     for page in ("docs/benchmarks.md", "README.md"):
         assert "linearity.svg" in text(page)
+    line = {"points": [(tokens, 7 + 5 * tokens / 1024) for tokens in (1024, 4096, 65_536)]}
+    assert script["fit"](line) == pytest.approx((7, 5, 0))
+    for row in script["read"]():
+        call, each, apart = script["fit"](row)
+        assert f"{round(call, 1) + 0.0} + {each:.1f} us a 1,024, ± {100 * apart:.1f} %" in text("docs/linearity.svg")
+        assert f"{'none' if call < 0.05 else f'{call:.1f}'} and {each:.1f}" in text("docs/benchmarks.md")
 
 
 def test_hosted_ci_is_ours() -> None:
