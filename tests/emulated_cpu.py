@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from linattn.dialect_patterns.attention import amx_kernel
-from linattn.dialect_patterns.emit.amx_tiles import ROWS, SUMS, A, B
+from linattn.dialect_patterns.emit.amx_tiles import ROWS, SUMS, A, B, sizes_of
 from linattn.dialect_patterns.emit.kernel_text import Index, KernelText, vector_type
 from linattn.dialect_patterns.mat_mul import fused_amx, simd_pairs, simd_squares, simd_unit
 from linattn.dialect_patterns.mat_mul_n_bits import fused_amx as bytes_amx
@@ -101,6 +101,7 @@ class Tiles:
 
     def load(self, register: int, memref: str, indices: Sequence[Index]) -> None:
         k, words = self.k, self.words if register in A else ROWS
+        sizes_of(k, memref)  # fails where the unit's instruction would have no address
         lanes = 4 * words // k.element_bytes(memref)
 
         def row(i: Index) -> None:

@@ -83,12 +83,12 @@ class AmxTiles:
         return self.k.op(f"llvm.mlir.constant({register} : i8) : i8", "i8")
 
     def _stride(self, memref: str) -> str:
-        sizes, size = _sizes(self.k, memref)
+        sizes, size = sizes_of(self.k, memref)
         return self.k.constant(sizes[-1] * size, "i64")
 
     def _pointer(self, memref: str, indices: Sequence[Index]) -> str:
         k = self.k
-        sizes, size = _sizes(k, memref)
+        sizes, size = sizes_of(k, memref)
         offset: Index = 0
         for axis, index in enumerate(indices):
             offset = k.add(offset, k.mul(index, math.prod(sizes[axis + 1 :]) * size))
@@ -101,7 +101,8 @@ class AmxTiles:
         self.k.do(f'llvm.call_intrinsic "llvm.x86.{name}"({", ".join(operands)}) : ({types}) -> ()')
 
 
-def _sizes(k: KernelText, memref: str) -> tuple[list[int], int]:
-    """The sizes of a memref, an open first one as 0, and the bytes of an element."""
+def sizes_of(k: KernelText, memref: str) -> tuple[list[int], int]:
+    """The sizes of a memref, of which only the first may be open: as 0, and the bytes of an element."""
     dims = re.findall(r"(\d+|\?)x", k.types[memref])
+    assert "?" not in dims[1:], f"no addresses in {k.types[memref]}: only its first size may be open"
     return [0 if dim == "?" else int(dim) for dim in dims], k.element_bytes(memref)

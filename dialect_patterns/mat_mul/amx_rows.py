@@ -1,6 +1,6 @@
 """Rows as the matrix unit (AMX) takes them: the contents of its registers, one after the other in memory.
 
-    [terms, M / 32, K / 32, 2 registers, 16 rows, 16 words of two bf16]
+    [M / 32, terms, K / 32, 2 registers, 16 rows, 16 words of two bf16]
 
 A product takes 32 rows at a time: what it reads is one after the other, as the caches ask for it ahead.
 
@@ -28,7 +28,7 @@ from .simd_edges import each, workgroup_range
 WORDS = 16
 """Words of a row in a register."""
 _AHEAD = 2  # pairs of registers
-AXES = "_R____"
+AXES = "R_____"
 """The letters of the arranged rows' dimensions, as in ``Kernel.axes``."""
 
 
@@ -52,7 +52,7 @@ class Rows:
     def arranged(self) -> TensorSpec:
         """What they become."""
         blocks = None if self.count is None else -(-self.count // (2 * ROWS))
-        return TensorSpec((self.terms, blocks, -(-self.depth // (2 * WORDS)), 2, ROWS, WORDS), "i32")
+        return TensorSpec((blocks, self.terms, -(-self.depth // (2 * WORDS)), 2, ROWS, WORDS), "i32")
 
 
 def blocks_of(build: Builder, rows: Size) -> Size:
@@ -67,11 +67,11 @@ def arrange(build: Builder, rows: Rows, a: ir.Value) -> ir.Value:
 
 
 def ask_rows(k: KernelText, tiles: str, place: Sequence[Index]) -> None:
-    """Ask for the registers that come after the next two, for the first-level cache: [term, block, number]."""
-    term, block, number = place
+    """Ask for the registers that come after the next two, for the first-level cache: [block, term, number]."""
+    block, term, number = place
     for half in range(2):
         for i in range(ROWS):
-            k.prefetch(tiles, [term, block, k.add(number, _AHEAD), half, i, 0])
+            k.prefetch(tiles, [block, term, k.add(number, _AHEAD), half, i, 0])
 
 
 def rows_kernel(rows: Rows) -> Kernel:
@@ -86,7 +86,7 @@ def rows_kernel(rows: Rows) -> Kernel:
 
         def move(memref: str, place: Sequence[Index], number: Index, i: Index) -> None:
             for term, words in enumerate(split_words(k, memref, place, WORDS, rows.terms)):
-                k.store(words, target, [term, block, number, half, i, 0])
+                k.store(words, target, [block, term, number, half, i, 0])
 
         def step(number: Index) -> None:
             each(k, own, 1, lambda i: move(source, [k.add(first, i), k.mul(number, 2 * WORDS)], number, i))

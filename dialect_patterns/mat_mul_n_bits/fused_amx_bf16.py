@@ -245,9 +245,9 @@ class Bf16Body(TiledBody):
         """32 rows by 32 of K, counted from a slab's first block on."""
         k, unit = self.k, self.unit
         own, at = k.add(k.div(self.first, 2 * ROWS), index), k.add(self._steps(block), number)
-        ask_rows(k, self.tiles, [0, own, at])
+        ask_rows(k, self.tiles, [own, 0, at])
         for half, register in enumerate(A):
-            unit.load(register, self.tiles, [0, own, at, half, 0, 0])
+            unit.load(register, self.tiles, [own, 0, at, half, 0, 0])
         for half, register in enumerate(B):
             unit.load(register, self.unpacked, [k.mul(number, WORDS), half * ROWS])
         for register in SUMS:
