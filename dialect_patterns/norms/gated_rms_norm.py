@@ -16,6 +16,8 @@ from ..emit.builder import LETTERS
 from ..emit.scalar import Scalar
 from ..node import Node, TensorSpec
 from ..op import MICROSOFT, LoweringContext, Op
+from ..select import Yes
+from . import rms_simd
 from .rms_normalization import emit_inverse_rms
 
 _ACTIVATIONS = ("silu", "swish", "sigmoid")
@@ -64,13 +66,17 @@ def output_types(contract: GatedRMSNorm) -> Sequence[TensorSpec]:
 
 
 def lower(context: LoweringContext, contract: GatedRMSNorm, operands: Sequence[ir.Value | None]) -> list[ir.Value]:
-    """One reduction and one elementwise loop over [..., H, C]."""
+    """One kernel on CPUs that can; else one reduction and one elementwise loop over [..., H, C]."""
     b = context.builder
     x, scale, gate = operands
     assert x is not None
     assert scale is not None
     assert gate is not None
     axis = contract.x.rank - 1
+    if axis and isinstance(rms_simd.is_legal(contract.group, context.target), Yes):
+        dtype, kind = contract.x.dtype, "silu" if contract.multiplies_gate else "sigmoid"
+        norm = rms_simd.Norm(contract.group, dtype, dtype, contract.epsilon, gate=kind)
+        return rms_simd.emit_rms_fused_simd(context, norm, [x, gate, scale])
     split = [b.floordiv(b.dim(x, axis), contract.group), contract.group]
     x, gate = b.expand(x, axis, split), b.expand(gate, axis, split)
     inverse = emit_inverse_rms(b, x, axis + 1, contract.epsilon)

@@ -18,7 +18,7 @@ from ..emit.scalar import Scalar
 from ..node import Node, TensorSpec
 from ..op import MICROSOFT, LoweringContext, Op
 from ..select import Yes
-from . import rms_simt
+from . import rms_simd, rms_simt
 from .rms_normalization import emit_inverse_rms, emit_scaled
 
 _MEAN, _INVERSE, _SUM = 1, 2, 3
@@ -91,7 +91,7 @@ def emit_skip_sum(b: Builder, x: ir.Value, skip: ir.Value, bias: ir.Value | None
 def lower(
     context: LoweringContext, contract: SkipSimplifiedLayerNormalization, operands: Sequence[ir.Value | None]
 ) -> list[ir.Value | None]:
-    """One kernel on GPUs that can; else the sum, one reduction and one elementwise loop."""
+    """One kernel where there is one; else the sum, one reduction and one elementwise loop."""
     b = context.builder
     x, skip, gamma = operands[:3]
     assert x is not None
@@ -103,6 +103,15 @@ def lower(
             b, context.target, x, skip, gamma, bias, contract.epsilon, with_sum=contract.with_sum
         )
         return [found[0], None, None, found[1] if contract.with_sum else None][: contract.outputs]
+    same = None not in contract.x.shape and spec_of(skip) == spec_of(x) == contract.x
+    if same and isinstance(rms_simd.is_legal(contract.x.shape[-1], context.target), Yes):
+        dtype, wanted = contract.x.dtype, contract.with_sum
+        norm = rms_simd.Norm(
+            contract.x.shape[-1] or 0, dtype, dtype, contract.epsilon, with_skip=True, with_bias=bias is not None,
+            with_sum=wanted,
+        )  # fmt: skip
+        found = rms_simd.emit_rms_fused_simd(context, norm, [x, skip, *([bias] if bias is not None else []), gamma])
+        return [found[0], None, None, found[1] if wanted else None][: contract.outputs]
     total = emit_skip_sum(b, x, skip, bias)
     inverse = emit_inverse_rms(b, total, contract.x.rank - 1, contract.epsilon)
     y = emit_scaled(b, total, inverse, gamma, contract.x.dtype)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from comparing import DTYPES, MICROSOFT, assert_matches, normal
-from harness import node_for, spec
+from harness import lowered, node_for, spec
 from linattn.dialect_patterns.norms import gated_rms_norm
 from linattn.runtime.errors import UnsupportedModelError
 
@@ -33,6 +34,25 @@ def test_dtypes_with_open_tokens(dtype: Any):
 
 def test_open_heads():
     check(operands(), open_axes={0: (0, 1, 2), 2: (0, 1, 2)})
+
+
+@pytest.mark.parametrize(
+    ("tokens", "heads", "size", "dtype", "target", "activation"),
+    [
+        (9, 3, 128, np.float32, "cpu512", "silu"),
+        (1, 1, 128, np.float16, "cpu512", "sigmoid"),
+        (70, 2, 256, ml_dtypes.bfloat16, "cpu256", "silu"),  # of three workgroups
+        (3, 5, 20, np.float32, "cpu128", "sigmoid"),
+    ],
+)
+def test_one_kernel_on_a_cpu(tokens: int, heads: int, size: int, dtype: Any, target: str, activation: str):
+    width = heads * size
+    gate = (8 * normal(1, tokens, width + 1)[..., :-1]).astype(dtype)
+    inputs = [normal(1, tokens, width, dtype=dtype), normal(size, dtype=dtype), gate]
+    found = str(lowered(MICROSOFT, "GatedRMSNorm", 1, [spec(a) for a in inputs], {}, 1, target))
+    assert "rms_fused_simd" in found
+    assert "linalg" not in found
+    check(inputs, {"activation": activation, "epsilon": 1e-6}, target=target)
 
 
 @pytest.mark.vulkan

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from comparing import DTYPES, MICROSOFT, assert_matches, normal
@@ -74,6 +75,29 @@ def test_one_kernel(size: int, dtype: Any, machine: str, bias: bool):
     assert "rms_fused_simt" in str(lowered(MICROSOFT, OP, 1, specs, {}, 4, machine, used=[True, False, False, True]))
     check(inputs, num_outputs=4, used=[True, False, False, True], target=machine)
     check(inputs, target=machine)
+
+
+@pytest.mark.parametrize(
+    ("rows", "size", "dtype", "machine", "bias", "one"),
+    [
+        (11, 64, np.float16, "cpu512", True, True),  # four rows at once, and three
+        (5, 1024, np.float32, "cpu512", False, True),  # four vectors at once
+        (3, 528, ml_dtypes.bfloat16, "cpu256", True, True),  # vectors one by one
+        (90, 448, np.float32, "cpu128", False, True),  # of three workgroups
+        (6, 12, np.float32, "cpu512", False, True),
+        (6, 10, np.float32, "cpu512", True, False),
+    ],
+)
+def test_one_kernel_on_a_cpu(rows: int, size: int, dtype: Any, machine: str, bias: bool, one: bool):
+    inputs = [normal(1, rows, size, dtype=dtype), normal(1, rows, size + 1, dtype=dtype)[..., :size].copy(),
+              normal(size, dtype=dtype), *([normal(size + 1, dtype=dtype)[:size].copy()] if bias else [])]  # fmt: skip
+    specs = [spec(a) for a in inputs]
+    found = str(lowered(MICROSOFT, OP, 1, specs, {}, 4, machine, used=[True, False, False, True]))
+    assert ("rms_fused_simd" in found) is one
+    assert ("linalg" in found) is not one
+    check(inputs, num_outputs=4, used=[True, False, False, True], target=machine)
+    if one:
+        check(inputs, target=machine)
 
 
 @pytest.mark.parametrize(
