@@ -24,6 +24,9 @@ DISPATCHES_KEY = "linattn.dispatches"
 RESULTS_KEY = "linattn.results"
 """Reflection attribute of functions that take memory as last arguments: for each result that is not written into an
 input, and for their intermediate values. It lists `[dtype, shape]` of each result, null for one in an input."""
+IN_ORDER_KEY = "linattn.in_order"
+"""Reflection attribute of an asynchronous function that is one submission to a device's queue with a barrier at its
+end: what the queue is given after it begins behind it, whatever it waits for."""
 STEPS_KEY = "linattn.steps"
 """Reflection attribute of a function of several steps: the name of the function of one that it calls."""
 

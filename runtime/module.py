@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,7 +30,7 @@ from .device import Device, DeviceArray
 from .drivers import CPU_DRIVERS, one_line
 from .errors import StateError, TargetError
 from .integrity import check_seal
-from .manifest import RESULTS_KEY
+from .manifest import IN_ORDER_KEY, RESULTS_KEY
 from .owned import Owned, check_process, is_process
 from .result_specs import ResultSpec, read_result_specs
 from .scheduling import is_ordinary_thread, set_policy
@@ -72,6 +73,7 @@ class Module(Owned):
         self._workspace_ref: Any = None
         self._workspace_bytes: dict[str, int | None] = {}
         self._submissions: Submissions | None = None
+        self._in_order: dict[str, bool] = {}
         self._flying: dict[object, object] = {}
         self._result_specs: dict[str, list[ResultSpec | None] | None] = {}
         self._instance: Any = _rt.VmInstance()
@@ -388,7 +390,10 @@ class Module(Owned):
 
     def _submit(self, submissions: Submissions, function: str, packed: Any, results: Any) -> Submitted:
         asynchronous = self.functions[f"{function}$async"]
-        return submissions.submit(packed, lambda: self._context.invoke(asynchronous, packed, results))
+        if function not in self._in_order:
+            self._in_order[function] = IN_ORDER_KEY in asynchronous.reflection
+        call = partial(self._context.invoke, asynchronous, packed, results)
+        return submissions.submit(packed, call, self._in_order[function])
 
     @property
     def workspace_now(self) -> int:

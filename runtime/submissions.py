@@ -26,7 +26,10 @@ class Submitted(NamedTuple):
 class Submissions:
     """Gives calls to a device, which takes one after the other, whoever submits them; waits for them.
 
-    A semaphore that is kept takes half the time of IREE's own waiting.
+    A semaphore that is kept takes half the time of IREE's own waiting. IREE's Vulkan driver signals it from a thread of
+    the host, so that a call which waits for it begins late. Calls that the queue takes in order, see `IN_ORDER_KEY`,
+    wait for nothing, so that the driver submits them at once, behind whatever it has submitted; what it may be holding
+    back is waited for.
 
     Args:
         device: The device; `Device.has_queue`.
@@ -36,20 +39,27 @@ class Submissions:
         self._device = device
         self._semaphore: Any = None
         self._submitted = 0
+        self._behind = 0  # of the last call that the driver may hold back until another one is done
+        self._at_once: Any = None
 
-    def submit(self, packed: Any, call: Callable[[], None]) -> Submitted:
+    def submit(self, packed: Any, call: Callable[[], None], in_order: bool) -> Submitted:
         """Calls without waiting; one thread at a time.
 
         Args:
             packed: The call's arguments, of which its fences are the last ones.
             call: Calls with them.
+            in_order: The call is one submission that ends with a barrier.
         """
         device = self._device
         device.enter()
         if self._semaphore is None:
-            self._semaphore, self._submitted = device.hal_device.create_semaphore(0), 0
+            self._semaphore, self._submitted, self._behind = device.hal_device.create_semaphore(0), 0, 0
         semaphore, value = self._semaphore, self._submitted + 1
-        before, after = device.fence(semaphore, value - 1), device.fence(semaphore, value)
+        if in_order and (not self._behind or semaphore.query() >= self._behind):
+            before, behind = self._nothing(), 0
+        else:
+            before, behind = device.fence(semaphore, value - 1), value
+        after = device.fence(semaphore, value)
         packed.push_ref(before.ref)
         packed.push_ref(after.ref)
         self._semaphore = None  # one that has failed stays failed
@@ -57,10 +67,16 @@ class Submissions:
             call()
         except BaseException:
             with suppress(RuntimeError):  # the next call has a semaphore of its own, and does not wait for those before
-                before.wait()
+                device.fence(semaphore, value - 1).wait()
             raise
-        self._semaphore, self._submitted = semaphore, value
+        self._semaphore, self._submitted, self._behind = semaphore, value, behind
         return Submitted(semaphore, value, after)
+
+    def _nothing(self) -> Any:
+        """A fence that is reached."""
+        if self._at_once is None:
+            self._at_once = self._device.fence(self._device.hal_device.create_semaphore(0), 0)
+        return self._at_once
 
     def wait(self, call: Submitted) -> None:
         """Waits until a call is done."""
@@ -77,4 +93,4 @@ class Submissions:
         """Waits for all calls that were submitted."""
         if self._semaphore is not None:
             self._device.fence(self._semaphore, self._submitted).wait()
-        self._semaphore = None
+        self._semaphore = self._at_once = None

@@ -27,6 +27,7 @@ from .dispatch_limits import DispatchLimits
 from .dispatches import attach_dispatches, describe_dispatches, dispatch_nodes
 from .empty_ranges import fill_empty_ranges
 from .executables import state_spirv_versions
+from .in_order import mark_in_order
 from .join_dispatches import describe_joined, join_dispatches, joined_rows
 from .kernel_bodies import KernelBodies
 from .kernel_loads import load_side_by_side
@@ -220,6 +221,8 @@ class Compiler:
         limits.check_counts(module.operation)
         if self._target.capabilities.is_gpu:
             with self.building():
+                if self._target.name == "vulkan":
+                    mark_in_order(module.operation)
                 fill_empty_ranges(module.operation)
                 if takes_results:  # else whoever calls expects kernels that are loaded with the module
                     load_side_by_side(module.operation)
