@@ -6,6 +6,9 @@
 Pairs take half as many instructions where the machine has one for them; scores and sums are in f32 either way, weights
 are rounded to bf16 as values are. A cache's rows of f32, or of pairs, are read where they lie. Others are widened: 12
 keys at a time, and 48 values of two vectors' columns.
+
+Keys and values of f32 are asked for a pass ahead, some lines in each step of the loops over those at hand: a pass has
+96 KiB of them, twice what the first cache holds, and two vectors' columns of values lie a row apart.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ KEYS = 48
 """Keys of a pass."""
 PAIR_LANES = 16
 """Of vectors of pairs."""
+_LINE = 16  # elements of f32
 
 Place = Sequence[Index]
 Multiply = Callable[[str, Sequence[int], list[str]], list[str]]
@@ -93,7 +97,11 @@ class Floats(_Operands):
             value = k.load(self.keys, [u, d]) if self.keys else k.load(self.key, [*head, k.add(first, u), d])
             return k.splat(value, p.lanes)
 
+        asked = [*head, k.add(first, KEYS)]
+
         def step(d: str, sums: list[str]) -> list[str]:
+            if not self.keys and at[0] == 0:
+                self._ask_keys(asked, d)
             for e in range(2):
                 spot = k.add(d, e)
                 queries = [k.load(self.queries, [spot, row], p.lanes) for row in at]
@@ -106,6 +114,15 @@ class Floats(_Operands):
 
         zero = k.constant(0.0, vector_type(p.lanes))
         return k.loop(p.dk, [zero] * (self.tile * len(at)), lambda d, sums: step(d, list(sums)), step=2)
+
+    def _ask_keys(self, place: Place, d: Index) -> None:
+        """Asks for a tile's keys, its share of them where the loop over a head is at ``d``, two elements a step."""
+        k, p = self.k, self.p
+        count, steps = self.tile * -(-p.dk // _LINE), p.dk // 2
+        each = -(-count // steps)
+        for e in range(each):
+            line = k.div(k.mul(k.add(k.mul(k.div(d, 2), each), e), count), each * steps)
+            k.prefetch(self.key, [*place, k.mul(line, _LINE)], level=2)  # a key lies behind the other
 
     def store_weights(self, weights: Sequence[str], j: Index, row: int) -> None:
         """Nothing: they are read as they lie."""
@@ -127,10 +144,14 @@ class Floats(_Operands):
                 return k.load(self.wide, [j, v * p.lanes], p.lanes)
             return k.load(self.value, [*head, k.add(first, j), columns[v]], p.lanes)
 
+        asked = [column for v, column in enumerate(columns) if v * p.lanes % _LINE == 0]
+
         def multiply(scores: str, rows: Sequence[int], sums: list[str]) -> list[str]:
             def step(j: str, found: list[str]) -> list[str]:
                 for e in range(2):
                     spot = k.add(j, e)
+                    for column in asked if not self.wide and rows[0] == 0 else ():
+                        k.prefetch(self.value, [*head, k.add(k.add(first, spot), KEYS), column], level=2)
                     read = [value(spot, v) for v in range(len(columns))]
                     for n, i in enumerate(rows):
                         weight = k.splat(k.load(scores, [spot, i]), p.lanes)
