@@ -53,7 +53,7 @@ def read_prompts(program: Program, prompts: Sequence[ArrayLike]) -> Batch:
         check_lengths(manifest)
     read = _by_row if manifest.batch is None else _by_length
     rows, logits = read(program, ids, names[0], outputs[0])
-    together = gather(manifest, program.device, rows, max(row.shape[1] for row in ids))
+    together = gather(manifest, engine_of(program).pool, rows, max(row.shape[1] for row in ids))
     return Batch(program.session(Snapshot(engine_of(program), together)), np.concatenate(logits))
 
 

@@ -49,7 +49,7 @@ class Calling(Serial):
         binding.check_indices(m, call.feeds)
         plan = binding.plan_blocks(m, call.tokens)
         if now.batch is None:
-            now = held.zeros(m, device, call.batch)
+            now = held.zeros(m, self._engine.pool, call.batch)
         lease = now.lease.caches.extend(now.lease, now.position + call.tokens)
         try:
             start = Held(now.moving, lease, now.position, call.batch)
@@ -102,7 +102,7 @@ class Calling(Serial):
                 is_grown = caches.grow(old, position)
                 lease = old if is_grown else caches.extend(old, position + 1)
                 with engine.lock:
-                    into = spare.pop() if spare else step.new_moving()
+                    into = spare.pop() if spare else engine.pool.take_like(now.moving)[0]
                     new = None if is_grown and not now.shared else Held(into, lease, position + 1, 1)
                     if step.draws:
                         step.draw_by(draw)
@@ -172,7 +172,7 @@ class Calling(Serial):
         lease = now.lease.caches.extend(now.lease, end)
         try:
             with self._engine.exclusive():
-                into = self._spare.pop() if self._spare else None
+                into = self._next_memory(now)
                 outputs, moving = step.call(ids, Held(now.moving, lease, now.position, now.batch), into)
                 found = read(outputs)
         except BaseException:
@@ -190,7 +190,7 @@ class Calling(Serial):
         pause: Callable[[], None] | None,
     ) -> list[DeviceArray]:
         """The new moving states; the collector has the outputs."""
-        start, outputs, states = 0, list[DeviceArray](), now.arrays(self._manifest)
+        start, outputs, moving, states = 0, list[DeviceArray](), now.moving, now.arrays(self._manifest)
         for entry, size in plan:
             if start and pause is not None:
                 pause()
@@ -200,15 +200,16 @@ class Calling(Serial):
             block = block_inputs(self._manifest, call.feeds, now.position, start, size)
             placed = call.placed_block(self._manifest, self._engine.device, block, start, size)
             with self._engine.exclusive():
-                into = self._take_spare()
+                memory = self._next_memory(now)
+                into = None if memory is None else self._in_order(memory)
                 last = not collector.needs_all_logits
-                outputs, following = self._engine.call(entry, placed, states, now.position + start, last, into)
+                outputs, states = self._engine.call(entry, placed, states, now.position + start, last, into)
                 collector.take(outputs, size)
             start += size
             if start > size:
-                self._keep_memory(self._moving(states))
-            states = following
-        return self._compact(self._moving(states), outputs)
+                self._keep_memory(moving)
+            moving = memory if memory is not None else self._moving(states)
+        return self._compact(moving, outputs)
 
     def _in_use(self) -> StateError:
         return StateError("the session is in use by another thread", hint="use one session per thread")

@@ -9,10 +9,11 @@ import math
 import os
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import iree.runtime as _untyped_rt  # pyright: ignore[reportMissingTypeStubs]
 import iree.runtime.flags as _untyped_flags  # pyright: ignore[reportMissingTypeStubs]
@@ -136,6 +137,14 @@ def _row_regions(
     return tuple((start, start, (last - first) * row) for start in starts)
 
 
+class Reserve(Protocol):
+    """Memory that is kept for nobody yet."""
+
+    def trim(self) -> bool:
+        """Frees it; whether there was any."""
+        ...
+
+
 class Device(Owned):
     """One opened device; get it from `open_device`, which opens each device once per process."""
 
@@ -149,6 +158,10 @@ class Device(Owned):
         """Whether it runs on CPU worker threads of the process."""
         self.has_queue = uri.partition("://")[0] not in CPU_DRIVERS
         """Whether it goes on by itself while the host does something else."""
+        self.clears_new = not self.has_queue
+        """Whether memory that it has just given is zeros: IREE's of CPUs comes from calloc."""
+        self.reserves: weakref.WeakSet[Reserve] = weakref.WeakSet()
+        """Who keeps memory that it has for nobody."""
         self._context = context
         self._hal_device = hal_device
         self._hal_allocator: Any = hal_device.allocator
@@ -374,11 +387,19 @@ class Device(Owned):
         sizes, nbytes, element = _layout(tuple(shape), dtype)
         self.enter()
         try:
-            buffer = self._hal_allocator.allocate_buffer(*memory, max(nbytes, 16))
+            buffer = self._allocate(memory, nbytes)
         except (RuntimeError, MemoryError) as error:
             raise TargetError("cannot allocate", where=self.uri, got=f"{nbytes} bytes", hint=one_line(error)) from error
         view = _rt.HalBufferView(buffer, sizes, element)
         return DeviceArray(sizes, dtype, view, view.ref, self._hal_allocator)
+
+    def _allocate(self, memory: tuple[int, int], nbytes: int) -> Any:
+        try:
+            return self._hal_allocator.allocate_buffer(*memory, max(nbytes, 16))
+        except (RuntimeError, MemoryError):
+            if not any([reserve.trim() for reserve in list(self.reserves)]):
+                raise
+        return self._hal_allocator.allocate_buffer(*memory, max(nbytes, 16))
 
     def _array(self, shape: Sequence[int], dtype: str, view: Any) -> DeviceArray:
         return DeviceArray(tuple(shape), dtype, view, view.ref, self._hal_allocator)

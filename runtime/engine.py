@@ -20,6 +20,7 @@ from .dlpack import borrowed
 from .errors import InputError
 from .manifest import EntryPoint, Manifest
 from .module import Module
+from .pool import Pool
 from .result_specs import ResultSpec
 from .state import next_states, state_shape
 from .step import Step, ids_alone, step_shapes
@@ -71,6 +72,8 @@ class Engine:
         self._row_choosers: dict[bool, Step | None] = {}
         self._loops: dict[int, StepLoop | None] = {}
         self.turns = Turns()
+        self.pool = Pool(module.device, keeps=self.takes_results)
+        """Memory for states."""
         self._workers: ThreadPoolExecutor | None = None
         self._holders: weakref.WeakKeyDictionary[object, Holding] = weakref.WeakKeyDictionary()
         self._holders_lock = threading.Lock()
@@ -132,6 +135,7 @@ class Engine:
             session=sum(sizes) + again,
             batch=batch,
             held=sum(array.nbytes for array in held.values()),
+            kept=self.pool.nbytes,
         )
 
     def close(self) -> None:
@@ -149,6 +153,7 @@ class Engine:
             if self._workers is not None:
                 self._workers.shutdown(wait=False, cancel_futures=True)
             self._outputs.clear()
+            self.pool.close()
             with self._holders_lock:
                 for holder, holding in self._holders.items():
                     holding.release(holder)

@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .binding import axis_of, first_of
-from .device import Device, DeviceArray, HostArray, Move, row_regions
+from .device import DeviceArray, HostArray, Move, row_regions
 from .manifest import Manifest, StateSpec
-from .state import zero_states
+from .pool import Memory, Pool
+from .state import state_shape
 
 
 class Lease:
@@ -45,20 +46,14 @@ class Caches:
     """The KV caches that are written in place, of one memory each; all threads may use it.
 
     Args:
-        device: Where they are.
         specs: The state that each is.
-        arrays: They, with zeros from row `filled` on.
-        filled: Rows that may hold anything.
+        arrays: They, with zeros from row `arrays.filled` on.
     """
 
-    def __init__(
-        self, device: Device, specs: Sequence[StateSpec], arrays: Sequence[DeviceArray], filled: int = 0
-    ) -> None:
+    def __init__(self, specs: Sequence[StateSpec], arrays: Memory) -> None:
         self.specs = tuple(specs)
-        self.arrays = tuple(arrays)
+        self.arrays = arrays
         self.in_use: dict[int, int] = {}  # rows of each lease; a step pays for it, so it is no set of weak references
-        self._device = device
-        self._filled = filled
         self._lock = threading.Lock()
 
     def is_of_one(self, lease: Lease) -> bool:
@@ -77,16 +72,16 @@ class Caches:
         if not self.arrays:
             return Lease(self, rows)
         with self._lock:
-            filled = self._filled
+            filled = self.arrays.filled
             # None is in use where the collector ended the held one before what still holds it: a generator it closes.
             lease = None if max(list(self.in_use.values()), default=0) > held.rows else Lease(self, rows)
             if lease is not None:
-                self._filled = max(filled, rows)
+                self.arrays.filled = max(filled, rows)
         if lease is None:
             return Lease(self.copy(held.rows, rows), rows)
         try:
             if filled > held.rows:
-                self._device.move(
+                self.arrays.pool.device.move(
                     [
                         Move(None, array, row_regions(array, spec.length_axis or 0, held.rows, filled))
                         for spec, array in zip(self.specs, self.arrays, strict=True)
@@ -103,9 +98,10 @@ class Caches:
         `extend` takes care of everything else; should a call then fail, `shrink` goes back.
         """
         in_use, key = self.in_use, id(held)
-        if (self._filled > position and self.arrays) or len(in_use) != 1 or key not in in_use:
+        arrays = self.arrays
+        if (arrays.filled > position and arrays) or len(in_use) != 1 or key not in in_use:
             return False
-        self._filled = held.rows = in_use[key] = position + 1
+        arrays.filled = held.rows = in_use[key] = position + 1
         return True
 
     def shrink(self, held: Lease, position: int) -> None:
@@ -115,19 +111,22 @@ class Caches:
     def with_array(self, held: Lease, spec: StateSpec, array: DeviceArray) -> Caches:
         """The same caches but for one, for whoever held them; copies of the others where somebody else does too."""
         caches = self if self.is_of_one(held) else self.copy(held.rows, held.rows)
-        arrays = [array if other is spec else old for other, old in zip(self.specs, caches.arrays, strict=True)]
-        return Caches(self._device, self.specs, arrays, caches._filled)
+        old = caches.arrays
+        arrays = [array if other is spec else same for other, same in zip(self.specs, old, strict=True)]
+        return Caches(self.specs, Memory(old.pool, arrays, old.filled))
 
     def copy(self, rows: int, filled: int) -> Caches:
         """New caches with the same first rows, and zeros behind them; `filled` of them may be written at once."""
-        copies = [self._device.empty(array.shape, array.dtype) for array in self.arrays]
+        pool = self.arrays.pool
+        copies, unknown = pool.take_like(self.arrays)
         moves: list[Move] = []
         for spec, old, new in zip(self.specs, self.arrays, copies, strict=True):
             axis = spec.length_axis or 0
             moves.append(Move(old, new, row_regions(old, axis, 0, rows)))
-            moves.append(Move(None, new, row_regions(new, axis, rows, new.shape[axis])))
-        self._device.move(moves)
-        return Caches(self._device, self.specs, copies, filled)
+            moves += _clearing(spec, new, rows, unknown)
+        pool.device.move(moves)
+        copies.filled = filled
+        return Caches(self.specs, copies)
 
 
 @dataclass(eq=False, slots=True)
@@ -168,7 +167,8 @@ class Held:
         """The same with another array for one state, whose holder this one takes the place of."""
         self.shared = True  # most of the moving states are in both
         moving = [other for other in manifest.states if not other.in_place]
-        arrays = [array if other is spec else old for other, old in zip(moving, self.moving, strict=True)]
+        pool = self.lease.caches.arrays.pool
+        arrays = Memory(pool, [array if other is spec else old for other, old in zip(moving, self.moving, strict=True)])
         caches = self.lease.caches.with_array(self.lease, spec, array) if spec.in_place else self.lease.caches
         return Held(arrays, Lease(caches, self.position), self.position, self.batch, self.mask, True)
 
@@ -190,27 +190,45 @@ class Held:
         return sum(array.nbytes for array in self.all_arrays)
 
 
-def nothing(device: Device, position: int = 0) -> Held:
+def nothing(pool: Pool, position: int = 0) -> Held:
     """What is held where there are no states: before an open batch is known, and after the end."""
-    return Held([], Lease(Caches(device, (), ()), position), position)
+    return Held([], Lease(Caches((), Memory(pool, ())), position), position)
 
 
-def zeros(manifest: Manifest, device: Device, batch: int) -> Held:
-    """The states of an empty sequence."""
-    return from_arrays(manifest, device, zero_states(manifest, device, batch), batch)
+def take(manifest: Manifest, pool: Pool, batch: int, past: int) -> tuple[Memory, Caches, bool, int]:
+    """Memory for new states.
+
+    Args:
+        manifest: The model.
+        pool: Where it comes from.
+        batch: B.
+        past: Rows of the KV caches.
+
+    Returns:
+        For the moving states, for the caches, whether the former may hold anything, and how many rows of the latter.
+    """
+    moving, caches = ([spec for spec in manifest.states if spec.in_place == in_place] for in_place in (False, True))
+    shapes = [
+        tuple([(state_shape(manifest, spec, batch, past), spec.dtype) for spec in specs]) for specs in (moving, caches)
+    ]
+    (first, unknown), (second, filled) = (pool.take(one) for one in shapes)
+    return first, Caches(caches, second), unknown > 0, filled
 
 
-def cleared(manifest: Manifest, device: Device, old: Held) -> Held:
-    """The states of an empty sequence in the memory of others, which nobody else may read."""
-    assert old.batch is not None
-    arrays = old.arrays(manifest)
-    device.fill_zero(arrays)
-    return from_arrays(manifest, device, arrays, old.batch)
+def zeros(manifest: Manifest, pool: Pool, batch: int) -> Held:
+    """The states of an empty sequence: KV caches get their capacity, or no rows where the context is open."""
+    moving, caches, unknown, filled = take(manifest, pool, batch, manifest.max_context or 0)
+    moves = [Move(None, array, ((0, 0, array.nbytes),)) for array in moving] if unknown else []
+    for spec, array in zip(caches.specs, caches.arrays, strict=True):
+        moves += _clearing(spec, array, 0, filled)
+    pool.device.move(moves)
+    caches.arrays.filled = 0
+    return Held(moving, Lease(caches, 0), 0, batch)
 
 
 def from_arrays(
     manifest: Manifest,
-    device: Device,
+    pool: Pool,
     arrays: Sequence[DeviceArray],
     batch: int,
     position: int = 0,
@@ -219,5 +237,13 @@ def from_arrays(
     """New states, in manifest order, that nobody else holds; caches have zeros from row `position` on."""
     pairs = list(zip(manifest.states, arrays, strict=True))
     caches = [(spec, array) for spec, array in pairs if spec.in_place]
-    group = Caches(device, [spec for spec, _ in caches], [array for _, array in caches], position)
-    return Held([array for spec, array in pairs if not spec.in_place], Lease(group, position), position, batch, mask)
+    group = Caches([spec for spec, _ in caches], Memory(pool, [array for _, array in caches], position))
+    moving = Memory(pool, [array for spec, array in pairs if not spec.in_place])
+    return Held(moving, Lease(group, position), position, batch, mask)
+
+
+def _clearing(spec: StateSpec, array: DeviceArray, first: int, last: int) -> list[Move]:
+    """What clears rows of a cache, as many as there are."""
+    axis = spec.length_axis or 0
+    last = min(last, array.shape[axis])
+    return [Move(None, array, row_regions(array, axis, first, last))] if first < last else []

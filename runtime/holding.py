@@ -18,7 +18,6 @@ from .manifest import Manifest, OutputSpec, StateSpec
 from .owned import Owned
 from .rows import Row, gather
 from .snapshot import Snapshot, parts_of
-from .state import state_shape
 from .step import Step
 
 _COMPACT_BYTES = 16 << 20
@@ -52,7 +51,7 @@ class Holding(Owned):
 
     def _release(self) -> None:
         """Frees the states; the program calls it when it closes, after which a session has no use of them."""
-        self._line = [nothing(self._engine.device, self.position)]
+        self._line = [nothing(self._engine.pool, self.position)]
         self._spare = []
         self._ahead = self._series = None
 
@@ -73,8 +72,9 @@ class Holding(Owned):
         try:
             now = Held(base.moving, lease, base.position, base.batch)
             with self._engine.exclusive():
-                into = self._spare.pop() if self._spare else None
-                wait, moving = step.submit(ids, now, into)
+                moving = self._next_memory(base)
+                assert moving is not None, "only modules that take memory for their results choose tokens"
+                wait = step.submit(ids, now, moving)
         except BaseException:
             lease.release()
             raise
@@ -118,7 +118,7 @@ class Holding(Owned):
         self._replace([*self._line, new][-1 - self._window :])
 
     def _gather(self, rows: Sequence[Row]) -> None:
-        self._replace([gather(self._manifest, self._engine.device, rows, self.position)])
+        self._replace([gather(self._manifest, self._engine.pool, rows, self.position)])
 
     def _put(self, now: Held, spec: StateSpec, array: DeviceArray) -> None:
         self._replace([*self._line[:-1], now.with_array(self._manifest, spec, array)])
@@ -144,26 +144,18 @@ class Holding(Owned):
             raise StateError("a snapshot of another batch", got=now.batch, expected=self._fixed_batch, hint=hint)
         return now.again()
 
-    def _is_own(self, now: Held) -> bool:
-        """Whether nobody else reads these arrays and they are as large as those of no tokens.
-
-        Modules that allocate their results may return an array that they were given, if a state stays as it is.
-        """
-        m, batch = self._manifest, now.batch
-        if not self._takes_results or now.shared or batch is None:
-            return False
-        shapes = [state_shape(m, spec, batch, m.max_context or 0) for spec in m.states]
-        is_alone = now.lease.caches.is_of_one(now.lease)
-        return is_alone and [array.shape for array in now.arrays(m)] == shapes
-
     def _moving(self, states: list[DeviceArray]) -> list[DeviceArray]:
         return [state for spec, state in zip(self._manifest.states, states, strict=True) if not spec.in_place]
 
-    def _take_spare(self) -> list[DeviceArray | None] | None:
-        """Memory for the next states, None where there is none yet or the module brings it."""
-        if not self._spare:
+    def _next_memory(self, now: Held) -> list[DeviceArray] | None:
+        """Memory for the next moving states; None: the module brings it."""
+        if not self._takes_results:
             return None
-        memory = iter(self._spare.pop())
+        return self._spare.pop() if self._spare else self._engine.pool.take_like(now.moving)[0]
+
+    def _in_order(self, moving: list[DeviceArray]) -> list[DeviceArray | None]:
+        """Moving states at the places of all states."""
+        memory = iter(moving)
         return [None if spec.in_place else next(memory) for spec in self._manifest.states]
 
     def _keep_memory(self, moving: list[DeviceArray]) -> None:
@@ -187,8 +179,8 @@ class Holding(Owned):
     def _empty(self) -> Held:
         """The states of no tokens."""
         if self._fixed_batch is None:
-            return nothing(self._engine.device)
-        return zeros(self._manifest, self._engine.device, self._fixed_batch)
+            return nothing(self._engine.pool)
+        return zeros(self._manifest, self._engine.pool, self._fixed_batch)
 
     def _started(self) -> Held:
         if self.batch is None:

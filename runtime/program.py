@@ -146,6 +146,14 @@ class Program(Owned):
         """What the program and its sessions take now: files, weights, workspace and states, in bytes."""
         return self._engine.memory()
 
+    def trim(self) -> None:
+        """Frees the memory of sessions and snapshots that are gone, which is kept for the next ones.
+
+        At most 256 MiB of a program are, none after `close`, and none where the device has no other left.
+        """
+        self._engine.check_usable()
+        self._engine.pool.trim()
+
     def session(
         self,
         snapshot: Snapshot | None = None,

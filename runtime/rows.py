@@ -9,24 +9,24 @@ import numpy as np
 
 from . import held
 from .binding import axis_of, full_mask
-from .device import Device, DeviceArray, HostArray, Move, numpy_dtype
+from .device import DeviceArray, HostArray, Move, numpy_dtype
 from .errors import StateError
-from .held import Held
+from .held import Held, Lease
 from .manifest import Manifest, StateSpec
-from .state import state_shape
+from .pool import Pool
 
 Row = tuple[Held, int] | None
 """Whose row, and which; None: a row that has seen no tokens."""
 
 
-def gather(manifest: Manifest, device: Device, rows: Sequence[Row], position: int) -> Held:
+def gather(manifest: Manifest, pool: Pool, rows: Sequence[Row], position: int) -> Held:
     """New states of these rows, copied in one submission; rows may come several times.
 
     A row of fewer tokens is put at the end of the columns, and the mask hides the columns before it.
 
     Args:
         manifest: The model.
-        device: Where its states are.
+        pool: Where memory for them comes from.
         rows: The rows in order.
         position: Tokens of the longest row.
 
@@ -37,16 +37,18 @@ def gather(manifest: Manifest, device: Device, rows: Sequence[Row], position: in
     lengths = [0 if row is None else row[0].position for row in rows]
     mask = _mask(manifest, rows, lengths, position)
     room = manifest.max_context if manifest.max_context is not None else position
-    targets = [device.empty(state_shape(manifest, spec, len(rows), room), spec.dtype) for spec in manifest.states]
+    moving, caches, _, filled = held.take(manifest, pool, len(rows), room)
+    taken = Held(moving, Lease(caches, position), position, len(rows), mask)
     moves: list[Move] = []
     sources = {id(row[0]): row[0].arrays(manifest) for row in rows if row is not None}
-    for index, (spec, target) in enumerate(zip(manifest.states, targets, strict=True)):
+    for index, (spec, target) in enumerate(zip(manifest.states, taken.arrays(manifest), strict=True)):
         for to, row in enumerate(rows):
             source = None if row is None else sources[id(row[0])][index]
             start = 0 if row is None else row[1]
-            moves += _moves(manifest, spec, source, start, target, to, lengths[to], position)
-    device.move(moves)
-    return held.from_arrays(manifest, device, targets, len(rows), position, mask)
+            moves += _moves(manifest, spec, source, start, target, to, lengths[to], position, filled)
+    pool.device.move(moves)
+    caches.arrays.filled = position
+    return taken
 
 
 def check_lengths(manifest: Manifest) -> None:
@@ -91,8 +93,9 @@ def _moves(
     to: int,
     length: int,
     position: int,
+    filled: int,
 ) -> list[Move]:
-    """What fills one row of one state."""
+    """What fills one row of one state; of a cache's tokens only so many may hold anything."""
     axis = axis_of(manifest, spec.shape, "batch")
     if axis is None or (spec.length_axis is not None and spec.length_axis < axis):
         raise StateError("its rows are not the first axis", where=spec.name, got=list(spec.shape))
@@ -106,6 +109,7 @@ def _moves(
     inner = math.prod(target.shape[at + 1 :]) * numpy_dtype(spec.dtype).itemsize
     middle, room = math.prod(target.shape[axis + 1 : at]), target.shape[at]
     old_rows, old_room = (0, 0) if source is None else (source.shape[axis], source.shape[at])
+    end = min(max(filled, position), room) if spec.in_place else room
     copied: list[tuple[int, int, int]] = []
     cleared: list[tuple[int, int, int]] = []
     for o in range(math.prod(target.shape[:axis])):
@@ -114,5 +118,5 @@ def _moves(
             first = ((o * target.shape[axis] + to) * middle + m) * room
             copied.append((start, (first + position - length) * inner, length * inner))
             cleared.append((0, first * inner, (position - length) * inner))
-            cleared.append((0, (first + position) * inner, (room - position) * inner))
+            cleared.append((0, (first + position) * inner, (end - position) * inner))
     return [Move(source, target, copied if source is not None else []), Move(None, target, cleared)]

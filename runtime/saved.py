@@ -25,6 +25,7 @@ from .feeds import check_room
 from .held import Held
 from .manifest import InputSpec, Manifest, StateSpec
 from .outputs import check_outputs, new_file
+from .pool import Pool
 from .state import read_state, state_shape, upload_state
 
 _FORMAT = "1"
@@ -86,8 +87,8 @@ def save_states(path: Path, manifest: Manifest, device: Device, now: Held) -> No
         numpy_side.save_file(tensors, str(partial), metadata)
 
 
-def load_states(path: Path, manifest: Manifest, device: Device) -> Held:
-    """Reads and checks such a file, and puts the states on a device.
+def load_states(path: Path, manifest: Manifest, pool: Pool) -> Held:
+    """Reads and checks such a file, and puts the states on a device, the pool's.
 
     Raises:
         StateError: No such file, another model's, one that does not fit the module, or a damaged one.
@@ -114,9 +115,9 @@ def load_states(path: Path, manifest: Manifest, device: Device) -> Held:
         raise StateError("not a file of saved states", where=where, got=got, hint=hint) from error
     if _hash(tensors, batch, position) != metadata.get("sha256"):
         raise StateError("damaged: its bytes are not those that were saved", where=where, hint="copy it again, whole")
-    arrays = [upload_state(manifest, device, spec, tensors[spec.name]) for spec in manifest.states]
+    arrays = [upload_state(manifest, pool.device, spec, tensors[spec.name]) for spec in manifest.states]
     mask = _mask_input(manifest)
-    return held.from_arrays(manifest, device, arrays, batch, position, tensors.get(mask.name) if mask else None)
+    return held.from_arrays(manifest, pool, arrays, batch, position, tensors.get(mask.name) if mask else None)
 
 
 def _check_model(manifest: Manifest, metadata: Mapping[str, str], where: str) -> tuple[int, int]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from .ahead import Series
-from .device import DeviceArray
 from .errors import TargetError
 from .held import Held, Lease
 from .holding import Holding
@@ -89,7 +88,9 @@ class Serial(Holding):
         draws: Sequence[bytes] | None,
         stops: Sequence[int],
     ) -> Series:
-        first, second = self._memory_like(base), self._memory_like(base)
+        first, second = self._next_memory(base), self._next_memory(base)
+        assert first is not None, "only modules that take memory for their results have such functions"
+        assert second is not None
         lease = base.lease.caches.extend(base.lease, base.position + count)
         try:
             with self._engine.lock:  # whoever calls has looked whether it is usable
@@ -103,10 +104,3 @@ class Serial(Holding):
         if len(chosen) < count:
             lease.caches.shrink(lease, end)
         return Series(base, Held(moving, lease, end, base.batch), [tokens, *chosen], draws)
-
-    def _memory_like(self, base: Held) -> list[DeviceArray]:
-        """Memory for moving states."""
-        if self._spare:
-            return self._spare.pop()
-        device = self._engine.device
-        return [device.empty(array.shape, array.dtype) for array in base.moving]

@@ -99,13 +99,9 @@ class Session(Calling):
         A batch size that a call or a snapshot had decided is forgotten too.
         """
         with self._exclusive(forget=True):
-            now, batch = self._line[-1], self._fixed_batch
-            self._replace([now])
-            if batch is None or not self._is_own(now) or now.batch != batch:
-                self._replace([self._empty()])
-                return
-            self._line = [held.nothing(self._engine.device)]  # should clearing fail, the states are of no use
-            self._line = [held.cleared(self._manifest, self._engine.device, now)]
+            self._replace([self._line[-1]])
+            self._line = [held.nothing(self._engine.pool)]  # their memory goes to the pool, from where it comes again
+            self._line = [self._empty()]
 
     def snapshot(self) -> Snapshot:
         """What the session holds now, as a value: nothing that it does later changes it.
@@ -163,7 +159,7 @@ class Session(Calling):
         engine = engine_of(program)
         require(path, (str, os.PathLike), "path", "a path")
         engine.check_usable()
-        loaded = load_states(Path(path), engine.manifest, engine.device)
+        loaded = load_states(Path(path), engine.manifest, engine.pool)
         return program.session(Snapshot(engine, loaded), window=window, guard=guard)
 
     def rollback(self, tokens: int) -> None:

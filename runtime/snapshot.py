@@ -42,7 +42,7 @@ class Snapshot(Owned):
 
     def _release(self) -> None:
         """Frees the states when the program closes, after which a snapshot is of no use."""
-        self._held = nothing(self._engine.device, self._held.position)
+        self._held = nothing(self._engine.pool, self._held.position)
 
 
 def parts_of(snapshot: Snapshot) -> tuple[Engine, Held]:

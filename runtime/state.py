@@ -34,14 +34,6 @@ def state_shape(manifest: Manifest, spec: StateSpec, batch: int, past: int) -> t
     return tuple(shape)
 
 
-def zero_states(manifest: Manifest, device: Device, batch: int) -> list[DeviceArray]:
-    """Fresh states of an empty sequence; KV caches get their capacity, or no rows where the context is open."""
-    past = manifest.max_context or 0
-    arrays = [device.empty(state_shape(manifest, spec, batch, past), spec.dtype) for spec in manifest.states]
-    device.fill_zero(arrays)
-    return arrays
-
-
 def upload_state(manifest: Manifest, device: Device, spec: StateSpec, array: HostArray) -> DeviceArray:
     """Copies a state in ONNX form to the device; a KV cache is padded with zeros up to the capacity."""
     axis = spec.length_axis

@@ -184,7 +184,7 @@ class Step:
         Args:
             ids: Token ids, [B, T], checked.
             now: The states before; rows of its caches at its position are written.
-            into: Memory for the moving states; None: new memory.
+            into: Memory for the moving states; None: the module brings it.
 
         Returns:
             The outputs, in memory that the next call may overwrite, and the moving states.
@@ -197,9 +197,9 @@ class Step:
         position = now.position if self._takes_position else None
         if self._outputs is None:
             return self._call_for_memory(states, position)
-        moving = self.new_moving() if into is None else into
-        self._invoke([array.ref for array in states], position, moving, now.position)
-        return self._outputs, moving
+        assert into is not None, "a module takes memory for all its results or for none"
+        self._invoke([array.ref for array in states], position, into, now.position)
+        return self._outputs, into
 
     def append(self, token: int, now: Held, caches: Caches, into: list[DeviceArray]) -> None:
         """`call` for one row, where `is_for` says so, with as little code as possible.
@@ -232,9 +232,7 @@ class Step:
         if tied != self._tied:
             raise TargetError("wrong number of results", where=self._symbol, got=tied, expected=self._tied)
 
-    def submit(
-        self, ids: HostArray | Step, now: Held, into: list[DeviceArray] | None
-    ) -> tuple[Callable[[], None], list[DeviceArray]]:
+    def submit(self, ids: HostArray | Step, now: Held, into: list[DeviceArray]) -> Callable[[], None]:
         """`call` on a device with a queue of its own: comes back at once.
 
         Until it is done nothing of the step, of `now` and of the moving states is used otherwise.
@@ -242,10 +240,10 @@ class Step:
         Args:
             ids: Token ids, or the step that was submitted before it and chooses them.
             now: The states before.
-            into: Memory for the moving states; None: new memory.
+            into: Memory for the moving states.
 
         Returns:
-            What waits until it is done, and the moving states.
+            What waits until it is done.
         """
         assert self._outputs is not None, "only modules that take memory for their results have such steps"
         inputs = list(self._inputs)
@@ -257,9 +255,8 @@ class Step:
             self._write(ids, now.position)
         states = self._in_order([*now.moving, *now.lease.caches.arrays])
         position = now.position if self._takes_position else None
-        moving = self.new_moving() if into is None else into
-        storage = [*self._outputs, *moving]
-        return self._module.submit_step(self._symbol, [*inputs, *states, *self._draw], position, storage), moving
+        storage = [*self._outputs, *into]
+        return self._module.submit_step(self._symbol, [*inputs, *states, *self._draw], position, storage)
 
     @property
     def symbol(self) -> str:
@@ -390,11 +387,6 @@ class Step:
         numbers = [view.reshape(-1).data for view in first]
         cells = None if columns is None else columns.reshape(-1).data
         return _Row(self._ids.reshape(-1).data, numbers, cells, low, high)
-
-    def new_moving(self) -> list[DeviceArray]:
-        """Memory for the moving states, where the entry point takes it."""
-        device, specs = self._module.device, self._module.result_specs(self._symbol) or []
-        return [device.empty(spec[1], spec[0]) for spec in specs[len(self._manifest.outputs) :] if spec is not None]
 
     def _call_for_memory(
         self, states: Sequence[DeviceArray], position: int | None

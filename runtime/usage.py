@@ -19,6 +19,7 @@ class MemoryUse:
             With an open context, its caches of no rows.
         batch: Rows of such a session: the module's batch, else 1.
         held: By all sessions and snapshots that there are now; what they share counts once.
+        kept: By nobody: of sessions and snapshots that are gone, for the next ones; `Program.trim` frees it.
     """
 
     device: str
@@ -28,3 +29,4 @@ class MemoryUse:
     session: int
     batch: int
     held: int
+    kept: int

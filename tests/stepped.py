@@ -22,12 +22,17 @@ TARGETS = pytest.mark.parametrize("target", ["cpu", pytest.param("vulkan", marks
 
 
 @cache
-def program(target: str) -> Program:
+def module(target: str) -> bytes:
     options = CompileOptions(target=target, max_context=CONTEXT, prefill_blocks=(8,), sampler="draw")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("linattn.frontend.compile.LEAST_TOKENS", 8)  # the block has a function for its last logits
         patch.setattr("linattn.frontend.graph.last_position.LEAST_BYTES", 0)
-        return Program.load(compile_model(build(), options).module)
+        return compile_model(build(), options).module
+
+
+@cache
+def program(target: str) -> Program:
+    return Program.load(module(target))
 
 
 class Counted:

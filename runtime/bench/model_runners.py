@@ -18,11 +18,12 @@ from linattn.runtime.feeds import block_inputs, complete_inputs
 from linattn.runtime.generation.feeding import token_input
 from linattn.runtime.generation.loop import generate
 from linattn.runtime.generation.sampling import index_of_largest
+from linattn.runtime.held import zeros
 from linattn.runtime.loading import read_manifest
 from linattn.runtime.manifest import EntryPoint, Manifest, OutputSpec
 from linattn.runtime.module import Module
 from linattn.runtime.program import Program
-from linattn.runtime.state import state_shape, zero_states
+from linattn.runtime.state import state_shape
 
 from .device_times import cuda_kernels
 from .lazy import need
@@ -203,10 +204,10 @@ class IreeModel(ModelRunner):
             calls: How many calls, on `profiled_inputs` and states of zeros.
         """
         engine = engine_of(self._program)
-        m, device = engine.manifest, engine.device
+        m = engine.manifest
         entry = next(entry for entry in m.entry_points if entry.symbol == symbol)
         inputs = profiled_inputs(m, entry, position)
-        states, into = zero_states(m, device, m.batch or 1), zero_states(m, device, m.batch or 1)
+        states, into = (zeros(m, engine.pool, m.batch or 1).arrays(m) for _ in range(2))
 
         def call() -> None:
             engine.call(entry, inputs, states, position, last=True, into=into)

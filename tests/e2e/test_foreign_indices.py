@@ -13,7 +13,7 @@ import pytest
 from linattn.frontend import CompileOptions, compile_model
 from linattn.runtime import InputError, Program, StateError, greedy
 from linattn.runtime.cli import main
-from linattn.runtime.state import zero_states
+from linattn.runtime.held import zeros
 from onnx import TensorProto, helper
 
 ROWS, POSITIONS, WIDTH = 1000, 16, 8
@@ -168,6 +168,7 @@ def test_a_module_without_the_runtime_protects_memory(target: str) -> None:
     loaded = program(target)
     entry = next(entry for entry in loaded.manifest.entry_points if entry.tokens == 4)
     ids, positions = np.array([[5 * 10**9, 10**9, -(10**6), ROWS]]), np.array([[POSITIONS, 0, -POSITIONS - 1, 1 << 40]])
-    (logits,), _ = loaded._engine.call(entry, [ids, positions], zero_states(loaded.manifest, loaded.device, 1), 0)
+    states = zeros(loaded.manifest, loaded._engine.pool, 1).arrays(loaded.manifest)
+    (logits,), _ = loaded._engine.call(entry, [ids, positions], states, 0)
     want = reference([[ROWS - 1, ROWS - 1, 0, ROWS - 1]], [[POSITIONS - 1, 0, 0, POSITIONS - 1]])
     np.testing.assert_allclose(loaded.device.to_host(logits), want, rtol=1e-5, atol=1e-6)

@@ -79,8 +79,13 @@ def fill_with_nan(device: Device, array: DeviceArray) -> None:
 
 @TARGETS
 def test_poisoned_memory(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Table 2 #17: whatever free and spare memory holds, no state and no logits are of it."""
+    """Table 2 #17: whatever free and spare memory holds, no state and no logits are of it.
+
+    What ended sessions leave to others has tests of its own, test_kept_memory.py.
+    """
     device = program(target).device
+    program(target).trim()
+    monkeypatch.setattr(device, "clears_new", False)
     with allocations(monkeypatch, poison=True):
         session = program(target).session(window=2)
         for turn in range(2):
@@ -136,8 +141,10 @@ def test_rollback_of_the_whole_last_call(target: str) -> None:
 @pytest.mark.parametrize(("target", "count"), [("cpu", 50), pytest.param("vulkan", 9, marks=pytest.mark.vulkan)])
 def test_many_forks_of_a_prompt(target: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """No more memory than one prompt and so many continuations of their own; each continues by itself."""
+    program(target).trim()
     with allocations(monkeypatch) as own:
         run(program(target).session(), 0, 1)  # what a session takes for itself: states, and one set to write to
+    program(target).trim()
     with allocations(monkeypatch) as prompt:
         session = program(target).session()
         run(session, 0, 200)

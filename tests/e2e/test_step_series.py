@@ -216,8 +216,10 @@ def test_poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
             view.reshape(-1).view(np.uint8).fill(0xFF)  # NaN
         return array
 
-    monkeypatch.setattr(Device, "empty", poisoned)
     tokens, states = expected(HOW)
+    program("cpu").trim()
+    monkeypatch.setattr(Device, "empty", poisoned)
+    monkeypatch.setattr(program("cpu").device, "clears_new", False)
     session = program("cpu").session()
     steps = generate(session, PROMPT, 60, HOW)
     assert list(islice(steps, 25)) == tokens[:25]

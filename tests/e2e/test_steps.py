@@ -104,10 +104,11 @@ def test_a_failure_at_every_boundary_of_a_fork_s_first_step(
     session = loaded.session()
     steps(session, 0, 10)
     snapshot = session.snapshot()
-    for owner, name in [*boundaries, (step, "append"), (step, "read_all"), (step, "new_moving")]:
+    for owner, name in [*boundaries, (step, "append"), (step, "read_all"), (engine.pool, "take_like")]:
         session.restore(snapshot)
         fork = session.fork()
         steps(session, 10, 11)  # so that the fork must copy
+        loaded.trim()
         right = getattr(owner, name)
 
         def broken(*args: Any, right: Any = right) -> Any:
@@ -221,6 +222,7 @@ def test_a_failure_at_every_boundary_of_a_step(target: str, when: str, monkeypat
     for owner, name in boundaries:
         other = session.fork()
         steps(other, 10, 11)  # so that the session must copy
+        loaded.trim()
         right = getattr(owner, name)
 
         def broken(*args: Any, right: Any = right) -> Any:

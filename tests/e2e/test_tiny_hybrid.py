@@ -15,7 +15,8 @@ from linattn.runtime import Program, Session
 from linattn.runtime.binding import Sizes
 from linattn.runtime.collect import Collector
 from linattn.runtime.feeds import block_inputs, complete_inputs
-from linattn.runtime.state import read_state, zero_states
+from linattn.runtime.held import zeros
+from linattn.runtime.state import read_state
 
 from samples.tiny_hybrid import build
 from tests.tolerances import BENIGN, MODEL_LOGITS, error
@@ -149,7 +150,7 @@ def test_a_position_that_no_row_has_writes_the_last_rows(target: str, position: 
         tokens = entry.tokens or 0
         sizes = Sizes(loaded.manifest, batch=2, tokens=tokens, past=0, total=tokens)
         feeds = complete_inputs(loaded.manifest, {"input_ids": IDS[:, :tokens]}, sizes, 2, 0, tokens)
-        states = zero_states(loaded.manifest, loaded.device, 2)
+        states = zeros(loaded.manifest, loaded._engine.pool, 2).arrays(loaded.manifest)
         _, states = loaded._engine.call(entry, block_inputs(loaded.manifest, feeds, 0, 0, tokens), states, position)
         for spec, state in zip(loaded.manifest.states, states, strict=True):
             if spec.kind == "kv_cache":

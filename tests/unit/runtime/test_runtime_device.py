@@ -52,6 +52,22 @@ def test_zeros_and_fill(device: Device, shape: tuple[int, ...], dtype: str) -> N
     assert not device.to_host(dirty).any()
 
 
+@pytest.mark.parametrize("size", [2304, 8192, 131_072, 300_000, 1 << 22])
+def test_new_memory_of_a_cpu_is_zeros(size: int) -> None:
+    """IREE's comes from calloc, and states count on it; what others left where it was before is not in it."""
+    for uri in ("local-task", "local-sync"):
+        device = open_device(uri)
+        assert device.clears_new
+        for _ in range(3):
+            arrays = [device.empty((size,), "uint8") for _ in range(4)]
+            for array in arrays:
+                view = device.host_view(array)
+                assert view is not None
+                assert not view.any()
+                view.fill(0xFF)
+            del view, array, arrays
+
+
 def test_copy_is_separate(device: Device) -> None:
     one, two = device.upload(np.arange(6, dtype=np.float32), "float32"), device.zeros((0, 2), "float16")
     copies = device.copy([one, two])

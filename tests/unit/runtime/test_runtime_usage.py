@@ -36,7 +36,8 @@ def test_memory(load: Load) -> None:
     fork.run({"input_ids": [1]})
     assert after.held < program.memory().held <= after.held + STATE + MOVING
     del fork, snapshot, session
-    assert program.memory().held == 0
+    use = program.memory()
+    assert (use.held, use.kept) == (0, 0)  # the module brings its results, which may be what it was given
 
 
 def test_loads_are_told(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
@@ -62,7 +63,7 @@ def test_what_is_public(cpu: Program) -> None:
     public = [{name for name in dir(thing) if name[0] != "_"} for thing in (cpu, session, session.snapshot())]
     assert public[0] == {
         *("batch", "choice", "close", "cpu_level", "device", "file", "inputs", "load", "manifest", "memory", "outputs"),
-        *("run", "session", "states"),
+        *("run", "session", "states", "trim"),
     }
     assert public[1] == {
         *("batch", "cancel", "fork", "load", "position", "program", "reset", "reset_rows", "reset_state", "restore"),
