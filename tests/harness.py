@@ -18,6 +18,7 @@ from linattn.dialect_patterns.registry import find_op
 from linattn.dialect_patterns.rewrite import lower_operators
 from linattn.dialect_patterns.target import STACK_BYTES, Target
 from linattn.frontend.lower.iree import execute, verify_between_passes
+from linattn.frontend.lower.kept_roundings import keep_roundings
 from linattn.frontend.lower.kernel_bodies import KernelBodies
 from linattn.frontend.targets import TargetOptions, resolve_target, vulkan
 from linattn.frontend.targets.vulkan_device import Device
@@ -266,7 +267,10 @@ def compile_module(module: ir.Module, session: Session, target: str) -> bytes:
     assert execute(invocation, "FromPhase", "global-optimization", "ToPhase", "executable-sources"), "IREE failed"
     with session.context, ir.Location.unknown():
         bodies.put_back(module.operation)
-    assert execute(invocation, "FromPhase", "executable-sources", "ToPhase", "end"), "IREE failed"
+    assert execute(invocation, "FromPhase", "executable-sources", "ToPhase", "executable-targets"), "IREE failed"
+    with session.context, ir.Location.unknown():
+        keep_roundings(module.operation)
+    assert execute(invocation, "FromPhase", "executable-targets", "ToPhase", "end"), "IREE failed"
     module.operation.verify()
     output = Output.open_membuffer()
     invocation.output_vm_bytecode(output)

@@ -75,24 +75,27 @@ def state_spirv_versions(module: ir.Operation) -> None:
     IREE 3.13 writes for the version of the target (what an entry point lists, which decorations there are) and puts the
     least version that has the instructions at the head; below 1.4 that is not valid.
     """
-    for variant in _variants(module):
-        for inner in inside(variant, "builtin.module"):
-            for code in inside(inner, "spirv.module"):
-                wanted = _VERSION.search(str(inner.attributes["spirv.target_env"]))
-                if wanted and (int(wanted[1]), int(wanted[2])) >= (1, 4):
-                    text = _VERSION.sub(f"vce<v{wanted[1]}.{wanted[2]}", str(code.attributes["vce_triple"]))
-                    code.attributes["vce_triple"] = ir.Attribute.parse(text)
+    for code in spirv_modules(module):
+        around: ir.Operation = code.parent.operation
+        wanted = _VERSION.search(str(around.attributes["spirv.target_env"]))
+        if wanted and (int(wanted[1]), int(wanted[2])) >= (1, 4):
+            text = _VERSION.sub(f"vce<v{wanted[1]}.{wanted[2]}", str(code.attributes["vce_triple"]))
+            code.attributes["vce_triple"] = ir.Attribute.parse(text)
 
 
 def spirv_capabilities(module: ir.Operation) -> set[str]:
     """The capabilities that any SPIR-V of the module asks for."""
     found: set[str] = set()
-    for variant in _variants(module):
-        for inner in inside(variant, "builtin.module"):
-            for code in inside(inner, "spirv.module"):
-                listed = _CAPABILITIES.search(str(code.attributes["vce_triple"]))
-                found.update(word.strip() for word in (listed[1] if listed else "").split(","))
+    for code in spirv_modules(module):
+        listed = _CAPABILITIES.search(str(code.attributes["vce_triple"]))
+        found.update(word.strip() for word in (listed[1] if listed else "").split(","))
     return found
+
+
+def spirv_modules(module: ir.Operation) -> list[ir.Operation]:
+    """The kernels of all executables as SPIR-V."""
+    around = [inner for variant in _variants(module) for inner in inside(variant, "builtin.module")]
+    return [code for inner in around for code in inside(inner, "spirv.module")]
 
 
 def _shared_memory(code: Sequence[ir.Operation]) -> int:

@@ -29,6 +29,7 @@ from .empty_ranges import fill_empty_ranges
 from .executables import state_spirv_versions
 from .in_order import mark_in_order
 from .join_dispatches import describe_joined, join_dispatches, joined_rows
+from .kept_roundings import keep_roundings
 from .kernel_bodies import KernelBodies
 from .kernel_loads import load_side_by_side
 from .native_cuda import add_native_code
@@ -202,6 +203,7 @@ class Compiler:
         with self.building():
             limits.check_kernels(module.operation)
             state_spirv_versions(module.operation)
+            keep_roundings(module.operation)
             joined: dict[str, list[list[str]]] = {}
             if by_sizes:
                 limits_of_driver = self._target.capabilities.limits
