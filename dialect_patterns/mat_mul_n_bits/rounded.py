@@ -3,16 +3,21 @@
     %bound = linalg.generic {max |a| of each block}                          // "mkj->mk"
     %a     = linalg.generic {round(a * (127 / bound)) * (bound / 127)}       // "mkj,mk->mkj"
 
-This is the portable form; ``rounded_simt`` is the GPU kernels' own.
+This is the portable form; ``rounded_simt`` is the GPU kernels' own. The product is rounded to f32 before it is rounded
+to a whole number, as in ONNX Runtime: all targets have the same whole numbers.
 """
 
 from __future__ import annotations
 
 from iree.compiler import ir
+from iree.compiler.dialects import arith
 
 from ..emit.builder import Builder, spec_of
-from ..emit.scalar import Scalar
+from ..emit.scalar import Scalar, element_type
 from .contract import INT8_MAX, MatMulNBits
+
+_HIGH = -(1 << 12)  # bits of the upper half of a mantissa, and what is above it
+_LEAST = 1e-30  # blocks of smaller numbers are taken for zero
 
 
 def emit_a(b: Builder, contract: MatMulNBits, a: ir.Value) -> ir.Value:
@@ -31,9 +36,33 @@ def _emit_rounded(b: Builder, a: ir.Value, block_size: int) -> ir.Value:
         return so_far.maximum(value.to("f32").abs())
 
     def round_to_step(value: Scalar, bound: Scalar) -> Scalar:
-        step = bound / INT8_MAX
-        inverse = step.equals(0.0).select(b.constant(0.0, "f32"), INT8_MAX / bound)
+        inverse, step = inverse_and_step(bound)
         return (value.to("f32") * inverse).round_even() * step
 
     bound = b.reduce("mkj->mk", largest, blocks, initial=0.0)
     return b.collapse(b.map("mkj,mk->mkj", round_to_step, blocks, bound, dtype="f32"), 1, 2)
+
+
+def inverse_and_step(bound: Scalar) -> tuple[Scalar, Scalar]:
+    """What elements of a block are multiplied by to be whole numbers, and what these count, both f32.
+
+    Vulkan's division may be off by 2.5 units in the last place, which moves an element to the next whole number now and
+    then (5e-4 of the result of 512 rows on an H100); so the quotient is corrected by what it leaves.
+
+    Args:
+        bound: The block's largest absolute value.
+    """
+    quotient = INT8_MAX / bound
+    (high, low), (top, bottom) = _halves(bound), _halves(quotient)
+    rest = INT8_MAX - top * high - top * low - bottom * high - bottom * low
+    corrected = quotient + rest * (quotient * (1 / INT8_MAX))
+    # The quotient is infinite for subnormal numbers, and what it leaves is no number then.
+    usable = bound > _LEAST
+    return usable.select(corrected, Scalar.constant(0.0, "f32")), bound * (1 / INT8_MAX)
+
+
+def _halves(value: Scalar) -> tuple[Scalar, Scalar]:
+    """Two numbers of 12 bits each whose sum is ``value``: products of such are exact."""
+    bits = Scalar(arith.BitcastOp(element_type("i32"), value.value).result)
+    high = Scalar(arith.BitcastOp(element_type("f32"), (bits & _HIGH).value).result)
+    return high, value - high

@@ -18,7 +18,8 @@ from ..emit.builder import Builder, spec_of, tensor_type
 from ..emit.scalar import Scalar
 from ..emit.simt_kernel import Buffer, Group, Kernel, dispatch
 from ..mat_mul.mma_plan import CHUNK
-from .contract import INT8_MAX, MatMulNBits
+from .contract import MatMulNBits
+from .rounded import inverse_and_step
 from .simt_weights import order
 
 _VECTOR = 4
@@ -26,8 +27,6 @@ _KEPT = 8  # vectors of a block that stay in registers between the two passes
 _THREADS = 128
 _SHIFT = 1.5 * 2**23  # numbers from here on have no fraction
 _EXPONENT = 0x4B000000  # bits that they all have
-_HIGH = -(1 << 12)  # bits of the upper half of a mantissa, and what is above it
-_LEAST = 1e-30  # blocks of smaller numbers are taken for zero
 
 
 def emit_a(b: Builder, contract: MatMulNBits, a: ir.Value, dtype: str) -> ir.Value:
@@ -131,12 +130,12 @@ def _round_block(
     if share == vectors:
         values = load(zero)
         most = largest_of(k.constant(0.0), [e for vector in values for e in vector])
-        inverse, step = inverse_and_step(k, most)
+        inverse, step = (factor.value for factor in inverse_and_step(Scalar(most)))
         write(values, zero, inverse, step)
         return step
     stop = Scalar.constant(vectors, "index")
     (most,) = k.loop(zero, stop, share, [k.constant(0.0)], largest)
-    inverse, step = inverse_and_step(k, most)
+    inverse, step = (factor.value for factor in inverse_and_step(Scalar(most)))
 
     def again(at: Scalar, carried: list[ir.Value]) -> list[ir.Value]:
         write(load(at), at, inverse, step)
@@ -152,34 +151,6 @@ def largest_of(so_far: ir.Value, values: Sequence[ir.Value]) -> ir.Value:
     for value in values:
         most = most.maximum(Scalar(value).abs())
     return most.value
-
-
-def inverse_and_step(k: Kernel, most: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """What elements of a block are multiplied by to be whole numbers, and what these count, both f32.
-
-    Vulkan's division may be off by 2.5 units in the last place, which moves an element to the next whole number now and
-    then (5e-4 of the result of 512 rows on an H100); so the quotient is corrected by what it leaves.
-
-    Args:
-        k: Emits instructions.
-        most: The block's largest absolute value.
-    """
-    bound = Scalar(most)
-    quotient = INT8_MAX / bound
-    (high, low), (top, bottom) = _halves(k, bound), _halves(k, quotient)
-    rest = INT8_MAX - top * high - top * low - bottom * high - bottom * low
-    corrected = quotient + rest * (quotient * (1 / INT8_MAX))
-    # The quotient is infinite for subnormal numbers, and what it leaves is no number then.
-    usable = bound > _LEAST
-    inverse = usable.select(corrected, Scalar.constant(0.0, "f32"))
-    return inverse.value, (bound * (1 / INT8_MAX)).value
-
-
-def _halves(k: Kernel, value: Scalar) -> tuple[Scalar, Scalar]:
-    """Two numbers of 12 bits each whose sum is ``value``: products of such are exact."""
-    bits = Scalar(arith.BitcastOp(k.type(1, "i32"), value.value).result)
-    high = Scalar(arith.BitcastOp(k.type(1), (bits & _HIGH).value).result)
-    return high, value - high
 
 
 def round_even(k: Kernel, value: ir.Value) -> ir.Value:

@@ -13,7 +13,8 @@ from ..emit.simt_kernel import Buffer, Kernel
 from ..mat_mul.head_norm import HeadNorm, gated, inverse_of
 from ..mat_mul.simt_products import Norm
 from .contract import MatMulNBits
-from .rounded_simt import inverse_and_step, largest_of, round_even
+from .rounded import inverse_and_step
+from .rounded_simt import largest_of, round_even
 from .simt_weights import PackedWeights
 
 _VECTOR = 4  # elements of A that are loaded at once
@@ -246,8 +247,8 @@ class ProductsKernel:
         while offset < c.block_words:
             most = Scalar(most).maximum(Scalar(k.shuffle_xor(most, offset))).value
             offset *= 2
-        inverse, step = inverse_and_step(k, most)
-        return [round_even(k, k.mul(value, inverse)) for value in values], step
+        inverse, step = inverse_and_step(Scalar(most))
+        return [round_even(k, k.mul(value, inverse.value)) for value in values], step.value
 
     def _add(
         self, sums: list[ir.Value], rows: list[list[ir.Value]], steps: list[ir.Value] | None,
