@@ -2,9 +2,9 @@
 
     math.sin %x  ->  math.sin (((%x - n c1) - n c2) - n c3) - n c4      n = round(x / 2 pi), c1 + ... + c4 = 2 pi
 
-IREE 3.13 takes off multiples of one number for CPUs, drivers of Vulkan may: sines of angles up to 5,000 were 1.4e-4 off
-on a CPU and 3.8e-4 on lavapipe. The first three parts have 8 bits, so that their multiples are exact up to angles of
-400,000, joined with the difference or not. CUDA's own function does all this. Source: Cody and Waite, 1980, chapter 8.
+IREE 3.13 takes off multiples of one number: sines of angles up to 5,000 were 1.4e-4 off on CPUs and NVIDIA's Vulkan,
+3.8e-4 on CUDA and lavapipe. The first three parts have 8 bits, so that their multiples are exact up to angles of
+400,000, joined with the difference or not. Source: Cody and Waite, 1980, chapter 8.
 """
 
 from __future__ import annotations

@@ -188,8 +188,7 @@ def compile_model(
             guard_reads(module)
             guard_divisions(module)
             mend_gelu(module)
-            if not target.capabilities.matrix_units:
-                reduce_angles(module)
+            reduce_angles(module)
             if target.capabilities.is_gpu and not target.capabilities.matrix_units:
                 widen_conversions(module)
                 keep_nans(module)

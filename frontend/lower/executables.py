@@ -76,7 +76,8 @@ def state_spirv_versions(module: ir.Operation) -> None:
     least version that has the instructions at the head; below 1.4 that is not valid.
     """
     for code in spirv_modules(module):
-        around: ir.Operation = code.parent.operation
+        around = code.parent
+        assert around is not None
         wanted = _VERSION.search(str(around.attributes["spirv.target_env"]))
         if wanted and (int(wanted[1]), int(wanted[2])) >= (1, 4):
             text = _VERSION.sub(f"vce<v{wanted[1]}.{wanted[2]}", str(code.attributes["vce_triple"]))

@@ -1,10 +1,15 @@
-"""What is rounded to whole numbers in SPIR-V is a number that was rounded before, as in CUDA's and CPUs' code.
+"""Sums in SPIR-V whose roundings are what they are for keep them, as in CUDA's and CPUs' code.
 
     %1 = spirv.FMul %x, %inverse                       %1 = spirv.FMul %x, %inverse {no_contraction}
     %2 = spirv.FAdd %1, 1.5 * 2^23                 ->  %2 = spirv.FAdd %1, 1.5 * 2^23 {no_contraction}
 
-A driver may make one multiply-add of the two, with one rounding; NVIDIA's does. Products a hair beside a half then went
-to the other whole number. Other sums are left: that they are joined makes them no less exact, and costs nothing.
+    %1 = spirv.FAdd %x, 1.0                            %1 = spirv.FAdd %x, 1.0 {no_contraction}
+    %2 = spirv.FSub %1, 1.0                        ->  %2 = spirv.FSub %1, 1.0 {no_contraction}
+
+A driver may make one multiply-add of the first two, with one rounding, and ``%x`` of the others; NVIDIA's does both.
+Numbers a hair beside a half went to the other whole number (an int8 step of an element of A), and log(1 + x) lost all
+of a small x, which asks what the sum has rounded off. Other sums are left: that they are joined makes them no less
+exact, and costs nothing.
 
 Source: SPIR-V 1.6, decoration NoContraction; IREE 3.13 writes none.
 """
@@ -20,9 +25,11 @@ from .executables import spirv_modules
 _NO_HALVES = 2.0**23
 """From here on f32 have no fraction: a sum with such a constant is rounded to a whole number."""
 
+_SUMS = frozenset({"spirv.FAdd", "spirv.FSub"})
+
 
 def keep_roundings(module: ir.Operation) -> int:
-    """Decorate such sums, and the products in them, of all kernels in SPIR-V, in place.
+    """Decorate such sums, and what they are the sums of, in all kernels in SPIR-V, in place.
 
     Args:
         module: After the phase ``executable-targets``.
@@ -33,7 +40,7 @@ def keep_roundings(module: ir.Operation) -> int:
     sums: list[Any] = []
 
     def visit(op: ir.Operation) -> ir.WalkResult:
-        if op.name == "spirv.FAdd" and any(_has_no_halves(value) for value in op.operands):
+        if op.name in _SUMS and _is_for_its_rounding(op):
             sums.append(op)
         return ir.WalkResult.ADVANCE
 
@@ -41,13 +48,26 @@ def keep_roundings(module: ir.Operation) -> int:
         code.walk(visit)
     for op in sums:
         for one in (op, *(value.owner for value in op.operands)):
-            if getattr(one, "name", "") in ("spirv.FAdd", "spirv.FMul"):
-                one.attributes["no_contraction"] = ir.UnitAttr.get(module.context)
+            if getattr(one, "name", "") in _SUMS | {"spirv.FMul"}:
+                one.attributes["no_contraction"] = ir.Attribute.parse("unit", module.context)
     return len(sums)
 
 
-def _has_no_halves(value: ir.Value) -> bool:
-    owner: Any = value.owner
-    if getattr(owner, "name", "") != "spirv.Constant" or str(value.type) != "f32":
+def _is_for_its_rounding(op: Any) -> bool:
+    """Of a constant without a fraction; of a constant and a sum with another one."""
+    number = _constant(op)
+    if number is None:
         return False
-    return abs(ir.FloatAttr(owner.attributes["value"]).value) >= _NO_HALVES
+    owners = [value.owner for value in op.operands]
+    return abs(number) >= _NO_HALVES or any(
+        getattr(one, "name", "") in _SUMS and _constant(one) is not None for one in owners
+    )
+
+
+def _constant(op: Any) -> float | None:
+    """The number that is one of a sum's two."""
+    for value in op.operands:
+        owner: Any = value.owner
+        if getattr(owner, "name", "") == "spirv.Constant" and str(value.type) == "f32":
+            return ir.FloatAttr(owner.attributes["value"]).value
+    return None
