@@ -32,7 +32,7 @@ from .norms import (
     softmax,
 )
 from .op import Op
-from .rotary import m_rotary_embedding, rotary_embedding
+from .rotary import m_rotary_embedding, rotary_embedding, rotated_heads
 from .selective_scan import op as selective_scan
 from .tensor_scatter import op as tensor_scatter
 
@@ -56,6 +56,7 @@ OPS: tuple[Op, ...] = (
     *mat_mul_n_bits.OPS,
     *joined_mat_mul_n_bits.OPS,
     *rotary_embedding.OPS,
+    *rotated_heads.OPS,
     *simplified_layer_normalization.OPS,
     *skip_simplified_layer_normalization.OPS,
     *rms_normalization.OPS,

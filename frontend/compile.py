@@ -51,6 +51,7 @@ from .graph.raising.raise_operators import RAISED_OPS, raise_operators
 from .graph.raising.tokens import mixes_tokens
 from .graph.ranked_top_k import rank_top_k
 from .graph.raw_values import raw_values
+from .graph.rotate_heads import rotate_heads
 from .graph.schema import check_contracts, check_supported, domain_of, infer_types, opset_versions
 from .graph.single_token import squeezes_tokens
 from .graph.specialize import SpecializedGraph, specialize
@@ -312,7 +313,8 @@ def _plan(
         ranked = split_columns(ranked, target.capabilities)
         lowering = _lowering_options(options)
         cut = split_convolutions(ranked, versions, target.capabilities, lowering)
-        joined = join_products(cut, versions, target.capabilities, lowering)
+        rotated = rotate_heads(cut, versions, target.capabilities)
+        joined = join_products(rotated, versions, target.capabilities, lowering)
         packed = join_packed_products(joined, versions, target.capabilities, lowering)
         stepped = join_attention(packed, versions, target.capabilities)
         gated = join_gates(stepped, versions, target.capabilities, lowering)

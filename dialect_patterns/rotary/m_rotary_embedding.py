@@ -14,10 +14,12 @@ from typing import cast
 from iree.compiler import ir
 
 from ..checks import float_input, only_attributes, require_dtype, require_shape
+from ..emit.builder import Builder
 from ..emit.scalar import Scalar
 from ..node import Node, TensorSpec
 from ..op import MICROSOFT, LoweringContext, Op
 from .rotary_embedding import (
+    Lookup,
     Rotation,
     clamp_position,
     emit_rotation,
@@ -107,21 +109,28 @@ def output_types(contract: MRotaryEmbedding) -> Sequence[TensorSpec]:
     return [contract.rotation.x]
 
 
-def lower(context: LoweringContext, contract: MRotaryEmbedding, operands: Sequence[ir.Value | None]) -> list[ir.Value]:
-    """Two small tables and one elementwise loop."""
-    b = context.builder
-    x, position_ids, cos, sin = operands
-    assert x is not None
+def lookup(
+    b: Builder, contract: MRotaryEmbedding, operands: Sequence[ir.Value | None]
+) -> tuple[ir.Value, ir.Value, Lookup]:
+    """The cosine and sine inputs of a node, and what finds an element of them."""
+    _, position_ids, cos, sin = operands
     assert position_ids is not None
     assert cos is not None
     assert sin is not None
 
-    def lookup(cache: ir.Value, batch: Scalar, token: Scalar, column: Scalar) -> Scalar:
+    def find(cache: ir.Value, batch: Scalar, token: Scalar, column: Scalar) -> Scalar:
         position = b.load(position_ids, contract.streams.of(column), batch, token)
         value = b.load(cache, clamp_position(b, position, cache), column)
         return value if contract.scale == 1.0 else value.to("f32") * contract.scale
 
-    return [emit_rotation(b, contract.rotation, x, cos, sin, lookup)]
+    return cos, sin, find
+
+
+def lower(context: LoweringContext, contract: MRotaryEmbedding, operands: Sequence[ir.Value | None]) -> list[ir.Value]:
+    """Two small tables and one elementwise loop."""
+    x, (cos, sin, find) = operands[0], lookup(context.builder, contract, operands)
+    assert x is not None
+    return [emit_rotation(context.builder, contract.rotation, x, cos, sin, find)]
 
 
 OPS = (Op(MICROSOFT, "MRotaryEmbedding", 1, parse, output_types, lower),)

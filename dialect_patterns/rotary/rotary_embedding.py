@@ -226,17 +226,17 @@ def clamp_position(b: Builder, position: Scalar, cache: ir.Value) -> Scalar:
     return position.minimum(last).maximum(0).to("index")  # indices of 32 bits lack what makes a position far out
 
 
-def lower(context: LoweringContext, contract: RotaryEmbedding, operands: Sequence[ir.Value | None]) -> list[ir.Value]:
-    """Two small tables and one elementwise loop."""
-    b = context.builder
+def lookup(
+    b: Builder, contract: RotaryEmbedding, operands: Sequence[ir.Value | None]
+) -> tuple[ir.Value, ir.Value, Lookup]:
+    """The cosine and sine inputs of a node, and what finds an element of them."""
     positions_index, cos_index, sin_index = contract.inputs
-    x, cos, sin = operands[0], operands[cos_index], operands[sin_index]
+    cos, sin = operands[cos_index], operands[sin_index]
     position_ids = operands[positions_index] if positions_index < len(operands) else None
-    assert x is not None
     assert cos is not None
     assert sin is not None
 
-    def lookup(cache: ir.Value, batch: Scalar, token: Scalar, column: Scalar) -> Scalar:
+    def find(cache: ir.Value, batch: Scalar, token: Scalar, column: Scalar) -> Scalar:
         if contract.positions is Positions.IN_CACHE:
             return b.load(cache, batch, token, column)
         assert position_ids is not None
@@ -247,7 +247,14 @@ def lower(context: LoweringContext, contract: RotaryEmbedding, operands: Sequenc
             position = clamp_position(b, b.load(position_ids, *zero), cache) + token
         return b.load(cache, clamp_position(b, position, cache), column)
 
-    return [emit_rotation(b, contract.rotation, x, cos, sin, lookup)]
+    return cos, sin, find
+
+
+def lower(context: LoweringContext, contract: RotaryEmbedding, operands: Sequence[ir.Value | None]) -> list[ir.Value]:
+    """Two small tables and one elementwise loop."""
+    x, (cos, sin, find) = operands[0], lookup(context.builder, contract, operands)
+    assert x is not None
+    return [emit_rotation(context.builder, contract.rotation, x, cos, sin, find)]
 
 
 OPS = (
