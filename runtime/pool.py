@@ -16,7 +16,7 @@ from .device import Device, DeviceArray
 
 ALL = maxsize
 """As a number of rows that may hold anything: nothing is known to be zeros."""
-_MOST_BYTES = 256 << 20
+_MOST_BYTES = 512 << 20
 
 Shapes = tuple[tuple[tuple[int, ...], str], ...]
 """Shape and dtype of each array."""

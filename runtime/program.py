@@ -149,7 +149,7 @@ class Program(Owned):
     def trim(self) -> None:
         """Frees the memory of sessions and snapshots that are gone, which is kept for the next ones.
 
-        At most 256 MiB of a program are, none after `close`, and none where the device has no other left.
+        At most 512 MiB of a program are, none after `close`, and none where the device has no other left.
         """
         self._engine.check_usable()
         self._engine.pool.trim()
