@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from .device import Device, DeviceArray, HostArray, Move, numpy_dtype
+from .device import Device, DeviceArray, HostArray, Move, numpy_dtype, rows_regions
 from .dlpack import DeviceTensor, array_of, borrowed, from_outside, new_tensor, on_device
 from .errors import InputError, require
 from .manifest import Manifest, OutputSpec
@@ -206,18 +206,6 @@ def part(device: Device, array: DeviceArray, axis: int, first: int, rows: int) -
     found = device.empty(_resized(array.shape, axis, rows), array.dtype)
     device.move([Move(array, found, rows_regions(array, found, axis, rows, first, 0))])
     return found
-
-
-def rows_regions(
-    source: DeviceArray, target: DeviceArray, axis: int, rows: int, first: int, at: int
-) -> list[tuple[int, int, int]]:
-    """The regions of a `Move` of rows of one axis, from `first` on in the source to `at` on in the target."""
-    if not source.shape:
-        return [(0, 0, source.nbytes)]
-    outer = int(np.prod(source.shape[:axis], dtype=np.int64))
-    row = int(np.prod(source.shape[axis + 1 :], dtype=np.int64)) * numpy_dtype(source.dtype).itemsize
-    old, new = source.shape[axis] * row, target.shape[axis] * row
-    return [(i * old + first * row, i * new + at * row, rows * row) for i in range(outer)]
 
 
 def _write(spec: OutputSpec, array: HostArray, given: Any) -> Any:

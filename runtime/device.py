@@ -137,6 +137,18 @@ def _row_regions(
     return tuple((start, start, (last - first) * row) for start in starts)
 
 
+def rows_regions(
+    source: DeviceArray, target: DeviceArray, axis: int, rows: int, first: int, at: int
+) -> list[tuple[int, int, int]]:
+    """The regions of a `Move` of rows of one axis, from `first` on in the source to `at` on in the target."""
+    if not source.shape:
+        return [(0, 0, source.nbytes)]
+    outer = int(np.prod(source.shape[:axis], dtype=np.int64))
+    row = int(np.prod(source.shape[axis + 1 :], dtype=np.int64)) * numpy_dtype(source.dtype).itemsize
+    old, new = source.shape[axis] * row, target.shape[axis] * row
+    return [(i * old + first * row, i * new + at * row, rows * row) for i in range(outer)]
+
+
 class Reserve(Protocol):
     """Memory that is kept for nobody yet."""
 
@@ -329,9 +341,6 @@ class Device(Owned):
 
         On a CPU the caller does it: a submission takes longer than what is small, and calls are not under way.
         """
-        regions = [(move, *region) for move in moves for region in move.regions if region[2]]
-        if not regions:
-            return
         if not self.has_queue:
             check_process(self.pid, self.uri)
             mapped, target = None, _ZERO
@@ -341,6 +350,9 @@ class Device(Owned):
                 source = None if move.source is None else _bytes_of(move.source)
                 for start, place, nbytes in move.regions:
                     target[place : place + nbytes] = 0 if source is None else source[start : start + nbytes]
+            return
+        regions = [(move, *region) for move in moves for region in move.regions if region[2]]
+        if not regions:
             return
         commands = _rt.HalCommandBuffer(self.hal_device, begin=True)
         for move, start, target, nbytes in regions:

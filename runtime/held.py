@@ -9,11 +9,12 @@ its `Lease` says. Who stands at the end of the rows in use goes on there; who wr
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .binding import axis_of, first_of
-from .device import DeviceArray, HostArray, Move, row_regions
+from .device import DeviceArray, HostArray, Move, row_regions, rows_regions
+from .dlpack import borrowed
 from .manifest import Manifest, StateSpec
 from .pool import Memory, Pool
 from .state import state_shape
@@ -226,20 +227,26 @@ def zeros(manifest: Manifest, pool: Pool, batch: int) -> Held:
     return Held(moving, Lease(caches, 0), 0, batch)
 
 
-def from_arrays(
-    manifest: Manifest,
-    pool: Pool,
-    arrays: Sequence[DeviceArray],
-    batch: int,
-    position: int = 0,
-    mask: HostArray | None = None,
+def from_host(
+    manifest: Manifest, pool: Pool, arrays: Mapping[str, HostArray], batch: int, position: int, mask: HostArray | None
 ) -> Held:
-    """New states, in manifest order, that nobody else holds; caches have zeros from row `position` on."""
-    pairs = list(zip(manifest.states, arrays, strict=True))
-    caches = [(spec, array) for spec, array in pairs if spec.in_place]
-    group = Caches([spec for spec, _ in caches], Memory(pool, [array for _, array in caches], position))
-    moving = Memory(pool, [array for spec, array in pairs if not spec.in_place])
-    return Held(moving, Lease(group, position), position, batch, mask)
+    """States after so many tokens, by name and in ONNX form, on the device."""
+    device, room = pool.device, manifest.max_context
+    moving, caches, _, filled = take(manifest, pool, batch, position if room is None else room)
+    states = Held(moving, Lease(caches, position), position, batch, mask)
+    moves: list[Move] = []
+    for spec, target in zip(manifest.states, states.arrays(manifest), strict=True):
+        array = arrays[spec.name]
+        own = borrowed(device, array, spec.dtype)
+        source = own if own is not None else device.upload(array, spec.dtype)
+        if spec.in_place:
+            moves.append(Move(source, target, rows_regions(source, target, spec.length_axis or 0, position, 0, 0)))
+            moves += _clearing(spec, target, position, filled)
+        else:
+            moves.append(Move(source, target, ((0, 0, source.nbytes),)))
+    device.move(moves)
+    caches.arrays.filled = position
+    return states
 
 
 def _clearing(spec: StateSpec, array: DeviceArray, first: int, last: int) -> list[Move]:

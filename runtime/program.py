@@ -152,6 +152,7 @@ class Program(Owned):
         At most 512 MiB of a program are, none after `close`, and none where the device has no other left.
         """
         self._engine.check_usable()
+        self._engine.device.enter()
         self._engine.pool.trim()
 
     def session(

@@ -17,16 +17,15 @@ from typing import Any
 import numpy as np
 from linattn.install import install_hint
 
-from . import held
 from .binding import Sizes
 from .device import Device, HostArray
 from .errors import LinattnError, StateError
 from .feeds import check_room
-from .held import Held
+from .held import Held, from_host
 from .manifest import InputSpec, Manifest, StateSpec
 from .outputs import check_outputs, new_file
 from .pool import Pool
-from .state import read_state, state_shape, upload_state
+from .state import read_state, state_shape
 
 _FORMAT = "1"
 _MOST_TOKENS = 1 << 40
@@ -115,9 +114,8 @@ def load_states(path: Path, manifest: Manifest, pool: Pool) -> Held:
         raise StateError("not a file of saved states", where=where, got=got, hint=hint) from error
     if _hash(tensors, batch, position) != metadata.get("sha256"):
         raise StateError("damaged: its bytes are not those that were saved", where=where, hint="copy it again, whole")
-    arrays = [upload_state(manifest, pool.device, spec, tensors[spec.name]) for spec in manifest.states]
     mask = _mask_input(manifest)
-    return held.from_arrays(manifest, pool, arrays, batch, position, tensors.get(mask.name) if mask else None)
+    return from_host(manifest, pool, tensors, batch, position, tensors.get(mask.name) if mask else None)
 
 
 def _check_model(manifest: Manifest, metadata: Mapping[str, str], where: str) -> tuple[int, int]:

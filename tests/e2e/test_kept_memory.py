@@ -167,6 +167,28 @@ def test_what_ends_in_a_circle_is_kept_too() -> None:
     assert loaded.memory().kept == held
 
 
+def test_what_is_done_again_and_again_adds_nothing(tmp_path: Path) -> None:
+    """What is not taken from there, and goes there in the end, would be kept until there is no room for more."""
+    loaded, file, found = program("cpu"), tmp_path / "state.safetensors", set[int]()
+    loaded.trim()
+    prompt(loaded, 8).save(file)
+    for turn in range(6):
+        session = Session.load(loaded, file)
+        steps(session, 8, 10)
+        session.rows([0])
+        for name, view in session.states.items():
+            session.set_state(name, view.numpy())
+            session.reset_state(name)
+        session.reset()
+        other = prompt(loaded, 9).fork()
+        steps(other, 9, 11)
+        list(greedy(other, [1], 5))
+        del session, other, view
+        if turn > 1:
+            found.add(loaded.memory().kept)
+    assert len(found) == 1
+
+
 def test_no_more_than_the_limit_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = program("cpu")
     loaded.trim()
