@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,6 +15,7 @@ from .device import DeviceArray, HostArray
 from .errors import StateError
 from .feeds import Call, block_inputs, check_room, prepare
 from .held import Held
+from .lane import Lane, in_use
 from .manifest import EntryPoint
 from .serial import Serial
 from .step import Step
@@ -29,7 +29,8 @@ _Chosen = TypeVar("_Chosen")
 class Calling(Serial):
     """The part of a `Session` that calls the module and commits what comes of it, or nothing."""
 
-    _busy: threading.Lock
+    _free: list[None]
+    _lane: Lane | None
     _cancelled: bool
 
     def _run(
@@ -74,18 +75,26 @@ class Calling(Serial):
             with self._engine.exclusive():  # until the logits' memory is the next call's
                 return choose(self._step(step, ids, now, step.logits))
 
-    def _append(self, step: Step, token: int, read: Callable[[], _Chosen], draw: bytes | None = None) -> _Chosen | None:
+    def _append(
+        self, step: Step, token: int, read: Callable[[], _Chosen], draw: bytes | None = None, *, opens: bool = False
+    ) -> _Chosen | None:
         """`_step` for one row of which nothing is kept for `rollback`, with as little as possible besides; else None.
+
+        None, too, where it `opens` a lane, by which the caller may go.
 
         States that somebody else holds too are left to them, which a fork's first step pays for with memory of its own.
         Nothing is committed before the last lines but one, which no signal comes between.
         """
-        engine, busy = self._engine, self._busy
+        engine, free = self._engine, self._free
         engine.module.check_usable()
-        if not busy.acquire(blocking=False):
-            raise self._in_use()
+        try:
+            free.pop()
+        except IndexError:
+            raise in_use() from None
         try:
             self._cancelled = False
+            if self._lane is not None:
+                self._lane.close(self._spare)
             if self._ahead is not None:
                 self._settle()
             if self._series is not None:
@@ -96,6 +105,8 @@ class Calling(Serial):
             if now.mask is not None or len(line) > 1 or self._window or self._guard:
                 return None
             if now.batch != 1 or not step.is_for(token, position):
+                return None
+            if opens and spare and not now.shared and self._open_lane(now, spare[-1]):
                 return None
             caches, is_grown, lease = old.caches, False, None
             try:
@@ -118,12 +129,12 @@ class Calling(Serial):
             if new is None:
                 now.moving, now.position = into, position + 1
             else:
-                self._line = [new]
+                self._line, self._lane = [new], None
             if not now.shared:
                 spare.append(before)
             return found
         finally:
-            busy.release()
+            free.append(None)
 
     def _follow(self, ids: HostArray, more: bool, draw: bytes | None, later: bytes | None) -> HostArray | None:
         """Appends a token to every row and returns the next ones, which the module chooses; see `follow`."""
@@ -211,9 +222,6 @@ class Calling(Serial):
             moving = memory if memory is not None else self._moving(states)
         return self._compact(moving, outputs)
 
-    def _in_use(self) -> StateError:
-        return StateError("the session is in use by another thread", hint="use one session per thread")
-
     def _begin_series(
         self, tokens: list[int], count: int, draws: Callable[[int], bytes] | None, stops: Sequence[int]
     ) -> int:
@@ -225,45 +233,55 @@ class Calling(Serial):
         Raises:
             TargetError: The call failed on the device.
         """
-        busy = self._busy
+        free = self._free
         self._engine.module.check_usable()
-        if not busy.acquire(blocking=False):
-            raise self._in_use()
+        try:
+            free.pop()
+        except IndexError:
+            raise in_use() from None
         try:  # what `_exclusive` does, with less code to be fetched
             self._cancelled = False
+            if self._lane is not None:
+                self._lane.close(self._spare)
             if self._ahead is not None:
                 self._settle()
             if self._series is not None:
                 self._catch_up()
             return self._do_series(tokens, count, draws, stops)
         finally:
-            busy.release()
+            free.append(None)
 
     def _next_of_series(self, tokens: list[int], draw: bytes | None) -> list[int] | None:
         """Commits the next step of a series and returns its tokens; None where appending these is not that."""
-        busy = self._busy
+        free = self._free
         self._engine.module.check_usable()
-        if not busy.acquire(blocking=False):
-            raise self._in_use()
+        try:
+            free.pop()
+        except IndexError:
+            raise in_use() from None
         try:
             return self._take(tokens, draw)
         finally:
-            busy.release()
+            free.append(None)
 
     @contextmanager
     def _exclusive(self, keep_ahead: bool = False, *, forget: bool = False) -> Generator[None]:
         self._engine.check_usable()
-        if not self._busy.acquire(blocking=False):
-            raise self._in_use()
+        try:
+            self._free.pop()
+        except IndexError:
+            raise in_use() from None
         try:
             self._cancelled = False
+            if self._lane is not None:
+                self._lane.close(self._spare)
             if not keep_ahead and self._ahead is not None:
                 self._settle()
             if self._series is not None:
                 self._catch_up(forget=forget)
             yield
         finally:
-            self._busy.release()
+            self._free.append(None)
 
 
 def advance(session: Session, ids: HostArray, choose: Callable[[HostArray], _Chosen]) -> _Chosen:
@@ -314,6 +332,8 @@ def settle(session: Session) -> None:
 @contextmanager
 def keep_one_call(session: Session) -> Generator[None]:
     """Within it the session's last call can be taken back, whatever its window."""
+    if (lane := session._lane) is not None:  # pyright: ignore[reportPrivateUsage]
+        lane.close(session._spare)  # pyright: ignore[reportPrivateUsage]
     window = session._window  # pyright: ignore[reportPrivateUsage]
     session._window = max(window, 1)  # pyright: ignore[reportPrivateUsage]
     try:

@@ -165,8 +165,9 @@ def _entry_text(entry: Mapping[str, Any]) -> str:
     token = f"; {entry['token']}: the likeliest next token" if entry["token"] else ""
     draw = f"; {entry['draw']}: the next token, drawn" if entry["draw"] else ""
     steps = f"; {entry['steps']}: several steps of it" if entry["steps"] else ""
+    packed = f"; {entry['packed']}: with its position in memory" if entry["packed"] else ""
     alone = "; small: by the calling thread" if entry["alone"] else ""
-    return f"{entry['symbol']}  {count}{last}{token}{draw}{steps}{alone}"
+    return f"{entry['symbol']}  {count}{last}{token}{draw}{steps}{packed}{alone}"
 
 
 def _spec_text(spec: Mapping[str, Any]) -> str:

@@ -18,6 +18,7 @@ from .collect import find_wanted
 from .device import Device, DeviceArray, HostArray, numpy_dtype
 from .dlpack import borrowed
 from .errors import InputError
+from .lane import PackedStep
 from .manifest import EntryPoint, Manifest
 from .module import Module
 from .pool import Pool
@@ -71,6 +72,7 @@ class Engine:
         self._choosers: dict[int, list[Step]] = {}  # those that nobody uses
         self._row_choosers: dict[bool, Step | None] = {}
         self._loops: dict[int, StepLoop | None] = {}
+        self._packed: list[PackedStep | None] = []
         self.turns = Turns()
         self.pool = Pool(module.device, keeps=self.takes_results)
         """Memory for states."""
@@ -118,6 +120,7 @@ class Engine:
             steps = [step.nbytes for step in self._steps.values() if step is not None]
             steps += [step.nbytes for free in self._choosers.values() for step in free]
             steps += [step.nbytes for step in {*self._row_choosers.values()} if step is not None]
+            steps += [packed.nbytes for packed in self._packed if packed is not None]
             loops = [loop for loop in self._loops.values() if loop is not None]
             steps += [loop.nbytes + (loop.step.nbytes if loop.rows > 1 else 0) for loop in loops]
             kept = [*self._inputs.values(), *(array for arrays in self._outputs.values() for array in arrays)]
@@ -150,6 +153,7 @@ class Engine:
             self._choosers.clear()
             self._row_choosers.clear()
             self._loops.clear()
+            self._packed.clear()
             if self._workers is not None:
                 self._workers.shutdown(wait=False, cancel_futures=True)
             self._outputs.clear()
@@ -271,6 +275,18 @@ class Engine:
                 is_same = step is not None and other is not None and other.draws == step.draws
                 self._row_choosers[draws] = other if is_same else step
         return self._row_choosers[draws]
+
+    def packed_step(self) -> PackedStep | None:
+        """What steps of one row are packed by, for whoever has the lock; None where there is no such function."""
+        if not self._packed:
+            with self.exclusive():
+                entry = next((entry for entry in self.manifest.entry_points if entry.packed), None)
+                step = self.step(1) if entry is not None and not self.device.has_queue else None
+                packed, names = None, [spec.name for spec in self.manifest.outputs]
+                if entry is not None and entry.packed and step is not None and step.is_one_row and len(names) == 1:
+                    packed = PackedStep(self.module, entry.packed, step, names[0], self.lock)
+                self._packed.append(packed)
+        return self._packed[0]
 
     def loop(self, batch: int) -> StepLoop | None:
         """Several steps of so many rows in a call, for whoever has the lock; None where there is no such function."""

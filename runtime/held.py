@@ -19,6 +19,9 @@ from .manifest import Manifest, StateSpec
 from .pool import Memory, Pool
 from .state import state_shape
 
+_ALL = 1 << 40
+"""Rows of a lease that all behind it belong to."""
+
 
 class Lease:
     """That the first rows of some caches are in use; gone with the last reference to it.
@@ -105,9 +108,33 @@ class Caches:
         arrays.filled = held.rows = in_use[key] = position + 1
         return True
 
+    def claim(self, held: Lease) -> bool:
+        """Makes all rows behind a lease its own until `stand`, where nobody has some and nothing is to be cleared."""
+        with self._lock:
+            can = self.can_claim(held)
+            if can:
+                self.in_use[id(held)] = _ALL
+                sizes = [
+                    array.shape[spec.length_axis or 0] for spec, array in zip(self.specs, self.arrays, strict=True)
+                ]
+                self.arrays.filled = max(sizes, default=0)  # as long as it is not said how many are written
+            return can
+
+    def can_claim(self, held: Lease) -> bool:
+        """Whether `claim` does it."""
+        in_use, key = list(self.in_use.items()), id(held)
+        most = max((rows for other, rows in in_use if other != key), default=0)
+        return (key, held.rows) in in_use and (not self.arrays or max(self.arrays.filled, most) <= held.rows)
+
     def shrink(self, held: Lease, position: int) -> None:
         """Takes `grow` back; the row may hold anything."""
         held.rows = self.in_use[id(held)] = position
+
+    def stand(self, held: Lease, position: int, filled: int) -> None:
+        """Says how many rows a lease has behind a `claim`, and how many of the caches' were written."""
+        self.arrays.filled, held.rows = filled, position
+        if id(held) in self.in_use:
+            self.in_use[id(held)] = position
 
     def with_array(self, held: Lease, spec: StateSpec, array: DeviceArray) -> Caches:
         """The same caches but for one, for whoever held them; copies of the others where somebody else does too."""

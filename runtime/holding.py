@@ -14,6 +14,7 @@ from .engine import Engine
 from .errors import StateError, TargetError, require
 from .finite import check_finite
 from .held import Held, nothing, zeros
+from .lane import Lane
 from .manifest import Manifest, OutputSpec, StateSpec
 from .owned import Owned
 from .rows import Row, gather
@@ -37,11 +38,15 @@ class Holding(Owned):
     _spare: list[list[DeviceArray]]
     _ahead: Ahead | None
     _series: Series | None
+    _lane: Lane | None
+    _free: list[None]
 
     @property
     def position(self) -> int:
         """Number of tokens committed."""
-        now, series = self._line[-1], self._series
+        now, series, lane = self._line[-1], self._series, self._lane
+        if lane is not None and lane.is_open:
+            return lane.position
         return now.position + (series.taken if series is not None and series.base is now else 0)
 
     @property
@@ -53,7 +58,19 @@ class Holding(Owned):
         """Frees the states; the program calls it when it closes, after which a session has no use of them."""
         self._line = [nothing(self._engine.pool, self.position)]
         self._spare = []
-        self._ahead = self._series = None
+        self._ahead = self._series = self._lane = None
+
+    def _open_lane(self, now: Held, into: list[DeviceArray]) -> bool:
+        """Whether there is an open lane from now on, of states that nobody else holds."""
+        packed, lane = self._engine.packed_step(), self._lane
+        if packed is None or not now.lease.caches.can_claim(now.lease):
+            return False
+        if lane is None or not lane.fits(now, into):
+            self._lane = None  # its memory may be what the new one takes
+            with self._engine.exclusive():
+                lane = Lane(packed, self._free, now, into)
+        self._lane = lane
+        return lane.open()
 
     def _all_arrays(self) -> list[DeviceArray]:
         coming = [one.held.moving for one in (self._ahead, self._series) if one is not None and one.held is not None]
@@ -125,7 +142,7 @@ class Holding(Owned):
 
     def _replace(self, line: list[Held]) -> None:
         """What is held from now on, in one assignment; the memory of what is not is there to be used again."""
-        old, self._line = self._line, line
+        old, self._line, self._lane = self._line, line, None
         for one in old:
             if not any(one is other for other in line) and not one.shared:
                 self._keep_memory(one.moving)

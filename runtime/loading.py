@@ -124,12 +124,14 @@ def read_manifest(module: Module) -> Manifest:
         hint = "compile the model with linattn-compile"
         raise TargetError("an IREE module without a linattn manifest", where=module.where, hint=hint)
     manifest = Manifest.from_json(text, module.where)
-    entries = [name for one in manifest.entry_points for name in (*one.symbols, one.steps)]
+    entries = [name for one in manifest.entry_points for name in (*one.symbols, one.steps, one.packed)]
+    callers = {one.steps: one.draw or one.token for one in manifest.entry_points}
+    callers |= {one.packed: one.symbol for one in manifest.entry_points}
     for symbol in (name for name in (*entries, manifest.finite) if name):
         if symbol not in module.functions:
             expected = ", ".join(name for name in module.functions if "$" not in name and name != "__init")
             raise TargetError("missing entry point", where=module.where, got=symbol, expected=expected)
-        called = next((one.draw or one.token for one in manifest.entry_points if one.steps == symbol), None)
+        called = callers.get(symbol)
         if called is not None and module.reflection(symbol).get(STEPS_KEY) != called:
             got = module.reflection(symbol).get(STEPS_KEY, "none")
             raise TargetError(f"'{symbol}' calls another function", where=module.where, got=got, expected=called)

@@ -28,7 +28,7 @@ IN_ORDER_KEY = "linattn.in_order"
 """Reflection attribute of an asynchronous function that is one submission to a device's queue with a barrier at its
 end: what the queue is given after it begins behind it, whatever it waits for."""
 STEPS_KEY = "linattn.steps"
-"""Reflection attribute of a function of several steps: the name of the function of one that it calls."""
+"""Reflection attribute of a function of several steps, or of packed ones: the name of the function that it calls."""
 
 Dim = int | str
 Shape = tuple[Dim, ...]
@@ -110,6 +110,9 @@ class EntryPoint:
             it is drawn, [B, 8] f32 (README.md has the order); None: there is none.
         steps: A function that calls `draw`, or where there is none `token`, several times, each with the token that the
             last one chose (README.md has its arguments); None: there is none. Optional in the JSON.
+        packed: A function that does what `symbol` does for one token, and takes memory with the position in place of
+            it (README.md has its arguments), so that a list of arguments serves many calls; None: there is none.
+            Optional in the JSON.
         alone: Committed tokens below which the calling thread is done sooner by itself than CPU workers, who have to be
             woken for each kernel; 0: never. Optional in the JSON.
     """
@@ -121,6 +124,7 @@ class EntryPoint:
     token: str | None = None
     draw: str | None = None
     steps: str | None = None
+    packed: str | None = None
     alone: int = 0
 
     @property
@@ -309,6 +313,7 @@ def _build(top: Reader, where: str) -> Manifest:
                 row.optional_text("token"),
                 row.optional_text("draw"),
                 row.optional_text("steps"),
+                row.optional_text("packed"),
                 row.optional_whole("alone", 0, missing_ok=True) or 0,
             )
             for row in top.rows("entry_points")

@@ -30,7 +30,7 @@ def check(manifest: Manifest, where: str) -> None:
     for name, role in m.dims.items():
         if role not in ("batch", "tokens", "past", "total", "open"):
             raise bad(where, f"dims.{name}", "unknown role", role, "batch | tokens | past | total | open")
-    entries = [name for entry in m.entry_points for name in (*entry.symbols, entry.steps)]
+    entries = [name for entry in m.entry_points for name in (*entry.symbols, entry.steps, entry.packed)]
     symbols = [name for name in (*entries, m.finite) if name]
     for group, names in (
         ("input and state", [spec.name for spec in (*m.inputs, *m.states)]),
@@ -50,6 +50,8 @@ def check(manifest: Manifest, where: str) -> None:
             raise bad(where, entry.symbol, "wrong token count of a decode entry", entry.tokens, 1)
         if entry.steps is not None and not (entry.token or entry.draw):
             raise bad(where, entry.symbol, "several steps without one that chooses", entry.steps, "token or draw")
+        if entry.packed is not None and entry.tokens != 1:
+            raise bad(where, entry.symbol, "wrong token count of a packed step", entry.tokens, 1)
     for role in ("attention_mask", "position_ids"):
         if sum(spec.role == role for spec in m.inputs) > 1:
             raise bad(where, "inputs", f"more than one {role}")

@@ -61,6 +61,8 @@ class Module(Owned):
     def __init__(self, source: Path | bytes, *, verify: bool = False) -> None:
         self._verify = verify
         self._device: Device | None = None
+        self.pid = os.getpid()
+        """Of the process that has linked it."""
         self._closed = self._has_workers = False
         self.file = source if isinstance(source, Path) else None
         self.where = str(source) if self.file else "module bytes"
@@ -70,7 +72,8 @@ class Module(Owned):
         """What linking took on the device."""
         self._lock = threading.Lock()
         self._workspace: DeviceArray | None = None
-        self._workspace_ref: Any = None
+        self.workspace_ref: Any = None
+        """The memory for intermediate values that calls share, as they take it; a larger one may take its place."""
         self._workspace_bytes: dict[str, int | None] = {}
         self._submissions: Submissions | None = None
         self._in_order: dict[str, bool] = {}
@@ -138,7 +141,7 @@ class Module(Owned):
                 self._submissions.close()
             self._flying.clear()
             self._context = self._alone = self._module = None
-            self._workspace = self._workspace_ref = None
+            self._workspace = self.workspace_ref = None
             self.functions.clear()
 
     def link(self, device: Device, parameters: tuple[str, Path] | None, alone: Device | None = None) -> None:
@@ -153,7 +156,7 @@ class Module(Owned):
         Raises:
             TargetError: The module was compiled for another device, or the parameter file does not fit or is damaged.
         """
-        self._device, self._has_workers = device, device.has_workers
+        self._device, self._has_workers, self.pid = device, device.has_workers, device.pid
         self._submissions = Submissions(device) if device.has_queue else None
         start, before = time.perf_counter(), device.allocated_bytes()
         if parameters is not None:
@@ -351,6 +354,50 @@ class Module(Owned):
             self._wait_for(function, packed, results, alone and storage is not None)
         return results
 
+    def pack(self, one: str, refs: Iterable[Any]) -> Any:
+        """Arguments of a packed function (`packed` in README.md) for many calls.
+
+        Args:
+            one: The function that it calls, whose workspace it takes.
+            refs: `DeviceArray.ref` of the other arguments.
+        """
+        packed = _rt.VmVariantList(32)
+        for ref in refs:
+            packed.push_ref(ref)
+        packed.push_ref(self._workspace_of(one))
+        return packed
+
+    def call_packed(self, function: Any, packed: Any, results: Any, alone: bool) -> None:
+        """Calls with what `pack` made, on a CPU; by whoever lets in one call of the module at a time.
+
+        Args:
+            function: One of `functions`.
+            packed: Its arguments.
+            results: Of `no_results`.
+            alone: As of `call`.
+
+        Raises:
+            TargetError: The call failed on the device.
+        """
+        context, waits = self._alone if alone else None, False
+        try:
+            if context is None:
+                context = self._context
+                if self._has_workers and is_ordinary_thread():
+                    waits = True
+                    set_policy(os.SCHED_BATCH)
+            context.invoke(function, packed, results)
+        except _IREE_ERRORS as error:
+            raise self._failed(function.name, error) from error
+        finally:  # after a Ctrl-C anywhere in between, too
+            if waits:
+                set_policy(os.SCHED_OTHER)
+
+    @staticmethod
+    def no_results() -> Any:
+        """What a function without results is given for them."""
+        return _rt.VmVariantList(1)
+
     def _wait_for(self, function: str, packed: Any, results: Any, alone: bool) -> None:
         """Calls with everything packed, and waits; on CPU workers as `scheduling.py` says."""
         alone = alone and self._alone is not None
@@ -380,9 +427,9 @@ class Module(Owned):
     def _invoke(self, function: str, packed: Any, results: Any, alone: bool) -> None:
         """Calls and waits."""
         submissions = self._submissions
-        if alone:
-            self._alone.invoke(self.functions[function], packed, results)
-        elif submissions is None or f"{function}$async" not in self.functions:
+        if submissions is None:
+            (self._alone if alone else self._context).invoke(self.functions[function], packed, results)
+        elif f"{function}$async" not in self.functions:
             self.device.enter()
             self._context.invoke(self.functions[function], packed, results)
         else:
@@ -425,8 +472,8 @@ class Module(Owned):
         needed = self._workspace_bytes.get(function) or self.workspace_bytes(function) or 0
         if self._workspace is None or self._workspace.shape[0] < needed:
             self._workspace = self.device.empty([needed], "uint8")
-            self._workspace_ref = self._workspace.view.get_buffer().ref
-        return self._workspace_ref
+            self.workspace_ref = self._workspace.view.get_buffer().ref
+        return self.workspace_ref
 
 
 def _cores() -> int:

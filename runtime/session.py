@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 import os
-import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, wait
 from pathlib import Path
@@ -18,6 +17,7 @@ from .collect import find_wanted
 from .device import DeviceArray, HostArray
 from .engine import engine_of
 from .errors import InputError, StateError, require, require_list, require_whole
+from .lane import Lane
 from .manifest import StateSpec
 from .saved import load_states, save_states
 from .snapshot import Snapshot
@@ -71,11 +71,12 @@ class Session(Calling):
         self._window = window
         self._guard: Literal["nan"] | None = guard
         self._takes_results = engine.takes_results
-        self._busy = threading.Lock()
+        self._free: list[None] = [None]  # empty while a thread is inside; taking it out is one operation
         # What is held now, last; before it what rollback goes back to.
         self._line = [self._empty() if snapshot is None else self._held_by(snapshot)]
         self._ahead: Ahead | None = None
         self._series: Series | None = None
+        self._lane: Lane | None = None
         self._plain = engine.plain
         self._cancelled = False
         self._submitted: Future[dict[str, Any]] | None = None
@@ -223,9 +224,13 @@ class Session(Calling):
         """
         is_plain = outputs is None and into is None and not device_outputs and logits in ("all", "last")
         if is_plain:  # a step pays for it
+            if (lane := self._lane) is not None and (found := lane.run(inputs)) is not None:
+                return found
             if self._line[-1].batch == 1 and (step := self._engine.step(1)) is not None:
                 token = step.token_of(inputs)
-                found = None if token is None else self._append(step, token, step.read_all)
+                found = None if token is None else self._append(step, token, step.read_all, opens=True)
+                if found is None and token is not None and (lane := self._lane) is not None:
+                    found = lane.run(inputs)
                 if found is not None:
                     return found
             wanted = self._plain[logits]
@@ -273,7 +278,7 @@ class Session(Calling):
 
         That call raises a StateError. Where nothing is under way, nothing happens.
         """
-        self._cancelled = self._busy.locked()
+        self._cancelled = not self._free
 
     def rows(self, indices: Sequence[int]) -> None:
         """Makes these rows the batch: some dropped, some several times, in any order, copied on the device.

@@ -85,7 +85,8 @@ class Step:
         by_token = [_by_token(m, spec, view) for spec, view in pairs if spec.role == "position_ids"]
         self._positions: list[tuple[HostArray, HostArray]] = [(view, np.arange(view.shape[-1])) for view in by_token]
         self._columns: HostArray | None = None
-        self._filled = 0
+        self.filled = 0
+        """Tokens whose columns of the mask are written; -1: unknown."""
         for spec, view in pairs:
             if spec.role == "attention_mask":
                 self._start_mask(spec, view)
@@ -144,7 +145,10 @@ class Step:
         token: Any = inputs.get(self._name)
         kind = cast(Any, type(token))
         if kind is np.ndarray:
-            token = token.item() if token.dtype is self._dtype and token.shape == self._ids.shape else None
+            try:  # least code to be fetched: no tuple of a shape
+                token = token.item() if token.dtype is self._dtype and token.ndim == 2 else None
+            except ValueError:
+                return None
         elif kind is list and len(token) == 1:
             token = token[0]
             token = token[0] if cast(Any, type(token)) is list and len(token) == 1 else None
@@ -207,7 +211,7 @@ class Step:
         Weights that go through the caches leave nothing of it there, and each line of memory that it takes to append a
         token is fetched anew: 300 us went so where Python itself took 20.
         """
-        row, position, filled = self._row, now.position, self._filled
+        row, position, filled = self._row, now.position, self.filled
         assert row is not None
         row.ids[0] = token
         for cells in row.positions:
@@ -215,14 +219,18 @@ class Step:
                 cells[i] = position
         if position != filled and row.columns is not None:
             if filled == position - 1:
-                self._filled = -1  # unknown: a Ctrl-C may come before the column is written
+                self.filled = -1  # unknown: a Ctrl-C may come before the column is written
                 row.columns[filled] = 1
-                self._filled = position
+                self.filled = position
             else:
-                self._write_columns(position)
+                self.write_columns(position)
         states = [array.ref for array in now.moving]
         states += [array.ref for array in caches.arrays]
         self._invoke(self._in_order(states), position if self._takes_position else None, into, position)
+
+    def refs_before(self, moving: Sequence[DeviceArray], caches: Caches) -> list[Any]:
+        """The inputs and the states before it, as a call takes them."""
+        return [*self._refs[0], *self._in_order([array.ref for array in (*moving, *caches.arrays)])]
 
     def _invoke(self, states: Sequence[Any], number: int | None, moving: Sequence[DeviceArray], position: int) -> None:
         inputs, draw, outputs = self._refs
@@ -259,6 +267,26 @@ class Step:
         return self._module.submit_step(self._symbol, [*inputs, *states, *self._draw], position, storage)
 
     @property
+    def outputs(self) -> Sequence[DeviceArray]:
+        """The memory of its outputs, where the module takes it."""
+        return self._outputs or ()
+
+    @property
+    def alone(self) -> int:
+        """Of its entry point, see `EntryPoint`."""
+        return self._alone
+
+    @property
+    def limit(self) -> int:
+        """Tokens that there is room for."""
+        return _MANY if self._limit is None else self._limit
+
+    @property
+    def is_one_row(self) -> bool:
+        """Whether it can `append`."""
+        return self._row is not None
+
+    @property
     def symbol(self) -> str:
         """The function that it calls."""
         return self._symbol
@@ -267,6 +295,12 @@ class Step:
     def ids_dtype(self) -> np.dtype[Any]:
         """Of the token ids."""
         return self._dtype
+
+    def start_packed(self) -> memoryview:
+        """Where a packed call finds its token; of the positions the module writes the low halves."""
+        assert self._row is not None
+        self.start_positions()
+        return self._row.ids
 
     def start_positions(self) -> None:
         """Makes what is written into the low halves of numbers, as a loop in the module does, all of them."""
@@ -291,8 +325,8 @@ class Step:
             storage: Memory for moving states.
         """
         inputs, _, outputs = self._refs
-        self._write_columns(now.position)
-        self._filled = -1  # unknown until `end_loop`: the module writes a column after each step
+        self.write_columns(now.position)
+        self.filled = -1  # unknown until `end_loop`: the module writes a column after each step
         states = self._in_order([array.ref for array in (*now.moving, *now.lease.caches.arrays)])
         others = [ref for i, ref in enumerate(outputs) if i != self._logits_at]
         ids, following = self._ids_at, [array.ref for array in storage]
@@ -300,7 +334,7 @@ class Step:
 
     def end_loop(self, position: int) -> None:
         """Says how many tokens are committed after it."""
-        self._filled = position
+        self.filled = position
 
     @property
     def draws(self) -> bool:
@@ -353,17 +387,18 @@ class Step:
                 view.fill(position)
             else:
                 np.add(counted, position, out=view, casting="unsafe")
-        self._write_columns(position)
+        self.write_columns(position)
 
-    def _write_columns(self, position: int) -> None:
-        filled, columns = self._filled, self._columns
+    def write_columns(self, position: int) -> None:
+        """Writes the columns of the mask of as many committed tokens."""
+        filled, columns = self.filled, self._columns
         if columns is not None and position != filled:
-            self._filled = -1  # unknown: a Ctrl-C may come before the columns are written
+            self.filled = -1  # unknown: a Ctrl-C may come before the columns are written
             if filled < 0:
                 columns.fill(0)
             columns[..., max(filled, 0) : position] = 1
             columns[..., position : max(filled, position)] = 0
-            self._filled = position
+            self.filled = position
 
     def _start_mask(self, spec: InputSpec, view: HostArray) -> None:
         """Fills the mask of no committed tokens; its columns are kept, those of the new tokens are always there."""

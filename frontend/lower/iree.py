@@ -33,6 +33,7 @@ from .kept_roundings import keep_roundings
 from .kernel_bodies import KernelBodies
 from .kernel_loads import load_side_by_side
 from .native_cuda import add_native_code
+from .packed_steps import add_packed_steps, with_packed_steps
 from .reflection import set_reflection
 from .step_loops import add_step_loops, with_step_loops
 
@@ -210,7 +211,7 @@ class Compiler:
                 joined = join_dispatches(module.operation, joins(manifest, table), limits_of_driver)
                 table = joined_rows(table, joined)
                 attach_dispatches(module.operation, table)
-                manifest = with_step_loops(with_alone(manifest, table))
+                manifest = with_packed_steps(with_step_loops(with_alone(manifest, table)))
                 set_reflection(module.operation, REFLECTION_KEY, manifest.to_json())
             if self._target.capabilities.is_gpu:
                 target = dataclasses.replace(manifest.target, needs=device_needs(module.operation))
@@ -230,6 +231,7 @@ class Compiler:
                     load_side_by_side(module.operation)
         with self.building():
             add_step_loops(module.operation, manifest)
+            add_packed_steps(module.operation, manifest)
             if levels:
                 load_before_asking(module.operation)
         if self._target.native is not None:

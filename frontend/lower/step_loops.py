@@ -28,7 +28,7 @@ from linattn.runtime.step_loop import row_bytes
 
 from .executables import operations
 
-_VIEW, _BUFFER = "!hal.buffer_view", "!hal.buffer"
+VIEW, BUFFER = "!hal.buffer_view", "!hal.buffer"
 _GREATEST = (1 << 31) - 1
 _NUMBERS = ("int64", "int32")
 _FLAGS = (*_NUMBERS, "bool", "int8", "uint8")
@@ -63,8 +63,13 @@ def add_step_loops(module: ir.Operation, manifest: Manifest) -> None:
 
 
 def _can_loop(m: Manifest) -> bool:
+    return can_write_inputs(m) and sum(spec.role == "logits" for spec in m.outputs) == 1
+
+
+def can_write_inputs(m: Manifest) -> bool:
+    """Whether a function outside of kernels can write all inputs of a step that change from token to token."""
     shapes = step_shapes(m, m.batch) if m.batch is not None else None
-    if shapes is None or sum(spec.role == "logits" for spec in m.outputs) != 1:
+    if shapes is None:
         return False
     columns = (m.max_context or 0) + 1
     return all(
@@ -93,24 +98,24 @@ def _text(m: Manifest, entry: EntryPoint) -> str:
     views = [name for name in inputs if name != "%ids"] + states + [name for name in outputs if name != "%chosen"]
     views += [*first, *second, "%tokens", *(["%draws"] if draws else []), "%stops"]
     numbers = ["%start", "%count", "%stop_count"]
-    arguments = [f"{name}: {_VIEW}" for name in views] + [f"%workspace: {_BUFFER}"] + [f"{n}: i64" for n in numbers]
+    arguments = [f"{name}: {VIEW}" for name in views] + [f"%workspace: {BUFFER}"] + [f"{n}: i64" for n in numbers]
 
     current = [f"%now{i}" if i in moving else f"%state{i}" for i in range(len(m.states))]
     passed = [*inputs, *current, *(["%draw"] if draws else [])]
     storage = [*outputs, *into]
-    types = [_VIEW] * len(passed) + ["i64"] * m.takes_position + [_VIEW] * len(storage) + [_BUFFER]
+    types = [VIEW] * len(passed) + ["i64"] * m.takes_position + [VIEW] * len(storage) + [BUFFER]
     passed += [*(["%position"] if m.takes_position else []), *storage, "%workspace"]
-    returned = f"({', '.join([_VIEW] * tied)})"
+    returned = f"({', '.join([VIEW] * tied)})"
     call = f"util.call @{one}({', '.join(passed)}) : ({', '.join(types)}) -> {returned}"
 
     before, after = list[str](), list[str]()
     for i, (spec, shape) in enumerate(zip(m.inputs, shapes, strict=True)):
         size = numpy_dtype(spec.dtype).itemsize
         if spec.role == "position_ids":
-            before += _store(f"p{i}", inputs[i], [n * size for n in range(math.prod(shape))], None, "%position_low")
+            before += store(f"p{i}", inputs[i], [n * size for n in range(math.prod(shape))], None, "%position_low")
         elif spec.role == "attention_mask":
             starts = [n * shape[-1] * size for n in range(math.prod(shape[:-1]))]
-            after += _store(f"m{i}", inputs[i], starts, size, "%true" if size == 1 else "%one_low")
+            after += store(f"m{i}", inputs[i], starts, size, "%true" if size == 1 else "%one_low")
     if draws:
         before += [
             f"%draw_row = arith.constant {row_bytes(4 * DRAW_SETTINGS * rows)} : index",
@@ -120,8 +125,8 @@ def _text(m: Manifest, entry: EntryPoint) -> str:
             "%f32 = hal.element_type<f32> : i32",
             _view("%draw", "%draw_memory", "%draw_start, %draw_bytes", "%rows, %settings", "%f32"),
         ]
-    carried = ", ".join(f"{name}: {_VIEW}" for name in (*now, *into, *later))
-    kinds = ", ".join(["i64", *[_VIEW] * (3 * len(moving))])
+    carried = ", ".join(f"{name}: {VIEW}" for name in (*now, *into, *later))
+    kinds = ", ".join(["i64", *[VIEW] * (3 * len(moving))])
     start = ", ".join(["%zero", *(states[i] for i in moving), *first, *second])
     following = ", ".join(["%after", *into, *later, *into])
     lines = [
@@ -138,8 +143,8 @@ def _text(m: Manifest, entry: EntryPoint) -> str:
         "%stop_bytes = arith.constant 4 : index",
         f"%type = hal.element_type<i{8 * width}> : i32",
         "%dense = hal.encoding_type<dense_row_major> : i32",
-        *(_memory(name) for name in ("%tokens", "%stops", *(["%draws"] if draws else []))),
-        *(_memory(name) for name in inputs if name != "%ids"),
+        *(memory(name) for name in ("%tokens", "%stops", *(["%draws"] if draws else []))),
+        *(memory(name) for name in inputs if name != "%ids"),
         f"cf.br ^step({start} : {kinds})",
         f"^step(%done: i64{f', {carried}' if carried else ''}):",
         "%position = arith.addi %start, %done : i64",
@@ -162,7 +167,7 @@ def _text(m: Manifest, entry: EntryPoint) -> str:
         "^compare:",
         "%which_at = arith.index_cast %which : i64 to index",
         "%stop_start = arith.muli %which_at, %stop_bytes : index",
-        f"%stop = hal.buffer.load<%stop_memory : {_BUFFER}>[%stop_start] : i32",
+        f"%stop = hal.buffer.load<%stop_memory : {BUFFER}>[%stop_start] : i32",
         "%is_stop = arith.cmpi eq, %stop, %token0 : i32",
         "%next = arith.addi %which, %one : i64",
         "cf.cond_br %is_stop, ^end, ^stop(%next : i64)",
@@ -180,18 +185,26 @@ def _each(kind: str, moving: Sequence[int]) -> list[str]:
     return [f"%{kind}{i}" for i in moving]
 
 
-def _memory(view: str) -> str:
-    """`%tokens` -> `%token_memory`, `%input1` -> `%input1_memory`."""
-    return f"{view.removesuffix('s')}_memory = hal.buffer_view.buffer<{view} : {_VIEW}> : {_BUFFER}"
+def memory(view: str) -> str:
+    """The buffer of a view: `%tokens` -> `%token_memory`, `%input1` -> `%input1_memory`."""
+    return f"{view.removesuffix('s')}_memory = hal.buffer_view.buffer<{view} : {VIEW}> : {BUFFER}"
 
 
 def _view(name: str, memory: str, region: str, shape: str, kind: str) -> str:
-    where = f"buffer({memory} : {_BUFFER})[{region}]"
-    return f"{name} = hal.buffer_view.create {where} shape([{shape}]) type({kind}) encoding(%dense) : {_VIEW}"
+    where = f"buffer({memory} : {BUFFER})[{region}]"
+    return f"{name} = hal.buffer_view.create {where} shape([{shape}]) type({kind}) encoding(%dense) : {VIEW}"
 
 
-def _store(name: str, view: str, starts: Sequence[int], size: int | None, value: str) -> list[str]:
-    """Writes a number to some places, those of `%column` where its elements have a size; high halves are zero."""
+def store(name: str, view: str, starts: Sequence[int], size: int | None, value: str) -> list[str]:
+    """Writes a number to some places, those of `%column` where its elements have a size; high halves are zero.
+
+    Args:
+        name: What constants are called after.
+        view: Of the memory.
+        starts: The places, in bytes.
+        size: Of an element; None: the places are those themselves.
+        value: Four bytes, or `%true`, which has one.
+    """
     kind, lines = "i8" if value == "%true" else "i32", list[str]()
     for n, start in enumerate(starts):
         place = f"%{name}_{n}"
@@ -203,7 +216,7 @@ def _store(name: str, view: str, starts: Sequence[int], size: int | None, value:
                 f"{place}_column = arith.addi {place}, {place}_at : index",
             ]
             place = f"{place}_column"
-        lines.append(f"hal.buffer.store<{view}_memory : {_BUFFER}>[{place}] value({value} : {kind})")
+        lines.append(f"hal.buffer.store<{view}_memory : {BUFFER}>[{place}] value({value} : {kind})")
     return lines
 
 
@@ -212,7 +225,7 @@ def _look(row: int, offset: int) -> list[str]:
     lines = [
         f"%offset{row} = arith.constant {offset} : index",
         f"%place{row} = arith.addi %chosen_start, %offset{row} : index",
-        f"%token{row} = hal.buffer.load<%token_memory : {_BUFFER}>[%place{row}] : i32",
+        f"%token{row} = hal.buffer.load<%token_memory : {BUFFER}>[%place{row}] : i32",
     ]
     if row == 0:
         return [*lines, "%none0 = arith.cmpi ugt, %token0, %greatest : i32"]

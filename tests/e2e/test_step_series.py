@@ -352,10 +352,13 @@ def test_what_a_module_says_of_it(tmp_path: Path) -> None:
     path.write_bytes(data)
     assert "decode_draw_steps: several steps of it" in describe_text(describe(path))
     assert engine_of(Program.load(path)).loop(1) is not None
-    assert data.count(STEPS_KEY.encode()) == 1
+    assert "decode_packed: with its position in memory" in describe_text(describe(path))
+    assert data.count(STEPS_KEY.encode()) == 2
     other = sealed(data[:-SEAL_BYTES].replace(STEPS_KEY.encode(), STEPS_KEY.upper().encode()))
     with pytest.raises(TargetError, match="'decode_draw_steps' calls another function, got none, expected decode_draw"):
         Program.load(other)
+    manifest, name = engine_of(Program.load(path)).manifest, "decode_packed"
+    assert [(entry.symbol, entry.packed) for entry in manifest.entry_points] == [("decode", name)]
 
 
 def test_a_series_that_was_done_again_differently(monkeypatch: pytest.MonkeyPatch) -> None:

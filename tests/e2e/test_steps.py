@@ -22,6 +22,7 @@ from linattn.runtime import (
 from linattn.runtime.engine import engine_of
 from linattn.runtime.generation.sampling import Sampler
 from linattn.runtime.held import Caches
+from linattn.runtime.lane import Lane
 from linattn.runtime.step import Step
 
 from tests.stepped import CONTEXT, IDS, TARGETS, program
@@ -47,6 +48,12 @@ def expected(target: str) -> np.ndarray:
     return general(program(target).session(), 0, 40)
 
 
+def in_lane(lane: Lane, inputs: Any, prepared: list[int], right: Any = Lane.run) -> Any:
+    found = right(lane, inputs)
+    prepared += [] if found is None else [lane.position - 1]
+    return found
+
+
 @TARGETS
 def test_steps_are_prepared_and_equal_general_calls(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sessions at other positions in between, rollbacks and resets: the mask's columns are those of each."""
@@ -58,6 +65,7 @@ def test_steps_are_prepared_and_equal_general_calls(target: str, monkeypatch: py
             return right(self, ids, now, *memory)
 
         monkeypatch.setattr(Step, right.__name__, counted)
+    monkeypatch.setattr(Lane, "run", lambda self, inputs: in_lane(self, inputs, prepared))
     one, two, want = program(target).session(window=4), program(target).session(), expected(target)
     assert prepared == []
     np.testing.assert_array_equal(steps(one, 0, 20), want[:, :20])
@@ -246,15 +254,19 @@ def test_a_failure_at_every_boundary_of_a_step(target: str, when: str, monkeypat
 @TARGETS
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_failure_in_a_step_in_place(target: str, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Table 2 #37: where nobody else holds its states, a session's step replaces them in place, all or none."""
+    """Table 2 #37: where nobody else holds its states, a session's step replaces them in place, all or none.
+
+    On a CPU so do the steps of a generation; those of `run` go on in a lane (test_lane.py).
+    """
     injected = TargetError if when == "before" else KeyboardInterrupt
     loaded, want = program(target), expected(target)
     step, session, at = engine_of(loaded).step(1), loaded.session(), 12
+    monkeypatch.setattr(engine_of(loaded), "packed_step", lambda: None)
     steps(session, 0, at)
     module, far = engine_of(loaded).module, loaded.session()
     run(far, 0, 32)
     boundaries: list[tuple[Any, str]] = [(module, "_invoke"), (module, "_wait_for"), (module, "call_step")]
-    boundaries += [(step, "append"), (step, "read"), (step, "_write_columns"), (Caches, "grow")]
+    boundaries += [(step, "append"), (step, "read"), (step, "write_columns"), (Caches, "grow")]
     for owner, name in boundaries:
         steps(far, far.position, far.position + 1)  # so that the columns are another's
         right, number = getattr(owner, name), id(session._line[-1])  # whoever holds it keeps it from being in place

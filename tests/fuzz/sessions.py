@@ -142,7 +142,8 @@ def case(rng: random.Random, folder: Path) -> str:
     program = rng.choice(prepare())
     batch = program.manifest.batch or rng.choice([1, 3])
     twins = [
-        Twin(program.session(batch=batch, window=2), np.zeros((batch, 0), int)) for _ in range(rng.choice([1, 1, 2, 4]))
+        Twin(program.session(batch=batch, window=rng.choice([0, 2])), np.zeros((batch, 0), int))
+        for _ in range(rng.choice([1, 1, 2, 4]))
     ]
     failures: list[BaseException] = []
     seeds = [random.Random(rng.random()) for _ in twins]
