@@ -6,16 +6,18 @@
     %1 = spirv.FAdd %x, 1.0                            %1 = spirv.FAdd %x, 1.0 {no_contraction}
     %2 = spirv.FSub %1, 1.0                        ->  %2 = spirv.FSub %1, 1.0 {no_contraction}
 
-A driver may make one multiply-add of the first two, with one rounding, and ``%x`` of the others; NVIDIA's does both.
-Numbers a hair beside a half went to the other whole number (an int8 step of an element of A), and log(1 + x) lost all
-of a small x, which asks what the sum has rounded off. Other sums are left: that they are joined makes them no less
-exact, and costs nothing.
+A driver may make one multiply-add of the first two, with one rounding, and ``%x`` of the others: NVIDIA's does both,
+lavapipe the latter. Numbers a hair beside a half went to the other whole number (an int8 step of an element of A), and
+log(1 + x) lost all of a small x, which asks what the sum has rounded off. Other sums are left: that they are joined
+makes them no less exact, and costs nothing.
 
 Source: SPIR-V 1.6, decoration NoContraction; IREE 3.13 writes none.
 """
 
 from __future__ import annotations
 
+import re
+import struct
 from typing import Any
 
 from iree.compiler import ir
@@ -25,6 +27,7 @@ from .executables import spirv_modules
 _NO_HALVES = 2.0**23
 """From here on f32 have no fraction: a sum with such a constant is rounded to a whole number."""
 
+_NUMBER = re.compile(r"(?:dense<)?([-+.\w]+)>? : (?:vector<\d+x)?f32")
 _SUMS = frozenset({"spirv.FAdd", "spirv.FSub"})
 
 
@@ -65,9 +68,12 @@ def _is_for_its_rounding(op: Any) -> bool:
 
 
 def _constant(op: Any) -> float | None:
-    """The number that is one of a sum's two."""
+    """The number that is one of a sum's two, or all elements of it."""
     for value in op.operands:
         owner: Any = value.owner
-        if getattr(owner, "name", "") == "spirv.Constant" and str(value.type) == "f32":
-            return ir.FloatAttr(owner.attributes["value"]).value
+        if getattr(owner, "name", "") == "spirv.Constant":
+            found = _NUMBER.match(str(owner.attributes["value"]))
+            if found:
+                bits = found[1].startswith("0x")
+                return struct.unpack("!f", bytes.fromhex(found[1][2:]))[0] if bits else float(found[1])
     return None
