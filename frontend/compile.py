@@ -13,6 +13,7 @@ import onnx
 from iree.compiler import ir
 from linattn.dialect_patterns.emit.builder import Builder
 from linattn.dialect_patterns.exact_gelu import mend_gelu
+from linattn.dialect_patterns.exact_quotients import correct_quotients
 from linattn.dialect_patterns.guarded_divisions import guard_divisions
 from linattn.dialect_patterns.guarded_reads import guard_reads
 from linattn.dialect_patterns.kept_nans import keep_nans
@@ -193,6 +194,7 @@ def compile_model(
             if target.capabilities.is_gpu and not target.capabilities.matrix_units:
                 widen_conversions(module)
                 keep_nans(module)
+                correct_quotients(module)
             if target.capabilities.matrix_units:  # CUDA's code generation
                 make_reductions_unsigned(module)
         compiler.dump(module, "linalg")

@@ -10,13 +10,12 @@ to a whole number, as in ONNX Runtime: all targets have the same whole numbers.
 from __future__ import annotations
 
 from iree.compiler import ir
-from iree.compiler.dialects import arith
 
 from ..emit.builder import Builder, spec_of
-from ..emit.scalar import Scalar, element_type
+from ..emit.quotient import rest
+from ..emit.scalar import Scalar
 from .contract import INT8_MAX, MatMulNBits
 
-_HIGH = -(1 << 12)  # bits of the upper half of a mantissa, and what is above it
 _LEAST = 1e-30  # blocks of smaller numbers are taken for zero
 
 
@@ -53,16 +52,7 @@ def inverse_and_step(bound: Scalar) -> tuple[Scalar, Scalar]:
         bound: The block's largest absolute value.
     """
     quotient = INT8_MAX / bound
-    (high, low), (top, bottom) = _halves(bound), _halves(quotient)
-    rest = INT8_MAX - top * high - top * low - bottom * high - bottom * low
-    corrected = quotient + rest * (quotient * (1 / INT8_MAX))
+    corrected = quotient + rest(INT8_MAX, quotient, bound) * (quotient * (1 / INT8_MAX))
     # The quotient is infinite for subnormal numbers, and what it leaves is no number then.
     usable = bound > _LEAST
     return usable.select(corrected, Scalar.constant(0.0, "f32")), bound * (1 / INT8_MAX)
-
-
-def _halves(value: Scalar) -> tuple[Scalar, Scalar]:
-    """Two numbers of 12 bits each whose sum is ``value``: products of such are exact."""
-    bits = Scalar(arith.BitcastOp(element_type("i32"), value.value).result)
-    high = Scalar(arith.BitcastOp(element_type("f32"), (bits & _HIGH).value).result)
-    return high, value - high
