@@ -105,7 +105,6 @@ class DirectProducts:
         starts = [k.add(column, v * p.lanes) for v in range(p.vectors)]
         factors = [self.columns.factors(start, block, count) for start in starts]
         first = k.mul(block, c.block_words)
-        self.columns.prefetch(after, block, count)
         loaded: dict[tuple[int, int], list[str]] = {}
 
         def word(w: int, v: int) -> str:
@@ -119,6 +118,7 @@ class DirectProducts:
         for i in range(count):
             at = k.add(block, i)
             own = [f[i] for f in factors]
+            self.columns.prefetch(after, at, 1)  # a few lines at a time: those of four blocks fill a core's buffers
             if c.block_words <= _UNROLLED_WORDS:
                 base = i * c.block_words
                 parts: list[Tile] = []

@@ -44,6 +44,7 @@ INSTRUCTIONS = (
         frozenset({"avx512bw"}), 512, pairs="llvm.x86.avx512.pmaddubs.w.512", widen="llvm.x86.avx512.pmaddw.d.512"
     ),
     DotInstruction(frozenset({"avxvnni"}), 256, dot="llvm.x86.avx512.vpdpbusd.256", weight_bits=8),
+    DotInstruction(frozenset({"avx512vnni"}), 256, dot="llvm.x86.avx512.vpdpbusd.256", weight_bits=8),
     DotInstruction(frozenset({"avx2"}), 256, pairs="llvm.x86.avx2.pmadd.ub.sw", widen="llvm.x86.avx2.pmadd.wd"),
     DotInstruction(frozenset({"ssse3"}), 128, pairs="llvm.x86.ssse3.pmadd.ub.sw.128", widen="llvm.x86.sse2.pmadd.wd"),
     DotInstruction(
@@ -58,9 +59,9 @@ INSTRUCTIONS = (
 """Best first."""
 
 
-def dot_instruction(target: Target) -> DotInstruction | None:
-    """The best one that a machine has for its vectors."""
+def dot_instruction(target: Target, vector_bits: int | None = None) -> DotInstruction | None:
+    """The best one that a machine has for its vectors, or for narrower ones."""
     for instruction in INSTRUCTIONS:
-        if instruction.features <= target.features and instruction.vector_bits == target.vector_bits:
+        if instruction.features <= target.features and instruction.vector_bits == (vector_bits or target.vector_bits):
             return instruction
     return None

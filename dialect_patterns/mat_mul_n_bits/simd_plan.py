@@ -17,6 +17,8 @@ CHUNK = 4
 
 _STACK_BYTES = 28 * 1024  # IREE refuses kernels with more than 32 KiB
 _DIRECT_ROWS = 4
+_AMD = "sse4a"  # which nobody else has
+_AMD_DIRECT_LANES = 8
 _ROW_BLOCK = 64  # about
 _AMX_STACK_BYTES = 30 * 1024
 _REST_BYTES = 8 * 1024  # of a stack, for all but weights and sums
@@ -108,6 +110,9 @@ def plan(contract: MatMulNBits, target: Target) -> Plan | str:
     rows = c.rows
     few = rows is not None and rows <= _DIRECT_ROWS
     if few and rows is not None and arranged_bytes(c, instruction) * rows <= _STACK_BYTES:
+        if instruction and _AMD in target.features and lanes > _AMD_DIRECT_LANES:
+            # Each column is a stream: 16 of them take a Zen 4 a third longer than 8, and Sapphire Rapids 7 % less.
+            instruction, lanes = dot_instruction(target, 32 * _AMD_DIRECT_LANES), _AMD_DIRECT_LANES
         return Plan(instruction, lanes, 1, rows, 0, c.blocks, _workgroup_columns(c, lanes, 1))
     tile_rows, vectors = _register_tile(instruction)
     row_block = -(-_ROW_BLOCK // tile_rows) * tile_rows

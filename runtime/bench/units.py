@@ -48,7 +48,7 @@ CPU_UNITS = (
     Unit("amx-bf16", 16, "attention_fused_amx_"),
     Unit("avx512_bf16", 2, "attention_fused_simd_many_pairs_.*_v512"),
     # Four bytes a lane where f32 has one element; where two instructions make one product, in half of the time.
-    Unit("avx512_vnni", 4, _BYTES + "avx512vnni_v512"),
+    Unit("avx512_vnni", 4, _BYTES + "avx512vnni_v(?:512|256)"),
     Unit("avx_vnni", 4, _BYTES + "avxvnni_v256"),
     Unit("avx512bw, bytes", 2, _BYTES + "avx512bw_v512"),
     Unit("avx2, bytes", 2, _BYTES + "avx2_v256"),
@@ -72,7 +72,7 @@ GPU_UNITS = (
 _PRODUCT = re.compile(
     r"mat_?mul|matvec|mmt4d|vecmat|experts_(?:first|second|product)|attention_(?!step_|fused_simt_join_)"
 )
-_BYTES_OF_LEVELS = "_avx512vnni_v512_"
+_BYTES_OF_LEVELS = re.compile("_avx512vnni_v(?:512|256)_")
 _LEVELS = {"x86-64-v4+vnni": ("avx512vnni", "v512"), "x86-64-v3": ("avx2", "v256"), "x86-64-v2": ("ssse3", "v128")}
 _ARRANGED = re.compile(r"mat_mul_(?:n_bits_)?(?:amx_)?rows_|_rounded_")
 
@@ -99,7 +99,7 @@ def unit_of(key: str, target: Target) -> Unit | None:
 def _of_level(key: str, level: str | None) -> str:
     """What the kernel would be called that was made for one level only."""
     kind, width = _LEVELS.get(level or "", ("", ""))
-    return f"mat_mul_n_bits_fused_simd__{kind}_{width}" if _BYTES_OF_LEVELS in key else f"fused_simd__{width}"
+    return f"mat_mul_n_bits_fused_simd__{kind}_{width}" if _BYTES_OF_LEVELS.search(key) else f"fused_simd__{width}"
 
 
 def add_units(rows: Sequence[dict[str, Any]], target: Target, ceilings: Mapping[str, Any] | None, cores: float) -> None:

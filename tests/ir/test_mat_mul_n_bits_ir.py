@@ -82,6 +82,25 @@ def test_two_workers_end_together(columns: int) -> None:
 
 
 @pytest.mark.parametrize(
+    ("features", "columns"), [("znver4", 8), ("sapphirerapids", 16), ("x86-64-v4", 16), ("x86-64-v3", 8)]
+)
+def test_few_rows_read_few_lines_at_once(features: str, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each column is a stream of its own; lines are asked for a few at a time, with products between."""
+    target = resolve_target("cpu", TargetOptions(cpu_features=features, target_triple=X86)).capabilities
+    monkeypatch.setitem(TARGETS, "cpu", target)
+    for rows in (1, 4):
+        found = plan(contract(rows), target)
+        assert not isinstance(found, str)
+        assert (found.tile, found.direct) == (columns, True)
+    products = str(emit(1, 4)).partition("scf.for")[2]
+    runs, run = [0], 0
+    for line in products[products.index("call_intrinsic") :].splitlines():
+        run = 0 if "call_intrinsic" in line else run + ("memref.prefetch" in line)
+        runs.append(run)
+    assert 1 < max(runs) <= 5
+
+
+@pytest.mark.parametrize(
     ("features", "triple", "instruction"),
     [
         ("znver4", X86, "avx512vnni"),
