@@ -51,6 +51,7 @@ class Target:
         max_threads: Threads of a workgroup that a kernel may use (GPU).
         matrix_units: Whether 16-bit matrix products have units of their own.
         thread_values: How much of a state a thread best holds for one token (GPU): more makes its loads wait.
+        cold_code: Whether a kernel's code is not in the caches when a step comes to it (GPU): what is unrolled waits.
         limits: What the driver takes of any dispatch, IREE's own included.
         executable: MLIR text of IREE's description of the machine (CPU), where a module has code for several.
         shares_weights: Whether code for other vector widths reads the same packed weights (CPU).
@@ -69,6 +70,7 @@ class Target:
     max_threads: int = 128
     matrix_units: bool = False
     thread_values: int = 128
+    cold_code: bool = False
     features: frozenset[str] = frozenset()
     limits: Limits = Limits()
     executable: str = ""

@@ -58,6 +58,7 @@ def _by_data(arch: str, description: str, device: Device, notes: tuple[str, ...]
             workgroup_memory=device.workgroup_memory,
             matrix_stride="chunks" if device.matrices else None,
             thread_values=_THREAD_VALUES,
+            cold_code=True,
             limits=Limits(
                 bindings=device.storage_buffers,
                 constants=device.push_constants // 4,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import harness
@@ -52,6 +53,7 @@ def attention(
             (0, 5, 900),
         ),
         ("fused_simt_parts", np.float32, 1, (2, 2), 5, 12, 33, {"local_window_size": 3}, (0, 28)),
+        ("fused_simt_parts, cold code", np.float32, 1, (4, 2), 2, 32, 300, {"local_window_size": 90}, (0, 1, 63, 298)),
         ("fused_simt_tiles", np.float32, 1, (4, 2), 64, 64, 300, {}, (0, 1, 63, 236)),
         ("fused_simt_tiles", np.float16, 2, (8, 2), 33, 32, 128, {}, (0, 5, 95)),
         (
@@ -78,6 +80,9 @@ def test_positions(
     kernel: str, dtype: Any, batch: int, heads: tuple[int, int], tokens: int, size: int, rows: int,
     attributes: dict[str, Any], positions: tuple[int, ...], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
+    kernel, _, code = kernel.partition(", ")
+    if code:
+        monkeypatch.setitem(harness.TARGETS, TARGET, replace(harness.TARGETS[TARGET], cold_code=True))
     if kernel == "fused_mma":
         monkeypatch.setitem(harness.TARGETS, TARGET, matrices.TARGET)
         matrices.emulate(monkeypatch, fused_mma)
