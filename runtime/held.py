@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 from .binding import axis_of, first_of
 from .device import DeviceArray, HostArray, Move, row_regions, rows_regions
-from .dlpack import borrowed
 from .manifest import Manifest, StateSpec
 from .pool import Memory, Pool
 from .state import state_shape
@@ -263,14 +262,13 @@ def from_host(
     states = Held(moving, Lease(caches, position), position, batch, mask)
     moves: list[Move] = []
     for spec, target in zip(manifest.states, states.arrays(manifest), strict=True):
-        array = arrays[spec.name]
-        own = borrowed(device, array, spec.dtype)
-        source = own if own is not None else device.upload(array, spec.dtype)
-        if spec.in_place:
-            moves.append(Move(source, target, rows_regions(source, target, spec.length_axis or 0, position, 0, 0)))
-            moves += _clearing(spec, target, position, filled)
+        array, view, axis = arrays[spec.name], device.host_view(target), (spec.in_place and spec.length_axis) or 0
+        if view is not None:
+            view[(slice(None),) * axis + (slice(0, array.shape[axis]),)] = array
         else:
-            moves.append(Move(source, target, ((0, 0, source.nbytes),)))
+            source = device.upload(array, spec.dtype)
+            moves.append(Move(source, target, rows_regions(source, target, axis, array.shape[axis], 0, 0)))
+        moves += _clearing(spec, target, position, filled) if spec.in_place else []
     device.move(moves)
     caches.arrays.filled = position
     return states

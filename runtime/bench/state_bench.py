@@ -74,8 +74,10 @@ def measure_states(module: Path, device: str | None, prompt: int, forks: int, st
     add("step", lambda: read(plain, one))
     add("step with guard='nan'", lambda: read(guarded, one))
     held: list[Session] = []
-    add("first step of a fork", lambda: read(held[-1], one), lambda: held.append(program.session(start)))
-    held.clear()
+    program.trim()
+    for what in ("first step of a fork, in new memory", "first step of a fork"):  # then in what those left
+        add(what, lambda: read(held[-1], one), lambda: held.append(program.session(start)))
+        held.clear()
     rows += _forks(program, lambda s, n: read(s, ids[:, :n] if n > 1 else one), prompt, forks, steps)
     for count in (1, 8):
         rows.append(

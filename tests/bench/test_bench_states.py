@@ -16,7 +16,7 @@ from samples.tiny_hybrid import build
 
 ROWS = [
     *("snapshot", "fork", "restore", "rollback of a token", "rows of one row", "save", "load", "step"),
-    *("step with guard='nan'", "first step of a fork"),
+    *("step with guard='nan'", "first step of a fork, in new memory", "first step of a fork"),
     "2 forks of 8 tokens, 3 steps each: against sessions of their own",
     "the same in memory new to the process",
     *("steps of 1 sessions", "steps of 8 sessions"),
