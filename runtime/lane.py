@@ -8,6 +8,7 @@ is fetched anew, which is most of what a step takes beyond the call. So all that
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from contextlib import suppress
 from sys import getrefcount
 from typing import Any, cast
@@ -182,6 +183,13 @@ class Lane:
                 lock.release()
         finally:
             free.append(None)
+
+    def last_call(self) -> Callable[[], None] | None:
+        """What does the last step again, which changes nothing, for measuring the call; None: there has been none."""
+        module, side, alone = self._module, self._back, self.position <= self._alone_until
+        if not self.is_open or self.position == self._now.position:
+            return None
+        return lambda: module.call_packed(self._function, side.arguments, self._results, alone)
 
     def fits(self, now: Held, into: list[DeviceArray]) -> bool:
         """Whether its sides are the ways between these memories; whoever asks has closed it."""

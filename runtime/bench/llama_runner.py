@@ -64,7 +64,7 @@ class LlamaCpp:
             prompts = self._measured(length, 0, 0, _PROMPTS)["samples_ns"]
             steps = self._measured(0, count, length, 1)["samples_ns"]
         times = {"prefill_s": statistics.median(prompts) / 1e9, "steps_s": [steps[0] / count / 1e9]}
-        return times | {"overheads_s": [], "generated_s": [], "tokens": [], "memory_bytes": _UNKNOWN}
+        return times | {"overheads_s": [], "bare_s": [], "generated_s": [], "tokens": [], "memory_bytes": _UNKNOWN}
 
     def watched(self, length: int) -> dict[str, Any]:
         """What the CPU did during the turns with a prompt of a length, starts and warm-ups included."""

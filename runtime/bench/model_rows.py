@@ -79,6 +79,7 @@ def row_of(
     prefill = summarize([repeat["prefill_s"] for repeat in repeats])
     steps = summarize([step for repeat in repeats for step in repeat["steps_s"]])
     overheads = [seconds for repeat in repeats for seconds in repeat["overheads_s"]]
+    bare = [seconds for repeat in repeats for seconds in repeat["bare_s"]]
     generated = [seconds for repeat in repeats for seconds in repeat["generated_s"]]
     row: dict[str, Any] = {
         "subject": entrant.name,
@@ -97,6 +98,7 @@ def row_of(
         "prefill": {"tokens_per_s": length / prefill["median"]},
         "decode": {"tokens_per_s": 1 / steps["median"], "step": steps},
         "overhead": summarize(overheads) if overheads else None,
+        "bare_overhead": summarize(bare) if bare else None,
         "generate_overhead": summarize(generated) if generated else None,
         "error": None,
         "greedy": None,

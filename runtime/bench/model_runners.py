@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
@@ -52,9 +53,13 @@ class ModelRunner:
         """Appends ids [1, T]; returns the last position's logits, [V]."""
         raise NotImplementedError
 
-    def inside(self) -> float | None:
-        """Seconds spent so far in the calls themselves, waiting for the device included; None: not known."""
+    def beyond(self) -> float | None:
+        """Seconds that the last step took beyond the module's calls and waiting for the device; None: not known."""
         return None
+
+    def bare(self, count: int) -> list[float]:
+        """The same of as many calls of the last step in a loop of nothing else; none if that is not known."""
+        return []
 
     def describe(self) -> dict[str, Any]:
         """Load time in seconds, and the memory of the process after loading."""
@@ -75,14 +80,15 @@ class ModelRunner:
 
         Returns:
             `prefill_s` (until the first token is known; of a short prompt the median of several times), `steps_s` (each
-            until the next is known), `overheads_s` (of each what `step` took beyond the call itself, if that is known),
-            `generated_s` (the same of each token of `generate`, a call's tokens alike), the `tokens` (1 + count of
-            them), and the memory of the process.
+            until the next is known), `overheads_s` (of each what it took beyond the call itself, if that is known),
+            `bare_s` (the same of a loop of nothing but the call), `generated_s` (the same of each token of `generate`,
+            a call's tokens alike), the `tokens` (1 + count of them), and the memory of the process.
         """
         with self._watches.setdefault(len(prompt), Watch()).watching():
             found = self._repeat(prompt, count)
+            bare = self.bare(count)
             generated = self.generated(prompt, count)
-        return found | {"generated_s": generated, "memory_bytes": resident_bytes()}
+        return found | {"bare_s": bare, "generated_s": generated, "memory_bytes": resident_bytes()}
 
     def generated(self, prompt: Sequence[int], count: int) -> list[float]:
         """Seconds of each token that generating some took beyond the calls themselves; none if that is not known."""
@@ -120,13 +126,12 @@ class ModelRunner:
         steps: list[float] = []
         overheads: list[float] = []
         for _ in range(count):
-            before, start = self.inside(), time.perf_counter()
+            start = time.perf_counter()
             logits = self.step(np.array([[tokens[-1]]]))
-            stepped, after = time.perf_counter() - start, self.inside()
             tokens.append(index_of_largest(logits))
             steps.append(time.perf_counter() - start)
-            if before is not None and after is not None:
-                overheads.append(stepped - (after - before))
+            if (beyond := self.beyond()) is not None:
+                overheads.append(beyond)
         return {"prefill_s": statistics.median(prompts), "steps_s": steps, "overheads_s": overheads, "tokens": tokens}
 
 
@@ -153,24 +158,43 @@ class IreeModel(ModelRunner):
         self._wanted: Literal["all", "last"] = "all" if all_logits else "last"
         self._logits = logits_output(self._program.manifest).name
         self._dtype = next(spec.dtype for spec in self._program.inputs if spec.name == self._name)
-        self._inside = 0.0
+        self._inside = self._beyond = 0.0
         self._time_calls()
 
     def _time_calls(self) -> None:
-        """Adds up what the calls themselves take."""
+        """Adds up what the calls themselves take: of IREE's context on a CPU, on a GPU the wait for its queue too."""
         module = engine_of(self._program).module
-        invoke = module._invoke  # pyright: ignore[reportPrivateUsage]
 
-        def timed(*arguments: Any) -> None:
-            start = time.perf_counter()
-            invoke(*arguments)
-            self._inside += time.perf_counter() - start
+        def timed(call: Callable[..., None]) -> Callable[..., None]:
+            def run(*arguments: Any) -> None:
+                start = time.perf_counter()
+                call(*arguments)
+                self._inside += time.perf_counter() - start
 
-        vars(module)["_invoke"] = timed
+            return run
 
-    def inside(self) -> float | None:
-        """See `ModelRunner.inside`."""
-        return self._inside
+        parts = vars(module)
+        if self._program.device.has_queue:
+            parts["_invoke"] = timed(module._invoke)  # pyright: ignore[reportPrivateUsage]
+            return
+        for name in ("_context", "_alone"):
+            if parts[name] is not None:
+                parts[name] = SimpleNamespace(invoke=timed(parts[name].invoke))
+
+    def beyond(self) -> float | None:
+        """See `ModelRunner.beyond`."""
+        return self._beyond
+
+    def bare(self, count: int) -> list[float]:
+        """See `ModelRunner.bare`: where arguments are packed. The states are as before, for a step is done again."""
+        lane, found = self._session._lane, list[float]()  # pyright: ignore[reportPrivateUsage]
+        call = None if lane is None else lane.last_call()
+        for _ in range(count if call is not None else 0):
+            assert call is not None
+            start, inside = time.perf_counter(), self._inside
+            call()
+            found.append(time.perf_counter() - start - (self._inside - inside))
+        return found
 
     def reset(self) -> None:
         """See `ModelRunner.reset`."""
@@ -178,7 +202,10 @@ class IreeModel(ModelRunner):
 
     def step(self, ids: HostArray) -> HostArray:
         """See `ModelRunner.step`."""
-        return self._session.run({self._name: ids.astype(self._dtype)}, logits=self._wanted)[self._logits][0, -1]
+        feed, inside, start = {self._name: ids.astype(self._dtype)}, self._inside, time.perf_counter()
+        found = self._session.run(feed, logits=self._wanted)
+        self._beyond = time.perf_counter() - start - (self._inside - inside)
+        return found[self._logits][0, -1]
 
     def generated(self, prompt: Sequence[int], count: int) -> list[float]:
         """See `ModelRunner.generated`: where the module chooses the tokens, and waits for each call."""

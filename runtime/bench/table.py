@@ -173,11 +173,11 @@ def model_table(result: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[
     """Header and rows of the result of whole models."""
     header = (
         "subject", "weights", "prompt", "first token", "prefill", "decode", "median", "p95", "p99", "+-", "logits err",
-        "tokens", "threads", "others", "memory", "load", "overhead", "generating", "strategy",
+        "tokens", "threads", "others", "memory", "load", "overhead", "bare call", "generating", "strategy",
     )  # fmt: skip
     rows: list[tuple[str, ...]] = []
     for row in result["rows"]:
-        generated = row.get("generate_overhead")  # results of older versions have none
+        bare, generated = row.get("bare_overhead"), row.get("generate_overhead")  # older versions' results have none
         steps, error, greedy = row["decode"]["step"], row["error"], row["greedy"]
         rows.append(
             (
@@ -195,6 +195,7 @@ def model_table(result: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[
                 size_text(row["memory_bytes"]["peak"]) if row["memory_bytes"]["peak"] else "-",
                 time_text(row["load_s"]),
                 time_text(row["overhead"]["median"] if row["overhead"] else None),
+                time_text(bare["median"] if bare else None),
                 time_text(generated["median"] if generated else None),
                 row["strategy"] or "-",
             )
@@ -213,7 +214,8 @@ def _model_lines(result: Mapping[str, Any]) -> list[str]:
         if row["error"] and row["error"]["noise"] is not None
     ]
     lines.append(
-        "median, p95, p99, +- (deviation): of one decode step; overhead: what a step takes beyond the call itself; "
+        "median, p95, p99, +- (deviation): of one decode step; overhead: what `session.run` takes beyond IREE's call "
+        "of the module; bare call: what of it a loop takes that calls again and again with the same arguments; "
         "generating: what a token of `generate` does, where the module chooses it; "
         "memory: peak of the subject's process on the host; threads: that worked; others: cores of other processes"
     )

@@ -59,6 +59,8 @@ def test_json(result: dict[str, Any]) -> None:
         assert row["decode"]["step"]["n"] == 6
         assert (row["overhead"] is None) == (row["kind"] != "linattn")
         assert row["overhead"] is None or 0 < row["overhead"]["median"] < row["decode"]["step"]["max"]
+        assert (row["bare_overhead"] is not None) == (row["kind"] == "linattn")  # its steps are packed
+        assert row["bare_overhead"] is None or 0 < row["bare_overhead"]["median"] < row["overhead"]["max"]
         assert (row["generate_overhead"] is not None) == (row["subject"] == "tiny:cpu:default")  # it chooses tokens
         assert row["first_token_s"]["n"] == 2
         assert row["decode"]["tokens_per_s"] == pytest.approx(1 / row["decode"]["step"]["median"])
