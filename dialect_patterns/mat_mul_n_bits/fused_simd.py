@@ -79,8 +79,8 @@ def emit_mat_mul_n_bits_fused_simd(context: LoweringContext, contract: MatMulNBi
     return dispatch(b, product, [*a, *weights], rows, rows)[0]
 
 
-def rows_kernel(contract: MatMulNBits, p: Plan) -> Kernel:
-    """The kernel that arranges A."""
+def rows_kernel(contract: MatMulNBits, p: Plan, writer: type[RowWriter] = RowWriter) -> Kernel:
+    """The kernel that arranges A, as ``writer`` does a row."""
     c = contract
 
     def write(k: KernelText, groups: Index, rows: Index, memrefs: Sequence[str]) -> None:
@@ -88,10 +88,10 @@ def rows_kernel(contract: MatMulNBits, p: Plan) -> Kernel:
         group = k.op("hal.interface.workgroup.id[1] : index", "index")
         first = k.mul(group, _ARRANGED_ROWS)
         stop = k.minimum(k.add(first, _ARRANGED_ROWS), rows)
-        writer = RowWriter(k, c, p, memrefs[0], memrefs[1:])
+        rows_to = writer(k, c, p, memrefs[0], memrefs[1:])
 
         def row(at: str, _: list[str]) -> list[str]:
-            writer.write(at, at)
+            rows_to.write(at, at)
             return []
 
         k.loop(stop, [], row, start=first)

@@ -20,12 +20,13 @@ _DIRECT_ROWS = 4
 _AMD = "sse4a"  # which nobody else has
 _AMD_DIRECT_LANES = 8
 _ROW_BLOCK = 64  # about
-_AMX_STACK_BYTES = 30 * 1024
+_AMX_STACK_BYTES = 64 * 1024
 _REST_BYTES = 8 * 1024  # of a stack, for all but weights and sums
-_AMX_ROW_BLOCKS = (128, 64, 32, 16)
+_AMX_ROW_BLOCKS = (256, 128, 64, 32, 16)
 _AMX_BF16_ROW_BLOCKS = (512, 256, 128, 64, 32)
 _CACHE_BYTES = 1 << 20  # of A in bf16: half of a second-level cache
 _CACHED_ROWS = 128  # which a workgroup has however long they are
+_MANY_ROWS = 64  # of which a register of 16 that is not needed is a small part
 _AMX_COUNTED = (2, 1)  # with the products of the next ones about as many instructions as a core has under way
 _SLAB_BYTES = 19 * 1024
 _MAX_COLUMNS = 512  # of a workgroup
@@ -130,8 +131,10 @@ def plan(contract: MatMulNBits, target: Target) -> Plan | str:
 
 
 def amx_plan(contract: MatMulNBits, target: Target) -> Plan | str:
-    """The sizes for the matrix unit, which multiplies 16 rows by 32 columns; or why there are none."""
+    """The sizes for the matrix unit, which multiplies 16 or 32 rows by 32 columns; or why there are none."""
     c, lanes, vectors, rows = contract, AMX_LANES, 2, AMX_LANES
+    if c.rows is None or c.rows >= _MANY_ROWS or c.rows % (2 * rows) == 0:
+        rows *= 2
     instruction = dot_instruction(target)
     if instruction is None or instruction.vector_bits != 32 * lanes or c.columns < lanes * vectors:
         return f"N={c.columns} is less than the {lanes * vectors} columns of the matrix unit"
@@ -140,7 +143,7 @@ def amx_plan(contract: MatMulNBits, target: Target) -> Plan | str:
         fixed = 4 * lanes * vectors * (row_block + 2 * rows * counted)
         most = (_AMX_STACK_BYTES - fixed) // block_bytes
         slab = _slab(c.blocks, max(1, most - most % CHUNK))
-        if slab * block_bytes + fixed <= _AMX_STACK_BYTES and row_block < 2 * (c.rows or row_block):
+        if slab * block_bytes + fixed <= _AMX_STACK_BYTES and rows <= row_block < 2 * (c.rows or row_block):
             columns = _workgroup_columns(c, lanes * vectors, -(-(c.rows or 1) // row_block))
             return Plan(instruction, lanes, vectors, rows, row_block, slab, columns, counted)
     return f"a block of {c.block_size} weights of {lanes * vectors} columns does not fit on the stack"

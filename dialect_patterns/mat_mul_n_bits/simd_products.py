@@ -119,7 +119,8 @@ class ByteProducts:
         k = self.k
         result: Tile = []
         for row, totals, values in zip(rows, sums, ints, strict=True):
-            step, offset = k.load(self.steps, [row, block]), k.load(self.offsets, [row, block])
+            place = self.factor_place(row, block)
+            step, offset = k.load(self.steps, place), k.load(self.offsets, place)
             step, offset = k.splat(step, self.p.lanes), k.splat(offset, self.p.lanes)
             line: list[str] = []
             for total, value, (scale, zero) in zip(totals, values, factors, strict=True):
@@ -130,6 +131,10 @@ class ByteProducts:
                     line.append(k.fma(offset, zero, k.fma(k.mulf(real, step), scale, total)))
             result.append(line)
         return result
+
+    def factor_place(self, row: Index, block: Index) -> list[Index]:
+        """Where the step and the offset of a row's block are."""
+        return [row, block]
 
 
 class FloatProducts:

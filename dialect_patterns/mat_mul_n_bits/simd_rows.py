@@ -137,8 +137,7 @@ class RowWriter:
                 for byte in range(4)
             ]
             packed = k.as_type(k.shuffle(narrow, narrow, order), vector_type(lanes // 4, "i32"), "vector.bitcast")
-            place = k.add(k.mul(block, c.block_size // 4), k.div(offset, 4))
-            k.store(packed, self.targets[0], [target, place])
+            k.store(packed, self.targets[0], self._word(target, block, k.div(offset, 4)))
             return [k.addi(carried[0], whole)]
 
         (sums,) = self._each_vector([k.constant(0, ints)], store_bytes)
@@ -146,5 +145,13 @@ class RowWriter:
         offset = k.negate(k.mulf(step, k.as_type(total, "f32", "arith.sitofp")))
         if c.zero_points == "default":
             offset = k.mulf(offset, k.constant(c.default_zero, "f32"))
-        k.store(step, self.targets[1], [target, block])
-        k.store(offset, self.targets[2], [target, block])
+        k.store(step, self.targets[1], self._factor(target, block))
+        k.store(offset, self.targets[2], self._factor(target, block))
+
+    def _word(self, row: Index, block: Index, word: Index) -> list[Index]:
+        """Where a block's word of four bytes goes."""
+        return [row, self.k.add(self.k.mul(block, self.c.block_size // 4), word)]
+
+    def _factor(self, row: Index, block: Index) -> list[Index]:
+        """Where a block's step and offset go."""
+        return [row, block]

@@ -35,14 +35,16 @@ def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     return "emulated"
 
 
-# Rows around registers of 16 and workgroups of 64 and 128; 37 blocks are nine slabs of four and one; 300 columns
-# several workgroups.
+# Rows around registers of 16, two of them and workgroups of 64 to 256; 37 blocks are a slab or several and one more;
+# 300 columns several workgroups.
 @pytest.mark.parametrize(
     ("bits", "block", "zeros", "depth", "columns", "tokens"),
     [
         (4, 32, "", 1184, 300, 70),
         (4, 32, "packed", 1184, 33, 33),
         (4, 32, "", 192, 32, 150),
+        (4, 32, "", 1184, 32, 300),
+        (4, 256, "", 512, 32, 64),
         (4, 128, "packed", 900, 40, 16),
         (4, 64, "", 64, 32, 64),
         (8, 64, "packed", 328, 41, 40),
@@ -76,15 +78,24 @@ def test_blocks_are_counted_in_their_order(target: str, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(
-    ("rows", "block", "row_block", "counted"),
-    [(16, 32, 16, 2), (33, 32, 64, 2), (512, 32, 128, 2), (None, 32, 128, 2), (512, 64, 128, 1), (512, 128, 64, 1)],
+    ("rows", "block", "tile", "row_block", "counted"),
+    [
+        (16, 32, 16, 16, 2),
+        (32, 32, 32, 32, 2),
+        (33, 32, 16, 64, 2),
+        (65, 32, 32, 128, 2),
+        (512, 32, 32, 256, 2),
+        (None, 32, 32, 256, 2),
+        (512, 128, 32, 256, 1),
+        (512, 256, 32, 128, 1),
+    ],
 )
-def test_plan(rows: int | None, block: int, row_block: int, counted: int) -> None:
+def test_plan(rows: int | None, block: int, tile: int, row_block: int, counted: int) -> None:
     """A workgroup has as many rows as there are, to unpack weights for, and many blocks where they are small."""
     contract = MatMulNBits("m", TensorSpec((rows, 2048), "f32"), 64, 2048, 4, block, "default", False, True)
     p = simd_plan.amx_plan(contract, UNIT)
     assert isinstance(p, simd_plan.Plan)
-    assert (p.row_block, p.counted) == (row_block, counted)
+    assert (p.rows, p.row_block, p.counted) == (tile, row_block, counted)
     assert p.slab % p.counted == 0
 
 
@@ -111,7 +122,7 @@ def test_a_row_that_is_not_a_number(target: str) -> None:
 @pytest.mark.parametrize(
     ("rows", "block", "rounds", "reason"),
     [(16, 32, True, ""), (None, 32, True, ""), (15, 32, True, "15 rows"), (64, 16, True, "blocks of 16"),
-     (64, 256, True, "does not fit"), (64, 32, False, "accuracy_level 4")],
+     (64, 256, True, ""), (64, 32, False, "accuracy_level 4")],
 )  # fmt: skip
 def test_choice(rows: int | None, block: int, rounds: bool, reason: str) -> None:
     contract = MatMulNBits("m", TensorSpec((rows, 2048), "f32"), 64, 2048, 4, block, "default", False, rounds)
