@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from . import choose, near_ids, next_token, not_finite, split_columns
+from . import choose, gated_columns, near_ids, next_token, not_finite, split_columns
 from .attention import group_query as group_query_attention
 from .attention import op as attention
 from .attention import step as attention_step
@@ -73,6 +73,7 @@ OPS: tuple[Op, ...] = (
     *not_finite.OPS,
     *draw_token.OPS,
     *split_columns.OPS,
+    *gated_columns.OPS,
 )
 
 

@@ -34,6 +34,7 @@ from .graph.check_operands import check_operands
 from .graph.expand_swish import expand_swish
 from .graph.extra_outputs import add_outputs
 from .graph.finite_check import FINITE, check_finite
+from .graph.gate_columns import gate_columns
 from .graph.index_bounds import index_bounds
 from .graph.inline_functions import inline_functions
 from .graph.join_attention import join_attention
@@ -318,7 +319,8 @@ def _plan(
         rotated = rotate_heads(cut, versions, target.capabilities)
         joined = join_products(rotated, versions, target.capabilities, lowering)
         packed = join_packed_products(joined, versions, target.capabilities, lowering)
-        stepped = join_attention(packed, versions, target.capabilities)
+        opened = gate_columns(packed, target.capabilities)
+        stepped = join_attention(opened, versions, target.capabilities)
         gated = join_gates(stepped, versions, target.capabilities, lowering)
         convolved = join_convolutions(gated, versions, target.capabilities, lowering)
         graphs.append(join_norms(convolved, versions, target.capabilities, lowering))

@@ -166,6 +166,7 @@ class ChannelsBody:
 
         def vector(offset: Index) -> None:
             at = k.sub(k.add(self.first, offset), part.start)
+            self._ask(output, t, count, at)
             for i, value in enumerate(self._values(t, count, offset)):
                 k.store(value, output, [self.batch, k.add(t, i), at])
 
@@ -177,6 +178,7 @@ class ChannelsBody:
         nothing, zero, one = k.constant(0.0, f"vector<{lanes}xf32>"), k.constant(0.0, "f32"), k.constant(1.0, "f32")
 
         def square(d: str, sums: list[str]) -> list[str]:
+            self._ask(output, t, count, k.sub(k.add(k.add(self.first, offset), d), part.start))
             values = self._values(t, count, k.add(offset, d))
             for i, value in enumerate(values):
                 k.store(value, self.convolved, [i, d])
@@ -196,6 +198,11 @@ class ChannelsBody:
             return []
 
         k.loop(part.head, [], scale, step=lanes)
+
+    def _ask(self, output: str, t: Index, count: int, at: Index) -> None:
+        """Asks for the lines that the next tokens are written to, which stores would wait for."""
+        for i in range(count):
+            self.k.prefetch(output, [self.batch, self.k.add(t, count + i), at], write=True)
 
     def _values(self, t: Index, count: int, offset: Index) -> list[str]:
         """The convolution of some channels of some tokens."""

@@ -19,9 +19,9 @@ from linattn.dialect_patterns.rotary.rotated_heads import ROTATED_HEADS, can_rot
 from linattn.dialect_patterns.target import Target
 
 from .drop_unused import drop_unused
-from .schema import attributes_of, check_contracts, domain_of, spec_of_type
+from .places import Places
+from .schema import attributes_of, check_contracts, domain_of
 from .specialize import SpecializedGraph
-from .split_columns import columns_of
 
 
 def rotate_heads(graph: SpecializedGraph, versions: Mapping[str, int], target: Target) -> SpecializedGraph:
@@ -54,8 +54,7 @@ class _Finder:
     """Looks what values of a graph are made of."""
 
     def __init__(self, graph: SpecializedGraph, proto: onnx.GraphProto, contracts: Mapping[str, Any]) -> None:
-        self.contracts, self._types = contracts, graph.types
-        self._made_by = {name: node for node in proto.node for name in node.output if name}
+        self.contracts, self._places = contracts, Places(proto, graph.types)
         self._kept = {value.name for value in proto.output}
         self._readers: dict[str, list[onnx.NodeProto]] = {}
         for node in proto.node:
@@ -67,9 +66,9 @@ class _Finder:
         rotation = contract.rotation
         heads, size = rotation.heads or 0, rotation.head_size or 0
         inner, result = self._without_casts(node)
-        spec = self._spec(result)
+        spec = self._places.spec(result)
         source, gamma, epsilon = self._normed(inner, size, "" if spec is None else spec.dtype)
-        found = self._columns(source, inner, heads, size)
+        found = self._places.columns(source, inner, heads, size)
         if found is None:
             found, gamma = (inner, 0, size), ""
         source, start, stride = found
@@ -80,23 +79,24 @@ class _Finder:
         inputs = [source, *node.input[1:], *([gamma] if gamma else [])]
         return onnx.helper.make_node(ROTATED_HEADS, inputs, [result], node.name, domain=INTERNAL, **attributes)
 
-    def _spec(self, name: str) -> TensorSpec | None:
-        return spec_of_type(self._types.get(name))
-
     def _without_casts(self, node: onnx.NodeProto) -> tuple[str, str]:
         """What is rotated and the result: of another type, where casts from and to that stand around the node."""
         x, y = node.input[0], node.output[0]
-        before, readers = self._made_by.get(x), self._readers.get(y, [])
+        before, readers = self._places.maker(x), self._readers.get(y, [])
         if before is None or before.op_type != "Cast" or domain_of(before) != "" or y in self._kept:
             return x, y
         after = readers[0] if len(readers) == 1 else None
-        if after is None or after.op_type != "Cast" or self._spec(after.output[0]) != self._spec(before.input[0]):
+        if (
+            after is None
+            or after.op_type != "Cast"
+            or self._places.spec(after.output[0]) != self._places.spec(before.input[0])
+        ):
             return x, y
         return before.input[0], after.output[0]
 
     def _normed(self, name: str, size: int, dtype: str) -> tuple[str, str, float]:
         """What heads are the norm of, weights and epsilon; themselves where they are none."""
-        node = self._made_by.get(self._reshaped(name))
+        node = self._places.maker(self._places.reshaped(name))
         contract = None if node is None else self.contracts.get(node.name)
         if isinstance(contract, SimplifiedLayerNormalization) and not contract.with_inverse:
             contract = contract.norm
@@ -106,36 +106,3 @@ class _Finder:
         if contract.axis != x.rank - 1 or x.shape[-1] != size or scale != TensorSpec((size,), x.dtype):
             return name, "", 0.0
         return (node.input[0], node.input[1], contract.epsilon) if x.dtype == dtype else (name, "", 0.0)
-
-    def _columns(self, name: str, like: str, heads: int, size: int) -> tuple[str, int, int] | None:
-        """Where heads lie: in what value [B, T, W], from which column on, and how far they are apart; None: in none.
-
-        Args:
-            name: The heads, in whatever shape.
-            like: Another value [B, T, heads * size].
-            heads: How many.
-            size: Of each.
-        """
-        whole = self._spec(like)
-        assert whole is not None
-        rows, start, stride, found = whole.shape[:2], 0, size, None
-        while True:
-            spec, node = self._spec(name), self._made_by.get(name)
-            is_row = spec is not None and spec.rank == 3 and spec.shape[:2] == rows
-            if is_row:
-                found = name, start, stride
-            if spec is None or node is None:
-                return found
-            if node.op_type != "Reshape" or domain_of(node) != "":
-                sizes, source = columns_of(node, self._types), self._spec(node.input[0])
-                by_head = spec.shape == (*rows, heads, size) and stride == size
-                if not sizes or source is None or not (is_row or by_head):
-                    return found
-                start += sum(sizes[: list(node.output).index(name)])
-                stride = stride if is_row else source.shape[-1] or 0
-            name = node.input[0]
-
-    def _reshaped(self, name: str) -> str:
-        """What a value is another shape of."""
-        node = self._made_by.get(name)
-        return node.input[0] if node is not None and node.op_type == "Reshape" and domain_of(node) == "" else name
