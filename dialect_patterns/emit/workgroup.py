@@ -90,13 +90,16 @@ class Workgroup:
     Args:
         k: The kernel.
         width: Numbers of a vector.
+        alone: Of one subgroup, which meets no other: its threads are their numbers in it.
     """
 
-    def __init__(self, k: Kernel, width: int) -> None:
-        self.k, self.width, self.threads = k, width, k.group.threads
+    def __init__(self, k: Kernel, width: int, *, alone: bool = False) -> None:
+        self.k, self.width, self.threads = k, width, k.group.subgroup if alone else k.group.threads
         self.is_one = self.threads == 1
         self.thread = Scalar.constant(0, "index") if self.is_one else k.thread()
-        if not self.is_one:
+        if alone:
+            self.thread = self.thread & (self.threads - 1)
+        elif not self.is_one:
             slots = self.threads // k.group.subgroup if k.group.subgroup else self.threads + _PARTS
             self._memory = k.shared(slots * _MOST_VALUES)
             self._slots = slots
@@ -167,8 +170,9 @@ class Workgroup:
 
     # ---- all threads -----------------------------------------------------------------------------------------------
     def together(self, kinds: Sequence[Kind], vectors: Sequence[ir.Value]) -> list[ir.Value]:
-        """Each value over the elements of all threads' vectors."""
-        values = [self.across(kind, vector) for kind, vector in zip(kinds, vectors, strict=True)]
+        """Each value over the elements of all threads' vectors, or over their numbers."""
+        pairs = list(zip(kinds, vectors, strict=True))
+        values = [self.across(kind, v) if str(v.type).startswith("vector") else v for kind, v in pairs]
         if self.is_one:
             return values
         assert len(values) <= _MOST_VALUES

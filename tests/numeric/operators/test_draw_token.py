@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from harness import compile_for_cuda, node_for, run_op, spec
-from linattn.dialect_patterns.draw_token import contract
+from linattn.dialect_patterns.draw_token import contract, kernel
 from linattn.dialect_patterns.node import TensorSpec
 from linattn.dialect_patterns.op import INTERNAL
 from linattn.runtime import Sampling, StateError
@@ -196,3 +196,19 @@ def test_the_k_largest_wherever_they_lie(spread: float) -> None:
     assert np.count_nonzero(found != kept) <= 1  # at the very edge between two
     for token, want in zip(found, kept, strict=True):
         assert abs(int(token) - want) <= 1
+
+
+@pytest.mark.vulkan
+@pytest.mark.xdist_group("vulkan")
+def test_one_subgroup_draws_what_all_threads_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few strips that are left are listed for it; so many that they are not are among them."""
+    vocabulary, rng = 3000, np.random.default_rng(5)
+    hows = [Sampling(0.8, top_k=k, top_p=p) for k in (1, 2, 31, 200, 256, 257, 300) for p in (1.0, 0.9)]
+    logits = rng.standard_normal((len(hows), vocabulary)).astype(np.float32)
+    logits[::4] = np.round(logits[::4], 1)  # with some that are equal
+    settings = np.array([draw_settings(how, 0.6, vocabulary) for how in hows])
+    found = draw(logits, settings, "lavapipe")
+    monkeypatch.setattr(kernel, "MOST_STRIPS", -1)
+    assert np.count_nonzero(draw(logits, settings, "lavapipe") != found) <= 1  # at the very edge between two
+    kept = [host(row, how, 0.6) for row, how in zip(logits, hows, strict=True)]
+    assert np.count_nonzero(found != kept) <= 1
