@@ -250,6 +250,10 @@ class Kernel(Values):
         """The item that this workgroup computes; may be beyond the last one."""
         return self._group_id(1) + self._group_id(2) * MAX_GROUPS
 
+    def first_item(self) -> Scalar:
+        """The same where there are no more items than workgroups along y."""
+        return self._group_id(1)
+
     def item_by(self, count: Scalar) -> tuple[Scalar, Scalar]:
         """The item divided by a count that is no constant, and the rest; in 32 bits, which GPUs divide better."""
         parts = self.item().to("i32").divide_unsigned(count.to("i32"))

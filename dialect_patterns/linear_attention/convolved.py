@@ -6,8 +6,9 @@
     query, key, value <- the columns of CausalConvWithState(input, weight, bias, past_conv)      then as in ``gated``
 
 A workgroup needs the queries and keys of its head and the values of its columns: its threads convolve these, four
-channels each, into its memory. So each query and key is convolved by every workgroup of its head, 9 loads for 4
-channels, where a kernel of its own took 3.4 us of an H100 by Vulkan, and as long until the next one began.
+channels each, into its memory, while their parts of the state are on the way. So each query and key is convolved by
+every workgroup of its head, 9 loads for 4 channels, where a kernel of its own took 3.4 us of an H100 by Vulkan, and as
+long until the next one began.
 Rounding: everything in f32; the operators apart round what they hand on.
 
 Legal: as ``gated``, for static sizes and channels in fours.

@@ -10,7 +10,8 @@
 
 A column of S lies over several threads (``fused_simt_plan.py``), which sum their parts by shuffles, or through the
 workgroup's memory on targets without subgroup operations. The loads of the next tokens are under way during a token.
-Open B and T are numbers of the dispatch, so one kernel serves any.
+Open B and T are numbers of the dispatch, so one kernel serves any. Where T is 1 there is one sum instead of two, and
+columns may lie in several subgroups (``fused_simt_step.py``).
 
 Legal: on GPUs, for up to 8 query heads a state, if a thread can hold its part of S. Cost: every input is read once a
 column tile and S once; 4 dk dv multiply-adds a token and head. Source: ONNX schema LinearAttention-27.
@@ -23,7 +24,6 @@ from collections.abc import Sequence
 from iree.compiler import ir
 
 from ..emit.builder import Size, tensor_type
-from ..emit.scalar import Scalar
 from ..emit.simt_kernel import Kernel, dispatch
 from ..node import TensorSpec
 from ..op import LoweringContext
@@ -77,7 +77,7 @@ def emit_linear_attention_fused_simt(
 
     def body(k: Kernel) -> None:
         given = iter(range(len(numbers)))
-        count = Scalar.constant(states, "index") if isinstance(states, int) else k.number(next(given))
+        count = states if isinstance(states, int) else k.number(next(given))
         tokens = x.tokens if isinstance(x.tokens, int) else k.number(next(given))
         Recurrence(k, c, plan, count, tokens, before).emit()
 
@@ -107,7 +107,7 @@ def emit_convolved(
     assert plan is not None
 
     def body(k: Kernel) -> None:
-        Recurrence(k, c, plan, Scalar.constant(states, "index"), 1, before).emit()
+        Recurrence(k, c, plan, states, 1, before).emit()
 
     specs = [*output_specs(c), present]
     outputs: list[tuple[ir.RankedTensorType, list[ir.Value]]] = [

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from iree.compiler import ir
 
 from ..emit.scalar import Scalar
-from ..emit.simt_kernel import Buffer, Kernel
+from ..emit.simt_kernel import MAX_GROUPS, Buffer, Kernel
 from .contract import LinearAttention
 from .fused_simt_convolved import CHANNELS, Convolution, Convolved
 from .fused_simt_lanes import Lanes
 from .fused_simt_plan import Plan
+from .fused_simt_step import Step
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Recurrence:
         k: Emits instructions.
         contract: What to compute.
         plan: The work of a thread.
-        states: B * Hkv.
+        states: B * Hkv, a Python int where static.
         tokens: T, a Python int where static.
         before: What to compute of the operands first; of one token only.
     """
@@ -88,23 +89,29 @@ class Recurrence:
         k: Kernel,
         contract: LinearAttention,
         plan: Plan,
-        states: Scalar,
+        states: Scalar | int,
         tokens: Scalar | int,
         before: Before,
     ) -> None:
         self.k, self.c, self.p, self.before = k, contract, plan, before
         self.static_tokens = tokens if isinstance(tokens, int) else None
         self.tokens = Scalar.constant(tokens, "index") if isinstance(tokens, int) else tokens
-        self.states = states
+        self.all_states = isinstance(states, int) and states <= MAX_GROUPS
+        """Whether there is a workgroup for each state and no others."""
+        self.states = Scalar.constant(states, "index") if isinstance(states, int) else states
 
     def emit(self) -> None:
         """Emit everything."""
         self._make_buffers()
-        item = self.k.item()
+        item = self.k.first_item() if self.all_states else self.k.item()
         self.scratch: Buffer | None = None
         if self.p.subgroup == 0:  # two halves
             self.scratch = self.k.shared(2 * self.p.slots(self.c.rows) * self.p.threads)
-        self.k.when(item < self.states, lambda: self._emit_state(item))
+        self.step = Step(self) if self.static_tokens == 1 and self.p.subgroup else None
+        if self.all_states:
+            self._emit_state(item)
+        else:
+            self.k.when(item < self.states, lambda: self._emit_state(item))
 
     def _make_buffers(self) -> None:
         k, c, p = self.k, self.c, self.p
@@ -155,15 +162,13 @@ class Recurrence:
         thread = k.thread()
         across = p.threads // p.lanes
         if p.subgroup:  # neighbouring threads have neighbouring columns; the lanes of a column share a subgroup
-            inside = p.subgroup // p.lanes
             subgroup, place = thread.divide_unsigned(p.subgroup)
-            lane, column = place.divide_unsigned(inside)
-            column = subgroup * inside + column
+            block, share = subgroup.divide_unsigned(p.sharing)
+            lane, column = place.divide_unsigned(p.inside)
+            lane, column = share * (p.lanes // p.sharing) + lane, block * p.inside + column
         else:
             lane, column = thread.divide_unsigned(across)
         self.lane, self.lanes = lane, Lanes(k, p, lane, column, self.scratch, c.rows, c.has_delta)
-        if self.convolved is not None:
-            self.convolved.emit(self.batch, self.head)
         self.place = column
         column = k.tile() * across + column
         limit = c.dv // p.columns
@@ -175,11 +180,19 @@ class Recurrence:
             column = column.minimum(limit - 1)
         self.column = column
         state = self._load_state(item)
-        state = self._emit_tokens(state)
-        if self.inside is not None:
-            k.when(self.inside, lambda: self._store_state(item, state))
+        if self.convolved is not None:
+            self.convolved.emit(self.batch, self.head)
+
+        def store(state: Sequence[ir.Value]) -> None:
+            if self.inside is not None:
+                k.when(self.inside, lambda: self._store_state(item, state))
+            else:
+                self._store_state(item, state)
+
+        if self.step is not None:
+            self.step.emit(state, self._load_token(Scalar.constant(0, "index")), store)
         else:
-            self._store_state(item, state)
+            store(self._emit_tokens(state))
 
     def _state_index(self, item: Scalar, element: int) -> Scalar:
         load, part = divmod(element, self.p.width)
@@ -281,28 +294,26 @@ class Recurrence:
         ``t`` is the first token; ``turn`` counts the blocks, of whatever sizes.
         """
         k = self.k
-        keys = [self._elements(self.key, token.key) for token in tokens]
-        decays = [self._decays(token) for token in tokens]
-        queries = [[self._elements(self.query, row) for row in token.query] for token in tokens]
-        if any(self.before.flags):
-            keys, queries = self._units(keys, queries, turn)
+        keys = [self.elements(self.key, token.key) for token in tokens]
+        decays = [self.decays(token) for token in tokens]
+        queries = [[self.elements(self.query, row) for row in token.query] for token in tokens]
         wide = [[k.splat(e, self.p.columns) for e in key] for key in keys]
-        state = self._decayed(state, decays[0])
+        state = self.decayed(state, decays[0])
         updates = [k.widen(self.value, token.value) for token in tokens]
         if self.beta is not None:
             held, overlaps = self._held(state, keys, decays, turn)
             for i, token in enumerate(tokens):
-                rate = k.splat(self._rate(self.beta, token), self.p.columns)
+                rate = k.splat(self.rate(self.beta, token), self.p.columns)
                 for j in range(i):
                     added = k.mul(k.splat(overlaps[i, j], self.p.columns), updates[j])
                     if self.c.decay == "head":  # one after the other, as the state would be: a zero stays one
                         for factor in decays[j + 1 : i + 1]:
-                            (added,) = self._decayed([added], factor)
+                            (added,) = self.decayed([added], factor)
                     updates[i] = k.sub(updates[i], added)
                 updates[i] = k.mul(rate, k.sub(updates[i], held[i]))
         reads: list[ir.Value] = []
         for i, asked in enumerate(queries):
-            state = self._decayed(state, decays[i]) if i else state
+            state = self.decayed(state, decays[i]) if i else state
             state = [k.fma(e, updates[i], s) for e, s in zip(wide[i], state, strict=True)]
             for row in asked:
                 reads.append(self.lanes.dot([k.splat(e, self.p.columns) for e in row], state))
@@ -328,10 +339,10 @@ class Recurrence:
         if self.c.decay == "head":
             for i in range(len(keys)):
                 for factor in decays[1 : i + 1]:
-                    (held[i],) = self._decayed([held[i]], factor)
+                    (held[i],) = self.decayed([held[i]], factor)
         return held, overlaps
 
-    def _decays(self, token: Token) -> list[ir.Value]:
+    def decays(self, token: Token) -> list[ir.Value]:
         """The factors of the state's rows: one for all of them, one a row, or none."""
         if self.decay is None:
             return []
@@ -341,33 +352,19 @@ class Recurrence:
             wide = [(scale * (Scalar(value) + bias).softplus()).value for value in wide]
         return [element for value in wide for element in k.elements(k.exp(value))]
 
-    def _rate(self, beta: Buffer, token: Token) -> ir.Value:
+    def rate(self, beta: Buffer, token: Token) -> ir.Value:
+        """The update rate."""
         value = self.k.widen(beta, token.beta[0])
         return Scalar(value).sigmoid().value if self.before.gates else value
 
-    def _units(
-        self, keys: list[list[ir.Value]], queries: list[list[list[ir.Value]]], turn: Scalar
-    ) -> tuple[list[list[ir.Value]], list[list[list[ir.Value]]]]:
-        """Keys and queries of length one, where they are wanted so; of length zero they stay."""
-        k, before = self.k, self.before
-        rows = [*(keys if before.key_norm else []), *(row for some in queries for row in some if before.query_norm)]
-        squares = self.lanes.sum([self.lanes.dot(row, row) for row in rows], 0, turn)
-        units: list[list[ir.Value]] = []
-        for row, square in zip(rows, squares, strict=True):
-            is_zero = Scalar(square).equals(0.0)
-            factor = k.select(is_zero, k.constant(0.0), k.rsqrt(square))
-            units.append([k.mul(e, factor) for e in row])
-        rest = iter(units)
-        keys = [next(rest) for _ in keys] if before.key_norm else keys
-        return keys, [[next(rest) for _ in some] for some in queries] if before.query_norm else queries
-
-    def _decayed(self, state: Sequence[ir.Value], factors: list[ir.Value]) -> list[ir.Value]:
+    def decayed(self, state: Sequence[ir.Value], factors: list[ir.Value]) -> list[ir.Value]:
+        """Values by rows of the state, times what :meth:`decays` found."""
         if not factors:
             return list(state)
         each = factors if self.c.decay == "key" else factors * len(state)
         return [self.k.mul(s, self.k.splat(a, self.p.columns)) for s, a in zip(state, each, strict=True)]
 
-    def _elements(self, buffer: Buffer, stored: Sequence[ir.Value]) -> list[ir.Value]:
+    def elements(self, buffer: Buffer, stored: Sequence[ir.Value]) -> list[ir.Value]:
         """Loaded elements one by one."""
         return [element for value in stored for element in self.k.elements(self.k.widen(buffer, value))]
 

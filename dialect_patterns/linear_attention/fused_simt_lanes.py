@@ -45,7 +45,7 @@ class Lanes:
             lanes, half = lanes // 2, len(reads) // 2
             upper = (self.lane & lanes) > 0
             index = index + upper.select(Scalar.constant(half, "index"), Scalar.constant(0, "index"))
-            offset = lanes * (self.p.subgroup // self.p.lanes)
+            offset = lanes * self.p.inside
             halves = list(zip(reads[:half], reads[half:], strict=True))
             kept = [k.select(upper, second, first) for first, second in halves]
             given = [k.select(upper, first, second) for first, second in halves]
@@ -82,8 +82,8 @@ class Lanes:
         if self.p.subgroup == 0:
             values = self._sum_in_memory(values, use, turn)
         else:
-            offset = inside = self.p.subgroup // self.p.lanes
-            while offset < inside * lanes:
+            offset = inside = self.p.inside
+            while offset < inside * (lanes // self.p.sharing):
                 values = [k.add(value, k.shuffle_xor(value, offset)) for value in values]
                 offset *= 2
         rest = iter(values)

@@ -11,6 +11,9 @@ from .contract import LinearAttention
 
 _THREADS = 128  # every Vulkan device has at least these
 _REGISTERS = 128  # what a thread may hold of the state, and of loads under way
+_WIDE = 4  # columns, or rows, of one load
+_STEP_TILE = 32  # columns of a workgroup, of one token: a line of memory; half of them where there are few states
+_ENOUGH_GROUPS = 100  # workgroups that keep a large GPU busy
 MAX_ROWS = 8  # query heads of one state
 
 
@@ -29,6 +32,7 @@ class Plan:
         prefetch: Tokens whose loads are under way.
         block: Tokens whose reads of the state share one sum over the lanes; divides ``prefetch``.
         subgroup: Threads of a subgroup, 0 to do without its operations.
+        sharing: Subgroups that the lanes of a column lie in; of one token only.
     """
 
     lanes: int
@@ -39,6 +43,7 @@ class Plan:
     prefetch: int
     block: int
     subgroup: int
+    sharing: int = 1
 
     def slots(self, rows: int) -> int:
         """Values of a thread in one sum over the lanes, for that many query heads of a state."""
@@ -50,12 +55,19 @@ class Plan:
         return Group(self.threads, self.subgroup)
 
     @property
+    def inside(self) -> int:
+        """Threads of a subgroup that share a row, neighbours in columns."""
+        return self.subgroup * self.sharing // self.lanes
+
+    @property
     def tile(self) -> int:
         """Columns of a workgroup."""
         return self.threads // self.lanes * self.columns
 
     def __str__(self) -> str:
-        return f"l{self.lanes}c{self.columns}t{self.threads}p{self.prefetch}b{self.block}g{self.subgroup}"
+        return f"l{self.lanes}c{self.columns}t{self.threads}p{self.prefetch}b{self.block}g{self.subgroup}" + (
+            f"s{self.sharing}" if self.sharing > 1 else ""
+        )
 
 
 def make_plan(
@@ -84,16 +96,38 @@ def make_plan(
     return Plan(lanes, columns, width, c.dk // (lanes * width), max(threads, lanes), prefetch, block, subgroup)
 
 
+def step_plan(c: LinearAttention, target: Target, tile: int) -> Plan | None:
+    """The plan for one token: a thread has four columns of few rows, so that its loads are all under way at once.
+
+    As many subgroups share ``tile`` columns as that takes. None where the sizes do not divide.
+    """
+    subgroup, across, rows = target.subgroup_size, tile // _WIDE, tile // _WIDE
+    while across > 1 and across // 2 * _WIDE >= c.dv:
+        across //= 2
+    lanes = c.dk // rows
+    threads = lanes * across
+    if c.dk % rows or c.dv % _WIDE or subgroup % across or threads % subgroup or threads > target.max_threads:
+        return None
+    return Plan(lanes, _WIDE, _WIDE, rows // _WIDE, threads, 1, 1, subgroup, threads // subgroup)
+
+
+def _narrow_step_plan(c: LinearAttention, target: Target) -> Plan | None:
+    """The plan for one token within a subgroup."""
+    subgroup = target.subgroup_size
+    lanes, columns = min(8, subgroup), _WIDE
+    while columns > 1 and c.dk // lanes * columns > target.thread_values:
+        columns //= 2
+    return make_plan(c, lanes, columns, subgroup * (_WIDE // columns), 1, 1, subgroup)
+
+
 def plan_for(c: LinearAttention, target: Target) -> Plan | None:
     """The plan for a target, None if a thread could not hold its part of the state; sizes by measurement (H100)."""
     subgroup = target.subgroup_size
     if subgroup == 0:
         return make_plan(c, 8, 1, _THREADS, 2, 2, 0)
-    if c.tokens == 1:  # wide loads of the state count: 16 columns a workgroup
-        lanes, columns = min(8, subgroup), 4
-        while columns > 1 and c.dk // lanes * columns > target.thread_values:
-            columns //= 2
-        return make_plan(c, lanes, columns, subgroup * (4 // columns), 1, 1, subgroup)
+    if c.tokens == 1:
+        wide = (c.batch or 1) * c.kv_heads * (c.dv // _STEP_TILE) >= _ENOUGH_GROUPS
+        return step_plan(c, target, _STEP_TILE if wide else _STEP_TILE // 2) or _narrow_step_plan(c, target)
     # Decays a key dimension would have to be multiplied with each other before they meet the state and could overflow.
     block = 2 if c.decay == "key" else 4
     return make_plan(c, min(16, subgroup), 2, max(subgroup, 64), 4, block, subgroup)

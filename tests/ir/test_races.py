@@ -64,6 +64,13 @@ def test_the_recurrence(shape: Shape, gpu: str) -> None:
         assert races(attention(shape, tokens, gpu, "fused_simt")) == []
 
 
+def test_one_token_in_several_subgroups(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = Shape(q_heads=4, kv_heads=2, dk=128, dv=32)
+    assert races(attention(shape, 1, "gpu", "fused_simt")) == []
+    monkeypatch.setattr(Kernel, "barrier", lambda _: None)
+    assert races(attention(shape, 1, "gpu", "fused_simt"))
+
+
 @pytest.mark.parametrize("gpu", ["plain", "gpu"])
 @pytest.mark.parametrize("vocabulary", [7, 2000, 40_000])
 def test_the_next_token(vocabulary: int, gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:

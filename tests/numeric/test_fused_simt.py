@@ -97,10 +97,11 @@ def test_static_sizes_and_no_past_state() -> None:
         check(run_fused(shape, inputs, open_dims=False), expected(shape, inputs))
 
 
-def test_more_states_than_workgroups_along_y() -> None:
+@pytest.mark.parametrize("open_dims", [True, False])
+def test_more_states_than_workgroups_along_y(open_dims: bool) -> None:
     shape = Shape("gated", q_heads=1, k_heads=1, kv_heads=1, dk=4, dv=4)
     inputs = linear_attention(shape, 70_000, 1)
-    check(run_fused(shape, inputs), expected(shape, inputs))
+    check(run_fused(shape, inputs, open_dims=open_dims), expected(shape, inputs))
 
 
 def test_split_is_whole() -> None:

@@ -39,6 +39,7 @@ class Case:
     def positions(self) -> list[int]:
         """Places in a chunk of 16, its ends among them, and in the next ones, which are shorter."""
         places = (0, 1, 2, 3, 8, 14, 15, 16, 18, 20) if self.target.startswith("cpu") else (1, 6, 15, 16, 32)
+        places = (0,) if self.tokens == 1 else places
         return [t for t in places if t < self.tokens]
 
 
@@ -52,6 +53,7 @@ CASES = [
     Case("fused_simd", "cpu", Shape("gated_delta", "key", **HEADS), 4, open_dims=False),
     Case("fused_simt", "lavapipe", Shape(**HEADS), 7),
     Case("fused_simt", "vulkan", Shape("gated_delta", "key", **HEADS), 7),
+    Case("fused_simt", "lavapipe", Shape(q_heads=2, dk=64, dv=32), 1, open_dims=False),
     Case("fused_simt_chunks", "lavapipe", Shape(q_heads=2, dk=32, dv=32), 33),
     Case("fused_simt_chunks", "lavapipe", Shape("gated", q_heads=2, dk=32, dv=32), 18),
 ]
