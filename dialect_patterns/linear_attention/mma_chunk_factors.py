@@ -107,11 +107,12 @@ class MmaFactors:
         o.choose(stream)
         self.start, self.thread = chunk * CHUNK, k.thread()
         self.part, self.column = self.thread.divide_unsigned(CHUNK)
+        put_tiles = self._tiles()
         k.when(self.thread < NOTES, lambda: k.store(k.constant(0.0), self.notes, self.thread))
         k.when(self.thread < CHUNK, lambda: self._gates(self.thread))
         if self.c.dtype != "f16":
             k.barrier()
-        self._tiles()
+        put_tiles()
         k.barrier()
         self._multiply()
         k.barrier()
@@ -184,22 +185,22 @@ class MmaFactors:
             rate = gate(self.beta, place, 0.0, lambda value: value)
         self._put(rate, RATE, i)
 
-    def _tiles(self) -> None:
-        """Keys and queries to the workgroup's memory, in f16."""
-        o = self.o
-        for start, load, kind in ((0, o.load_key, KEYS), (CHUNK * self.p.stride_k, o.load_query, QUERIES)):
-            self._tile(start, load, kind)
-
-    def _tile(self, start: int, load: Callable[[Scalar, Scalar], ir.Value], kind: int) -> None:
-        """One of them."""
+    def _tiles(self) -> Callable[[], None]:
+        """Load keys and queries, all at once; the result puts them into the workgroup's memory, in f16."""
         k, c, o = self.k, self.c, self.o
         vectors = c.dk // NUMBERS
         places = [(self.thread + i).divide_unsigned(vectors) for i in range(0, CHUNK * vectors, THREADS)]
-        loaded = [load(self.start + row, chunk) for row, chunk in places]
-        for (row, chunk), value in zip(places, loaded, strict=True):
-            if c.dtype != "f16":  # in f16 what is out of range is infinite, and the products show it
-                self._check(unpack(k, value, c.dtype), kind)
-            k.store_as_is(o.as_f16(value), self.tiles, row * self.p.stride_k + chunk + start)
+        tiles = ((0, o.load_key, KEYS), (CHUNK * self.p.stride_k, o.load_query, QUERIES))
+        loaded = [[load(self.start + row, chunk) for row, chunk in places] for _, load, _ in tiles]
+
+        def put() -> None:
+            for (start, _, kind), values in zip(tiles, loaded, strict=True):
+                for (row, chunk), value in zip(places, values, strict=True):
+                    if c.dtype != "f16":  # in f16 what is out of range is infinite, and the products show it
+                        self._check(unpack(k, value, c.dtype), kind)
+                    k.store_as_is(o.as_f16(value), self.tiles, row * self.p.stride_k + chunk + start)
+
+        return put
 
     # ---- products --------------------------------------------------------------------------------------------------
     def _multiply(self) -> None:
@@ -233,15 +234,28 @@ class MmaFactors:
     def _spans(self) -> None:
         """This thread's column of ``mix`` and of A, 8 rows of it, in place; and its ``rest``."""
         k, column = self.k, self.column
-        span = k.constant(1.0)
-        for block in range(_SUBGROUPS):
+        one = k.constant(1.0)
+
+        def after(span: ir.Value, i: int) -> ir.Value:
+            return k.select(column < i, k.mul(span, self._number(DECAY, i)), span)
+
+        def rows(block: int) -> None:
+            before = [one] * block  # of the blocks of rows before, which do not wait for each other
+            for i in range(NUMBERS):
+                before = [after(span, at * NUMBERS + i) if at + i else span for at, span in enumerate(before)]
+            span = one
+            for part in before:
+                span = k.mul(span, part)
             spans: list[tuple[int, ir.Value]] = []
             for i in range(block * NUMBERS, (block + 1) * NUMBERS):
-                if i:
-                    span = k.select(column < i, k.mul(span, self._number(DECAY, i)), span)
+                span = after(span, i) if i else span
                 spans.append((i, span))
-            k.when(self.part.equals(block), lambda spans=spans: self._rows(spans))
-        k.when(self.part.equals(0), lambda: self._put(span, REST, column))
+            self._rows(spans)
+            if block == _SUBGROUPS - 1:
+                self._put(span, REST, column)
+
+        for block in range(_SUBGROUPS):
+            k.when(self.part.equals(block), lambda block=block: rows(block))
 
     def _rows(self, spans: list[tuple[int, ir.Value]]) -> None:
         k, column, zero = self.k, self.column, self.k.constant(0.0)

@@ -6,7 +6,7 @@ two terms. What the second kernel gets is the same as with decays of key dimensi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from iree.compiler import ir
 
@@ -43,8 +43,11 @@ class TermHeadFactors(TermMatrices):
         for i in range(0, self.plan.tile, THREADS):
             yield (self.thread + i).divide_unsigned(self.plan.line)
 
-    def _tiles(self) -> None:
-        """Keys, then queries, to the workgroup's memory, in two terms each."""
+    def _tiles(self) -> Callable[[], None]:
+        """What puts keys, then queries, into the workgroup's memory, in two terms each."""
+        return self._put_tiles
+
+    def _put_tiles(self) -> None:
         k, o, size = self.k, self.o, CHUNK * self.p.stride_k
         for n, (load, kind) in enumerate(((o.key_eight, KEYS), (o.query_eight, QUERIES))):
             for row, part in self._places():
