@@ -6,10 +6,14 @@
     %1 = spirv.FAdd %x, 1.0                            %1 = spirv.FAdd %x, 1.0 {no_contraction}
     %2 = spirv.FSub %1, 1.0                        ->  %2 = spirv.FSub %1, 1.0 {no_contraction}
 
+    %1 = spirv.FDiv %a, %b                             %1 = spirv.FDiv %a, %b {no_contraction}
+    %2 = spirv.FAdd %1, %rest                      ->  %2 = spirv.FAdd %1, %rest {no_contraction}
+
 A driver may make one multiply-add of the first two, with one rounding, and ``%x`` of the others: NVIDIA's does both,
 lavapipe the latter. Numbers a hair beside a half went to the other whole number (an int8 step of an element of A), and
-log(1 + x) lost all of a small x, which asks what the sum has rounded off. Other sums are left: that they are joined
-makes them no less exact, and costs nothing.
+log(1 + x) lost all of a small x, which asks what the sum has rounded off. A quotient, which is a product there, was
+joined with what corrects its rounding. Other sums are left: that they are joined makes them no less exact, and costs
+nothing.
 
 Source: SPIR-V 1.6, decoration NoContraction; IREE 3.13 writes none.
 """
@@ -29,6 +33,8 @@ _NO_HALVES = 2.0**23
 
 _NUMBER = re.compile(r"(?:dense<)?([-+.\w]+)>? : (?:vector<\d+x)?f32")
 _SUMS = frozenset({"spirv.FAdd", "spirv.FSub"})
+_QUOTIENT = "spirv.FDiv"
+_ROUNDED = _SUMS | {"spirv.FMul", _QUOTIENT}
 
 
 def keep_roundings(module: ir.Operation) -> int:
@@ -51,17 +57,18 @@ def keep_roundings(module: ir.Operation) -> int:
         code.walk(visit)
     for op in sums:
         for one in (op, *(value.owner for value in op.operands)):
-            if getattr(one, "name", "") in _SUMS | {"spirv.FMul"}:
+            if getattr(one, "name", "") in _ROUNDED:
                 one.attributes["no_contraction"] = ir.Attribute.parse("unit", module.context)
     return len(sums)
 
 
 def _is_for_its_rounding(op: Any) -> bool:
-    """Of a constant without a fraction; of a constant and a sum with another one."""
-    number = _constant(op)
+    """Of a constant without a fraction; of a constant and a sum with another one; of a quotient."""
+    owners, number = [value.owner for value in op.operands], _constant(op)
+    if any(getattr(one, "name", "") == _QUOTIENT for one in owners):
+        return True
     if number is None:
         return False
-    owners = [value.owner for value in op.operands]
     return abs(number) >= _NO_HALVES or any(
         getattr(one, "name", "") in _SUMS and _constant(one) is not None for one in owners
     )

@@ -15,7 +15,8 @@ from onnx import TensorProto, helper
 from tolerances import BENIGN
 
 _HEADER = 5
-_CONSTANT, _SUM, _DIFFERENCE, _PRODUCT, _DECORATE, _NO_CONTRACTION = 43, 129, 131, 133, 71, 42
+_CONSTANT, _SUM, _DIFFERENCE, _PRODUCT, _QUOTIENT = 43, 129, 131, 133, 136
+_DECORATE, _NO_CONTRACTION = 71, 42
 _MAGIC = 0x4B400000  # 1.5 * 2^23
 _ONE = 0x3F800000
 _WORD = 8
@@ -75,10 +76,24 @@ def test_rounding_to_whole_numbers(rows: int, device: str | None) -> None:
 
 
 def softplus(size: int) -> bytes:
-    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [size]) for name in "xy"]
-    graph = helper.make_graph([helper.make_node("Softplus", ["x"], ["y"])], "g", values[:1], values[1:])
+    return elementwise("Softplus", ["x"], size)
+
+
+def elementwise(op: str, names: list[str], size: int) -> bytes:
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [size]) for name in (*names, "y")]
+    graph = helper.make_graph([helper.make_node(op, names, ["y"])], "g", values[:-1], values[-1:])
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     return compile_model(proto, CompileOptions(target="vulkan")).module
+
+
+@pytest.mark.parametrize("size", [64, 65_536])
+def test_what_corrects_a_quotient(size: int) -> None:
+    (code,) = spirv.codes(elementwise("Div", ["a", "b"], size))
+    found = instructions(code)
+    quotients = {words[1] for op, words in found if op == _QUOTIENT}
+    sums = [words[1:] for op, words in found if op == _SUM and set(words[2:]) & quotients]
+    assert len(quotients) == 2 * len(sums) > 0
+    assert {place for words in sums for place in words} <= decorated(code)
 
 
 def test_what_a_sum_has_rounded_off() -> None:
