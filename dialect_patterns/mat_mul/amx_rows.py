@@ -12,8 +12,9 @@ products are of no row.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from iree.compiler import ir
 
@@ -27,7 +28,7 @@ from .simd_edges import each, workgroup_range
 
 WORDS = 16
 """Words of a row in a register."""
-_AHEAD = 2  # pairs of registers
+_AHEAD = 1  # pairs of registers
 AXES = "R_____"
 """The letters of the arranged rows' dimensions, as in ``Kernel.axes``."""
 
@@ -66,12 +67,14 @@ def arrange(build: Builder, rows: Rows, a: ir.Value) -> ir.Value:
     return dispatch(build, rows_kernel(rows), [a], count, count, blocks_of(build, count))[0]
 
 
-def ask_rows(k: KernelText, tiles: str, place: Sequence[Index]) -> None:
-    """Ask for the registers that come after the next two, for the first-level cache: [block, term, number]."""
+def asked_rows(k: KernelText, tiles: str, place: Sequence[Index]) -> list[Callable[[], None]]:
+    """What asks for the registers that come after these, for the first-level cache: [block, term, number]."""
     block, term, number = place
-    for half in range(2):
-        for i in range(ROWS):
-            k.prefetch(tiles, [block, term, k.add(number, _AHEAD), half, i, 0])
+
+    def line(half: int, i: int) -> None:
+        k.prefetch(tiles, [block, term, k.add(number, _AHEAD), half, i, 0])
+
+    return [partial(line, half, i) for half in range(2) for i in range(ROWS)]
 
 
 def rows_kernel(rows: Rows) -> Kernel:

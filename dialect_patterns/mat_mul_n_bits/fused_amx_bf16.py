@@ -24,11 +24,11 @@ from dataclasses import replace
 
 from iree.compiler import ir
 
-from ..emit.amx_tiles import ROWS, SUMS, A, AmxTiles, B
+from ..emit.amx_tiles import ROWS, SUMS, A, AmxTiles, B, multiply_terms
 from ..emit.dispatch import Kernel, dispatch
 from ..emit.kernel_text import Index, KernelText, vector_type
 from ..mat_mul.amx_overlap import overlapped
-from ..mat_mul.amx_rows import AXES, WORDS, Rows, arrange, ask_rows, blocks_of
+from ..mat_mul.amx_rows import AXES, WORDS, Rows, arrange, asked_rows, blocks_of
 from ..mat_mul.bf16_terms import pair
 from ..mat_mul.simd_edges import each
 from ..mat_mul.simd_plan import UNIT_FEATURES
@@ -245,13 +245,14 @@ class Bf16Body(TiledBody):
         """32 rows by 32 of K, counted from a slab's first block on."""
         k, unit = self.k, self.unit
         own, at = k.add(k.div(self.first, 2 * ROWS), index), k.add(self._steps(block), number)
-        ask_rows(k, self.tiles, [own, 0, at])
-        for half, register in enumerate(A):
-            unit.load(register, self.tiles, [own, 0, at, half, 0, 0])
-        for half, register in enumerate(B):
-            unit.load(register, self.unpacked, [k.mul(number, WORDS), half * ROWS])
-        for register in SUMS:
-            unit.multiply_bf16(register, A[register // 2], B[register % 2])
+
+        def load_rows(term: int, half: int) -> None:
+            unit.load(A[half], self.tiles, [own, term, at, half, 0, 0])
+
+        def load_columns(_: int, half: int) -> None:
+            unit.load(B[half], self.unpacked, [k.mul(number, WORDS), half * ROWS])
+
+        multiply_terms(unit, [(0, 0)], load_rows, load_columns, asked_rows(k, self.tiles, [own, 0, at]))
         return []
 
     def _end(self, index: Index) -> None:
