@@ -42,6 +42,8 @@ _THREADS = 128
 _WORDS = 2  # of a column, for a thread
 _FEW_ROWS = 2  # up to which a thread waits for memory more than it computes
 _LOADED = 32  # elements of A whose loads are under way
+_LOADED_COLD = 8
+"""Of those where a step finds a kernel's code cold; all of a step's kernels take 218 us for 224 (Vulkan, H100)."""
 
 
 def is_legal(contract: MatMulNBits, target: Target) -> Legality:
@@ -66,7 +68,8 @@ def plan_for(contract: MatMulNBits, target: Target) -> Plan:
     most, across = min(_THREADS, target.max_threads), 1
     while across < most and across * _WORDS < c.row_words:
         across *= 2
-    steps, unroll = -(-c.row_words // across), max(1, _LOADED // (c.per_word * rows))
+    loaded = _LOADED_COLD if target.cold_code else _LOADED
+    steps, unroll = -(-c.row_words // across), max(1, loaded // (c.per_word * rows))
     while unroll > steps:
         unroll //= 2
     few = rows <= _FEW_ROWS
