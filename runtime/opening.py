@@ -52,6 +52,7 @@ def _forget_in_child() -> None:
     global _open_lock, _worker_threads
     _open_lock = threading.Lock()  # another thread of the parent may have held it
     for device in _open_devices.values():
+        never_free(device._semaphores)  # pyright: ignore[reportPrivateUsage]
         never_free(device._hal_device)  # pyright: ignore[reportPrivateUsage]
     _open_devices.clear()
     _started.clear()

@@ -12,13 +12,14 @@ import ml_dtypes
 import numpy as np
 import onnx
 import pytest
+from conftest import need_device
 from iree.compiler.tools import compile_str
 from linattn.frontend import CompileOptions, compile_model
 from linattn.frontend.compile import compile_model as compile_here
 from linattn.runtime import InputError, Program, TargetError
 from linattn.runtime.bench.cases import AttentionCase
 from linattn.runtime.bench.op_models import build_op
-from linattn.runtime.device import DTYPE_NAMES, Device, numpy_dtype
+from linattn.runtime.device import DTYPE_NAMES, Device, Move, numpy_dtype
 from linattn.runtime.drivers import default_uri, list_devices, subgroup_sizes
 from linattn.runtime.integrity import sealed
 from linattn.runtime.module import Module
@@ -66,6 +67,31 @@ def test_new_memory_of_a_cpu_is_zeros(size: int) -> None:
                 assert not view.any()
                 view.fill(0xFF)
             del view, array, arrays
+
+
+@pytest.mark.vulkan
+def test_a_queue_s_copies_share_a_semaphore(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Making one takes a driver longer than the copy. One that was not waited for is nobody's, but its copy is done."""
+    device = need_device("vulkan")
+    device._semaphores.clear()
+    array, target = device.upload(np.arange(6, dtype=np.float32), "float32"), device.zeros((6,), "float32")
+    move = Move(array, target, ((0, 0, 24),))
+    device.move([move])
+    ((semaphore, reached),) = device._semaphores
+    device.move([move])
+    device.fill_zero([target])
+    assert device._semaphores == [(semaphore, reached + 2)]
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(device, "wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            device.move([move])
+    assert semaphore.query() == reached + 3
+    assert device._semaphores == []
+    np.testing.assert_array_equal(device.to_host(target), np.arange(6))
 
 
 def test_copy_is_separate(device: Device) -> None:
