@@ -92,13 +92,13 @@ def test_a_flipped_bit_anywhere_is_found(twins: dict[int, Path], name: str) -> N
 def test_code_and_tables_are_always_checked(twins: dict[int, Path], name: str) -> None:
     """Without reading the weights: what may be damaged unseen is their inside, and that runs."""
     data = (twins[0] / name).read_bytes()
-    found = []
-    for place in range(0, len(data), 997):
+    found, places = [], range(0, len(data) - SEAL_BYTES, 997)  # the hash of all, in the seal, is not read here
+    for place in places:
         try:
             check_seal(flipped(data, place), name)
         except TargetError:
             found.append(place)
-    unseen = [place for place in range(0, len(data), 997) if place not in found]
+    unseen = [place for place in places if place not in found]
     if name == "m.vmfb":
         assert unseen == []
         return
