@@ -27,6 +27,15 @@ def test_activations(activation: str):
     check(operands(), {"activation": activation, "epsilon": 1e-6})
 
 
+@pytest.mark.parametrize("target", ["cpu512", pytest.param("lavapipe", marks=pytest.mark.vulkan)])
+def test_epsilon(target: str):
+    """Heads as small as its root, where it is half of what is divided by, and one of zeros, which stays zeros."""
+    inputs = operands()
+    inputs[0] *= 1e-3
+    inputs[0][0, 0, :32] = 0.0
+    check(inputs, {"epsilon": 1e-6}, target=target)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dtypes_with_open_tokens(dtype: Any):
     check(operands(dtype), open_axes={0: (0, 1), 2: (0, 1)})

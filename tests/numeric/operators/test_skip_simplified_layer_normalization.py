@@ -35,6 +35,14 @@ def test_outputs(used: tuple[int, ...], bias: bool):
     check(operands(bias=bias), num_outputs=len(used), used=[bool(u) for u in used])
 
 
+@pytest.mark.parametrize("target", ["cpu512", pytest.param("lavapipe", marks=pytest.mark.vulkan)])
+def test_epsilon(target: str):
+    """Rows as small as its root, where it is half of what is divided by, and a row of zeros, which stays zeros."""
+    inputs = [1e-3 * normal(B, T, N), 1e-3 * normal(B, T, N + 1)[..., :N], normal(N)]
+    inputs[0][0, 0] = inputs[1][0, 0] = 0.0
+    check(inputs, target=target)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dtypes_with_open_tokens(dtype: Any):
     axes = {0: (0, 1), 1: (0, 1)}
