@@ -22,8 +22,7 @@ from linattn.runtime.device import numpy_dtype
 from linattn.runtime.manifest import STEPS_KEY, EntryPoint, Manifest
 from linattn.runtime.step import step_shapes
 
-from .executables import operations
-from .step_loops import BUFFER, VIEW, can_write_inputs, memory, store
+from .step_loops import BUFFER, VIEW, add_function, can_write_inputs, memory, store
 
 
 def with_packed_steps(manifest: Manifest) -> Manifest:
@@ -49,8 +48,7 @@ def add_packed_steps(module: ir.Operation, manifest: Manifest) -> None:
     """
     for entry in manifest.entry_points:
         if entry.packed is not None:
-            parsed = ir.Module.parse(_text(manifest, entry))
-            operations(parsed.operation)[-1].move_before(operations(module)[0])
+            add_function(module, _text(manifest, entry))
 
 
 def _text(m: Manifest, entry: EntryPoint) -> str:

@@ -58,8 +58,13 @@ def add_step_loops(module: ir.Operation, manifest: Manifest) -> None:
     """
     for entry in manifest.entry_points:
         if entry.steps is not None:
-            parsed = ir.Module.parse(_text(manifest, entry))
-            operations(parsed.operation)[-1].move_before(operations(module)[0])
+            add_function(module, _text(manifest, entry))
+
+
+def add_function(module: ir.Operation, text: str) -> None:
+    """Add the last function of a module's text, in a context."""
+    parsed = ir.Module.parse(text)
+    operations(parsed.operation)[-1].move_before(operations(module)[0])
 
 
 def _can_loop(m: Manifest) -> bool:

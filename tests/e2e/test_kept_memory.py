@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,10 +11,11 @@ import numpy as np
 import pytest
 from linattn.runtime import Program, Session, TargetError, greedy
 from linattn.runtime import pool as pool_module
-from linattn.runtime.device import Device, DeviceArray, Move, row_regions
+from linattn.runtime.device import DeviceArray, Move, row_regions
 from linattn.runtime.engine import engine_of
 from linattn.runtime.pool import ALL, Pool
 
+from tests.allocations import allocations
 from tests.kept_play import Play
 from tests.stepped import IDS, TARGETS, module
 
@@ -44,21 +43,6 @@ def prompt(loaded: Program, tokens: int) -> Session:
     return session
 
 
-@contextmanager
-def allocated(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Bytes of each array that is allocated."""
-    empty, sizes = Device._empty, list[int]()
-
-    def counted(self: Device, *args: Any) -> DeviceArray:
-        array = empty(self, *args)
-        sizes.append(array.nbytes)
-        return array
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Device, "_empty", counted)
-        yield sizes
-
-
 def kept(loaded: Program) -> list[tuple[list[DeviceArray], int]]:
     return [entry for kind in pool_of(loaded)._in_order for entry in kind.entries]
 
@@ -81,7 +65,7 @@ def test_the_next_ones_take_it(target: str, monkeypatch: pytest.MonkeyPatch) -> 
     loaded, found = program(target), list[np.ndarray]()
     loaded.trim()
     for turn in range(2):
-        with allocated(monkeypatch) as sizes:
+        with allocations(monkeypatch) as sizes:
             session = prompt(loaded, 20)
             snapshot = session.snapshot()
             forks = [session.fork() for _ in range(3)] + [loaded.session(snapshot)]

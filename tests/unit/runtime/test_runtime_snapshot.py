@@ -7,8 +7,7 @@ import functools
 import gc
 import pickle
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +17,8 @@ from linattn.runtime import InputError, Program, Session, Snapshot, StateError, 
 from linattn.runtime.device import Device, DeviceArray, Move, row_regions
 from linattn.runtime.manifest import Manifest
 from tiny_hybrid import Hybrid, open_form, reference
+
+from tests.allocations import allocations
 
 Load = Callable[..., Program]
 
@@ -61,21 +62,6 @@ def load(device: Device) -> Load:
 @pytest.fixture
 def cpu() -> Program:
     return _loaded("local-sync", Hybrid())
-
-
-@contextmanager
-def allocations(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Bytes of each array that is allocated."""
-    empty, sizes = Device._empty, list[int]()
-
-    def counted(self: Device, *args: Any) -> DeviceArray:
-        array = empty(self, *args)
-        sizes.append(array.nbytes)
-        return array
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Device, "_empty", counted)
-        yield sizes
 
 
 @pytest.mark.parametrize("batch", [1, 2])
